@@ -1,0 +1,71 @@
+"""jaxreml: a differentiable likelihood engine for linear mixed models in JAX.
+
+Three levels: `reml_objective` and `ml_objective` (pure scalars of parameters and a `Design`),
+`estimate` (pure, from a `Design` to its optimum) and `fit` (a formula and a dataframe to labelled
+results).
+
+Names are imported when they are first used: `import jaxreml` itself does not import JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxreml import datasets as datasets
+    from jaxreml.cache import enable_compilation_cache as enable_compilation_cache
+    from jaxreml.designs import Design as Design
+    from jaxreml.designs import Term as Term
+    from jaxreml.designs import stack as stack
+    from jaxreml.errors import ConvergenceWarning as ConvergenceWarning
+    from jaxreml.errors import DataError as DataError
+    from jaxreml.errors import FormulaError as FormulaError
+    from jaxreml.errors import JaxremlError as JaxremlError
+    from jaxreml.errors import PrecisionError as PrecisionError
+    from jaxreml.estimation import Estimate as Estimate
+    from jaxreml.estimation import Status as Status
+    from jaxreml.estimation import estimate as estimate
+    from jaxreml.frame import design as design
+    from jaxreml.model import fit as fit
+    from jaxreml.objective import ml_objective as ml_objective
+    from jaxreml.objective import reml_objective as reml_objective
+    from jaxreml.results import LMMResults as LMMResults
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConvergenceWarning": "errors",
+    "DataError": "errors",
+    "Design": "designs",
+    "Estimate": "estimation",
+    "FormulaError": "errors",
+    "JaxremlError": "errors",
+    "LMMResults": "results",
+    "PrecisionError": "errors",
+    "Status": "estimation",
+    "Term": "designs",
+    "design": "frame",
+    "enable_compilation_cache": "cache",
+    "estimate": "estimation",
+    "fit": "model",
+    "ml_objective": "objective",
+    "reml_objective": "objective",
+    "stack": "designs",
+}
+
+__all__ = ["__version__", "datasets", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "datasets":
+        return importlib.import_module("jaxreml.datasets")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxreml' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jaxreml.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,295 @@
+r"""Coordinate maps: several views of the same variance parameters.
+
+A model has one covariance matrix per random term, ``Sigma_k`` of order ``sizes[k]``, and a
+residual variance ``sigma2``. The views, each a differentiable map of the one before it:
+
+===================  ==========================================================================
+``theta``            lower triangles, column by column, of the relative Cholesky factors
+                     ``Lambda_k``, with ``Sigma_k = sigma2 Lambda_k Lambda_k'`` (lme4's theta)
+``omega``            lower triangles, column by column, of the relative covariance matrices
+                     ``Omega_k = Lambda_k Lambda_k'``; the marginal covariance
+                     ``V / sigma2 = I + Z Omega Z'`` is linear in them
+``params``           for each term its log-variances and then its correlation coordinates; the
+                     residual log-variance last. Unconstrained
+===================  ==========================================================================
+
+The correlation coordinates are inverse hyperbolic tangents of the canonical partial correlations
+(Lewandowski, Kurowicka and Joe 2009, J. Multivariate Analysis 100:1989): for two effects, Fisher's
+z of their correlation. They run row by row over the strict lower triangle.
+
+Everything that depends only on ``sizes`` is NumPy and computed once.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Sizes = tuple[int, ...]
+
+
+@lru_cache
+def triangle(q: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a lower triangle of order `q`, column by column as lme4 orders theta."""
+    columns, rows = np.triu_indices(q)
+    return rows, columns
+
+
+def count_theta(sizes: Sizes) -> int:
+    """Number of variance parameters, the residual's not counted."""
+    return sum(q * (q + 1) // 2 for q in sizes)
+
+
+@lru_cache
+def theta_diagonal(sizes: Sizes) -> np.ndarray:
+    """Which entries of theta are diagonal entries of a factor, as a boolean array."""
+    return np.concatenate([rows == columns for rows, columns in map(triangle, sizes)])
+
+
+@lru_cache
+def residual_last_log_variances(sizes: Sizes) -> np.ndarray:
+    """Positions of the log-variances in `params`: every term's, then the residual's."""
+    positions: list[int] = []
+    start = 0
+    for q in sizes:
+        positions += range(start, start + q)
+        start += q * (q + 1) // 2
+    return np.array([*positions, start])
+
+
+@lru_cache
+def symmetric_basis(sizes: Sizes) -> np.ndarray:
+    """d Omega / d omega_i of the block-diagonal Omega of all terms, shape (m, q, q), q = sum(sizes)."""
+    total = sum(sizes)
+    basis = []
+    start = 0
+    for q in sizes:
+        for row, column in zip(*triangle(q), strict=True):
+            unit = np.zeros((total, total))
+            unit[start + row, start + column] = unit[start + column, start + row] = 1.0
+            basis.append(unit)
+        start += q
+    return np.array(basis).reshape(-1, total, total)
+
+
+@lru_cache
+def product_tensor(sizes: Sizes) -> np.ndarray:
+    """Constants c with omega_i = sum_st c[i, s, t] theta_s theta_t, symmetric in s and t."""
+    m = count_theta(sizes)
+    tensor = np.zeros((m, m, m))
+    start = 0
+    for q in sizes:
+        rows, columns = triangle(q)
+        position = {
+            (int(r), int(c)): start + k for k, (r, c) in enumerate(zip(rows, columns, strict=True))
+        }
+        for (row, column), i in position.items():
+            for k in range(column + 1):
+                s, t = position[row, k], position[column, k]
+                tensor[i, s, t] += 0.5
+                tensor[i, t, s] += 0.5
+        start += q * (q + 1) // 2
+    return tensor
+
+
+def split_triangles(vector: Array, sizes: Sizes) -> tuple[Array, ...]:
+    """Cut a theta-like vector into one lower-triangular matrix per term, shapes (q_k, q_k)."""
+    matrices = []
+    start = 0
+    for q in sizes:
+        rows, columns = triangle(q)
+        matrix = jnp.zeros((q, q), vector.dtype)
+        matrices.append(matrix.at[rows, columns].set(vector[start : start + rows.size]))
+        start += rows.size
+    return tuple(matrices)
+
+
+def join_triangles(matrices: tuple[Array, ...]) -> Array:
+    """The inverse of `split_triangles`: only the lower triangles are read."""
+    parts = [matrix[triangle(matrix.shape[-1])] for matrix in matrices]
+    return jnp.concatenate(parts) if parts else jnp.zeros(0)
+
+
+def omega_from_theta(theta: Array, sizes: Sizes) -> Array:
+    """Relative covariances of relative Cholesky factors, both as vectors of length m."""
+    return jnp.einsum("ist,s,t->i", product_tensor(sizes).astype(theta.dtype), theta, theta)
+
+
+def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:
+    """The relative covariance matrices Omega_k, shapes (q_k, q_k), of the vector `omega`."""
+    lower = split_triangles(omega, sizes)
+    return tuple(matrix + jnp.tril(matrix, -1).T for matrix in lower)
+
+
+def relative_scale(scales: tuple[Array, ...]) -> Array:
+    """omega in units of scaled effects over omega in the user's: scale_r * scale_c, length m."""
+    parts = [s[triangle(s.shape[-1])[0]] * s[triangle(s.shape[-1])[1]] for s in scales]
+    return jnp.concatenate(parts)
+
+
+def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
+    """Lower Cholesky factor of a positive semidefinite matrix, with exact zeros where it is singular.
+
+    Args:
+        matrix: (q, q), positive semidefinite.
+        tolerance: a pivot counts as zero at or below `tolerance` times its diagonal entry, or
+            at or below ``tolerance ** 2`` in absolute terms.
+
+    Returns:
+        The factor, (q, q), diagonal not negative, with a zero column for each zero pivot, and
+        the pivots that count as zero, (q,) booleans.
+    """
+    q = matrix.shape[-1]
+    columns: list[list[Array]] = [[jnp.zeros((), matrix.dtype)] * q for _ in range(q)]
+    zero = []
+    for k in range(q):
+        pivot = matrix[k, k] - sum((columns[j][k] ** 2 for j in range(k)), 0.0)
+        is_zero = pivot <= jnp.maximum(tolerance * matrix[k, k], tolerance**2)
+        root = jnp.sqrt(jnp.where(is_zero, 1.0, pivot))
+        columns[k][k] = jnp.where(is_zero, 0.0, root)
+        for i in range(k + 1, q):
+            rest = matrix[i, k] - sum((columns[j][i] * columns[j][k] for j in range(k)), 0.0)
+            columns[k][i] = jnp.where(is_zero, 0.0, rest / root)
+        zero.append(is_zero)
+    return jnp.stack([jnp.stack(column) for column in columns], axis=-1), jnp.stack(zero)
+
+
+def _correlation_factor(z: Array, q: int) -> Array:
+    """Cholesky factor of the correlation matrix with partial correlations tanh(z), row by row."""
+    rows: list[list[Array]] = []
+    k = 0
+    for i in range(q):
+        rest = jnp.ones((), z.dtype)
+        row = []
+        for _ in range(i):
+            row.append(jnp.tanh(z[k]) * rest)
+            rest = rest / jnp.cosh(z[k])
+            k += 1
+        rows.append([*row, rest, *[jnp.zeros((), z.dtype)] * (q - 1 - i)])
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def _correlation_coordinates(factor: Array, limit: float) -> Array:
+    """Inverse of `_correlation_factor`; a partial correlation of +-1 becomes +-`limit`."""
+    q = factor.shape[-1]
+    coordinates = []
+    for i in range(1, q):
+        rest = jnp.ones((), factor.dtype)
+        for j in range(i):
+            gone = rest <= 0
+            partial = jnp.where(gone, 0.0, factor[i, j] / jnp.where(gone, 1.0, rest))
+            inside = jnp.abs(partial) < 1 - 1e-15
+            z = jnp.arctanh(jnp.where(inside, partial, 0.0))
+            coordinates.append(
+                jnp.where(inside, jnp.clip(z, -limit, limit), jnp.sign(partial) * limit)
+            )
+            rest = rest * jnp.sqrt(jnp.maximum(1 - partial**2, 0.0))
+    return jnp.stack(coordinates) if coordinates else jnp.zeros(0, factor.dtype)
+
+
+def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
+    """Relative covariances (m,) and the residual log-variance of `params` (m + 1,)."""
+    log_sigma2 = params[-1]
+    parts = []
+    start = 0
+    for q in sizes:
+        standard_deviations = jnp.exp((params[start : start + q] - log_sigma2) / 2)
+        stop = start + q * (q + 1) // 2
+        factor = standard_deviations[:, None] * _correlation_factor(params[start + q : stop], q)
+        parts.append((factor @ factor.T)[triangle(q)])
+        start = stop
+    omega = jnp.concatenate(parts) if parts else jnp.zeros(0, params.dtype)
+    return omega, log_sigma2
+
+
+def params_from_factors(
+    factors: tuple[Array, ...], log_sigma2: Array, *, zero: float, limit: float
+) -> Array:
+    """`params` of relative Cholesky factors.
+
+    Args:
+        factors: lower triangular (q_k, q_k), relative to the residual standard deviation.
+        log_sigma2: residual log-variance.
+        zero: the log-variance to report, relative to the residual's, for a variance of zero.
+        limit: the correlation coordinate to report (with its sign) for a correlation of +-1.
+    """
+    parts = []
+    for factor in factors:
+        variances = jnp.sum(factor**2, axis=-1)
+        positive = variances > 0
+        log_variances = jnp.where(positive, jnp.log(jnp.where(positive, variances, 1.0)), zero)
+        sd = jnp.sqrt(jnp.where(positive, variances, 1.0))
+        parts += [log_variances + log_sigma2, _correlation_coordinates(factor / sd[:, None], limit)]
+    return jnp.concatenate([*parts, log_sigma2[None]])
+
+
+def boundary(factors: tuple[Array, ...], params: Array, limit: float) -> tuple[Array, Array]:
+    """Which of `params` are inside the parameter space, and what to show for the others.
+
+    Args:
+        factors: relative Cholesky factors as `factor_semidefinite` gives them, zeros exact.
+        params: their `params_from_factors`.
+        limit: the `limit` used there.
+
+    Returns:
+        (m + 1,) booleans, and `params` with -inf for the log of a zero variance, +-inf for the
+        coordinate of a correlation of +-1 and NaN for one that is not identified there.
+    """
+    free = []
+    shown = []
+    start = 0
+    for factor in factors:
+        q = factor.shape[-1]
+        positive = jnp.sum(factor**2, axis=-1) > 0
+        pivots = jnp.diagonal(factor) > 0
+        variances = params[start : start + q]
+        free.append(positive)
+        shown.append(jnp.where(positive, variances, -jnp.inf))
+        start += q
+        for i in range(1, q):
+            for j in range(i):
+                z = params[start]
+                at_limit = jnp.abs(z) >= limit
+                identified = positive[i] & pivots[j]
+                # A pivot of zero uses up effect i's variance at the last coordinate that is +-1.
+                spent = jnp.zeros((), bool)
+                if j > 0:
+                    spent = jnp.any(jnp.abs(params[start - j : start]) >= limit)
+                inside = identified & ~at_limit & ~spent
+                free.append(inside[None])
+                outside = jnp.where(identified & at_limit & ~spent, jnp.sign(z) * jnp.inf, jnp.nan)
+                shown.append(jnp.where(inside, z, outside)[None])
+                start += 1
+    free.append(jnp.ones(1, bool))
+    shown.append(params[-1:])
+    return jnp.concatenate(free), jnp.concatenate(shown)
+
+
+def hessian_in_params(
+    params: Array, gradient: Array, hessian: Array, sizes: Sizes
+) -> tuple[Array, Array]:
+    """Chain rule: derivatives in (omega, log sigma2) at `params` to derivatives in `params`.
+
+    Args:
+        params: (m + 1,), where the derivatives were taken.
+        gradient: (m + 1,), in omega and log sigma2.
+        hessian: (m + 1, m + 1), likewise.
+        sizes: effects per term.
+
+    Returns:
+        The Jacobian of (omega, log sigma2) in `params` and the Hessian in `params`, both
+        (m + 1, m + 1).
+    """
+
+    def coordinates(params: Array) -> Array:
+        omega, log_sigma2 = omega_from_params(params, sizes)
+        return jnp.concatenate([omega, log_sigma2[None]])
+
+    slopes = jax.jacfwd(coordinates)
+    jacobian = slopes(params)
+    curvature = jnp.einsum("i,ist->st", gradient, jax.jacfwd(slopes)(params))
+    return jacobian, jacobian.T @ hessian @ jacobian + curvature

@@ -1,0 +1,386 @@
+"""`Design`: one data set and one model, reduced to the cross-products that its likelihood needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml import covariance
+from jaxreml.errors import DataError, PrecisionError
+from jaxreml.structures import Dense, Grouped, Structure
+from jaxreml.structures.dense import DenseBasis
+from jaxreml.structures.grouped import GroupedBasis
+
+ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
+MAX_DENSE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Term:
+    """One random term, (effects | group).
+
+    Attributes:
+        group: (n,) labels of the grouping factor's levels: any array with equality and order.
+        effects: (n, q) columns of the random effects; a column of ones, the random intercept,
+            if left out. May be traced by JAX.
+        name: the grouping factor's name.
+        effect_names: q names.
+    """
+
+    group: Any
+    effects: Any = None
+    name: str = "group"
+    effect_names: tuple[str, ...] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Design:
+    """One data set and one model: a pytree, an argument of every objective and of `estimate`.
+
+    Make one with `Design.from_arrays` or `jaxreml.design`. It holds cross-products, not rows, so
+    nothing that takes a design costs more for more rows. Designs of one shape (numbers of rows,
+    columns, levels and effects, and names) share one compilation, and can be stacked for `vmap`.
+
+    Attributes:
+        structure: the factorised random effects and the projections of X and y on them.
+        basis: (p, p) upper triangular, with sqrt(w) X = U basis for orthonormal U.
+        beta_ols: (p,), weighted least squares coefficients; y enters everything as its residual
+            from them, which changes no likelihood and loses no digits to a large mean.
+        residual_ss: (), the weighted sum of squares of that residual.
+        total_ss: (), the weighted sum of squares of y less its offset.
+        log_weights: (), sum of the logarithms of the prior weights.
+        scales: per term (q_k,), root mean squares of the columns of Z, the unit of its effects
+            inside `structure`.
+        n, p: numbers of observations and of fixed effects.
+        names: per term the grouping factor's name and the effects' names.
+        dtype: name of the floating type everything is in.
+    """
+
+    structure: Structure
+    basis: Array
+    beta_ols: Array
+    residual_ss: Array
+    total_ss: Array
+    log_weights: Array
+    scales: tuple[Array, ...]
+    n: int = field(metadata={"static": True})
+    p: int = field(metadata={"static": True})
+    names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Effects per random term."""
+        return self.structure.sizes
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the entries of an objective's `params`, in order, the residual last.
+
+        ``log_variance[g, x]`` is the log-variance of effect x of factor g; ``z[g, x1, x2]`` the
+        inverse hyperbolic tangent of the (partial) correlation of x1 and x2.
+        """
+        names: list[str] = []
+        for group, effects in self.names:
+            names += [f"log_variance[{group}, {effect}]" for effect in effects]
+            names += [
+                f"z[{group}, {effects[j]}, {effects[i]}]"
+                for i in range(len(effects))
+                for j in range(i)
+            ]
+        return (*names, "log_variance[Residual]")
+
+    @staticmethod
+    def from_arrays(
+        y: Any,
+        X: Any,
+        terms: Sequence[Term | tuple[Any, Any] | Any],
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        structure: str | None = None,
+        dtype: Any = None,
+    ) -> Design:
+        """Reduce arrays to a design.
+
+        Any of y, X, the effects of a term, weights and offset may be traced by JAX (an output of
+        a network under `jit` or `grad`, say); grouping factors may not.
+
+        Args:
+            y: (n,) response.
+            X: (n, p) fixed-effects columns of full rank, the intercept included; p may be 0.
+            terms: random terms: `Term`, or a pair (group labels, (n, q) effects), or group
+                labels alone for a random intercept.
+            weights: (n,) positive prior weights as in lme4: observation i has residual variance
+                sigma2 / weights[i].
+            offset: (n,) known part of the mean.
+            structure: "grouped" (all terms on one factor) or "dense"; chosen if left out. Traced
+                effects or weights need "dense", which is then chosen.
+            dtype: "float32" to ask for single precision, which costs likelihoods most of their
+                digits; float64 otherwise.
+
+        Raises:
+            DataError: shapes that differ, no random term, values that are not finite, weights
+                that are not positive, X that is not of full rank, more random effects of a term
+                than observations, a grouping factor with one level.
+            PrecisionError: float32 arrays that were not asked for.
+        """
+        kind = _floating_type([y, X, weights, offset], dtype)
+        y, X = _array(y, kind, "y"), _array(X, kind, "X")
+        n = y.shape[0] if y.ndim == 1 else -1
+        if n < 1:
+            raise DataError(f"y must be a vector with at least one value, not of shape {y.shape}")
+        if X.ndim != 2 or X.shape[0] != n:
+            raise DataError(f"X must have shape ({n}, p) to match y, not {X.shape}")
+        weights = None if weights is None else _row_vector(weights, kind, n, "weights")
+        offset = None if offset is None else _row_vector(offset, kind, n, "offset")
+        parsed = [_as_term(term, k, n, kind) for k, term in enumerate(terms)]
+        if not parsed:
+            raise DataError("at least one random term is needed; without one use least squares")
+        root_weights, log_weights = _root_weights(weights, kind)
+        effects = []
+        scales = []
+        for codes, columns, n_levels, *_ in parsed:
+            if root_weights is not None:
+                columns = columns * root_weights[:, None]
+            xp = _module(columns)
+            scale = xp.sqrt(xp.mean(columns * columns, axis=0))
+            scale = xp.where(scale > 0, scale, 1)
+            effects.append((codes, columns / scale, n_levels))
+            scales.append(scale)
+        names = tuple((name, effect_names) for *_, name, effect_names in parsed)
+        sizes = tuple(len(effect_names) for _, effect_names in names)
+        basis = _structure_basis(effects, structure, n)
+
+        response = y if offset is None else y - offset
+        rows = X if root_weights is None else X * root_weights[:, None]
+        response = response if root_weights is None else response * root_weights
+        triangle, columns, beta_ols = _orthogonalise(rows, response)
+        return Design(
+            structure=basis.structure(columns, sizes),
+            basis=triangle,
+            beta_ols=beta_ols,
+            residual_ss=columns[:, -1] @ columns[:, -1],
+            total_ss=response @ response,
+            log_weights=log_weights,
+            scales=tuple(scales),
+            n=n,
+            p=X.shape[1],
+            names=names,
+            dtype=kind.name,
+        )
+
+    def without_names(self) -> Design:
+        """The same design under placeholder names, so that designs that differ only in names share
+        one compilation."""
+        names = tuple(
+            (f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes)
+        )
+        return _replace(self, names=names)
+
+
+def _replace(design: Design, **changes: Any) -> Design:
+    import dataclasses
+
+    return dataclasses.replace(design, **changes)
+
+
+def require_precision(design: Design) -> None:
+    """Refuse, at trace time, to run a float64 design in float32."""
+    if design.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise PrecisionError(
+            "likelihoods need float64 and JAX is set to float32. Run\n"
+            f"    {ENABLE_X64}\n"
+            "before making arrays, or work inside `with jax.enable_x64(True):`. To use float32 all "
+            'the same, make the design with dtype="float32".'
+        )
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _module(value: Any) -> Any:
+    return jnp if isinstance(value, Array) else np
+
+
+def _floating_type(values: list[Any], asked: Any) -> np.dtype:
+    if asked is not None:
+        kind = np.dtype(asked)
+        if kind.name not in ("float32", "float64"):
+            raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
+        return kind
+    single = any(getattr(value, "dtype", None) in (np.float32, np.float16) for value in values)
+    if single and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise PrecisionError(
+            "the arrays are float32 and JAX has float64 switched off; likelihoods need float64. Run\n"
+            f"    {ENABLE_X64}\n"
+            'before making arrays, or ask for single precision with dtype="float32".'
+        )
+    return np.dtype("float64")
+
+
+def _array(value: Any, kind: np.dtype, name: str) -> Any:
+    """A NumPy array of finite values, or a traced array of the given type."""
+    if _is_traced(value):
+        return value.astype(kind)
+    try:
+        array = np.asarray(value).astype(kind)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} is not numeric: {error}") from None
+    if not np.all(np.isfinite(array)):
+        raise DataError(f"{name} contains NaN or infinite values; drop those rows first")
+    return array
+
+
+def _row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
+    array = _array(value, kind, name)
+    if array.shape != (n,):
+        raise DataError(f"{name} must have shape ({n},) to match y, not {array.shape}")
+    return array
+
+
+def _root_weights(weights: Any, kind: np.dtype) -> tuple[Any, Any]:
+    if weights is None:
+        return None, np.zeros((), kind)
+    if not _is_traced(weights) and np.any(weights <= 0):
+        row = int(np.argmax(weights <= 0))
+        raise DataError(
+            f"weights must be positive; weight {row} is {weights[row]:g}. Drop rows of weight zero"
+        )
+    xp = _module(weights)
+    return xp.sqrt(weights), xp.sum(xp.log(weights))
+
+
+def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
+    """Codes, columns, number of levels, name and effect names of one random term."""
+    if not isinstance(term, Term):
+        pair = isinstance(term, tuple) and len(term) == 2
+        term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
+    if _is_traced(term.group):
+        raise DataError(f"the grouping factor {term.name} must be concrete: its levels set shapes")
+    group = np.asarray(term.group)
+    if group.shape != (n,):
+        raise DataError(f"the grouping factor {term.name} must have shape ({n},), not {group.shape}")
+    levels, codes = np.unique(group, return_inverse=True)
+    columns = np.ones((n, 1), kind) if term.effects is None else term.effects
+    columns = _array(columns, kind, f"the effects of {term.name}")
+    columns = columns[:, None] if columns.ndim == 1 else columns
+    if columns.ndim != 2 or columns.shape[0] != n or columns.shape[1] < 1:
+        raise DataError(f"the effects of {term.name} must be ({n}, q), not {columns.shape}")
+    q = columns.shape[1]
+    names = term.effect_names
+    if names is None:
+        names = ("(Intercept)",) if term.effects is None else tuple(f"x{i + 1}" for i in range(q))
+    if len(names) != q:
+        raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
+    if levels.size < 2:
+        raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
+    if levels.size * q >= n:
+        raise DataError(
+            f"the term on {term.name} has {levels.size * q} random effects ({levels.size} levels "
+            f"times {q}) and there are {n} observations: its variances and the residual variance "
+            "cannot be told apart"
+        )
+    return codes.reshape(n), columns, int(levels.size), term.name, tuple(names)
+
+
+def _structure_basis(
+    effects: list[tuple[np.ndarray, Any, int]], structure: str | None, n: int
+) -> GroupedBasis | DenseBasis:
+    """Choose and prepare the structure, or check the one that was asked for."""
+    one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
+    traced = any(isinstance(columns, Array) for _, columns, _ in effects)
+    if structure not in (None, "grouped", "dense"):
+        raise DataError(f'structure must be "grouped" or "dense", not {structure!r}')
+    if structure == "grouped" and not one_factor:
+        raise DataError("the grouped structure needs every random term on the same factor")
+    if structure == "grouped" and traced:
+        raise DataError(
+            'the grouped structure needs concrete effects and weights: use "dense", whose '
+            "derivatives are right where columns tie"
+        )
+    if one_factor and not traced and structure != "dense":
+        columns = np.concatenate([columns for _, columns, _ in effects], axis=1)
+        return GroupedBasis(effects[0][0], columns, effects[0][2])
+    total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
+    order = n if traced else min(n, total)
+    size = 8 * (n * total + total * total + 4 * order * order)
+    if size > MAX_DENSE_BYTES:
+        raise DataError(
+            f"{total} random effects on several grouping factors and {n} rows would need about "
+            f"{size / 2**30:.1f} GiB in the dense structure, the only one for several factors so "
+            f"far; its limit is {MAX_DENSE_BYTES / 2**30:.0f} GiB"
+        )
+    return DenseBasis(effects)
+
+
+def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
+    """R of X = U R, [U, residual of y] and the least squares coefficients."""
+    n, p = rows.shape
+    if p >= n:
+        raise DataError(f"X has {p} columns and only {n} rows")
+    xp = _module(rows)
+    basis, triangle = xp.linalg.qr(rows)
+    if xp is np:
+        require_full_rank(triangle, rows)
+    yp = jnp if isinstance(response, Array) or xp is jnp else np
+    projection = basis.T @ response
+    residual = response - basis @ projection
+    again = basis.T @ residual  # a second pass takes out what rounding left of a large mean
+    residual = residual - basis @ again
+    beta = yp.linalg.solve(triangle, projection + again) if p else yp.zeros(0, response.dtype)
+    return triangle, yp.concatenate([basis, residual[:, None]], axis=1), beta
+
+
+def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
+    """Raise DataError naming the first column of X that depends on those before it."""
+    lengths = np.linalg.norm(rows, axis=0)
+    dependent = np.abs(np.diagonal(triangle)) <= 1e-10 * lengths
+    if np.any(dependent):
+        raise DataError(
+            f"column {int(np.argmax(dependent))} of X is a linear combination of the columns before "
+            "it; drop it (jaxreml.design and jaxreml.fit do so and name it)"
+        )
+
+
+def stack(designs: Sequence[Design]) -> Design:
+    """Stack designs of one shape for `vmap`, padding grouped designs of fewer levels.
+
+    Args:
+        designs: equal numbers of rows, fixed effects, terms and effects.
+
+    Raises:
+        DataError: designs that differ in more than the number of levels.
+    """
+    if all(isinstance(design.structure, Grouped) for design in designs):
+        most = max(design.structure.factors.shape[-1] for design in designs)  # type: ignore[attr-defined]
+        designs = [_pad_levels(design, most) for design in designs]
+    try:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *designs)
+    except ValueError as error:
+        raise DataError(f"designs of different shapes cannot be stacked: {error}") from None
+
+
+def _pad_levels(design: Design, n_levels: int) -> Design:
+    structure = design.structure
+    assert isinstance(structure, Grouped)
+    missing = n_levels - structure.factors.shape[-1]
+    pad = [(0, 0), (0, 0), (0, missing)]
+    padded = Grouped(
+        np.pad(structure.factors, pad),  # type: ignore[arg-type]
+        np.pad(structure.scores, pad),  # type: ignore[arg-type]
+        structure.remainder,
+        structure.sizes,
+    )
+    return _replace(design, structure=padded)
+
+
+__all__ = ["Dense", "Design", "Term", "covariance", "require_precision", "stack"]

@@ -1,0 +1,272 @@
+"""`estimate`: the optimum of a design's criterion, as a pure function of the design."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.linalg import solve_triangular
+
+from jaxreml import covariance, newton
+from jaxreml.designs import Design, require_precision
+from jaxreml.objective import Expansion, expand
+
+ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
+LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
+FAR = 20.0  # stands for arctanh(+-1) likewise
+PERFECT = 1e-13  # share of the sum of squares below which the residuals are rounding error
+
+
+class Status(IntEnum):
+    """How an optimisation ended; `sentence` says it in words."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    STALLED = 2
+    SADDLE = 3
+    NOT_FINITE = 4
+    PERFECT_FIT = 5
+    NOT_CERTIFIED = 6
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for people."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.CONVERGED: "converged: the gradient is zero and the Hessian has no negative eigenvalue",
+    Status.MAX_ITERATIONS: "the iteration limit was reached before the gradient vanished; raise "
+    "max_iterations, or rescale or simplify the model",
+    Status.STALLED: "no downhill step could be found although the gradient is not zero: the model "
+    "may be badly scaled or nearly unidentified",
+    Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a saddle "
+    "point, not a minimum",
+    Status.NOT_FINITE: "the criterion or its derivatives are not finite: the covariance matrix is "
+    "not positive definite in floating point",
+    Status.PERFECT_FIT: "the model fits the response perfectly: the residual variance is zero and "
+    "the likelihood has no maximum",
+    Status.NOT_CERTIFIED: "the separately compiled gradient at the reported optimum is not zero: "
+    "the result is not trusted; please report it",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Estimate:
+    """The optimum and what follows from it: a pytree of arrays, m variance parameters.
+
+    Attributes:
+        theta: (m,), relative Cholesky factors column by column, as lme4's.
+        params: (m + 1,), log-variances and correlation coordinates in the order of
+            ``design.parameter_names``; -inf for a variance of zero, +-inf for a correlation of
+            +-1, NaN for a correlation that a zero variance leaves undefined.
+        params_vcov: (m + 1, m + 1), asymptotic covariance 2 H^-1 of `params` given the parameters
+            on a boundary, whose rows are NaN.
+        log_variances: the log-variances among `params`, one per effect, the residual's last.
+        log_variance_se: their standard errors.
+        beta: (p,), fixed effects.
+        vcov: (p, p), sigma2 (X' V0^-1 X)^-1, their covariance.
+        vcov_slopes: (m + 1, p, p), derivatives of `vcov` in `params`, zero for those on a
+            boundary: what Satterthwaite's degrees of freedom are made of.
+        sigma: (), residual standard deviation.
+        criterion: (), -2 log (restricted) likelihood at the optimum.
+        hessian: (m + 1, m + 1), of the criterion in `params`; NaN as in `params_vcov`.
+        iterations: (), expansions of the criterion computed.
+        gradient_norm: (), Euclidean norm of the gradient in theta (scaled effects).
+        inertia: (3,), negative, zero and positive eigenvalues of the Hessian in theta.
+        is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
+        status: (), a `Status`. Other than CONVERGED: do not use the numbers.
+    """
+
+    theta: Array
+    params: Array
+    params_vcov: Array
+    log_variances: Array
+    log_variance_se: Array
+    beta: Array
+    vcov: Array
+    vcov_slopes: Array
+    sigma: Array
+    criterion: Array
+    hessian: Array
+    iterations: Array
+    gradient_norm: Array
+    inertia: Array
+    is_singular: Array
+    status: Array
+
+
+def is_reml(method: str) -> bool:
+    """Whether `method` is "REML"; ValueError unless it is "REML" or "ML"."""
+    if method not in ("REML", "ML"):
+        raise ValueError(f'method must be "REML" or "ML", not {method!r}')
+    return method == "REML"
+
+
+@partial(jax.jit, static_argnames=("method", "max_iterations", "tolerance"))
+def estimate(
+    design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
+) -> Estimate:
+    """Fit a design by REML or ML.
+
+    Pure: `jit`, `vmap` over stacked designs (`jaxreml.design.stack`), and derivatives to any order
+    with respect to the design, by the implicit function theorem at the optimum. Fixed effects and
+    residual variance are profiled out; the rest is a safeguarded Newton iteration with exact
+    derivatives on the relative Cholesky factor theta, whose diagonal has no bound: the criterion
+    is even in each of its columns, and the sign is fixed at the end.
+
+    Args:
+        design: the data.
+        method: "REML" or "ML".
+        max_iterations: evaluations of the criterion with its derivatives.
+        tolerance: of the Newton decrement, how far the criterion may be above its minimum.
+
+    Returns:
+        The estimate. Look at `status` before using it: nothing is raised on numerical trouble.
+
+    Raises:
+        ValueError: another method.
+        PrecisionError: a float64 design with JAX set to float32.
+    """
+    reml = is_reml(method)
+    require_precision(design)
+    if design.dtype == "float32":
+        tolerance = max(tolerance, 1e-5)
+    trace = _search(jax.lax.stop_gradient(design), reml, tolerance, max_iterations)
+    trace = jax.lax.stop_gradient(trace)
+    theta, point = _optimum(reml, design, trace.theta, trace.point)
+    return _report(theta, point, trace, design)
+
+
+class Point(NamedTuple):
+    """The criterion around one theta (scaled effects).
+
+    Attributes:
+        value, gradient, hessian: of the profiled criterion in theta, (), (m,) and (m, m).
+        expansion: the same in omega, and what it was made from.
+    """
+
+    value: Array
+    gradient: Array
+    hessian: Array
+    expansion: Expansion
+
+
+def expand_theta(theta: Array, design: Design, *, reml: bool) -> Point:
+    """The profiled criterion with its derivatives in theta, by the chain rule from omega."""
+    products = jnp.asarray(covariance.product_tensor(design.sizes), theta.dtype)
+    half_jacobian = products @ theta
+    expansion = expand(half_jacobian @ theta, design, reml=reml)
+    gradient = 2 * expansion.gradient @ half_jacobian
+    curvature = 2 * jnp.tensordot(expansion.gradient, products, axes=1)
+    hessian = 4 * half_jacobian.T @ expansion.hessian @ half_jacobian + curvature
+    return Point(expansion.value, gradient, (hessian + hessian.T) / 2, expansion)
+
+
+def _snap(theta: Array, sizes: covariance.Sizes) -> Array:
+    """The factor with non-negative diagonal, pivots that are nearly zero set to zero."""
+    matrices = covariance.symmetric_matrices(covariance.omega_from_theta(theta, sizes), sizes)
+    return covariance.join_triangles(
+        tuple(covariance.factor_semidefinite(matrix, ZERO)[0] for matrix in matrices)
+    )
+
+
+def _search(design: Design, reml: bool, tolerance: float, max_iterations: int) -> newton.Trace:
+    start = jnp.asarray(covariance.theta_diagonal(design.sizes), design.dtype)
+    return newton.minimise(
+        lambda theta: expand_theta(theta, design, reml=reml),
+        start,
+        partial(_snap, sizes=design.sizes),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _optimum(reml: bool, design: Design, theta: Array, point: Point) -> tuple[Array, Point]:
+    """The optimum found, with the derivatives that it has as a function of the design.
+
+    The gradient stays zero when the design changes, so d theta = -H^-1 d gradient, with flat
+    directions left where they are.
+    """
+    return theta, point
+
+
+@_optimum.defjvp
+def _optimum_jvp(reml, primals, tangents):
+    theta, point = _optimum(reml, *primals)
+    design, design_dot = primals[0], tangents[0]
+    at = partial(expand_theta, reml=reml)
+    _, gradient_dot = jax.jvp(lambda design: at(theta, design).gradient, (design,), (design_dot,))
+    theta_dot = -newton.solve_flat(at(theta, design).hessian, gradient_dot)
+    _, point_dot = jax.jvp(at, (theta, design), (theta_dot, design_dot))
+    return (theta, point), (theta_dot, point_dot)
+
+
+def _report(theta: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
+    sizes = design.sizes
+    p = design.p
+    value, gradient, hessian_theta, expansion = point
+    inertia = newton.inertia(hessian_theta)
+    sigma2 = jnp.exp(expansion.log_sigma2)
+
+    # Fixed effects: undo the orthonormal basis and the least squares shift of y.
+    factor = expansion.gram_factor
+    upper = factor[:p, :p].T @ design.basis
+    beta = design.beta_ols + solve_triangular(
+        design.basis, solve_triangular(factor[:p, :p], factor[p, :p], lower=True, trans=1)
+    )
+    root_vcov = solve_triangular(upper, jnp.eye(p, dtype=factor.dtype)) if p else upper
+    vcov = sigma2 * root_vcov @ root_vcov.T
+
+    # Variance parameters, in the user's units of the effects.
+    scaled = covariance.split_triangles(theta, sizes)
+    factors = tuple(f / s[:, None] for f, s in zip(scaled, design.scales, strict=True))
+    finite = covariance.params_from_factors(factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
+    free, shown = covariance.boundary(factors, finite, FAR)
+    per_unit = jnp.append(covariance.relative_scale(design.scales), 1.0)
+    slopes = jnp.append(expansion.gradient, 0.0) * per_unit
+    curves = expansion.joint_hessian * per_unit[:, None] * per_unit
+    jacobian, hessian = covariance.hessian_in_params(finite, slopes, curves, sizes)
+    of_omega = -(root_vcov @ expansion.gram_slopes[:, :p, :p] @ root_vcov.T)
+    of_all = sigma2 * jnp.concatenate([of_omega, (root_vcov @ root_vcov.T)[None]])
+    vcov_slopes = jnp.einsum("is,iuv->suv", jacobian * per_unit[:, None] * free, of_all)
+    both = free[:, None] & free
+    root = jnp.linalg.cholesky(jnp.where(both, hessian, jnp.eye(free.size, dtype=hessian.dtype)))
+    root = solve_triangular(root, jnp.eye(free.size, dtype=hessian.dtype), lower=True)
+    params_vcov = jnp.where(both, 2 * root.T @ root, jnp.nan)
+    positions = covariance.residual_last_log_variances(sizes)
+
+    rss = factor[p, p] ** 2
+    status = jnp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
+    status = jnp.where(trace.stalled, Status.STALLED, status)
+    status = jnp.where(trace.converged & (inertia[0] > 0), Status.SADDLE, status)
+    status = jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+    perfect = ~(rss > PERFECT * design.residual_ss) | ~(
+        design.residual_ss > PERFECT * design.total_ss
+    )
+    status = jnp.where(perfect, Status.PERFECT_FIT, status)
+    return Estimate(
+        theta=covariance.join_triangles(factors),
+        params=shown,
+        params_vcov=params_vcov,
+        log_variances=shown[positions],
+        log_variance_se=jnp.sqrt(jnp.diagonal(params_vcov))[positions],
+        beta=beta,
+        vcov=vcov,
+        vcov_slopes=vcov_slopes,
+        sigma=jnp.sqrt(sigma2),
+        criterion=value,
+        hessian=jnp.where(both, hessian, jnp.nan),
+        iterations=trace.iterations,
+        gradient_norm=jnp.linalg.norm(gradient),
+        inertia=inertia,
+        is_singular=~jnp.all(free),
+        status=status.astype(jnp.int32),
+    )

@@ -1,0 +1,243 @@
+"""lme4's formula grammar, taken apart: text in, parts out, no data.
+
+The random terms, ``(effects | group)`` and ``(effects || group)``, and the offsets are cut out of
+the right side; what is left is a fixed-effects formula for formulaic, and so are the effects
+inside the bars.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jaxreml.errors import FormulaError
+
+_OPEN, _CLOSE = "([{", ")]}"
+_NAME = re.compile(r"`[^`]+`|[^\W\d]\w*", re.UNICODE)
+
+
+@dataclass(frozen=True)
+class RandomTerm:
+    """One bar of a formula.
+
+    Attributes:
+        effects: text left of the bar, a formulaic right side.
+        factors: names of the columns whose combinations are the levels: one, or several for
+            ``a:b``, the outermost last as lme4 names them (``cask:batch`` for ``batch/cask``).
+        name: the grouping factor's name as lme4 gives it.
+        correlated: whether the effects are correlated (one bar) or not (two).
+    """
+
+    effects: str
+    factors: tuple[str, ...]
+    name: str
+    correlated: bool
+
+
+@dataclass(frozen=True)
+class ParsedFormula:
+    """The parts of a formula.
+
+    Attributes:
+        text: the formula as given.
+        response: text of the left side, "" if there is none.
+        fixed: text of the fixed effects, a formulaic right side.
+        offsets: texts inside ``offset()``.
+        random: random terms in the order written.
+    """
+
+    text: str
+    response: str
+    fixed: str
+    offsets: tuple[str, ...]
+    random: tuple[RandomTerm, ...]
+
+
+def parse(formula: str) -> ParsedFormula:
+    """Take a formula apart.
+
+    Raises:
+        FormulaError: brackets that do not match, no or several ``~``, a bar outside brackets,
+            nested or multiplied bars, a random term that is subtracted, or no random term.
+    """
+    if not isinstance(formula, str):
+        raise FormulaError(f"the formula must be a string, not {type(formula).__name__}")
+    text = " ".join(formula.split())
+    sides = [piece for piece, _ in _split(text, "~")]
+    if len(sides) != 2:
+        raise FormulaError(
+            f"the formula {text!r} must have exactly one ~, as in 'y ~ x + (x | group)'"
+        )
+    response, right = sides
+    if "|" in response:
+        raise FormulaError(f"{response!r}, the left side of the formula, contains a bar")
+    fixed: list[str] = []
+    offsets: list[str] = []
+    random: list[RandomTerm] = []
+    _collect(right, fixed, offsets, random)
+    if not random:
+        raise FormulaError(
+            f"the formula {text!r} has no random term; add one such as (1 | group), or use least "
+            "squares"
+        )
+    fixed_text = " ".join(fixed).removeprefix("+ ") or "1"
+    return ParsedFormula(text, response, fixed_text, tuple(offsets), tuple(random))
+
+
+def _collect(
+    right: str, fixed: list[str], offsets: list[str], random: list[RandomTerm]
+) -> None:
+    """Sort the summands of a right side into fixed effects, offsets and random terms."""
+    pieces = _split(right, "+-")
+    for k, (piece, operator) in enumerate(pieces):
+        if not piece:
+            if k == 0 and len(pieces) > 1:  # a sign at the start, as in ~ -1 + x
+                continue
+            raise FormulaError(f"a term is missing after {operator or '~'!r} in {right!r}")
+        here = operator or "+"
+        inner = _unwrap(piece)
+        bars = _count_bars(piece)
+        if bars == 0:
+            call = re.fullmatch(r"offset\s*\((.*)\)", piece)
+            if call is None:
+                fixed += [here, piece]
+            elif here == "-":
+                raise FormulaError(f"an offset cannot be subtracted: {piece!r}")
+            else:
+                offsets.append(call.group(1).strip())
+        elif inner is None:
+            if any(bar for _, bar in _split(piece, "|")):
+                raise FormulaError(
+                    f"the bar in {piece!r} is outside brackets; write random terms as (x | group)"
+                )
+            raise FormulaError(
+                f"random terms can only be added, not multiplied or crossed: {piece!r}"
+            )
+        elif here == "-":
+            raise FormulaError(f"a random term cannot be subtracted: - {piece}")
+        elif any(bar for _, bar in _split(inner, "|")):
+            random.extend(_random_terms(inner))
+        else:
+            _collect(inner, fixed, offsets, random)
+
+
+def _random_terms(inner: str) -> list[RandomTerm]:
+    """The random terms of the text inside one pair of brackets; several for ``a/b``."""
+    parts = [piece for piece, _ in _split(inner, "|")]
+    correlated = not (len(parts) == 3 and not parts[1] and re.search(r"\|\|", inner))
+    if not correlated:
+        parts = [parts[0], parts[2]]
+    if len(parts) != 2 or any(_count_bars(part) for part in parts):
+        raise FormulaError(f"nested bars: ({inner}); a random term has one bar, (effects | group)")
+    effects, group = parts
+    if not effects or not group:
+        raise FormulaError(f"({inner}) needs effects before the bar and a grouping factor after it")
+    outer: tuple[str, ...] = ()
+    outer_name = ""
+    terms = []
+    for level, _ in _split(_strip(group), "/"):
+        factors = tuple(_factor(name, group) for name, _ in _split(_strip(level), ":"))
+        name = ":".join(factors)
+        if outer:
+            name = f"{name}:({outer_name})" if ":" in outer_name else f"{name}:{outer_name}"
+        outer = (*factors, *outer)
+        outer_name = name
+        terms.append(RandomTerm(effects, outer, name, correlated))
+    return terms
+
+
+def _factor(name: str, group: str) -> str:
+    call = re.fullmatch(r"(?:factor|as\.factor|C)\((.*)\)", name)
+    name = call.group(1).strip() if call else name
+    if not _NAME.fullmatch(name):
+        raise FormulaError(
+            f"{name!r} in the grouping factor {group!r} is not a column name; grouping factors are "
+            "columns joined by : or /, in backticks if their names have spaces or dots"
+        )
+    return name.strip("`")
+
+
+def _strip(text: str) -> str:
+    while (inner := _unwrap(text)) is not None:
+        text = inner
+    return text
+
+
+def _unwrap(piece: str) -> str | None:
+    """The text inside brackets that span the whole piece, or None."""
+    if not (piece.startswith("(") and piece.endswith(")")):
+        return None
+    depths = list(_depths(piece))
+    spans = all(depth > 0 for _, depth, _ in depths[:-1])
+    return piece[1:-1].strip() if spans else None
+
+
+def _count_bars(text: str) -> int:
+    """Bars that belong to the formula, not to Python code inside a function call."""
+    return sum(character == "|" and not in_call for character, _, in_call in _depths(text))
+
+
+def _split(text: str, separators: str) -> list[tuple[str, str]]:
+    """Split outside brackets and quotes: pieces, each with the separator before it."""
+    pieces = []
+    piece = ""
+    before = ""
+    for character, depth, _ in _depths(text):
+        if depth == 0 and character in separators:
+            pieces.append((piece.strip(), before))
+            piece, before = "", character
+        else:
+            piece += character
+    return [*pieces, (piece.strip(), before)]
+
+
+def _depths(text: str):
+    """Each character with its bracket depth after it and whether it is inside a call's brackets.
+
+    Characters inside quotes or backticks come with depth 1 or more.
+    """
+    stack: list[tuple[str, bool]] = []
+    quote = ""
+    previous = ""
+    for character in text:
+        in_call = any(call for _, call in stack)
+        if quote:
+            quote = "" if character == quote else quote
+            yield character, len(stack) + 1, in_call or character == "|"
+            previous = character
+            continue
+        if character in "\"'`":
+            quote = character
+            yield character, len(stack) + 1, in_call
+        elif character in _OPEN:
+            stack.append((character, character != "(" or bool(re.match(r"[\w`\])]", previous))))
+            yield character, len(stack), in_call
+        elif character in _CLOSE:
+            if not stack or _OPEN.index(stack[-1][0]) != _CLOSE.index(character):
+                raise FormulaError(f"{character!r} closes no bracket in {text!r}")
+            stack.pop()
+            yield character, len(stack), in_call
+        else:
+            yield character, len(stack), in_call
+        if not character.isspace():
+            previous = character
+    if stack or quote:
+        raise FormulaError(f"{quote or stack[-1][0]!r} is never closed in {text!r}")
+
+
+def names_in(expression: str) -> list[str]:
+    """Names in an expression that can be columns: not functions, keywords or string contents."""
+    text = re.sub(r"\"[^\"]*\"|'[^']*'", " ", expression)
+    found = []
+    for match in re.finditer(r"`([^`]+)`|(?<![\w.])([^\W\d]\w*)", text):
+        quoted, name = match.groups()
+        if quoted:
+            found.append(quoted)
+            continue
+        rest = text[match.end() :].lstrip()
+        is_keyword_argument = rest.startswith("=") and not rest.startswith("==")
+        if rest[:1] in ("(", ".") or is_keyword_argument:
+            continue
+        if name not in ("True", "False", "None", "and", "or", "not", "in", "is", "if", "else"):
+            found.append(name)
+    return list(dict.fromkeys(found))

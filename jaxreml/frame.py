@@ -1,0 +1,459 @@
+"""Columns of a user's table to arrays with labels: the model frame.
+
+Any eager dataframe that narwhals knows (pandas, polars, pyarrow, ...) and dicts of arrays come in.
+Only the columns that the model uses are looked at. Everything that can be wrong with them is found
+here, before any compute, and named.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import formulaic
+import narwhals as nw
+import numpy as np
+import pandas as pd
+from formulaic.errors import FormulaicError
+from formulaic.transforms import TRANSFORMS
+
+from jaxreml.designs import Design, Term
+from jaxreml.errors import DataError, FormulaError
+from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
+
+ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
+_R_NAMES = {"factor": TRANSFORMS["C"], "sqrt": np.sqrt, "abs": np.abs}
+
+
+@dataclass(frozen=True)
+class GroupingTerm:
+    """A random term as arrays and labels.
+
+    Attributes:
+        name: the grouping factor, as lme4 names it.
+        levels: labels, J of them, in order.
+        codes: (n,) integers 0..J-1.
+        effects: (n, q) columns.
+        effect_names: q names.
+    """
+
+    name: str
+    levels: tuple[Any, ...]
+    codes: np.ndarray
+    effects: np.ndarray
+    effect_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelFrame:
+    """Rows that a model uses, as arrays with labels.
+
+    Attributes:
+        formula: its parts.
+        y, X: (n,) and (n, p), aliased columns of X left out.
+        fixed_names, aliased: names of the columns of X, and of those left out.
+        terms: random terms in lme4's order, most levels first.
+        weights, offset: (n,) or None.
+        table: the columns used, complete rows only, in the user's row labels.
+        n_dropped: rows left out because a column used has a missing value there.
+    """
+
+    formula: ParsedFormula
+    y: np.ndarray
+    X: np.ndarray
+    fixed_names: tuple[str, ...]
+    aliased: tuple[str, ...]
+    terms: tuple[GroupingTerm, ...]
+    weights: np.ndarray | None
+    offset: np.ndarray | None
+    table: pd.DataFrame
+    n_dropped: int
+
+    def design(self, structure: str | None = None) -> Design:
+        """The cross-products of this frame."""
+        terms = [
+            Term(term.codes, term.effects, term.name, term.effect_names) for term in self.terms
+        ]
+        return Design.from_arrays(
+            self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
+        )
+
+
+def model_frame(
+    formula: str,
+    data: Any,
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    context: Mapping[str, Any] | None = None,
+) -> ModelFrame:
+    """Build the model frame of a formula.
+
+    Args:
+        formula: lme4's grammar; the left side is the response.
+        data: dataframe (pandas, polars, pyarrow, anything narwhals reads) or dict of columns.
+        weights: name of a column, or (n,) values: prior weights as in lme4.
+        offset: name of a column, or (n,) values, added to any ``offset()`` of the formula.
+        context: names that the formula may use besides columns, functions for example.
+
+    Raises:
+        FormulaError: a formula outside the grammar.
+        DataError: data that the model cannot be fitted to; the message names the column, level or
+            value and says what to do.
+    """
+    parsed = parse(formula)
+    if not parsed.response:
+        raise FormulaError(f"the formula {parsed.text!r} has no response left of the ~")
+    context = {**_R_NAMES, **(context or {})}
+    table = _used_columns(parsed, data, context)
+    extras = {"weights": weights, "offset": offset}
+    for role, value in extras.items():
+        if value is not None:
+            table[f"({role})"] = _extra_column(role, value, data, len(table))
+    table, n_dropped = _complete_rows(table)
+    _check_finite(table)
+
+    y = _response(parsed, table, context)
+    X, fixed_names = _matrix(parsed.fixed, table, context, "the fixed effects")
+    X, fixed_names, aliased = _drop_aliased(X, fixed_names)
+    if X.shape[1] >= len(y):
+        raise DataError(f"{X.shape[1]} fixed effects and only {len(y)} observations")
+    terms = [term for bar in parsed.random for term in _grouping_terms(bar, table, context)]
+    terms = _lme4_order(terms)
+    _check_terms(terms, len(y))
+    total_offset = None
+    for text in parsed.offsets:
+        total_offset = _evaluate(text, table, context, "offset") + (
+            0 if total_offset is None else total_offset
+        )
+    if offset is not None:
+        values = table["(offset)"].to_numpy(float)
+        total_offset = values if total_offset is None else total_offset + values
+    prior = None if weights is None else table["(weights)"].to_numpy(float)
+    if prior is not None and np.any(prior <= 0):
+        row = table.index[int(np.argmax(prior <= 0))]
+        raise DataError(
+            f"weights must be positive; row {row!r} has {prior.min():g}. Drop rows of weight zero"
+        )
+    return ModelFrame(
+        parsed, y, X, fixed_names, aliased, tuple(terms), prior, total_offset, table, n_dropped
+    )
+
+
+def design(
+    formula: str,
+    data: Any,
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> Design:
+    """The `Design` of a formula and a table; arguments and errors as `fit`'s."""
+    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    return frame.design(structure)
+
+
+def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) -> pd.DataFrame:
+    """A copy of the columns that the formula names, as pandas."""
+    expressions = [parsed.response, parsed.fixed, *parsed.offsets]
+    expressions += [bar.effects for bar in parsed.random]
+    names = [name for expression in expressions for name in names_in(expression)]
+    names += [factor for bar in parsed.random for factor in bar.factors]
+    columns = _column_names(data)
+    repeated = sorted({name for name in names if columns.count(name) > 1})
+    if repeated:
+        raise DataError(f"column {repeated[0]!r} occurs more than once in the data; rename one")
+    if any(re_dot == "." for re_dot in parsed.fixed.replace("+", " ").split()):
+        raise FormulaError("'.' for all other columns is not supported: write the names out")
+    wanted = []
+    for name in dict.fromkeys(names):
+        if name in columns:
+            wanted.append(name)
+        elif name not in context and name not in TRANSFORMS and name != "np":
+            near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise DataError(
+                f"column {name!r} of the formula is not in the data{hint} "
+                f"The columns are: {', '.join(map(str, columns[:20]))}"
+                f"{', ...' if len(columns) > 20 else ''}"
+            )
+    table = _to_pandas(data, wanted)
+    if not len(table):
+        raise DataError("the data have no rows")
+    return table
+
+
+def _column_names(data: Any) -> list[str]:
+    if isinstance(data, Mapping):
+        return list(data)
+    if isinstance(data, pd.DataFrame):
+        return list(data.columns)
+    try:
+        return nw.from_native(data, eager_only=True).columns
+    except TypeError:
+        if hasattr(data, "collect"):
+            raise DataError("data is a lazy frame; call .collect() on it first") from None
+        raise DataError(
+            "data must be a dataframe (pandas, polars, pyarrow, ...) or a dict of columns, not "
+            f"{type(data).__name__}"
+        ) from None
+
+
+def _to_pandas(data: Any, names: list[str]) -> pd.DataFrame:
+    if isinstance(data, pd.DataFrame):
+        columns = {name: _plain(data[name]) for name in names}
+        return pd.DataFrame(columns, index=data.index)
+    if isinstance(data, Mapping):
+        columns = {name: np.asarray(data[name]) for name in names}
+        columns = {
+            name: _plain(data[name]) if isinstance(data[name], pd.Series) else values
+            for name, values in columns.items()
+        }
+        lengths = {name: np.shape(values) for name, values in columns.items()}
+        bad = next((name for name, shape in lengths.items() if len(shape) != 1), None)
+        if bad is not None:
+            raise DataError(f"column {bad!r} must be one-dimensional, not {lengths[bad]}")
+        if len(set(lengths.values())) > 1:
+            sizes = ", ".join(f"{name}: {shape[0]}" for name, shape in lengths.items())
+            raise DataError(f"columns of different lengths: {sizes}")
+        plain = {
+            name: values.reset_index(drop=True) if isinstance(values, pd.Series) else values
+            for name, values in columns.items()
+        }
+        return pd.DataFrame(plain)
+    frame = nw.from_native(data, eager_only=True)
+    return pd.DataFrame({name: _from_narwhals(frame[name]) for name in names})
+
+
+def _plain(column: pd.Series) -> pd.Series:
+    """A pandas column in NumPy's types, missing values as NaN or None."""
+    kind = column.dtype
+    if isinstance(kind, pd.CategoricalDtype) or isinstance(kind, np.dtype):
+        return column
+    if pd.api.types.is_bool_dtype(kind) and not column.isna().any():
+        return column.astype(bool)
+    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind):
+        return pd.Series(column.to_numpy(float, na_value=np.nan), index=column.index)
+    return column
+
+
+def _from_narwhals(column: nw.Series) -> Any:
+    if column.dtype in (nw.Categorical, nw.Enum):
+        return pd.Categorical(column.to_list(), categories=column.cat.get_categories().to_list())
+    if column.dtype.is_numeric():
+        return column.cast(nw.Float64).to_numpy() if column.null_count() else column.to_numpy()
+    return pd.Series(column.to_list())
+
+
+def _extra_column(role: str, value: Any, data: Any, n: int) -> np.ndarray:
+    """Values of the argument `weights` or `offset`: a column's name or an array."""
+    if isinstance(value, str):
+        columns = _column_names(data)
+        if value not in columns:
+            near = difflib.get_close_matches(value, columns, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise DataError(f"{role}={value!r} is not a column of the data{hint}")
+        value = _to_pandas(data, [value])[value]
+    try:
+        values = np.asarray(value, float)
+    except (TypeError, ValueError):
+        raise DataError(f"{role} must be numeric") from None
+    if values.shape != (n,):
+        raise DataError(f"{role} must be a column name or {n} values, not {values.shape}")
+    return values
+
+
+def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Leave out rows with missing values, and then the levels that no row has."""
+    missing = table.isna()
+    complete = ~missing.any(axis=1)
+    n_dropped = int((~complete).sum())
+    if n_dropped == len(table):
+        empty = [str(name) for name in table.columns if missing[name].all()]
+        which = f"; nothing but missing values in {', '.join(empty)}" if empty else ""
+        raise DataError(f"all {len(table)} rows have a missing value in a column used{which}")
+    if n_dropped:
+        table = table.loc[complete]
+    table = table.copy()
+    for name in table.columns:
+        if isinstance(table[name].dtype, pd.CategoricalDtype):
+            table[name] = table[name].cat.remove_unused_categories()
+    return table, n_dropped
+
+
+def _check_finite(table: pd.DataFrame) -> None:
+    for name in table.columns:
+        if pd.api.types.is_float_dtype(table[name].dtype):
+            infinite = ~np.isfinite(table[name].to_numpy())
+            if infinite.any():
+                row = table.index[int(np.argmax(infinite))]
+                raise DataError(
+                    f"column {str(name)!r} has {int(infinite.sum())} infinite value(s), the first "
+                    f"in row {row!r}; set them to NaN to drop the rows, or correct them"
+                )
+
+
+def _is_column(text: str, table: pd.DataFrame) -> str | None:
+    name = text.strip().strip("`")
+    return name if name in table.columns else None
+
+
+def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, Any]) -> np.ndarray:
+    text = parsed.response
+    name = _is_column(text, table)
+    if name is not None and (
+        not pd.api.types.is_numeric_dtype(table[name].dtype)
+        or isinstance(table[name].dtype, pd.CategoricalDtype)
+    ):
+        example = table[name].iloc[0]
+        raise DataError(
+            f"the response {name!r} is not numeric (it has values such as {example!r}); convert it, "
+            "for example with pandas.to_numeric"
+        )
+    y = _evaluate(text, table, context, "response")
+    if not np.all(np.isfinite(y)):
+        row = table.index[int(np.argmax(~np.isfinite(y)))]
+        raise DataError(f"the response {text!r} is not finite in row {row!r}")
+    if np.all(y == y[0]):
+        raise DataError(f"the response {text!r} is constant ({y[0]:g}): there is nothing to fit")
+    return y
+
+
+def _evaluate(
+    text: str, table: pd.DataFrame, context: Mapping[str, Any], role: str
+) -> np.ndarray:
+    """Values (n,) of one numeric expression."""
+    name = _is_column(text, table)
+    if name is not None:
+        try:
+            return table[name].to_numpy(float)
+        except (TypeError, ValueError):
+            raise DataError(f"the {role} {name!r} is not numeric") from None
+    values, names = _matrix(f"0 + I({text})", table, context, f"the {role} {text!r}")
+    if values.shape[1] != 1:
+        raise DataError(f"the {role} {text!r} must be one numeric column, not {len(names)}")
+    return values[:, 0]
+
+
+def _matrix(
+    text: str, table: pd.DataFrame, context: Mapping[str, Any], what: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The model matrix of a formulaic right side, (n, columns), with column names."""
+    try:
+        matrix = formulaic.Formula(text).get_model_matrix(
+            table, na_action="raise", output="numpy", context=context
+        )
+        names = matrix.model_spec.column_names
+    except FormulaicError as error:
+        raise FormulaError(f"{what}, {text!r}: {error}") from error
+    except Exception as error:
+        raise DataError(f"{what}, {text!r}, cannot be computed: {error}") from error
+    values = np.asarray(matrix, float).reshape(len(table), len(names))
+    names = tuple("(Intercept)" if name == "Intercept" else str(name) for name in names)
+    bad = ~np.isfinite(values).all(axis=0)
+    if bad.any():
+        k = int(np.argmax(bad))
+        row = table.index[int(np.argmax(~np.isfinite(values[:, k])))]
+        raise DataError(f"{names[k]!r} in {what} is not finite in row {row!r}")
+    return values, names
+
+
+def _drop_aliased(
+    X: np.ndarray, names: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Leave out columns that depend linearly on columns before them, as R does."""
+    kept = np.arange(X.shape[1])
+    lengths = np.linalg.norm(X, axis=0)
+    while kept.size:
+        diagonal = np.abs(np.diagonal(np.linalg.qr(X[:, kept], mode="r")))
+        diagonal = np.pad(diagonal, (0, kept.size - diagonal.size))  # more columns than rows
+        dependent = diagonal <= ALIASED * lengths[kept]
+        if not dependent.any():
+            break
+        kept = np.delete(kept, int(np.argmax(dependent)))
+    aliased = tuple(names[k] for k in range(len(names)) if k not in kept)
+    return X[:, kept], tuple(names[k] for k in kept), aliased
+
+
+def _grouping_terms(
+    bar: RandomTerm, table: pd.DataFrame, context: Mapping[str, Any]
+) -> list[GroupingTerm]:
+    """One term for correlated effects, one for each summand of uncorrelated ones."""
+    codes, levels = _grouping_factor(bar, table)
+    texts = [bar.effects] if bar.correlated else _summands(bar.effects)
+    terms = []
+    for text in texts:
+        effects, names = _matrix(text, table, context, f"the random effects on {bar.name}")
+        if not names:
+            raise FormulaError(f"the term ({bar.effects} | {bar.name}) has no random effects")
+        terms.append(GroupingTerm(bar.name, levels, codes, effects, names))
+    return terms
+
+
+def _summands(effects: str) -> list[str]:
+    """(1 + x || g) as the right sides "1" and "0 + x"; a factor stays one summand, as in lme4."""
+    try:
+        summands = [str(term) for term in formulaic.Formula(effects)]
+    except FormulaicError as error:
+        raise FormulaError(f"{effects!r}: {error}") from error
+    return ["1" if summand == "1" else f"0 + {summand}" for summand in summands]
+
+
+def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, tuple[Any, ...]]:
+    """Codes and level labels; combinations of several columns, in R's order, if there are more."""
+    factors = [pd.Categorical(table[name]) for name in bar.factors]
+    codes = np.asarray(factors[0].codes, dtype=np.int64)
+    for factor in factors[1:]:
+        codes = codes * len(factor.categories) + factor.codes
+    present, codes = np.unique(codes, return_inverse=True)
+    if len(factors) == 1:
+        labels = [factors[0].categories[k] for k in present]
+        return codes, tuple(x.item() if hasattr(x, "item") else x for x in labels)
+    parts = []
+    for factor in reversed(factors):
+        parts.append([str(factor.categories[k]) for k in present % len(factor.categories)])
+        present = present // len(factor.categories)
+    return codes, tuple(":".join(label) for label in zip(*reversed(parts), strict=True))
+
+
+def _lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
+    """Most levels first; like lme4, rev(order(levels)) as soon as one term is out of order."""
+    levels = [len(term.levels) for term in terms]
+    if all(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+        return terms
+    order = sorted(range(len(terms)), key=levels.__getitem__)
+    return [terms[k] for k in reversed(order)]
+
+
+def _check_terms(terms: list[GroupingTerm], n: int) -> None:
+    seen: set[tuple[str, str]] = set()
+    for term in terms:
+        n_levels, q = len(term.levels), len(term.effect_names)
+        if n_levels < 2:
+            raise DataError(
+                f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its variance "
+                "cannot be estimated. Leave the term out"
+            )
+        if n_levels >= n:
+            raise DataError(
+                f"the grouping factor {term.name!r} has {n_levels} levels in {n} rows, one row a "
+                "level: its variance and the residual variance cannot be told apart"
+            )
+        if n_levels * q >= n:
+            raise DataError(
+                f"the term on {term.name!r} has {n_levels * q} random effects ({n_levels} levels "
+                f"times {q}: {', '.join(term.effect_names)}) and there are {n} observations; take "
+                "effects out"
+            )
+        for k, effect in enumerate(term.effect_names):
+            if not np.any(term.effects[:, k]):
+                raise DataError(f"the random effect {effect!r} of {term.name!r} is zero in all rows")
+            if (term.name, effect) in seen:
+                raise DataError(
+                    f"the random effect {effect!r} of {term.name!r} occurs in two terms; its "
+                    "variance cannot be divided between them"
+                )
+            seen.add((term.name, effect))

@@ -1,0 +1,127 @@
+"""`fit`: a formula and a table to labelled results."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreml.effects import inspect
+from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.estimation import Status, estimate, is_reml
+from jaxreml.frame import ModelFrame, model_frame
+from jaxreml.results import Grouping, LMMResults
+
+CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
+
+
+def fit(
+    formula: str,
+    data: Any,
+    method: str = "REML",
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+) -> LMMResults:
+    """Fit a linear mixed model.
+
+    Computes in float64 whatever JAX's settings, and changes none of them.
+
+    Args:
+        formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
+            ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; ``offset(z)``;
+            fixed effects in formulaic's grammar.
+        data: dataframe (pandas, polars, pyarrow, anything narwhals reads) or dict of columns.
+            Rows with a missing value in a column that the model uses are dropped and counted.
+        method: "REML" or "ML".
+        weights: column name or (n,) values: observation i has residual variance
+            sigma2 / weights[i], as in lme4.
+        offset: column name or (n,) values, a known part of the mean.
+        structure: how to factorise the covariance, "grouped" or "dense"; chosen if left out.
+        context: names the formula may use besides columns, functions for example.
+        max_iterations: evaluations of the criterion with its derivatives.
+
+    Returns:
+        The fit. Without an optimum it comes with ``converged`` False, a `message` and a
+        ConvergenceWarning.
+
+    Raises:
+        FormulaError: a formula outside the grammar.
+        DataError: data that the model cannot be fitted to, named.
+    """
+    is_reml(method)
+    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    with jax.enable_x64(True):
+        design = frame.design(structure)
+        nameless = design.without_names()
+        estimated = estimate(nameless, method, max_iterations=max_iterations)
+        inspection = inspect(estimated, nameless, method)
+        estimated, inspection = jax.device_get((estimated, inspection))
+    status = Status(int(estimated.status))
+    if status in (Status.PERFECT_FIT, Status.NOT_FINITE):
+        raise DataError(status.sentence)
+    gradient_norm = float(np.linalg.norm(inspection.gradient))
+    scale = 1 + abs(float(estimated.criterion))
+    agrees = abs(float(inspection.criterion - estimated.criterion)) <= 1e-9 * scale
+    if status == Status.CONVERGED and not (agrees and gradient_norm <= CERTIFIED * scale):
+        status = Status.NOT_CERTIFIED
+    if status != Status.CONVERGED:
+        warnings.warn(status.sentence, ConvergenceWarning, stacklevel=2)
+    return _results(frame, design, method, estimated, inspection, status, gradient_norm)
+
+
+def _results(
+    frame: ModelFrame,
+    design: Any,
+    method: str,
+    estimated: Any,
+    inspection: Any,
+    status: Status,
+    gradient_norm: float,
+) -> LMMResults:
+    fixed = frame.X @ estimated.beta
+    fitted = fixed.copy()
+    groupings = []
+    for term, modes in zip(frame.terms, inspection.modes, strict=True):
+        fitted += np.sum(term.effects * modes[term.codes], axis=1)
+        groupings.append(Grouping(term.name, term.levels, term.effect_names, np.asarray(modes)))
+    if frame.offset is not None:
+        fixed, fitted = fixed + frame.offset, fitted + frame.offset
+    converged = status == Status.CONVERGED
+    blank = 1.0 if converged else np.nan
+    return LMMResults(
+        formula=frame.formula.text,
+        method=method,
+        structure=type(design.structure).__name__.lower(),
+        fixed_names=frame.fixed_names,
+        aliased=frame.aliased,
+        groupings=tuple(groupings),
+        parameter_names=design.parameter_names,
+        theta=estimated.theta,
+        parameters=estimated.params,
+        parameters_vcov=estimated.params_vcov * blank,
+        beta=estimated.beta,
+        vcov_array=estimated.vcov,
+        vcov_slopes=estimated.vcov_slopes,
+        hessian=estimated.hessian,
+        inertia=tuple(int(count) for count in estimated.inertia),
+        sigma=float(estimated.sigma),
+        criterion=float(estimated.criterion),
+        n_iter=int(estimated.iterations),
+        gradient_norm=gradient_norm,
+        is_singular=bool(estimated.is_singular),
+        status=int(status),
+        n_dropped=frame.n_dropped,
+        y=frame.y,
+        fixed_fitted=fixed,
+        fitted=fitted,
+        weights=frame.weights,
+        offset=frame.offset,
+        table=frame.table,
+    )

@@ -1,0 +1,168 @@
+r"""The likelihoods: pure scalars on the -2 log-likelihood scale, constants included.
+
+With V = sigma2 V0, V0 = I + Z Omega Z', gram = [X y]' V0^-1 [X y] = R R' (Cholesky, y last), its
+last pivot squared is the residual sum of squares rss and its X block is M = X' V0^-1 X:
+
+    ML    n log(2 pi sigma2) + log|V0| + rss / sigma2
+    REML  (n - p) log(2 pi sigma2) + log|V0| + log|M| + rss / sigma2
+
+(Patterson and Thompson 1971, Biometrika 58:545; Harville 1974, Biometrika 61:383, without his
+log|X'X|; the constants of lme4, Bates et al. 2015, J. Stat. Softw. 67(1), eqs 37 and 41).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.linalg import solve_triangular
+
+from jaxreml import covariance
+from jaxreml.designs import Design, require_precision
+from jaxreml.structures import Marginal
+
+
+def reml_objective(params: Array, design: Design) -> Array:
+    """-2 log restricted likelihood.
+
+    Args:
+        params: (m + 1,), log-variances and correlation coordinates, the residual's last, in the
+            order of ``design.parameter_names``.
+        design: the data.
+
+    Returns:
+        A scalar; NaN where V is not positive definite in floating point.
+
+    Raises:
+        ValueError: `params` of the wrong length.
+        PrecisionError: a float64 design with JAX set to float32.
+    """
+    return _objective(params, design, reml=True)
+
+
+def ml_objective(params: Array, design: Design) -> Array:
+    """-2 log likelihood with the fixed effects profiled out; as `reml_objective` otherwise."""
+    return _objective(params, design, reml=False)
+
+
+def _objective(params: Array, design: Design, *, reml: bool) -> Array:
+    require_precision(design)
+    length = len(design.parameter_names)
+    params = jnp.asarray(params)
+    if params.shape != (length,):
+        raise ValueError(
+            f"params must have shape ({length},), one entry each for "
+            f"{', '.join(design.parameter_names)}; got shape {params.shape}"
+        )
+    omega, log_sigma2 = covariance.omega_from_params(params.astype(design.dtype), design.sizes)
+    omega = omega * covariance.relative_scale(design.scales)
+    return neg2_loglik(omega, log_sigma2, design, reml=reml)
+
+
+def neg2_loglik(omega: Array, log_sigma2: Array, design: Design, *, reml: bool) -> Array:
+    """-2 log (restricted) likelihood at relative covariances in scaled units."""
+    marginal = design.structure.marginal(omega)
+    pivots = log_pivots(marginal)
+    rss = jnp.exp(2 * pivots[-1] - log_sigma2)
+    degrees = design.n - design.p if reml else design.n
+    value = degrees * log_sigma2 + marginal.logdet + rss
+    if reml:
+        value = value + 2 * jnp.sum(pivots[:-1])
+    return value + constant(design, reml=reml)
+
+
+def log_pivots(marginal: Marginal) -> Array:
+    """Logarithms of the diagonal of the Cholesky factor of the gram matrix."""
+    return jnp.log(jnp.diagonal(jnp.linalg.cholesky(marginal.gram)))
+
+
+def profiled(omega: Array, design: Design, *, reml: bool) -> Array:
+    """`neg2_loglik` at the residual variance that minimises it, rss / degrees of freedom."""
+    marginal = design.structure.marginal(omega)
+    pivots = log_pivots(marginal)
+    degrees = design.n - design.p if reml else design.n
+    value = degrees * (2 * pivots[-1] + 1 - math.log(degrees)) + marginal.logdet
+    if reml:
+        value = value + 2 * jnp.sum(pivots[:-1])
+    return value + constant(design, reml=reml)
+
+
+def constant(design: Design, *, reml: bool) -> Array:
+    """The part of the objective that no variance parameter changes."""
+    degrees = design.n - design.p if reml else design.n
+    value = degrees * math.log(2 * math.pi) - design.log_weights
+    if reml:  # X enters as an orthonormal basis; this puts its own scale back
+        value = value + 2 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(design.basis))))
+    return value
+
+
+class Expansion(NamedTuple):
+    """Value and derivatives of the criterion in omega (m,), with what they were made from.
+
+    Attributes:
+        value: profiled criterion, ().
+        gradient, hessian: of the profiled criterion, (m,) and (m, m).
+        log_sigma2: the profiled residual log-variance, ().
+        joint_hessian: (m + 1, m + 1), of the criterion in (omega, log sigma2), sigma2 not
+            profiled.
+        gram_factor: (p + 1, p + 1), lower Cholesky factor R of the gram matrix.
+        gram_slopes: (m, p + 1, p + 1), R^-1 (d_i gram) R^-T.
+    """
+
+    value: Array
+    gradient: Array
+    hessian: Array
+    log_sigma2: Array
+    joint_hessian: Array
+    gram_factor: Array
+    gram_slopes: Array
+
+
+def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
+    """The profiled criterion with exact first and second derivatives, in closed form.
+
+    With W_i = R^-1 (d_i gram) R^-T and W_ij likewise, split into the X block and the y entry:
+    d_i log|M| = tr_X W_i, d_i log rss = (W_i)_yy, and the second derivatives follow from
+    log|gram| = log|M| + log rss.
+    """
+    structure = design.structure
+    p = design.p
+    degrees = design.n - p if reml else design.n
+    projection = structure.project(omega)
+    factor = jnp.linalg.cholesky(projection.gram)
+    inverse = solve_triangular(factor, jnp.eye(p + 1, dtype=factor.dtype), lower=True)
+    cross = structure.combine(projection.cross, inverse.T)
+    slopes = -structure.form(cross)
+    of_x, of_y = jnp.zeros((p + 1, p)), jnp.zeros((p + 1, 1)).at[p].set(1)
+    of_x = jnp.eye(p + 1, p, dtype=factor.dtype)
+
+    slope_logdet = structure.trace(projection.inner)
+    slope_x = jnp.trace(slopes[:, :p, :p], axis1=1, axis2=2)
+    slope_y = slopes[:, p, p]
+    curve_logdet = -structure.pair_trace(projection.inner, projection.inner)
+    outer_y = structure.outer(structure.combine(cross, of_y))
+    half_y = structure.pair_trace(projection.inner, outer_y)
+    mixed = slopes[:, p, :p]
+    curve_y = half_y + half_y.T - 2 * mixed @ mixed.T - jnp.outer(slope_y, slope_y)
+
+    gradient = slope_logdet + degrees * slope_y
+    hessian = curve_logdet + degrees * curve_y
+    pivots = jnp.log(jnp.diagonal(factor))
+    value = degrees * (2 * pivots[-1] + 1 - math.log(degrees)) + projection.logdet
+    if reml:
+        outer_x = structure.outer(structure.combine(cross, of_x))
+        half_x = structure.pair_trace(projection.inner, outer_x)
+        blocks = slopes[:, :p, :p].reshape(-1, p * p)
+        gradient = gradient + slope_x
+        hessian = hessian + half_x + half_x.T - blocks @ blocks.T
+        value = value + 2 * jnp.sum(pivots[:-1])
+    value = value + constant(design, reml=reml)
+    # d2 rss / rss = d2 log rss + (d log rss)^2, and sigma2 = rss / degrees
+    top = hessian + degrees * jnp.outer(slope_y, slope_y)
+    side = -degrees * slope_y[:, None]
+    corner = jnp.full((1, 1), degrees, dtype=factor.dtype)
+    joint = jnp.block([[top, side], [side.T, corner]])
+    log_sigma2 = 2 * pivots[-1] - math.log(degrees)
+    return Expansion(value, gradient, hessian, log_sigma2, joint, factor, slopes)

@@ -1,0 +1,385 @@
+"""`LMMResults`: what `fit` returns, float64 and labelled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml import covariance
+from jaxreml.estimation import Status
+
+RESIDUAL = "Residual"
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """One random term of a fit: its labels and its conditional modes, (levels, effects)."""
+
+    name: str
+    levels: tuple[Any, ...]
+    effects: tuple[str, ...]
+    modes: np.ndarray
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LMMResults:
+    """A fitted linear mixed model.
+
+    The fields are plain values and arrays, one to one with `save`; the labelled views are
+    properties: fixed effects (`params`, `bse`, `tvalues`, `pvalues`, `vcov`, `conf_int`), random
+    effects (`variance_components`, `correlations`, `cov_re`, `random_effects`), fit statistics
+    (`llf`, `aic`, `bic`), rows (`fittedvalues`, `resid`) and how it ended (`converged`,
+    `is_singular`, `message`). `tidy`, `glance` and `augment` give frames as broom.mixed does.
+
+    Attributes:
+        formula, method: as given.
+        structure: how the covariance was factorised.
+        fixed_names, aliased: columns of X, and those dropped because they depend on others.
+        groupings: random terms in lme4's order, most levels first.
+        parameter_names: names of the variance parameters `parameters`.
+        theta: (m,), lme4's relative Cholesky factor, column by column, term by term.
+        parameters, parameters_vcov, hessian: `Estimate.params` and its asymptotic covariance and
+            Hessian; NaN for parameters on the boundary, the others given them.
+        beta, vcov_array, vcov_slopes: fixed effects, their covariance, its derivatives.
+        inertia: negative, zero and positive eigenvalues of the Hessian in theta.
+        sigma: residual standard deviation.
+        criterion: -2 log (restricted) likelihood.
+        n_iter: evaluations of the criterion with its derivatives.
+        gradient_norm: norm of the gradient in theta, by a separately compiled function.
+        is_singular: whether a variance is zero or a correlation +-1.
+        status: a `Status` code; `message` is its sentence.
+        n_dropped: rows left out because of missing values.
+        y, fitted, fixed_fitted: (n,), response, fitted values, and those without random effects.
+        weights, offset: (n,) or None.
+        table: the columns used, complete rows only.
+    """
+
+    formula: str
+    method: str
+    structure: str
+    fixed_names: tuple[str, ...]
+    aliased: tuple[str, ...]
+    groupings: tuple[Grouping, ...]
+    parameter_names: tuple[str, ...]
+    theta: np.ndarray
+    parameters: np.ndarray
+    parameters_vcov: np.ndarray
+    beta: np.ndarray
+    vcov_array: np.ndarray
+    vcov_slopes: np.ndarray
+    hessian: np.ndarray
+    inertia: tuple[int, ...]
+    sigma: float
+    criterion: float
+    n_iter: int
+    gradient_norm: float
+    is_singular: bool
+    status: int
+    n_dropped: int
+    y: np.ndarray
+    fixed_fitted: np.ndarray
+    fitted: np.ndarray
+    weights: np.ndarray | None
+    offset: np.ndarray | None
+    table: pd.DataFrame
+
+    # Fixed effects
+
+    @property
+    def params(self) -> pd.Series:
+        """Fixed-effects estimates."""
+        return pd.Series(self.beta, self._fixed_index, name="params")
+
+    @property
+    def bse(self) -> pd.Series:
+        """Standard errors of the fixed effects."""
+        return pd.Series(np.sqrt(np.diagonal(self.vcov_array)), self._fixed_index, name="bse")
+
+    @property
+    def tvalues(self) -> pd.Series:
+        """Estimates over standard errors."""
+        return (self.params / self.bse).rename("tvalues")
+
+    @property
+    def vcov(self) -> pd.DataFrame:
+        """Covariance matrix of the fixed effects, sigma2 (X' V0^-1 X)^-1."""
+        return pd.DataFrame(self.vcov_array, self._fixed_index, self._fixed_index)
+
+    def cov_params(self) -> pd.DataFrame:
+        """`vcov`, by statsmodels' name."""
+        return self.vcov
+
+    @cached_property
+    def df_satterthwaite(self) -> pd.Series:
+        """Satterthwaite's degrees of freedom of each fixed effect.
+
+        2 v^2 / (g' A g), with v the variance of the coefficient, g its derivatives in the variance
+        parameters and A their asymptotic covariance (Giesbrecht and Burns 1985, Biometrics
+        41:477); parameters on the boundary are held there.
+        """
+        inside = np.isfinite(self.parameters)
+        slopes = np.diagonal(self.vcov_slopes, axis1=1, axis2=2)[inside]
+        spread = self.parameters_vcov[np.ix_(inside, inside)]
+        variance = np.einsum("ij,ik,kj->j", slopes, spread, slopes)
+        df = 2 * np.diagonal(self.vcov_array) ** 2 / variance
+        return pd.Series(df, self._fixed_index, name="df")
+
+    @cached_property
+    def pvalues(self) -> pd.Series:
+        """Two-sided p-values of t tests with Satterthwaite's degrees of freedom."""
+        from scipy.special import stdtr
+
+        values = 2 * stdtr(self.df_satterthwaite.to_numpy(), -np.abs(self.tvalues.to_numpy()))
+        return pd.Series(values, self._fixed_index, name="pvalues")
+
+    def conf_int(self, alpha: float = 0.05, df: str = "inf") -> pd.DataFrame:
+        """Wald confidence intervals of the fixed effects.
+
+        Args:
+            alpha: one minus the confidence level.
+            df: "inf" for normal quantiles, as lme4 and statsmodels; "satterthwaite" for t ones.
+
+        Returns:
+            Columns ``lower`` and ``upper``.
+        """
+        from scipy.special import ndtri, stdtrit
+
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+        if df == "inf":
+            quantile = ndtri(1 - alpha / 2)
+        elif df == "satterthwaite":
+            quantile = stdtrit(self.df_satterthwaite.to_numpy(), 1 - alpha / 2)
+        else:
+            raise ValueError(f'df must be "inf" or "satterthwaite", not {df!r}')
+        half = quantile * self.bse
+        return pd.DataFrame({"lower": self.params - half, "upper": self.params + half})
+
+    # Variance parameters
+
+    @cached_property
+    def variance_components(self) -> pd.DataFrame:
+        """One row per random effect, the residual last: variance, SD, log-variance and its SE.
+
+        A variance of zero has log-variance -inf and SE NaN; the other SEs are given it.
+        """
+        rows = [
+            (grouping.name, effect) for grouping in self.groupings for effect in grouping.effects
+        ]
+        variances = [np.diagonal(matrix) for matrix in self._covariances]
+        positions = covariance.residual_last_log_variances(self._sizes)
+        variance = np.concatenate([*variances, [self.sigma**2]])
+        return pd.DataFrame(
+            {
+                "group": [group for group, _ in rows] + [RESIDUAL],
+                "term": [term for _, term in rows] + [RESIDUAL],
+                "variance": variance,
+                "sd": np.sqrt(variance),
+                "log_variance": self.parameters[positions],
+                "log_variance_se": np.sqrt(np.diagonal(self.parameters_vcov))[positions],
+            }
+        )
+
+    @property
+    def log_variances(self) -> pd.Series:
+        """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
+        return self.variance_components.set_index(["group", "term"])["log_variance"]
+
+    @property
+    def log_variance_se(self) -> pd.Series:
+        """Asymptotic standard errors of the log-variances; NaN on the boundary."""
+        return self.variance_components.set_index(["group", "term"])["log_variance_se"]
+
+    @property
+    def correlations(self) -> pd.DataFrame:
+        """Correlations of random effects: columns group, term1, term2, correlation."""
+        rows = []
+        for grouping, matrix in zip(self.groupings, self._covariances, strict=True):
+            sd = np.sqrt(np.diagonal(matrix))
+            for j in range(len(sd)):
+                for i in range(j + 1, len(sd)):
+                    scale = sd[i] * sd[j]
+                    value = matrix[i, j] / scale if scale > 0 else np.nan
+                    rows.append((grouping.name, grouping.effects[j], grouping.effects[i], value))
+        return pd.DataFrame(rows, columns=["group", "term1", "term2", "correlation"])
+
+    @property
+    def cov_re(self) -> pd.DataFrame:
+        """Covariance matrix of the random effects of one level of every term, block-diagonal."""
+        labels = [(g.name, effect) for g in self.groupings for effect in g.effects]
+        index = pd.MultiIndex.from_tuples(labels, names=["group", "term"])
+        matrix = np.zeros((len(labels), len(labels)))
+        start = 0
+        for block in self._covariances:
+            stop = start + len(block)
+            matrix[start:stop, start:stop] = block
+            start = stop
+        return pd.DataFrame(matrix, index, index)
+
+    @property
+    def random_effects(self) -> dict[str, pd.DataFrame]:
+        """Conditional modes per grouping factor: a row per level, a column per effect."""
+        frames: dict[str, list[pd.DataFrame]] = {}
+        for grouping in self.groupings:
+            index = pd.Index(grouping.levels, name=grouping.name)
+            frame = pd.DataFrame(grouping.modes, index, list(grouping.effects))
+            frames.setdefault(grouping.name, []).append(frame)
+        return {
+            name: parts[0] if len(parts) == 1 else pd.concat(parts, axis=1)
+            for name, parts in frames.items()
+        }
+
+    # Fit statistics
+
+    @property
+    def llf(self) -> float:
+        """Log-likelihood, restricted under REML."""
+        return -self.criterion / 2
+
+    @property
+    def df_model(self) -> int:
+        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
+        return len(self.beta) + len(self.theta) + 1
+
+    @property
+    def df_resid(self) -> int:
+        """Observations less `df_model`."""
+        return self.nobs - self.df_model
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion, of the restricted likelihood under REML, as lme4's."""
+        return self.criterion + 2 * self.df_model
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion with log(nobs), of the restricted likelihood under REML, as lme4's."""
+        return self.criterion + float(np.log(self.nobs)) * self.df_model
+
+    @property
+    def nobs(self) -> int:
+        """Rows used."""
+        return len(self.y)
+
+    @property
+    def ngroups(self) -> dict[str, int]:
+        """Levels of each grouping factor."""
+        return {grouping.name: len(grouping.levels) for grouping in self.groupings}
+
+    @property
+    def converged(self) -> bool:
+        """Whether an optimum was found and certified."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def message(self) -> str:
+        """How the fit ended, in words."""
+        sentence = Status(self.status).sentence
+        if self.converged and self.is_singular:
+            sentence += "; singular: " + "; ".join(self._boundary)
+        return sentence
+
+    # Rows
+
+    @property
+    def fittedvalues(self) -> pd.Series:
+        """X beta + Z b + offset, in the labels of the rows used."""
+        return pd.Series(self.fitted, self.table.index, name="fittedvalues")
+
+    @property
+    def resid(self) -> pd.Series:
+        """Response less fitted values."""
+        return pd.Series(self.y - self.fitted, self.table.index, name="resid")
+
+    # Tables and files
+
+    def summary(self) -> str:
+        """The fit as text, in the layout of lmerTest's summary."""
+        from jaxreml.tables import summary
+
+        return summary(self)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return f"<LMMResults {self.formula!r}, {self.method}, criterion {self.criterion:.4f}>"
+
+    def tidy(
+        self,
+        effects: str | tuple[str, ...] = ("ran_pars", "fixed"),
+        conf_int: bool = False,
+        conf_level: float = 0.95,
+    ) -> pd.DataFrame:
+        """Estimates as a long frame; see `tables.tidy`."""
+        from jaxreml.tables import tidy
+
+        return tidy(self, effects, conf_int=conf_int, conf_level=conf_level)
+
+    def glance(self) -> pd.DataFrame:
+        """One row of fit statistics; see `tables.glance`."""
+        from jaxreml.tables import glance
+
+        return glance(self)
+
+    def augment(self) -> pd.DataFrame:
+        """The columns used with fitted values and residuals; see `tables.augment`."""
+        from jaxreml.tables import augment
+
+        return augment(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit to a JSON file; `load` reads it back."""
+        from jaxreml.storage import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> LMMResults:
+        """Read a fit that `save` wrote."""
+        from jaxreml.storage import load
+
+        return load(path)
+
+    @property
+    def _fixed_index(self) -> pd.Index:
+        return pd.Index(self.fixed_names)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(len(grouping.effects) for grouping in self.groupings)
+
+    @cached_property
+    def _covariances(self) -> list[np.ndarray]:
+        """Covariance matrix of each term's effects."""
+        matrices = []
+        start = 0
+        for q in self._sizes:
+            factor = np.zeros((q, q))
+            rows, columns = covariance.triangle(q)
+            factor[rows, columns] = self.theta[start : start + rows.size]
+            matrices.append(self.sigma**2 * factor @ factor.T)
+            start += rows.size
+        return matrices
+
+    @property
+    def _boundary(self) -> list[str]:
+        """What is on the boundary of the parameter space, in words."""
+        found = []
+        for grouping, matrix in zip(self.groupings, self._covariances, strict=True):
+            variances = np.diagonal(matrix)
+            zero = [e for e, v in zip(grouping.effects, variances, strict=True) if v == 0]
+            found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]
+            q = int((variances > 0).sum())
+            if np.linalg.matrix_rank(matrix, tol=1e-8 * variances.max(initial=0.0)) < q:
+                found.append(
+                    f"the correlation of the effects of {grouping.name} is +-1"
+                    if q == 2
+                    else f"the correlation matrix of the effects of {grouping.name} has lost rank"
+                )
+        return found

@@ -1,0 +1,126 @@
+"""Fits to JSON files and back, without pickle.
+
+Numbers round-trip exactly; NaN is written as null and infinities as strings, so that the file is
+JSON to any reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.errors import DataError
+from jaxreml.results import Grouping, LMMResults
+
+FORMAT = "jaxreml.LMMResults"
+VERSION = 1
+
+
+def save(fit: LMMResults, path: str | Path) -> None:
+    """Write a fit to a JSON file."""
+    record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    for field in fields(fit):
+        record[field.name] = _encode(getattr(fit, field.name))
+    Path(path).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+
+
+def load(path: str | Path) -> LMMResults:
+    """Read a fit that `save` wrote.
+
+    Raises:
+        DataError: a file that is not one, or of a later version.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a saved fit: {error}") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise DataError(f"{path} is not a saved fit of jaxreml")
+    if record["version"] > VERSION:
+        raise DataError(f"{path} was written by a later version of jaxreml; upgrade to read it")
+    names = [field.name for field in fields(LMMResults)]
+    missing = [name for name in names if name not in record]
+    if missing:
+        raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
+    return LMMResults(**{name: _decode(record[name]) for name in names})
+
+
+def encode_number(value: float) -> float | str | None:
+    """A float that JSON can hold: NaN as null, infinities as strings."""
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return {"float": encode_number(value)}
+    if isinstance(value, np.generic):
+        return _encode(value.item())
+    if isinstance(value, np.ndarray):
+        flat = [encode_number(float(x)) for x in value.ravel()]
+        return {"array": flat, "shape": list(value.shape)}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, Grouping):
+        return {"grouping": [_encode(getattr(value, f.name)) for f in fields(value)]}
+    if isinstance(value, pd.DataFrame):
+        columns = [[str(name), _encode_column(value[name])] for name in value.columns]
+        return {"frame": columns, "index": _encode_column(value.index.to_series())}
+    return str(value)  # labels of other types, such as dates
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *rest = value.items()
+    if kind == "float":
+        return _decode_number(content)
+    if kind == "array":
+        return np.array([_decode_number(x) for x in content]).reshape(rest[0][1])
+    if kind == "tuple":
+        return tuple(_decode(item) for item in content)
+    if kind == "grouping":
+        return Grouping(*(_decode(item) for item in content))
+    frame = pd.DataFrame({name: _decode_column(column) for name, column in content})
+    return frame.set_index(pd.Index(_decode_column(rest[0][1])))
+
+
+def _decode_number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _encode_column(column: pd.Series) -> dict[str, Any]:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return {
+            "codes": [int(code) for code in column.cat.codes],
+            "categories": [_encode(x) for x in column.cat.categories],
+            "ordered": bool(column.cat.ordered),
+        }
+    return {"values": [_encode(x) for x in column.tolist()]}
+
+
+def _decode_column(column: dict[str, Any]) -> Any:
+    if "codes" in column:
+        categories = [_decode(x) for x in column["categories"]]
+        return pd.Categorical.from_codes(column["codes"], categories, ordered=column["ordered"])
+    return [_decode(x) for x in column["values"]]
+
+
+def json_ready(value: Any) -> Any:
+    """Nested dicts and lists with NumPy values and NaN made plain JSON."""
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return encode_number(value) if isinstance(value, float) else value

@@ -1,0 +1,11 @@
+"""Structures: how the marginal covariance V is built and factorised.
+
+Likelihood, optimiser and standard errors use only the interface of `base.Structure`; a new way to
+factorise V is one new file here and one line in `designs`.
+"""
+
+from jaxreml.structures.base import Marginal, Projection, Structure
+from jaxreml.structures.dense import Dense
+from jaxreml.structures.grouped import Grouped
+
+__all__ = ["Dense", "Grouped", "Marginal", "Projection", "Structure"]
