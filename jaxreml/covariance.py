@@ -51,14 +51,24 @@ def theta_diagonal(sizes: Sizes) -> np.ndarray:
 
 
 @lru_cache
-def residual_last_log_variances(sizes: Sizes) -> np.ndarray:
-    """Positions of the log-variances in `params`: every term's, then the residual's."""
-    positions: list[int] = []
+def positions(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """Where `params` holds log-variances (the residual's last) and correlation coordinates."""
+    log_variances: list[int] = []
     start = 0
     for q in sizes:
-        positions += range(start, start + q)
+        log_variances += range(start, start + q)
         start += q * (q + 1) // 2
-    return np.array([*positions, start])
+    log_variances.append(start)
+    return np.array(log_variances), np.setdiff1d(np.arange(start), log_variances)
+
+
+@lru_cache
+def _effects_of_omega(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """Which two effects, counted over all terms, each entry of omega belongs to."""
+    starts = np.cumsum((0, *sizes[:-1]))
+    pairs = [np.array(triangle(q)) + start for q, start in zip(sizes, starts, strict=True)]
+    rows, columns = np.concatenate(pairs, axis=1)
+    return rows, columns
 
 
 @lru_cache
@@ -191,19 +201,29 @@ def _correlation_coordinates(factor: Array, limit: float) -> Array:
     return jnp.stack(coordinates) if coordinates else jnp.zeros(0, factor.dtype)
 
 
-def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
-    """Relative covariances (m,) and the residual log-variance of `params` (m + 1,)."""
-    log_sigma2 = params[-1]
+def _correlations(z: Array, sizes: Sizes) -> Array:
+    """Correlations in the layout of omega, ones for variances, of all correlation coordinates."""
     parts = []
     start = 0
     for q in sizes:
-        standard_deviations = jnp.exp((params[start : start + q] - log_sigma2) / 2)
-        stop = start + q * (q + 1) // 2
-        factor = standard_deviations[:, None] * _correlation_factor(params[start + q : stop], q)
-        parts.append((factor @ factor.T)[triangle(q)])
+        stop = start + q * (q - 1) // 2
+        factor = _correlation_factor(z[start:stop], q)
+        parts.append((factor @ factor.T)[triangle(q)] if q > 1 else jnp.ones(1, z.dtype))
         start = stop
-    omega = jnp.concatenate(parts) if parts else jnp.zeros(0, params.dtype)
-    return omega, log_sigma2
+    return jnp.concatenate(parts)
+
+
+def _scale_of_omega(log_variances: Array, sizes: Sizes) -> Array:
+    """Geometric means of the two variances each entry of omega belongs to, over sigma2."""
+    rows, columns = _effects_of_omega(sizes)
+    return jnp.exp((log_variances[rows] + log_variances[columns]) / 2 - log_variances[-1])
+
+
+def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
+    """Relative covariances (m,) and the residual log-variance of `params` (m + 1,)."""
+    of_variances, of_correlations = positions(sizes)
+    scale = _scale_of_omega(params[of_variances], sizes)
+    return scale * _correlations(params[of_correlations], sizes), params[-1]
 
 
 def params_from_factors(
@@ -276,7 +296,7 @@ def hessian_in_params(
 
     Args:
         params: (m + 1,), where the derivatives were taken.
-        gradient: (m + 1,), in omega and log sigma2.
+        gradient: (m + 1,), in omega and log sigma2; the last entry is not read.
         hessian: (m + 1, m + 1), likewise.
         sizes: effects per term.
 
@@ -285,11 +305,27 @@ def hessian_in_params(
         (m + 1, m + 1).
     """
 
-    def coordinates(params: Array) -> Array:
-        omega, log_sigma2 = omega_from_params(params, sizes)
-        return jnp.concatenate([omega, log_sigma2[None]])
-
-    slopes = jax.jacfwd(coordinates)
-    jacobian = slopes(params)
-    curvature = jnp.einsum("i,ist->st", gradient, jax.jacfwd(slopes)(params))
-    return jacobian, jacobian.T @ hessian @ jacobian + curvature
+    of_variances, of_correlations = positions(sizes)
+    z = params[of_correlations]
+    scale = _scale_of_omega(params[of_variances], sizes)
+    # omega = scale * correlations, and log(scale) is linear in the log-variances.
+    rows, columns = _effects_of_omega(sizes)
+    m, v = rows.size, of_variances.size
+    linear = np.zeros((m, v))
+    np.add.at(linear, (np.arange(m), rows), 0.5)
+    np.add.at(linear, (np.arange(m), columns), 0.5)
+    linear[:, -1] = -1.0
+    linear = jnp.asarray(linear, params.dtype)
+    omega = scale * _correlations(z, sizes)
+    jacobian = omega[:, None] * linear
+    curvature = linear.T @ (gradient[:m, None] * jacobian)
+    if z.size:
+        slope = jax.jacfwd(lambda z: _correlations(z, sizes))
+        by_z = scale[:, None] * slope(z)
+        mixed = linear.T @ (gradient[:m, None] * by_z)
+        corner = jnp.tensordot(gradient[:m] * scale, jax.jacfwd(slope)(z), axes=1)
+        curvature = jnp.block([[curvature, mixed], [mixed.T, corner]])
+        jacobian = jnp.concatenate([jacobian, by_z], axis=1)
+    order = np.argsort(np.concatenate([of_variances, of_correlations]))
+    jacobian = jnp.concatenate([jacobian[:, order], jnp.eye(1, m + 1, m, dtype=params.dtype)])
+    return jacobian, jacobian.T @ hessian @ jacobian + curvature[order][:, order]

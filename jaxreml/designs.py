@@ -180,9 +180,7 @@ class Design:
     def without_names(self) -> Design:
         """The same design under placeholder names, so that designs that differ only in names share
         one compilation."""
-        names = tuple(
-            (f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes)
-        )
+        names = tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes))
         return _replace(self, names=names)
 
 
@@ -268,7 +266,9 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         raise DataError(f"the grouping factor {term.name} must be concrete: its levels set shapes")
     group = np.asarray(term.group)
     if group.shape != (n,):
-        raise DataError(f"the grouping factor {term.name} must have shape ({n},), not {group.shape}")
+        raise DataError(
+            f"the grouping factor {term.name} must have shape ({n},), not {group.shape}"
+        )
     levels, codes = np.unique(group, return_inverse=True)
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = _array(columns, kind, f"the effects of {term.name}")

@@ -241,7 +241,7 @@ def _report(theta: Array, point: Point, trace: newton.Trace, design: Design) -> 
     root = jnp.linalg.cholesky(jnp.where(both, hessian, jnp.eye(free.size, dtype=hessian.dtype)))
     root = solve_triangular(root, jnp.eye(free.size, dtype=hessian.dtype), lower=True)
     params_vcov = jnp.where(both, 2 * root.T @ root, jnp.nan)
-    positions = covariance.residual_last_log_variances(sizes)
+    positions, _ = covariance.positions(sizes)
 
     rss = factor[p, p] ** 2
     status = jnp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)

@@ -84,9 +84,7 @@ def parse(formula: str) -> ParsedFormula:
     return ParsedFormula(text, response, fixed_text, tuple(offsets), tuple(random))
 
 
-def _collect(
-    right: str, fixed: list[str], offsets: list[str], random: list[RandomTerm]
-) -> None:
+def _collect(right: str, fixed: list[str], offsets: list[str], random: list[RandomTerm]) -> None:
     """Sort the summands of a right side into fixed effects, offsets and random terms."""
     pieces = _split(right, "+-")
     for k, (piece, operator) in enumerate(pieces):

@@ -322,9 +322,7 @@ def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, 
     return y
 
 
-def _evaluate(
-    text: str, table: pd.DataFrame, context: Mapping[str, Any], role: str
-) -> np.ndarray:
+def _evaluate(text: str, table: pd.DataFrame, context: Mapping[str, Any], role: str) -> np.ndarray:
     """Values (n,) of one numeric expression."""
     name = _is_column(text, table)
     if name is not None:
@@ -450,7 +448,9 @@ def _check_terms(terms: list[GroupingTerm], n: int) -> None:
             )
         for k, effect in enumerate(term.effect_names):
             if not np.any(term.effects[:, k]):
-                raise DataError(f"the random effect {effect!r} of {term.name!r} is zero in all rows")
+                raise DataError(
+                    f"the random effect {effect!r} of {term.name!r} is zero in all rows"
+                )
             if (term.name, effect) in seen:
                 raise DataError(
                     f"the random effect {effect!r} of {term.name!r} occurs in two terms; its "

@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
@@ -121,48 +122,42 @@ class Expansion(NamedTuple):
 
 
 def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
-    """The profiled criterion with exact first and second derivatives, in closed form.
+    r"""The profiled criterion with exact first and second derivatives, in closed form.
 
-    With W_i = R^-1 (d_i gram) R^-T and W_ij likewise, split into the X block and the y entry:
-    d_i log|M| = tr_X W_i, d_i log rss = (W_i)_yy, and the second derivatives follow from
-    log|gram| = log|M| + log rss.
+    With W_i = R^-1 (d_i gram) R^-T and W_ij likewise, split into the X block and the y entry,
+    d_i log|M| = tr_X W_i and d_i log rss = (W_i)_yy, and the second derivatives follow from
+    log|gram| = log|M| + log rss. All weights (1 for X under REML, 0 under ML, the degrees of
+    freedom for y) go into the contractions, so each is computed once.
     """
     structure = design.structure
     p = design.p
     degrees = design.n - p if reml else design.n
     projection = structure.project(omega)
     factor = jnp.linalg.cholesky(projection.gram)
-    inverse = solve_triangular(factor, jnp.eye(p + 1, dtype=factor.dtype), lower=True)
+    dtype = factor.dtype
+    inverse = solve_triangular(factor, jnp.eye(p + 1, dtype=dtype), lower=True)
     cross = structure.combine(projection.cross, inverse.T)
     slopes = -structure.form(cross)
-    of_x, of_y = jnp.zeros((p + 1, p)), jnp.zeros((p + 1, 1)).at[p].set(1)
-    of_x = jnp.eye(p + 1, p, dtype=factor.dtype)
 
-    slope_logdet = structure.trace(projection.inner)
-    slope_x = jnp.trace(slopes[:, :p, :p], axis1=1, axis2=2)
-    slope_y = slopes[:, p, p]
-    curve_logdet = -structure.pair_trace(projection.inner, projection.inner)
-    outer_y = structure.outer(structure.combine(cross, of_y))
-    half_y = structure.pair_trace(projection.inner, outer_y)
-    mixed = slopes[:, p, :p]
-    curve_y = half_y + half_y.T - 2 * mixed @ mixed.T - jnp.outer(slope_y, slope_y)
+    of_columns = np.append(np.full(p, float(reml)), degrees)
+    of_entries = np.full((p + 1, p + 1), float(degrees))
+    of_entries[:p, :p] = float(reml)
+    flat = slopes.reshape(slopes.shape[0], -1)
+    on_diagonal = jnp.asarray(np.diag(of_columns).ravel(), dtype)
+    gradient = structure.trace(projection.inner) + flat @ on_diagonal
+    # d_ij = half + half', as pair_trace(B, B) is symmetric
+    weighted = structure.combine(cross, jnp.asarray(np.diag(np.sqrt(of_columns)), dtype))
+    right = structure.outer(weighted) - projection.inner / 2
+    half = structure.pair_trace(projection.inner, right)
+    hessian = half + half.T - (flat * jnp.asarray(of_entries.ravel(), dtype)) @ flat.T
 
-    gradient = slope_logdet + degrees * slope_y
-    hessian = curve_logdet + degrees * curve_y
     pivots = jnp.log(jnp.diagonal(factor))
     value = degrees * (2 * pivots[-1] + 1 - math.log(degrees)) + projection.logdet
     if reml:
-        outer_x = structure.outer(structure.combine(cross, of_x))
-        half_x = structure.pair_trace(projection.inner, outer_x)
-        blocks = slopes[:, :p, :p].reshape(-1, p * p)
-        gradient = gradient + slope_x
-        hessian = hessian + half_x + half_x.T - blocks @ blocks.T
         value = value + 2 * jnp.sum(pivots[:-1])
     value = value + constant(design, reml=reml)
     # d2 rss / rss = d2 log rss + (d log rss)^2, and sigma2 = rss / degrees
-    top = hessian + degrees * jnp.outer(slope_y, slope_y)
-    side = -degrees * slope_y[:, None]
-    corner = jnp.full((1, 1), degrees, dtype=factor.dtype)
-    joint = jnp.block([[top, side], [side.T, corner]])
+    slope_y = jnp.append(slopes[:, p, p], -1.0)
+    joint = jnp.pad(hessian, (0, 1)) + degrees * jnp.outer(slope_y, slope_y)
     log_sigma2 = 2 * pivots[-1] - math.log(degrees)
     return Expansion(value, gradient, hessian, log_sigma2, joint, factor, slopes)

@@ -172,7 +172,7 @@ class LMMResults:
             (grouping.name, effect) for grouping in self.groupings for effect in grouping.effects
         ]
         variances = [np.diagonal(matrix) for matrix in self._covariances]
-        positions = covariance.residual_last_log_variances(self._sizes)
+        positions, _ = covariance.positions(self._sizes)
         variance = np.concatenate([*variances, [self.sigma**2]])
         return pd.DataFrame(
             {
