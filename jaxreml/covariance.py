@@ -73,7 +73,7 @@ def _effects_of_omega(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache
 def symmetric_basis(sizes: Sizes) -> np.ndarray:
-    """d Omega / d omega_i of the block-diagonal Omega of all terms, shape (m, q, q), q = sum(sizes)."""
+    """d Omega / d omega_i, Omega block-diagonal over the terms: (m, q, q), q = sum(sizes)."""
     total = sum(sizes)
     basis = []
     start = 0
@@ -142,7 +142,7 @@ def relative_scale(scales: tuple[Array, ...]) -> Array:
 
 
 def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
-    """Lower Cholesky factor of a positive semidefinite matrix, with exact zeros where it is singular.
+    """Lower Cholesky factor of a semidefinite matrix, with exact zeros where it is singular.
 
     Args:
         matrix: (q, q), positive semidefinite.

@@ -153,6 +153,8 @@ class Design:
             xp = _module(columns)
             scale = xp.sqrt(xp.mean(columns * columns, axis=0))
             scale = xp.where(scale > 0, scale, 1)
+            if xp is jnp:  # a unit, which the likelihood does not depend on
+                scale = jax.lax.stop_gradient(scale)
             effects.append((codes, columns / scale, n_levels))
             scales.append(scale)
         names = tuple((name, effect_names) for *_, name, effect_names in parsed)
@@ -218,7 +220,7 @@ def _floating_type(values: list[Any], asked: Any) -> np.dtype:
     single = any(getattr(value, "dtype", None) in (np.float32, np.float16) for value in values)
     if single and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise PrecisionError(
-            "the arrays are float32 and JAX has float64 switched off; likelihoods need float64. Run\n"
+            "the arrays are float32 and JAX has float64 switched off, which likelihoods need. Run\n"
             f"    {ENABLE_X64}\n"
             'before making arrays, or ask for single precision with dtype="float32".'
         )
@@ -266,9 +268,7 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         raise DataError(f"the grouping factor {term.name} must be concrete: its levels set shapes")
     group = np.asarray(term.group)
     if group.shape != (n,):
-        raise DataError(
-            f"the grouping factor {term.name} must have shape ({n},), not {group.shape}"
-        )
+        raise DataError(f"grouping factor {term.name} must have shape ({n},), not {group.shape}")
     levels, codes = np.unique(group, return_inverse=True)
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = _array(columns, kind, f"the effects of {term.name}")
@@ -346,7 +346,7 @@ def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
     dependent = np.abs(np.diagonal(triangle)) <= 1e-10 * lengths
     if np.any(dependent):
         raise DataError(
-            f"column {int(np.argmax(dependent))} of X is a linear combination of the columns before "
+            f"column {int(np.argmax(dependent))} of X is a linear combination of those before "
             "it; drop it (jaxreml.design and jaxreml.fit do so and name it)"
         )
 

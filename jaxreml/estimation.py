@@ -19,7 +19,7 @@ from jaxreml.objective import Expansion, expand
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for arctanh(+-1) likewise
-PERFECT = 1e-13  # share of the sum of squares below which the residuals are rounding error
+PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
 
 
 class Status(IntEnum):
@@ -45,8 +45,8 @@ _SENTENCES = {
     "max_iterations, or rescale or simplify the model",
     Status.STALLED: "no downhill step could be found although the gradient is not zero: the model "
     "may be badly scaled or nearly unidentified",
-    Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a saddle "
-    "point, not a minimum",
+    Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a "
+    "saddle point, not a minimum",
     Status.NOT_FINITE: "the criterion or its derivatives are not finite: the covariance matrix is "
     "not positive definite in floating point",
     Status.PERFECT_FIT: "the model fits the response perfectly: the residual variance is zero and "

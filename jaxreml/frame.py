@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import formulaic
-import narwhals as nw
+import narwhals.stable.v2 as nw
 import numpy as np
 import pandas as pd
 from formulaic.errors import FormulaicError
@@ -204,7 +205,7 @@ def _column_names(data: Any) -> list[str]:
 
 def _to_pandas(data: Any, names: list[str]) -> pd.DataFrame:
     if isinstance(data, pd.DataFrame):
-        columns = {name: _plain(data[name]) for name in names}
+        columns = {name: _plain(data[name]) for name in names}  # pyright: ignore
         return pd.DataFrame(columns, index=data.index)
     if isinstance(data, Mapping):
         columns = {name: np.asarray(data[name]) for name in names}
@@ -231,7 +232,7 @@ def _to_pandas(data: Any, names: list[str]) -> pd.DataFrame:
 def _plain(column: pd.Series) -> pd.Series:
     """A pandas column in NumPy's types, missing values as NaN or None."""
     kind = column.dtype
-    if isinstance(kind, pd.CategoricalDtype) or isinstance(kind, np.dtype):
+    if isinstance(kind, pd.CategoricalDtype | np.dtype):
         return column
     if pd.api.types.is_bool_dtype(kind) and not column.isna().any():
         return column.astype(bool)
@@ -241,8 +242,9 @@ def _plain(column: pd.Series) -> pd.Series:
 
 
 def _from_narwhals(column: nw.Series) -> Any:
-    if column.dtype in (nw.Categorical, nw.Enum):
-        return pd.Categorical(column.to_list(), categories=column.cat.get_categories().to_list())
+    if isinstance(column.dtype, nw.Categorical | nw.Enum):
+        levels = column.cat.get_categories().to_list()
+        return pd.Categorical(column.to_list(), categories=levels)
     if column.dtype.is_numeric():
         return column.cast(nw.Float64).to_numpy() if column.null_count() else column.to_numpy()
     return pd.Series(column.to_list())
@@ -272,7 +274,7 @@ def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     complete = ~missing.any(axis=1)
     n_dropped = int((~complete).sum())
     if n_dropped == len(table):
-        empty = [str(name) for name in table.columns if missing[name].all()]
+        empty = [str(name) for name, column in missing.items() if np.all(column)]
         which = f"; nothing but missing values in {', '.join(empty)}" if empty else ""
         raise DataError(f"all {len(table)} rows have a missing value in a column used{which}")
     if n_dropped:
@@ -310,8 +312,8 @@ def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, 
     ):
         example = table[name].iloc[0]
         raise DataError(
-            f"the response {name!r} is not numeric (it has values such as {example!r}); convert it, "
-            "for example with pandas.to_numeric"
+            f"the response {name!r} is not numeric (it has values such as {example!r}); convert "
+            "it, for example with pandas.to_numeric"
         )
     y = _evaluate(text, table, context, "response")
     if not np.all(np.isfinite(y)):
@@ -341,13 +343,14 @@ def _matrix(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The model matrix of a formulaic right side, (n, columns), with column names."""
     try:
-        matrix = formulaic.Formula(text).get_model_matrix(
-            table, na_action="raise", output="numpy", context=context
-        )
-        names = matrix.model_spec.column_names
+        with np.errstate(all="ignore"):  # what is not finite is refused by name below
+            matrix = formulaic.Formula(text).get_model_matrix(  # pyright: ignore
+                table, na_action="raise", output="numpy", context=context
+            )
+        names = matrix.model_spec.column_names  # pyright: ignore
     except FormulaicError as error:
         raise FormulaError(f"{what}, {text!r}: {error}") from error
-    except Exception as error:
+    except Exception as error:  # whatever a user's function may raise
         raise DataError(f"{what}, {text!r}, cannot be computed: {error}") from error
     values = np.asarray(matrix, float).reshape(len(table), len(names))
     names = tuple("(Intercept)" if name == "Intercept" else str(name) for name in names)
@@ -394,7 +397,7 @@ def _grouping_terms(
 def _summands(effects: str) -> list[str]:
     """(1 + x || g) as the right sides "1" and "0 + x"; a factor stays one summand, as in lme4."""
     try:
-        summands = [str(term) for term in formulaic.Formula(effects)]
+        summands = [str(term) for term in formulaic.Formula(effects)]  # pyright: ignore
     except FormulaicError as error:
         raise FormulaError(f"{effects!r}: {error}") from error
     return ["1" if summand == "1" else f"0 + {summand}" for summand in summands]
@@ -420,7 +423,7 @@ def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, 
 def _lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
     """Most levels first; like lme4, rev(order(levels)) as soon as one term is out of order."""
     levels = [len(term.levels) for term in terms]
-    if all(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+    if all(a >= b for a, b in pairwise(levels)):
         return terms
     order = sorted(range(len(terms)), key=levels.__getitem__)
     return [terms[k] for k in reversed(order)]
@@ -432,8 +435,8 @@ def _check_terms(terms: list[GroupingTerm], n: int) -> None:
         n_levels, q = len(term.levels), len(term.effect_names)
         if n_levels < 2:
             raise DataError(
-                f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its variance "
-                "cannot be estimated. Leave the term out"
+                f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its "
+                "variance cannot be estimated. Leave the term out"
             )
         if n_levels >= n:
             raise DataError(

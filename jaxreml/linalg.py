@@ -1,8 +1,8 @@
 """Small triangular factorisations over a trailing batch axis.
 
-LAPACK is called once per matrix of a batch, which for matrices of order 1 to 4 costs more than the
-arithmetic. Up to that order the recurrences are written out over the batch axis, which XLA fuses and
-vectorises; above it LAPACK wins and unrolled code would compile slowly.
+LAPACK is called once per matrix of a batch, which for matrices of order 1 to 4 costs more than
+the arithmetic. Up to that order the recurrences are written out over the batch axis, which XLA
+fuses and vectorises; above it LAPACK wins and unrolled code would compile slowly.
 
 A matrix that is not positive definite gives NaN, never an altered factor.
 """

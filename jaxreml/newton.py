@@ -122,7 +122,7 @@ def minimise(
 
 
 def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
-    """Newton step, its decrement, a step along the most negative curvature, whether there is one."""
+    """Newton step, its decrement, a step along negative curvature, whether there is any."""
     values, vectors = jnp.linalg.eigh(hessian, symmetrize_input=False)
     size = jnp.max(jnp.abs(values))
     size = jnp.where(size > 0, size, 1.0)

@@ -188,12 +188,12 @@ class LMMResults:
     @property
     def log_variances(self) -> pd.Series:
         """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
-        return self.variance_components.set_index(["group", "term"])["log_variance"]
+        return self._by_effect("log_variance")
 
     @property
     def log_variance_se(self) -> pd.Series:
         """Asymptotic standard errors of the log-variances; NaN on the boundary."""
-        return self.variance_components.set_index(["group", "term"])["log_variance_se"]
+        return self._by_effect("log_variance_se")
 
     @property
     def correlations(self) -> pd.DataFrame:
@@ -206,7 +206,8 @@ class LMMResults:
                     scale = sd[i] * sd[j]
                     value = matrix[i, j] / scale if scale > 0 else np.nan
                     rows.append((grouping.name, grouping.effects[j], grouping.effects[i], value))
-        return pd.DataFrame(rows, columns=["group", "term1", "term2", "correlation"])
+        frame = pd.DataFrame(rows, columns=["group", "term1", "term2", "correlation"])
+        return frame.astype({"correlation": float})
 
     @property
     def cov_re(self) -> pd.DataFrame:
@@ -258,7 +259,7 @@ class LMMResults:
 
     @property
     def bic(self) -> float:
-        """Schwarz's criterion with log(nobs), of the restricted likelihood under REML, as lme4's."""
+        """Schwarz's criterion with log(nobs), of the restricted likelihood under REML as lme4's."""
         return self.criterion + float(np.log(self.nobs)) * self.df_model
 
     @property
@@ -345,6 +346,12 @@ class LMMResults:
         from jaxreml.storage import load
 
         return load(path)
+
+    def _by_effect(self, column: str) -> pd.Series:
+        components = self.variance_components
+        labels = [components["group"], components["term"]]
+        index = pd.MultiIndex.from_arrays(labels, names=["group", "term"])
+        return pd.Series(components[column].to_numpy(), index, name=column)
 
     @property
     def _fixed_index(self) -> pd.Index:

@@ -73,8 +73,8 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Grouping):
         return {"grouping": [_encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
-        columns = [[str(name), _encode_column(value[name])] for name in value.columns]
-        return {"frame": columns, "index": _encode_column(value.index.to_series())}
+        columns = [[str(name), _encode_column(column)] for name, column in value.items()]
+        return {"frame": columns, "index": _encode_column(pd.Series(value.index))}
     return str(value)  # labels of other types, such as dates
 
 

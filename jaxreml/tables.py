@@ -74,7 +74,7 @@ def _tidy_ran_pars(fit: LMMResults, conf_level: float) -> pd.DataFrame:
     from scipy.special import ndtri
 
     quantile = ndtri((1 + conf_level) / 2)
-    sds = fit.variance_components.itertuples(index=False)
+    sds = iter(fit.variance_components.itertuples(index=False))
     rows: list[tuple] = []
 
     def add_sd(term: str) -> None:

@@ -24,7 +24,7 @@ from jax import Array
 
 
 class Marginal(NamedTuple):
-    """What a likelihood needs of V0: ``log|V0|``, (), and ``[X y]' V0^-1 [X y]``, (p + 1, p + 1)."""
+    """What a likelihood needs of V0: log|V0|, (), and [X y]' V0^-1 [X y], (p + 1, p + 1)."""
 
     logdet: Array
     gram: Array

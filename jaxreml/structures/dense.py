@@ -95,8 +95,8 @@ class Dense:
         rows = []
         for k, q in enumerate(self.sizes):
             row = []
-            for l, s in enumerate(self.sizes):
-                products = jnp.einsum("ibjc,jdia->abcd", lefts[k][l], rights[l][k])
+            for j, s in enumerate(self.sizes):
+                products = jnp.einsum("ibjc,jdia->abcd", lefts[k][j], rights[j][k])
                 row.append(_basis(q) @ products.reshape(q * q, s * s) @ _basis(s).T)
             rows.append(jnp.concatenate(row, axis=1))
         return jnp.concatenate(rows)
@@ -138,7 +138,8 @@ class DenseBasis:
                 blocks.append(block)
         self.levels = tuple(n_levels for _, _, n_levels in effects)
         if traced:
-            self.directions, self.factors = None, jnp.concatenate(blocks, axis=1)
+            self.directions: Any = None
+            self.factors: Any = jnp.concatenate(blocks, axis=1)
         else:
             self.directions, self.factors = np.linalg.qr(np.concatenate(blocks, axis=1))
 

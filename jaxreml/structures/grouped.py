@@ -8,7 +8,7 @@ of unequal numbers of levels for `vmap`) has F = 0 and c = 0 and contributes not
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,15 @@ class Grouped:
     remainder: Array
     sizes: tuple[int, ...] = field(metadata={"static": True})
 
+    @property
+    def _basis(self) -> Array:
+        """The matrices E_i, flattened: (m, q * q)."""
+        basis = covariance.symmetric_basis(self.sizes)
+        return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
+
     def _omega(self, omega: Array) -> Array:
-        basis = covariance.symmetric_basis(self.sizes).astype(omega.dtype)
-        return jnp.tensordot(omega, basis, axes=1)
+        q = sum(self.sizes)
+        return (omega @ self._basis).reshape(q, q)
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         q = sum(self.sizes)
@@ -75,22 +81,19 @@ class Grouped:
         return jnp.sum(cross[:, None] * cross[None], axis=2)
 
     def trace(self, inner: Array) -> Array:
-        basis = covariance.symmetric_basis(self.sizes).astype(inner.dtype)
-        return jnp.tensordot(basis, jnp.sum(inner, axis=-1), axes=2)
+        return self._basis @ jnp.sum(inner, axis=-1).ravel()
 
     def pair_trace(self, left: Array, right: Array) -> Array:
         q = sum(self.sizes)
-        basis = covariance.symmetric_basis(self.sizes).astype(left.dtype).reshape(-1, q * q)
         products = right.reshape(q * q, -1) @ left.reshape(q * q, -1).T
         products = products.reshape(q, q, q, q).transpose(1, 2, 3, 0)  # d a b c -> a b c d
-        return basis @ products.reshape(q * q, q * q) @ basis.T
+        return self._basis @ products.reshape(q * q, q * q) @ self._basis.T
 
     def form(self, cross: Array) -> Array:
         q, k = cross.shape[:2]
         flat = cross.reshape(q * k, -1)
         products = (flat @ flat.T).reshape(q, k, q, k).transpose(0, 2, 1, 3)
-        basis = covariance.symmetric_basis(self.sizes).astype(cross.dtype).reshape(-1, q * q)
-        return (basis @ products.reshape(q * q, k * k)).reshape(-1, k, k)
+        return (self._basis @ products.reshape(q * q, k * k)).reshape(-1, k, k)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         modes = jnp.einsum("ab,bJ->Ja", self._omega(omega), cross[:, 0])
@@ -151,4 +154,6 @@ class GroupedBasis:
                 score = self._sum(direction * rest)
             rest = rest - direction * score[self.codes]
             scores.append(score.T)
-        return Grouped(self.factors, xp.stack(scores), rest.T @ rest, sizes)
+        return Grouped(
+            cast(Array, self.factors), cast(Array, xp.stack(scores)), rest.T @ rest, sizes
+        )

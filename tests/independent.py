@@ -1,0 +1,92 @@
+"""The likelihood once more, in plain NumPy with V explicit: what jaxreml is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def covariance_matrix(variances: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Covariance matrix of effects from variances and one Fisher z (q <= 2)."""
+    sd = np.sqrt(variances)
+    correlation = np.eye(sd.size)
+    if sd.size == 2:
+        correlation[0, 1] = correlation[1, 0] = np.tanh(z[0])
+    return sd[:, None] * correlation * sd
+
+
+def marginal_covariance(params, terms, weights, n) -> np.ndarray:
+    """V of `params` as jaxreml orders them; terms are (codes, Z) with q <= 2."""
+    params = np.asarray(params, float)
+    V = np.exp(params[-1]) * np.diag(1 / (np.ones(n) if weights is None else weights))
+    start = 0
+    for codes, Z in terms:
+        q = Z.shape[1]
+        stop = start + q * (q + 1) // 2
+        sigma = covariance_matrix(np.exp(params[start : start + q]), params[start + q : stop])
+        V += (Z @ sigma @ Z.T) * (codes[:, None] == codes)
+        start = stop
+    return V
+
+
+def neg2_loglik(params, y, X, terms, *, reml: bool, weights=None) -> float:
+    """-2 log (restricted) likelihood, constants included."""
+    n, p = X.shape
+    V = marginal_covariance(params, terms, weights, n)
+    inverse = np.linalg.inv(V)
+    M = X.T @ inverse @ X
+    residual = y - X @ np.linalg.solve(M, X.T @ inverse @ y)
+    value = np.linalg.slogdet(V)[1] + residual @ inverse @ residual
+    if reml:
+        return (n - p) * np.log(2 * np.pi) + value + np.linalg.slogdet(M)[1]
+    return n * np.log(2 * np.pi) + value
+
+
+def gradient(function: Callable, at: np.ndarray, step: float = 1e-4) -> np.ndarray:
+    """Central differences of fourth order."""
+    at = np.asarray(at, float)
+    units = step * np.eye(at.size)
+    return np.array(
+        [
+            (
+                8 * (function(at + h) - function(at - h))
+                - function(at + 2 * h)
+                + function(at - 2 * h)
+            )
+            / (12 * step)
+            for h in units
+        ]
+    )
+
+
+def hessian(function: Callable, at: np.ndarray, step: float = 1e-3) -> np.ndarray:
+    """Central differences of fourth order, twice."""
+    rows = [
+        gradient(lambda x, i=i: gradient_entry(function, x, i, step), at, step)
+        for i in range(len(at))
+    ]
+    matrix = np.array(rows)
+    return (matrix + matrix.T) / 2
+
+
+def gradient_entry(function: Callable, at: np.ndarray, i: int, step: float) -> float:
+    """One entry of `gradient`."""
+    h = np.zeros(len(at))
+    h[i] = step
+    return (
+        8 * (function(at + h) - function(at - h)) - function(at + 2 * h) + function(at - 2 * h)
+    ) / (12 * step)
+
+
+def simulate(seed: int, n: int = 150, n_groups: int = 12, q: int = 2, p: int = 2):
+    """A random unbalanced design with a positive definite optimum nearly always: y, X, codes, Z."""
+    rng = np.random.default_rng(seed)
+    codes = np.concatenate([np.arange(n_groups), rng.integers(0, n_groups, n - n_groups)])
+    rng.shuffle(codes)
+    X = np.column_stack([np.ones(n), rng.normal(size=(n, p - 1))])
+    Z = np.column_stack([np.ones(n), rng.normal(size=(n, q - 1))])
+    root = np.tril(rng.normal(size=(q, q)) * 0.3) + np.diag(rng.uniform(0.7, 1.5, q))
+    b = rng.normal(size=(n_groups, q)) @ root.T
+    y = X @ rng.normal(size=p) + np.sum(Z * b[codes], axis=1) + rng.normal(size=n)
+    return y, X, codes, Z

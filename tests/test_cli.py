@@ -1,0 +1,135 @@
+"""The command line: output, streams, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import jaxreml
+from jaxreml.cli import app
+
+SLEEP = "Reaction ~ Days + (Days | Subject)"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """The persistent compilation cache goes to a temporary folder, and is off again afterwards."""
+    import jax
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def run(*arguments: str, **options):
+    return CliRunner().invoke(app, list(arguments), **options)
+
+
+def test_text():
+    result = run("fit", "sleepstudy", SLEEP)
+    assert result.exit_code == 0
+    assert "REML criterion at convergence: 1743.6" in result.stdout
+    assert result.stderr == ""
+
+
+def test_ml_json_to_file(tmp_path):
+    out = tmp_path / "fit.json"
+    result = run("fit", "sleepstudy", SLEEP, "--ml", "--format", "json", "-o", str(out))
+    assert (result.exit_code, result.stdout) == (0, "")
+    record = json.loads(out.read_text())
+    assert record["deviance"] == pytest.approx(1751.939344, abs=1e-5)
+    assert record["fixed"][1]["term"] == "Days"
+    assert record["variance_components"][-1]["group"] == "Residual"
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "parquet", "feather", "-"])
+def test_files(tmp_path, kind):
+    data = jaxreml.datasets.load("sleepstudy")
+    path = tmp_path / f"data.{kind}"
+    write = {
+        "csv": data.to_csv,
+        "csv.gz": data.to_csv,
+        "tsv": lambda path, **_: data.to_csv(path, sep="\t", index=False),
+        "parquet": data.to_parquet,
+        "feather": lambda path, **_: data.to_feather(path),
+    }
+    text = None
+    if kind == "-":
+        path, text = "-", data.to_csv(index=False)
+    else:
+        write[kind](path, index=False)
+    result = run("fit", str(path), SLEEP, "--format", "csv", input=text)
+    assert result.exit_code == 0, result.stderr
+    table = pd.read_csv(io.StringIO(result.stdout))
+    assert table.loc[table["term"] == "Days", "estimate"].item() == pytest.approx(10.467286)
+
+
+def test_singular_and_dropped_rows_go_to_stderr_unless_quiet(tmp_path):
+    data = jaxreml.datasets.load("dyestuff2")
+    data.loc[30] = ["A", np.nan]
+    path = tmp_path / "data.csv"
+    data.to_csv(path, index=False)
+    result = run("fit", str(path), "Yield ~ 1 + (1 | Batch)")
+    assert result.exit_code == 0
+    assert "1 rows with missing values dropped" in result.stderr
+    assert "singular" in result.stderr
+    assert run("fit", str(path), "Yield ~ 1 + (1 | Batch)", "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sleepstudies", SLEEP], "neither a file"),
+        (["nowhere.csv", SLEEP], "no file"),
+        (["sleepstudy", "Reaction ~ Dais + (1 | Subject)"], "did you mean 'Days'"),
+        (["sleepstudy", "Reaction ~ Days"], "no random term"),
+        (["EMPTY", SLEEP], "is empty"),
+        (["TWICE", "a ~ 1 + (1 | b)"], "'a' occurs more than once"),
+        (["BINARY", SLEEP], "jaxreml:"),
+    ],
+)
+def test_errors_exit_1(tmp_path, arguments, message):
+    files = {"EMPTY": b"", "TWICE": b"a,a,b\n1,2,3\n", "BINARY": bytes(range(256))}
+    for name, content in files.items():
+        (tmp_path / f"{name}.csv").write_bytes(content)
+    if arguments[0] in files:
+        arguments = [str(tmp_path / f"{arguments[0]}.csv"), *arguments[1:]]
+    result = run("fit", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_usage_exits_2():
+    assert run("fit", "sleepstudy").exit_code == 2
+    assert run("fit", "sleepstudy", SLEEP, "--format", "xml").exit_code == 2
+    assert run("nosuch").exit_code == 2
+
+
+def test_no_optimum_exits_3(monkeypatch):
+    import jaxreml.model
+
+    fit = jaxreml.model.fit
+    monkeypatch.setattr(
+        jaxreml, "fit", lambda *a, **k: fit(*a, **k, max_iterations=2), raising=False
+    )
+    result = run("fit", "sleepstudy", SLEEP)
+    assert result.exit_code == 3
+    assert "not converged" in result.stderr
+
+
+def test_datasets_and_version():
+    assert "insteval" in run("datasets").stdout
+    assert jaxreml.__version__ in run("--version").stdout
+
+
+def test_help_imports_no_jax():
+    code = "import sys, jaxreml.cli; sys.exit('jax' in sys.modules or 'formulaic' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

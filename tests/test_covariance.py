@@ -1,0 +1,97 @@
+"""Coordinate maps are inverse to each other and have the derivatives they claim."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxreml import covariance
+
+SIZES = [(1,), (2,), (3,), (1, 2), (4,)]
+
+
+def random_theta(seed: int, sizes: tuple[int, ...]) -> np.ndarray:
+    theta = np.random.default_rng(seed).normal(size=covariance.count_theta(sizes))
+    diagonal = covariance.theta_diagonal(sizes)
+    return np.where(diagonal, np.abs(theta) + 0.1, theta)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(SIZES))
+def test_round_trip(seed, sizes):
+    theta = jnp.asarray(random_theta(seed, sizes))
+    factors = covariance.split_triangles(theta, sizes)
+    np.testing.assert_array_equal(covariance.join_triangles(factors), theta)
+    params = covariance.params_from_factors(factors, jnp.asarray(0.3), zero=-100.0, limit=20.0)
+    omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+    assert float(log_sigma2) == 0.3
+    np.testing.assert_allclose(
+        omega, covariance.omega_from_theta(theta, sizes), rtol=1e-9, atol=1e-12
+    )
+    matrices = covariance.symmetric_matrices(omega, sizes)
+    for factor, matrix in zip(factors, matrices, strict=True):
+        np.testing.assert_allclose(matrix, factor @ factor.T, atol=1e-9)
+        again, zero = covariance.factor_semidefinite(matrix, 1e-8)
+        assert not zero.any()
+        np.testing.assert_allclose(again, factor, atol=1e-6)
+
+
+def test_two_effects_have_fishers_z():
+    omega, _ = covariance.omega_from_params(jnp.array([0.0, 0.0, 0.8, 0.0]), (2,))
+    assert float(omega[1]) == pytest.approx(np.tanh(0.8))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_hessian_in_params_equals_autodiff(sizes):
+    rng = np.random.default_rng(0)
+    m = covariance.count_theta(sizes)
+    params = jnp.asarray(rng.normal(size=m + 1) / 2)
+    A = rng.normal(size=(m + 1, m + 1))
+    A = jnp.asarray(A + A.T)
+
+    def value(both):
+        return jnp.sin(both).sum() + both @ A @ both
+
+    def in_params(params):
+        omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+        return value(jnp.append(omega, log_sigma2))
+
+    both = jnp.append(*covariance.omega_from_params(params, sizes))
+    gradient, hessian = jax.grad(value)(both), jax.hessian(value)(both)
+    # The residual's gradient is zero at an optimum and is not read; its coordinate is linear.
+    jacobian, found = covariance.hessian_in_params(params, gradient, hessian, sizes)
+    np.testing.assert_allclose(found, jax.hessian(in_params)(params), atol=1e-9)
+    np.testing.assert_allclose(gradient @ jacobian, jax.grad(in_params)(params), atol=1e-10)
+
+
+def test_semidefinite_factor_has_exact_zeros():
+    factor, zero = covariance.factor_semidefinite(jnp.array([[1.0, 2.0], [2.0, 4.0]]), 1e-4)
+    np.testing.assert_array_equal(factor, [[1, 0], [2, 0]])
+    assert list(zero) == [False, True]
+    factor, zero = covariance.factor_semidefinite(jnp.array([[0.0, 0.0], [0.0, 4.0]]), 1e-4)
+    np.testing.assert_array_equal(factor, [[0, 0], [0, 2]])
+    assert list(zero) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("theta", "free", "shown"),
+    [
+        ([1.0, 0.5, 2.0], [1, 1, 1, 1], None),
+        ([1.0, 0.5, 0.0], [1, 1, 0, 1], np.inf),
+        ([1.0, -0.5, 0.0], [1, 1, 0, 1], -np.inf),
+        ([1.0, 0.0, 0.0], [1, 0, 0, 1], np.nan),
+        ([0.0, 0.0, 1.0], [0, 1, 0, 1], np.nan),
+        ([0.0, 0.0, 0.0], [0, 0, 0, 1], np.nan),
+    ],
+)
+def test_boundary(theta, free, shown):
+    factors = covariance.split_triangles(jnp.array(theta), (2,))
+    params = covariance.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
+    inside, reported = covariance.boundary(factors, params, 20.0)
+    np.testing.assert_array_equal(inside, np.array(free, bool))
+    if shown is not None:
+        np.testing.assert_array_equal(reported[2], shown)

@@ -1,0 +1,81 @@
+"""The formula grammar, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxreml import FormulaError
+from jaxreml.formula import names_in, parse
+
+
+@pytest.mark.parametrize(
+    ("formula", "fixed", "random"),
+    [
+        ("y ~ x + (x | g)", "x", [("x", ("g",), "g", True)]),
+        ("y ~ (1 | g)", "1", [("1", ("g",), "g", True)]),
+        ("y ~ -1 + x + (0 + x || g)", "- 1 + x", [("0 + x", ("g",), "g", False)]),
+        ("y ~ x*z - x:z + (1|a:b)", "x*z - x:z", [("1", ("a", "b"), "a:b", True)]),
+        (
+            "y ~ x + (1 | a/b/c)",
+            "x",
+            [
+                ("1", ("a",), "a", True),
+                ("1", ("b", "a"), "b:a", True),
+                ("1", ("c", "b", "a"), "c:(b:a)", True),
+            ],
+        ),
+        ("y ~ (1 | `my g`) + `my x`", "`my x`", [("1", ("my g",), "my g", True)]),
+        ("y ~ (z + (1 | g)) + x", "z + x", [("1", ("g",), "g", True)]),
+        ("y ~ I(a | b) + C(f, contr.sum) + (1|factor(g))", "I(a | b) + C(f, contr.sum)", None),
+    ],
+)
+def test_parts(formula, fixed, random):
+    parsed = parse(formula)
+    assert parsed.response == "y"
+    assert parsed.fixed == fixed
+    if random is not None:
+        found = [(t.effects, t.factors, t.name, t.correlated) for t in parsed.random]
+        assert found == random
+
+
+def test_offsets():
+    parsed = parse("y ~ offset(log(t)) + x + offset(z) + (1 | g)")
+    assert parsed.fixed == "x"
+    assert parsed.offsets == ("log(t)", "z")
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        ("y ~ x | g", "outside brackets"),
+        ("y ~ x + (1 | (g | h))", "nested bars"),
+        ("y ~ x + (1 || g | h)", "nested bars"),
+        ("y ~ x * (1 | g)", "not multiplied"),
+        ("y ~ (1 | g):x", "not multiplied"),
+        ("y ~ (1 | g)^2", "not multiplied"),
+        ("y ~ a * (x + (1 | g))", "not multiplied"),
+        ("y ~ x - (1 | g)", "cannot be subtracted"),
+        ("y ~ x - offset(z) + (1 | g)", "cannot be subtracted"),
+        ("y ~ x", "no random term"),
+        ("y + x", "exactly one ~"),
+        ("y ~ x ~ (1 | g)", "exactly one ~"),
+        ("y ~ x + (1 | g", "never closed"),
+        ("y ~ x + 1 | g)", "closes no bracket"),
+        ("y ~ x + + (1 | g)", "a term is missing"),
+        ("y ~ x + (1 | g) +", "a term is missing"),
+        ("y ~ ( | g)", "needs effects"),
+        ("y ~ (1 | )", "needs effects"),
+        ("y ~ (1 | g + h)", "not a column name"),
+        ("y ~ (1 | g$h)", "not a column name"),
+        ("y | x ~ (1 | g)", "left side"),
+        (3, "must be a string"),
+    ],
+)
+def test_refused(formula, message):
+    with pytest.raises(FormulaError, match=message):
+        parse(formula)
+
+
+def test_names_are_columns_not_functions_or_strings():
+    text = "bs(x, df=4) * np.log(z) + C(f, levels=['a', 'b']) + `my x` + (u == v) + 2"
+    assert names_in(text) == ["x", "z", "f", "my x", "u", "v"]

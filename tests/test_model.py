@@ -1,0 +1,194 @@
+"""`fit` and its results, as a user without float64 sees them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import jaxreml
+from jaxreml import ConvergenceWarning, DataError, LMMResults
+
+SLEEP = "Reaction ~ Days + (Days | Subject)"
+
+
+@pytest.fixture(scope="module")
+def fit() -> LMMResults:
+    with jax.enable_x64(False):
+        result = jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"))
+        assert not jax.config.jax_enable_x64
+    return result
+
+
+def test_labels(fit):
+    assert list(fit.params.index) == ["(Intercept)", "Days"]
+    assert fit.vcov.loc["Days", "Days"] == pytest.approx(fit.bse["Days"] ** 2)
+    pd.testing.assert_frame_equal(fit.vcov, fit.cov_params())
+    assert fit.tvalues["Days"] == pytest.approx(6.771485, abs=1e-5)
+    components = fit.variance_components
+    assert list(components.columns) == [
+        "group", "term", "variance", "sd", "log_variance", "log_variance_se",
+    ]  # fmt: skip
+    assert list(components["group"]) == ["Subject", "Subject", "Residual"]
+    assert fit.log_variances["Subject", "Days"] == pytest.approx(np.log(35.071662), abs=1e-6)
+    assert fit.log_variance_se["Residual", "Residual"] == pytest.approx(0.117851, abs=1e-6)
+    assert fit.cov_re.loc[("Subject", "(Intercept)"), ("Subject", "Days")] == pytest.approx(
+        9.604335, abs=1e-4
+    )
+    assert fit.ngroups == {"Subject": 18}
+    assert fit.nobs == 180
+    assert fit.params.to_numpy().dtype == np.float64
+    np.testing.assert_allclose(fit.fittedvalues + fit.resid, fit.y)
+
+
+def test_confidence_intervals(fit):
+    normal = fit.conf_int()
+    assert normal.loc["Days", "lower"] == pytest.approx(10.467286 - 1.959964 * 1.545789, abs=1e-5)
+    t = fit.conf_int(df="satterthwaite")
+    assert t.loc["Days", "upper"] == pytest.approx(10.467286 + 2.109816 * 1.545789, abs=1e-5)
+    with pytest.raises(ValueError, match="alpha"):
+        fit.conf_int(alpha=2)
+    with pytest.raises(ValueError, match="satterthwaite"):
+        fit.conf_int(df="kr")
+
+
+def test_summary_has_lmertests_layout(fit):
+    text = fit.summary()
+    assert text == str(fit)
+    for line in (
+        "Linear mixed model fit by REML. t-tests use Satterthwaite's method",
+        "Formula: Reaction ~ Days + (Days | Subject)",
+        "REML criterion at convergence: 1743.6",
+        "Number of obs: 180, groups:  Subject, 18",
+        "Days -0.138",
+    ):
+        assert line in text
+    assert "6.771 3.26e-06 ***" in text
+
+
+def test_tidy(fit):
+    both = fit.tidy()
+    assert list(both["effect"]) == ["ran_pars"] * 4 + ["fixed"] * 2
+    assert list(both["term"])[:4] == [
+        "sd__(Intercept)", "sd__Days", "cor__(Intercept).Days", "sd__Observation",
+    ]  # fmt: skip
+    fixed = fit.tidy("fixed", conf_int=True)
+    assert list(fixed.columns) == [
+        "effect", "group", "term", "estimate", "std_error", "statistic", "df", "p_value",
+        "conf_low", "conf_high",
+    ]  # fmt: skip
+    values = fit.tidy("ran_vals")
+    assert values.shape == (36, 5)
+    modes, coefficients = values["estimate"], fit.tidy("ran_coefs")["estimate"]
+    np.testing.assert_allclose(coefficients - modes, np.tile(fit.params, 18))
+    with pytest.raises(ValueError, match="ran_pars"):
+        fit.tidy("random")
+
+
+def test_glance_and_augment(fit):
+    row = fit.glance().iloc[0]
+    assert (row["nobs"], row["aic"]) == (180, fit.aic)
+    assert row["reml_crit"] == fit.criterion
+    table = fit.augment()
+    assert list(table.columns) == ["Reaction", "Days", "Subject", "fitted", "resid", "fixed"]
+    np.testing.assert_allclose(table["Reaction"], table["fitted"] + table["resid"])
+
+
+@pytest.mark.parametrize("kind", ["plain", "singular", "weights"])
+def test_save_and_load_round_trip(fit, kind, tmp_path):
+    if kind == "singular":
+        fit = jaxreml.fit("Yield ~ 1 + (1 | Batch)", jaxreml.datasets.load("dyestuff2"))
+    if kind == "weights":
+        data = jaxreml.datasets.load("sleepstudy").set_index(pd.RangeIndex(5, 185))
+        fit = jaxreml.fit(SLEEP, data, "ML", weights=np.linspace(1, 2, 180), offset="Days")
+    path = tmp_path / "fit.json"
+    fit.save(path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    again = LMMResults.load(path)
+    assert again.summary() == fit.summary()
+    pd.testing.assert_frame_equal(again.augment(), fit.augment(), check_index_type=False)
+    pd.testing.assert_frame_equal(again.variance_components, fit.variance_components, rtol=0)
+    pd.testing.assert_frame_equal(again.tidy("ran_vals"), fit.tidy("ran_vals"), rtol=0)
+    np.testing.assert_array_equal(again.hessian, fit.hessian)
+    assert again.message == fit.message
+
+
+def test_load_refuses_other_files(tmp_path):
+    path = tmp_path / "other.json"
+    for text, message in (("{", "not a saved fit"), ("[1]", "not a saved fit of jaxreml")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            LMMResults.load(path)
+
+
+def test_singular_fit_says_what_is_singular():
+    fit = jaxreml.fit("Yield ~ 1 + (1 | Batch)", jaxreml.datasets.load("dyestuff2"))
+    assert fit.converged
+    assert fit.is_singular
+    assert "the variance of (Intercept) of Batch is zero" in fit.message
+    row = fit.variance_components.iloc[0]
+    assert (row["variance"], row["log_variance"]) == (0, -np.inf)
+    assert np.isnan(row["log_variance_se"])
+    assert np.isfinite(fit.df_satterthwaite).all()
+
+
+def test_no_optimum_warns_and_gives_no_standard_errors():
+    data = jaxreml.datasets.load("sleepstudy")
+    with pytest.warns(ConvergenceWarning, match="iteration limit"):
+        fit = jaxreml.fit(SLEEP, data, max_iterations=2)
+    assert not fit.converged
+    assert fit.log_variance_se.isna().all()
+    assert "NOT CONVERGED" in fit.summary()
+
+
+def test_perfect_fit_is_an_error():
+    data = jaxreml.datasets.load("sleepstudy")
+    data["exact"] = 2 * data["Days"] + 1
+    with pytest.raises(DataError, match="perfectly"):
+        jaxreml.fit("exact ~ Days + (1 | Subject)", data)
+
+
+def test_a_wrong_optimum_is_not_certified(monkeypatch):
+    import jaxreml.model
+
+    def off(design, method, **options):
+        estimated = jaxreml.estimate(design, method, **options)
+        import dataclasses
+
+        return dataclasses.replace(estimated, theta=estimated.theta * 1.01)
+
+    monkeypatch.setattr(jaxreml.model, "estimate", off)
+    with pytest.warns(ConvergenceWarning, match="not zero"):
+        fit = jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"))
+    assert not fit.converged
+
+
+def test_fits_of_one_shape_share_a_compilation():
+    data = jaxreml.datasets.load("sleepstudy")
+    jaxreml.fit(SLEEP, data)
+    other = data.rename(columns={"Reaction": "y", "Days": "t", "Subject": "g"})
+    with jax.log_compiles(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jaxreml.fit("y ~ t + (t | g)", other.assign(y=other["y"][::-1].to_numpy()))
+    assert not [w for w in caught if "ompil" in str(w.message)]
+    before = jaxreml.estimate._cache_size()
+    jaxreml.fit("y ~ t + (t | g)", other)
+    assert jaxreml.estimate._cache_size() == before
+
+
+def test_structure_can_be_forced(fit):
+    dense = jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"), structure="dense")
+    assert (fit.structure, dense.structure) == ("grouped", "dense")
+    assert dense.criterion == pytest.approx(fit.criterion, abs=1e-9)
+    np.testing.assert_allclose(
+        dense.random_effects["Subject"], fit.random_effects["Subject"], rtol=1e-6
+    )
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="REML"):
+        jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"), "reml")

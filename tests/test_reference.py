@@ -1,0 +1,120 @@
+"""Fits equal those by lme4, lmerTest and glmmTMB, quantity by quantity with a tolerance each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import references
+
+import jaxreml
+
+# A criterion so flat that lme4's optimiser leaves the last digits of the estimates open.
+FLAT = {"machines_s", "exam", "q4", "zero_slope", "corr_one", "nested_slash"}
+CASES = [
+    (name, method)
+    for name in references.NAMES
+    if name != "insteval"  # too large for the dense structure: waits for the crossed one
+    for method in ("REML", "ML")
+]
+_fits: dict[tuple[str, str], jaxreml.LMMResults] = {}
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request):
+    name, method = request.param
+    model = references.reference(name)
+    if request.param not in _fits:
+        weights = model.get("weights")
+        _fits[request.param] = jaxreml.fit(
+            model["formula"], references.data(name), method, weights=weights
+        )
+    return name, _fits[request.param], model["fits"][method]
+
+
+def test_criterion_is_no_higher(case):
+    _, fit, figures = case
+    assert fit.converged
+    assert fit.criterion == pytest.approx(figures["criterion"], abs=1e-6)
+    assert fit.llf == pytest.approx(figures["logLik"], abs=1e-6)
+    assert fit.aic == pytest.approx(figures["AIC"], abs=1e-6)
+    assert fit.bic == pytest.approx(figures["BIC"], abs=1e-6)
+
+
+def test_fixed_effects(case):
+    name, fit, figures = case
+    rel = 1e-4 if name in FLAT else 1e-5
+    scale = max(map(abs, figures["fixef"].values()))
+    np.testing.assert_allclose(
+        fit.params, list(figures["fixef"].values()), rtol=rel, atol=1e-7 * scale
+    )
+    np.testing.assert_allclose(fit.bse, list(figures["se"].values()), rtol=rel)
+    assert len(fit.aliased) == len(figures.get("dropped") or [])
+
+
+def test_variance_components(case):
+    name, fit, figures = case
+    rel = 1e-4 if name in FLAT else 1e-5
+    rows = figures["varcorr"]
+    variances = [row for row in rows if row.get("var2") is None]
+    assert list(fit.variance_components["group"]) == [
+        row["grp"].removesuffix(".1")  # lme4 numbers the terms of (x || g)
+        for row in variances
+    ]
+    scale = max(row["sdcor"] for row in variances)
+    np.testing.assert_allclose(
+        fit.variance_components["sd"],
+        [row["sdcor"] for row in variances],
+        rtol=rel,
+        atol=1e-6 * scale,
+    )
+    expected = [row["sdcor"] for row in rows if row.get("var2") is not None]
+    expected = [np.nan if value is None else value for value in expected]
+    if name != "zero_slope":  # undefined: lme4 prints NaN or what rounding left
+        np.testing.assert_allclose(fit.correlations["correlation"], expected, rtol=rel, atol=1e-5)
+    assert fit.sigma == pytest.approx(figures["sigma"], rel=rel)
+    assert fit.is_singular == figures["singular"]
+
+
+def test_log_variance_standard_errors(case):
+    _, fit, figures = case
+    expected = figures.get("log_variance_glmmTMB")
+    if not expected:
+        pytest.skip("glmmTMB has no standard errors here")
+    ours = fit.log_variance_se.to_numpy()
+    keys = [(row["group"], str(row["term"])[-1]) for row in expected]
+    mine = [(group, term.strip("]")[-1]) for group, term in fit.log_variance_se.index]
+    by_key = {key: row["se"] for key, row in zip(keys, expected, strict=True)}
+    assert set(keys) == set(mine)
+    np.testing.assert_allclose(ours, [by_key[key] for key in mine], rtol=1e-3)
+
+
+def test_random_effects(case):
+    _, fit, figures = case
+    assert list(fit.random_effects) == list(figures["ranef"])
+    for group, rows in figures["ranef"].items():
+        modes = fit.random_effects[group]
+        assert [str(level) for level in modes.index] == [str(row["level"]) for row in rows]
+        expected = np.array([[v for k, v in row.items() if k != "level"] for row in rows], float)
+        scale = np.abs(expected).max(initial=1e-300)
+        np.testing.assert_allclose(modes, expected, rtol=1e-4, atol=1e-4 * scale + 1e-10)
+    np.testing.assert_allclose(fit.fittedvalues[:10], figures["fitted_head"], rtol=1e-5, atol=1e-6)
+
+
+def test_satterthwaite(case):
+    _, fit, figures = case
+    table = figures.get("satterthwaite")
+    if not table:
+        pytest.skip("lmerTest's table is for REML fits that are not singular")
+    np.testing.assert_allclose(fit.df_satterthwaite, [row["df"] for row in table], rtol=1e-4)
+    np.testing.assert_allclose(
+        fit.pvalues, [row["Pr(>|t|)"] for row in table], rtol=1e-3, atol=1e-30
+    )
+
+
+def test_theta_is_lme4s(case):
+    name, fit, figures = case
+    expected = np.atleast_1d(figures["theta"])
+    np.testing.assert_allclose(fit.theta, expected, rtol=1e-4, atol=1e-5 * expected.max() + 1e-7)
+    if name == "missing":
+        assert fit.n_dropped == 7
+        assert fit.nobs == figures["n_used"]
