@@ -6,6 +6,9 @@ residual variance ``sigma2``. The views, each a differentiable map of the one be
 ===================  ==========================================================================
 ``theta``            lower triangles, column by column, of the relative Cholesky factors
                      ``Lambda_k``, with ``Sigma_k = sigma2 Lambda_k Lambda_k'`` (lme4's theta)
+``root``             any square matrices ``L_k`` with ``Omega_k = L_k L_k'``, row by row: what the
+                     optimiser moves. A triangle would be ill-conditioned where a leading
+                     variance is nearly zero
 ``omega``            lower triangles, column by column, of the relative covariance matrices
                      ``Omega_k = Lambda_k Lambda_k'``; the marginal covariance
                      ``V / sigma2 = I + Z Omega Z'`` is linear in them
@@ -45,12 +48,6 @@ def count_theta(sizes: Sizes) -> int:
 
 
 @lru_cache
-def theta_diagonal(sizes: Sizes) -> np.ndarray:
-    """Which entries of theta are diagonal entries of a factor, as a boolean array."""
-    return np.concatenate([rows == columns for rows, columns in map(triangle, sizes)])
-
-
-@lru_cache
 def positions(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """Where `params` holds log-variances (the residual's last) and correlation coordinates."""
     log_variances: list[int] = []
@@ -87,23 +84,38 @@ def symmetric_basis(sizes: Sizes) -> np.ndarray:
 
 
 @lru_cache
-def product_tensor(sizes: Sizes) -> np.ndarray:
-    """Constants c with omega_i = sum_st c[i, s, t] theta_s theta_t, symmetric in s and t."""
-    m = count_theta(sizes)
-    tensor = np.zeros((m, m, m))
+def root_tensor(sizes: Sizes) -> np.ndarray:
+    """Constants c with omega_i = sum_st c[i, s, t] root_s root_t, symmetric in s and t."""
+    length = sum(q * q for q in sizes)
+    tensor = np.zeros((count_theta(sizes), length, length))
+    i = start = 0
+    for q in sizes:
+        for row, column in zip(*triangle(q), strict=True):
+            s, t = start + row * q + np.arange(q), start + column * q + np.arange(q)
+            np.add.at(tensor[i], (s, t), 0.5)
+            np.add.at(tensor[i], (t, s), 0.5)
+            i += 1
+        start += q * q
+    return tensor
+
+
+@lru_cache
+def root_of_theta(sizes: Sizes) -> np.ndarray:
+    """Positions of theta in a root, (m,): a lower triangle is one of the roots."""
+    positions = []
     start = 0
     for q in sizes:
         rows, columns = triangle(q)
-        position = {
-            (int(r), int(c)): start + k for k, (r, c) in enumerate(zip(rows, columns, strict=True))
-        }
-        for (row, column), i in position.items():
-            for k in range(column + 1):
-                s, t = position[row, k], position[column, k]
-                tensor[i, s, t] += 0.5
-                tensor[i, t, s] += 0.5
-        start += q * (q + 1) // 2
-    return tensor
+        positions.append(start + rows * q + columns)
+        start += q * q
+    return np.concatenate(positions)
+
+
+@lru_cache
+def theta_tensor(sizes: Sizes) -> np.ndarray:
+    """Constants c with omega_i = sum_st c[i, s, t] theta_s theta_t, symmetric in s and t."""
+    inside = root_of_theta(sizes)
+    return root_tensor(sizes)[:, inside[:, None], inside]
 
 
 def split_triangles(vector: Array, sizes: Sizes) -> tuple[Array, ...]:
@@ -126,7 +138,7 @@ def join_triangles(matrices: tuple[Array, ...]) -> Array:
 
 def omega_from_theta(theta: Array, sizes: Sizes) -> Array:
     """Relative covariances of relative Cholesky factors, both as vectors of length m."""
-    return jnp.einsum("ist,s,t->i", product_tensor(sizes).astype(theta.dtype), theta, theta)
+    return jnp.einsum("ist,s,t->i", theta_tensor(sizes).astype(theta.dtype), theta, theta)
 
 
 def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
@@ -78,7 +79,7 @@ class Estimate:
         criterion: (), -2 log (restricted) likelihood at the optimum.
         hessian: (m + 1, m + 1), of the criterion in `params`; NaN as in `params_vcov`.
         iterations: (), expansions of the criterion computed.
-        gradient_norm: (), Euclidean norm of the gradient in theta (scaled effects).
+        gradient_norm: (), Euclidean norm of the gradient in the root (scaled effects).
         inertia: (3,), negative, zero and positive eigenvalues of the Hessian in theta.
         is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
         status: (), a `Status`. Other than CONVERGED: do not use the numbers.
@@ -118,8 +119,8 @@ def estimate(
     Pure: `jit`, `vmap` over stacked designs (`jaxreml.design.stack`), and derivatives to any order
     with respect to the design, by the implicit function theorem at the optimum. Fixed effects and
     residual variance are profiled out; the rest is a safeguarded Newton iteration with exact
-    derivatives on the relative Cholesky factor theta, whose diagonal has no bound: the criterion
-    is even in each of its columns, and the sign is fixed at the end.
+    derivatives on square roots of the relative covariance matrices, which have no bounds: the
+    criterion is even in each of their columns, and the Cholesky factor is taken at the end.
 
     Args:
         design: the data.
@@ -140,15 +141,15 @@ def estimate(
         tolerance = max(tolerance, 1e-5)
     trace = _search(jax.lax.stop_gradient(design), reml, tolerance, max_iterations)
     trace = jax.lax.stop_gradient(trace)
-    theta, point = _optimum(reml, design, trace.theta, trace.point)
-    return _report(theta, point, trace, design)
+    root, point = _optimum(reml, design, trace.at, trace.point)
+    return _report(root, point, trace, design)
 
 
 class Point(NamedTuple):
-    """The criterion around one theta (scaled effects).
+    """The profiled criterion around one root (scaled effects).
 
     Attributes:
-        value, gradient, hessian: of the profiled criterion in theta, (), (m,) and (m, m).
+        value, gradient, hessian: in the root, of length r: (), (r,) and (r, r).
         expansion: the same in omega, and what it was made from.
     """
 
@@ -158,61 +159,78 @@ class Point(NamedTuple):
     expansion: Expansion
 
 
-def expand_theta(theta: Array, design: Design, *, reml: bool) -> Point:
-    """The profiled criterion with its derivatives in theta, by the chain rule from omega."""
-    products = jnp.asarray(covariance.product_tensor(design.sizes), theta.dtype)
-    half_jacobian = products @ theta
-    expansion = expand(half_jacobian @ theta, design, reml=reml)
+def expand_root(root: Array, design: Design, *, reml: bool) -> Point:
+    """The profiled criterion with its derivatives in the root."""
+    products = covariance.root_tensor(design.sizes)
+    omega = jnp.einsum("ist,s,t->i", products.astype(root.dtype), root, root)
+    expansion = expand(omega, design, reml=reml)
+    return Point(expansion.value, *_chain(root, products, expansion), expansion)
+
+
+def _chain(at: Array, products: np.ndarray, expansion: Expansion) -> tuple[Array, Array]:
+    """Gradient and Hessian in coordinates that omega is quadratic in, by the chain rule."""
+    tensor = jnp.asarray(products, at.dtype)
+    half_jacobian = tensor @ at
     gradient = 2 * expansion.gradient @ half_jacobian
-    curvature = 2 * jnp.tensordot(expansion.gradient, products, axes=1)
+    curvature = 2 * jnp.tensordot(expansion.gradient, tensor, axes=1)
     hessian = 4 * half_jacobian.T @ expansion.hessian @ half_jacobian + curvature
-    return Point(expansion.value, gradient, (hessian + hessian.T) / 2, expansion)
+    return gradient, (hessian + hessian.T) / 2
 
 
-def _snap(theta: Array, sizes: covariance.Sizes) -> Array:
-    """The factor with non-negative diagonal, pivots that are nearly zero set to zero."""
-    matrices = covariance.symmetric_matrices(covariance.omega_from_theta(theta, sizes), sizes)
-    return covariance.join_triangles(
-        tuple(covariance.factor_semidefinite(matrix, ZERO)[0] for matrix in matrices)
-    )
+def _triangles(root: Array, sizes: covariance.Sizes) -> tuple[Array, ...]:
+    """Lower-triangular factors of a root's covariances, pivots that are nearly zero set to zero."""
+    factors = []
+    start = 0
+    for q in sizes:
+        square = root[start : start + q * q].reshape(q, q)
+        factors.append(covariance.factor_semidefinite(square @ square.T, ZERO)[0])
+        start += q * q
+    return tuple(factors)
 
 
 def _search(design: Design, reml: bool, tolerance: float, max_iterations: int) -> newton.Trace:
-    start = jnp.asarray(covariance.theta_diagonal(design.sizes), design.dtype)
+    sizes = design.sizes
+
+    def snap(root: Array) -> Array:
+        return jnp.concatenate([factor.ravel() for factor in _triangles(root, sizes)])
+
     return newton.minimise(
-        lambda theta: expand_theta(theta, design, reml=reml),
-        start,
-        partial(_snap, sizes=design.sizes),
+        partial(expand_root, design=design, reml=reml),
+        jnp.asarray(np.concatenate([np.eye(q).ravel() for q in sizes]), design.dtype),
+        snap,
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _optimum(reml: bool, design: Design, theta: Array, point: Point) -> tuple[Array, Point]:
+def _optimum(reml: bool, design: Design, root: Array, point: Point) -> tuple[Array, Point]:
     """The optimum found, with the derivatives that it has as a function of the design.
 
-    The gradient stays zero when the design changes, so d theta = -H^-1 d gradient, with flat
-    directions left where they are.
+    The gradient stays zero when the design changes, so d root = -H^-1 d gradient, with flat
+    directions left where they are: rotations of the root, which do not move omega.
     """
-    return theta, point
+    return root, point
 
 
 @_optimum.defjvp
 def _optimum_jvp(reml, primals, tangents):
-    theta, point = _optimum(reml, *primals)
+    root, point = _optimum(reml, *primals)
     design, design_dot = primals[0], tangents[0]
-    at = partial(expand_theta, reml=reml)
-    _, gradient_dot = jax.jvp(lambda design: at(theta, design).gradient, (design,), (design_dot,))
-    theta_dot = -newton.solve_flat(at(theta, design).hessian, gradient_dot)
-    _, point_dot = jax.jvp(at, (theta, design), (theta_dot, design_dot))
-    return (theta, point), (theta_dot, point_dot)
+    at = partial(expand_root, reml=reml)
+    _, gradient_dot = jax.jvp(lambda design: at(root, design).gradient, (design,), (design_dot,))
+    root_dot = -newton.solve_flat(at(root, design).hessian, gradient_dot)
+    _, point_dot = jax.jvp(at, (root, design), (root_dot, design_dot))
+    return (root, point), (root_dot, point_dot)
 
 
-def _report(theta: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
+def _report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
     sizes = design.sizes
     p = design.p
-    value, gradient, hessian_theta, expansion = point
+    value, gradient, _, expansion = point
+    scaled = _triangles(root, sizes)
+    theta = covariance.join_triangles(scaled)
+    _, hessian_theta = _chain(theta, covariance.theta_tensor(sizes), expansion)
     inertia = newton.inertia(hessian_theta)
     sigma2 = jnp.exp(expansion.log_sigma2)
 
@@ -226,7 +244,6 @@ def _report(theta: Array, point: Point, trace: newton.Trace, design: Design) -> 
     vcov = sigma2 * root_vcov @ root_vcov.T
 
     # Variance parameters, in the user's units of the effects.
-    scaled = covariance.split_triangles(theta, sizes)
     factors = tuple(f / s[:, None] for f, s in zip(scaled, design.scales, strict=True))
     finite = covariance.params_from_factors(factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
     free, shown = covariance.boundary(factors, finite, FAR)

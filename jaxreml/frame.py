@@ -7,14 +7,12 @@ here, before any compute, and named.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import formulaic
-import narwhals.stable.v2 as nw
 import numpy as np
 import pandas as pd
 from formulaic.errors import FormulaicError
@@ -23,6 +21,7 @@ from formulaic.transforms import TRANSFORMS
 from jaxreml.designs import Design, Term
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
+from jaxreml.tabular import column_names, nearest, to_pandas
 
 ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
 _R_NAMES = {"factor": TRANSFORMS["C"], "sqrt": np.sqrt, "abs": np.abs}
@@ -163,7 +162,7 @@ def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) 
     expressions += [bar.effects for bar in parsed.random]
     names = [name for expression in expressions for name in names_in(expression)]
     names += [factor for bar in parsed.random for factor in bar.factors]
-    columns = _column_names(data)
+    columns = column_names(data)
     repeated = sorted({name for name in names if columns.count(name) > 1})
     if repeated:
         raise DataError(f"column {repeated[0]!r} occurs more than once in the data; rename one")
@@ -174,91 +173,24 @@ def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) 
         if name in columns:
             wanted.append(name)
         elif name not in context and name not in TRANSFORMS and name != "np":
-            near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise DataError(
-                f"column {name!r} of the formula is not in the data{hint} "
-                f"The columns are: {', '.join(map(str, columns[:20]))}"
-                f"{', ...' if len(columns) > 20 else ''}"
+                f"column {name!r} of the formula is not in the data{nearest(name, columns)}"
             )
-    table = _to_pandas(data, wanted)
+    table = to_pandas(data, wanted)
     if not len(table):
         raise DataError("the data have no rows")
     return table
 
 
-def _column_names(data: Any) -> list[str]:
-    if isinstance(data, Mapping):
-        return list(data)
-    if isinstance(data, pd.DataFrame):
-        return list(data.columns)
-    try:
-        return nw.from_native(data, eager_only=True).columns
-    except TypeError:
-        if hasattr(data, "collect"):
-            raise DataError("data is a lazy frame; call .collect() on it first") from None
-        raise DataError(
-            "data must be a dataframe (pandas, polars, pyarrow, ...) or a dict of columns, not "
-            f"{type(data).__name__}"
-        ) from None
-
-
-def _to_pandas(data: Any, names: list[str]) -> pd.DataFrame:
-    if isinstance(data, pd.DataFrame):
-        columns = {name: _plain(data[name]) for name in names}  # pyright: ignore
-        return pd.DataFrame(columns, index=data.index)
-    if isinstance(data, Mapping):
-        columns = {name: np.asarray(data[name]) for name in names}
-        columns = {
-            name: _plain(data[name]) if isinstance(data[name], pd.Series) else values
-            for name, values in columns.items()
-        }
-        lengths = {name: np.shape(values) for name, values in columns.items()}
-        bad = next((name for name, shape in lengths.items() if len(shape) != 1), None)
-        if bad is not None:
-            raise DataError(f"column {bad!r} must be one-dimensional, not {lengths[bad]}")
-        if len(set(lengths.values())) > 1:
-            sizes = ", ".join(f"{name}: {shape[0]}" for name, shape in lengths.items())
-            raise DataError(f"columns of different lengths: {sizes}")
-        plain = {
-            name: values.reset_index(drop=True) if isinstance(values, pd.Series) else values
-            for name, values in columns.items()
-        }
-        return pd.DataFrame(plain)
-    frame = nw.from_native(data, eager_only=True)
-    return pd.DataFrame({name: _from_narwhals(frame[name]) for name in names})
-
-
-def _plain(column: pd.Series) -> pd.Series:
-    """A pandas column in NumPy's types, missing values as NaN or None."""
-    kind = column.dtype
-    if isinstance(kind, pd.CategoricalDtype | np.dtype):
-        return column
-    if pd.api.types.is_bool_dtype(kind) and not column.isna().any():
-        return column.astype(bool)
-    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind):
-        return pd.Series(column.to_numpy(float, na_value=np.nan), index=column.index)
-    return column
-
-
-def _from_narwhals(column: nw.Series) -> Any:
-    if isinstance(column.dtype, nw.Categorical | nw.Enum):
-        levels = column.cat.get_categories().to_list()
-        return pd.Categorical(column.to_list(), categories=levels)
-    if column.dtype.is_numeric():
-        return column.cast(nw.Float64).to_numpy() if column.null_count() else column.to_numpy()
-    return pd.Series(column.to_list())
-
-
 def _extra_column(role: str, value: Any, data: Any, n: int) -> np.ndarray:
     """Values of the argument `weights` or `offset`: a column's name or an array."""
     if isinstance(value, str):
-        columns = _column_names(data)
+        columns = column_names(data)
         if value not in columns:
-            near = difflib.get_close_matches(value, columns, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise DataError(f"{role}={value!r} is not a column of the data{hint}")
-        value = _to_pandas(data, [value])[value]
+            raise DataError(
+                f"{role}={value!r} is not a column of the data{nearest(value, columns)}"
+            )
+        value = to_pandas(data, [value])[value]
     try:
         values = np.asarray(value, float)
     except (TypeError, ValueError):

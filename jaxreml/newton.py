@@ -19,7 +19,7 @@ from jax import Array
 
 FLAT = 1e-10  # eigenvalues below this fraction of the largest count as zero
 NEGATIVE = 1e-8  # ... and below minus this fraction as negative
-ESCAPE = 0.3  # first step away from a saddle point, in units of theta
+ESCAPE = 0.3  # first step away from a saddle point, in units of the coordinates
 ROUNDING = 1e-13  # relative change of the function that rounding alone can make
 
 
@@ -27,14 +27,14 @@ class Trace(NamedTuple):
     """Outcome of `minimise`.
 
     Attributes:
-        theta: (m,), the last accepted point.
+        at: (m,), the last accepted point.
         point: what `expand` returned there.
         iterations: expansions computed.
         converged: whether the decrement reached the tolerance where no eigenvalue is negative.
         stalled: whether the radius collapsed: no downhill step could be found.
     """
 
-    theta: Array
+    at: Array
     point: Any
     iterations: Array
     converged: Array
@@ -60,7 +60,7 @@ def minimise(
     """Minimise a smooth function.
 
     Args:
-        expand: theta (m,) to a NamedTuple with `value` (), `gradient` (m,) and `hessian` (m, m)
+        expand: a point (m,) to a NamedTuple with `value` (), `gradient` (m,) and `hessian` (m, m)
             among its fields. NaN means outside.
         start: (m,).
         snap: maps a converged point to the equivalent or nearby point to report. It is kept if
@@ -86,15 +86,15 @@ def minimise(
 
     def advance(state: _State) -> _State:
         old = state.trace
-        trial = old.theta + state.step
+        trial = old.at + state.step
         trial = jnp.where(state.polish, snap(trial), trial)
         new = expand(trial)
         noise = ROUNDING * jnp.abs(new.value) + tolerance
         # A rejected polish leaves the converged point as it is.
         gain = old.point.value - new.value
         accept = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.hessian)) & (gain >= -noise)
-        theta, point = jax.tree.map(
-            lambda tried, kept: jnp.where(accept, tried, kept), (trial, new), (old.theta, old.point)
+        at, point = jax.tree.map(
+            lambda tried, kept: jnp.where(accept, tried, kept), (trial, new), (old.at, old.point)
         )
 
         ratio = gain / state.predicted
@@ -115,7 +115,7 @@ def minimise(
         converged = state.polish & ~(accept & saddle)
         stalled = ~converged & ~jnp.isfinite(point.value)
         stalled = stalled | (~converged & ~near & (radius < 1e-10))
-        trace = Trace(theta, point, old.iterations + 1, converged, stalled)
+        trace = Trace(at, point, old.iterations + 1, converged, stalled)
         return _State(trace, step, predicted, radius, near & ~negative)
 
     return jax.lax.while_loop(unfinished, advance, initial).trace

@@ -16,7 +16,9 @@ SIZES = [(1,), (2,), (3,), (1, 2), (4,)]
 
 def random_theta(seed: int, sizes: tuple[int, ...]) -> np.ndarray:
     theta = np.random.default_rng(seed).normal(size=covariance.count_theta(sizes))
-    diagonal = covariance.theta_diagonal(sizes)
+    diagonal = np.concatenate(
+        [rows == columns for rows, columns in map(covariance.triangle, sizes)]
+    )
     return np.where(diagonal, np.abs(theta) + 0.1, theta)
 
 
@@ -38,6 +40,19 @@ def test_round_trip(seed, sizes):
         again, zero = covariance.factor_semidefinite(matrix, 1e-8)
         assert not zero.any()
         np.testing.assert_allclose(again, factor, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_triangle_is_a_root(sizes):
+    theta = random_theta(1, sizes)
+    root = np.zeros(sum(q * q for q in sizes))
+    root[covariance.root_of_theta(sizes)] = theta
+    omega = np.einsum("ist,s,t->i", covariance.root_tensor(sizes), root, root)
+    expected = [
+        factor @ factor.T for factor in covariance.split_triangles(jnp.asarray(theta), sizes)
+    ]
+    np.testing.assert_allclose(omega, covariance.join_triangles(tuple(expected)), atol=1e-12)
+    np.testing.assert_allclose(omega, covariance.omega_from_theta(jnp.asarray(theta), sizes))
 
 
 def test_two_effects_have_fishers_z():

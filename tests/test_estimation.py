@@ -103,14 +103,14 @@ def test_zero_variance_is_exactly_zero_and_conditions_the_other_errors():
 def test_start_at_a_saddle_is_left():
     # The saddle at zero variance is where a first step could land; newton must not stay there.
     from jaxreml import newton
-    from jaxreml.estimation import expand_theta
+    from jaxreml.estimation import expand_root
 
     design = design_of(5, q=1)
-    at_zero = expand_theta(jnp.zeros(1), design, reml=True)
+    at_zero = expand_root(jnp.zeros(1), design, reml=True)
     assert float(at_zero.gradient[0]) == 0
     assert float(at_zero.hessian[0, 0]) < 0
     trace = newton.minimise(
-        lambda theta: expand_theta(theta, design, reml=True),
+        lambda root: expand_root(root, design, reml=True),
         jnp.zeros(1),
         jnp.abs,
         tolerance=1e-12,

@@ -20,7 +20,7 @@ LAYERS = [
     {"estimation"},
     {"newton", "objective"},
     {"frame"},
-    {"designs", "formula"},
+    {"designs", "formula", "tabular"},
     {"structures"},
     {"covariance", "linalg"},
     {"cache", "datasets", "errors"},
