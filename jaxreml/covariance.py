@@ -33,13 +33,14 @@ import numpy as np
 from jax import Array
 
 Sizes = tuple[int, ...]
+INDEX = np.int32  # of index arrays: int64 ones break eager JAX code run with x64 off
 
 
 @lru_cache
 def triangle(q: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of a lower triangle of order `q`, column by column as lme4 orders theta."""
     columns, rows = np.triu_indices(q)
-    return rows, columns
+    return rows.astype(INDEX), columns.astype(INDEX)
 
 
 def count_theta(sizes: Sizes) -> int:
@@ -56,7 +57,8 @@ def positions(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
         log_variances += range(start, start + q)
         start += q * (q + 1) // 2
     log_variances.append(start)
-    return np.array(log_variances), np.setdiff1d(np.arange(start), log_variances)
+    others = np.setdiff1d(np.arange(start), log_variances)
+    return np.array(log_variances, INDEX), others.astype(INDEX)
 
 
 @lru_cache
@@ -64,7 +66,7 @@ def _effects_of_omega(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """Which two effects, counted over all terms, each entry of omega belongs to."""
     starts = np.cumsum((0, *sizes[:-1]))
     pairs = [np.array(triangle(q)) + start for q, start in zip(sizes, starts, strict=True)]
-    rows, columns = np.concatenate(pairs, axis=1)
+    rows, columns = np.concatenate(pairs, axis=1).astype(INDEX)
     return rows, columns
 
 
@@ -108,7 +110,7 @@ def root_of_theta(sizes: Sizes) -> np.ndarray:
         rows, columns = triangle(q)
         positions.append(start + rows * q + columns)
         start += q * q
-    return np.concatenate(positions)
+    return np.concatenate(positions).astype(INDEX)
 
 
 @lru_cache

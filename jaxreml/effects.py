@@ -30,7 +30,6 @@ class Inspection(NamedTuple):
     modes: tuple[Array, ...]
 
 
-@partial(jax.jit, static_argnames="method")
 def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
     """Conditional modes at an estimate, and its criterion and gradient by another route.
 
@@ -38,6 +37,11 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
     autodiff through `Structure.marginal` where `estimate` uses closed forms through
     `Structure.project`. An estimate whose gradient is not zero here was miscompiled.
     """
+    return _inspect(estimate, design.without_names(), is_reml(method))
+
+
+@partial(jax.jit, static_argnums=2)
+def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
     sizes = design.sizes
     factors = covariance.split_triangles(estimate.theta, sizes)
     theta = covariance.join_triangles(
@@ -46,7 +50,7 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 
     def criterion(theta: Array) -> Array:
         omega = covariance.omega_from_theta(theta, sizes)
-        return profiled(omega, design, reml=is_reml(method))
+        return profiled(omega, design, reml=reml)
 
     value, gradient = jax.value_and_grad(criterion)(theta)
     omega = covariance.omega_from_theta(theta, sizes)

@@ -110,7 +110,6 @@ def is_reml(method: str) -> bool:
     return method == "REML"
 
 
-@partial(jax.jit, static_argnames=("method", "max_iterations", "tolerance"))
 def estimate(
     design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
 ) -> Estimate:
@@ -139,6 +138,11 @@ def estimate(
     require_precision(design)
     if design.dtype == "float32":
         tolerance = max(tolerance, 1e-5)
+    return _estimate(design.without_names(), reml, max_iterations, tolerance)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
     trace = _search(jax.lax.stop_gradient(design), reml, tolerance, max_iterations)
     trace = jax.lax.stop_gradient(trace)
     root, point = _optimum(reml, design, trace.at, trace.point)

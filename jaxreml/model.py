@@ -59,9 +59,8 @@ def fit(
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
     with jax.enable_x64(True):
         design = frame.design(structure)
-        nameless = design.without_names()
-        estimated = estimate(nameless, method, max_iterations=max_iterations)
-        inspection = inspect(estimated, nameless, method)
+        estimated = estimate(design, method, max_iterations=max_iterations)
+        inspection = inspect(estimated, design, method)
         estimated, inspection = jax.device_get((estimated, inspection))
     status = Status(int(estimated.status))
     if status in (Status.PERFECT_FIT, Status.NOT_FINITE):

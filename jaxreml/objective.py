@@ -34,7 +34,9 @@ def reml_objective(params: Array, design: Design) -> Array:
         design: the data.
 
     Returns:
-        A scalar; NaN where V is not positive definite in floating point.
+        A scalar; NaN where V is not positive definite in floating point. Where a variance is best
+        at zero there is no minimum: an optimiser runs off to -inf and may stop anywhere on the
+        way. `estimate` reports it as zero.
 
     Raises:
         ValueError: `params` of the wrong length.

@@ -244,3 +244,39 @@ class TestFromArrays:
         arguments = {"y": self.y, "X": self.X, "terms": [self.g], **arguments}
         with pytest.raises(jaxreml.DataError, match=message):
             Design.from_arrays(**arguments)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("n", "n_groups", "q"), [(60, 8, 1), (60, 8, 2), (120, 10, 3)])
+def test_no_start_finds_a_lower_criterion(n, n_groups, q):
+    """300 designs, most of them singular: all converge, and L-BFGS from 3 starts does no better."""
+    from scipy.optimize import minimize
+
+    from jaxreml.estimation import expand_root
+
+    rng = np.random.default_rng(1)
+    designs = []
+    for seed in range(300):
+        y, X, codes, Z = independent.simulate(seed, n, n_groups, q)
+        shrink = rng.choice([0, 0.1, 1], q)
+        y = y - np.sum(Z * (1 - shrink), axis=1) * rng.normal(size=n_groups)[codes]
+        designs.append(Design.from_arrays(y, X, [(codes, Z)]))
+    fits = jax.jit(jax.vmap(estimate))(stack(designs))
+    assert (np.asarray(fits.status) == Status.CONVERGED).all()
+
+    @jax.jit
+    def value_and_gradient(root, design):
+        point = expand_root(root, design, reml=True)
+        return point.value, point.gradient
+
+    def flat(root, design):
+        value, gradient = value_and_gradient(root, design)
+        return float(value), np.asarray(gradient)
+
+    for k in range(0, 300, 6):
+        starts = [np.eye(q).ravel(), *rng.normal(size=(2, q * q))]
+        best = min(
+            minimize(flat, start, args=(designs[k],), jac=True, method="L-BFGS-B").fun
+            for start in starts
+        )
+        assert float(fits.criterion[k]) <= best + 1e-6

@@ -11,7 +11,7 @@ import jaxreml
 # A criterion so flat that lme4's optimiser leaves the last digits of the estimates open.
 FLAT = {"machines_s", "exam", "q4", "zero_slope", "corr_one", "nested_slash"}
 CASES = [
-    (name, method)
+    pytest.param((name, method), id=f"{name}-{method}", marks=pytest.mark.xdist_group(name))
     for name in references.NAMES
     if name != "insteval"  # too large for the dense structure: waits for the crossed one
     for method in ("REML", "ML")
@@ -19,7 +19,7 @@ CASES = [
 _fits: dict[tuple[str, str], jaxreml.LMMResults] = {}
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=CASES)
 def case(request):
     name, method = request.param
     model = references.reference(name)

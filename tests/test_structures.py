@@ -42,9 +42,20 @@ def random_omega(seed: int, sizes: tuple[int, ...]) -> jnp.ndarray:
     return covariance.omega_from_theta(jnp.asarray(theta), sizes)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**31), st.sampled_from(SHAPES), st.booleans())
 def test_dense_equals_grouped(seed, shape, reml):
+    compare_dense_with_grouped(seed, shape, reml)
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**31), st.sampled_from(SHAPES), st.booleans())
+def test_dense_equals_grouped_on_2000_designs(seed, shape, reml):
+    compare_dense_with_grouped(seed, shape, reml)
+
+
+def compare_dense_with_grouped(seed, shape, reml):
     grouped = random_design(seed, *shape, "grouped")
     dense = random_design(seed, *shape, "dense")
     omega = random_omega(seed, grouped.sizes)

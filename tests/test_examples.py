@@ -1,0 +1,88 @@
+"""Every script in examples/ runs, and its figures are right."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+def check_schools(figures: dict, text: str) -> None:
+    anova = figures["anova"]
+    tau2_reml = anova["var_means"] - anova["msw"] / 4
+    tau2_ml = anova["var_means"] * 2 / 3 - anova["msw"] / 4
+    assert tau2_reml > tau2_ml > 0
+    np.testing.assert_allclose(figures["reml"], [tau2_reml, anova["msw"]], rtol=1e-12)
+    np.testing.assert_allclose(figures["ml"], [tau2_ml, anova["msw"]], rtol=1e-12)
+
+    # Unbiased and biased down, by formula and by simulation; its standard error is about 0.13.
+    average = figures["average"]
+    assert average["reml_expected"] == pytest.approx(36, rel=1e-12)
+    assert average["ml_expected"] == pytest.approx((36 + 25 / 4) * 2 / 3 - 25 / 4, rel=1e-12)
+    assert average["reml"] == pytest.approx(average["reml_expected"], abs=0.5)
+    assert average["ml"] == pytest.approx(average["ml_expected"], abs=0.5)
+
+    log_variances = figures["log_variances_fit"]
+    assert figures["converged"]
+    np.testing.assert_allclose(np.exp(log_variances), figures["reml"], rtol=1e-8)
+    np.testing.assert_allclose(figures["log_variances_numpy"], log_variances, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(figures["log_variances_optax"], log_variances, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(figures["criterion_numpy"], figures["criterion_fit"], rtol=1e-12)
+    np.testing.assert_allclose(figures["se_numpy"], figures["se_fit"], rtol=1e-6)
+
+    # In closed form: tau2 = (MSB - MSW) / n with independent mean squares of 2 and 9 degrees of
+    # freedom, var MS = 2 MS^2 / df, and the delta method for logarithms.
+    msb, msw = anova["msb"], anova["msw"]
+    se_tau2 = np.sqrt(2 * msb**2 / 2 + 2 * msw**2 / 9) / 4
+    np.testing.assert_allclose(figures["se_fit"], [se_tau2 / tau2_reml, np.sqrt(2 / 9)], rtol=1e-8)
+    assert 0 < figures["optax_steps"] < 50
+    assert "All five routes agree." in text
+
+
+def check_optax_lbfgs(figures: dict, text: str) -> None:
+    assert figures["status"] == 0
+    # lme4: REML criterion 1743.628 and variances 612.10, 35.07, 654.94 on sleepstudy
+    assert figures["criterion_optax"] == pytest.approx(figures["criterion_estimate"], abs=1e-6)
+    assert figures["criterion_optax"] == pytest.approx(1743.6283, abs=1e-4)
+    variances = np.exp(figures["params_optax"][[0, 1, 3]])
+    np.testing.assert_allclose(variances, [612.10, 35.07, 654.94], rtol=2e-4)
+    np.testing.assert_allclose(
+        figures["params_optax"], figures["params_estimate"], rtol=0, atol=1e-5
+    )
+    assert all(name in text for name in figures["names"])
+
+    # Scaling y by 1 + a adds 2 log(1 + a) to a log-variance: by Euler, y' gradient = 2.
+    assert figures["derivative"] == pytest.approx(figures["difference"], rel=1e-6)
+    assert figures["gradient"].shape == figures["y"].shape == (180,)
+    assert figures["y"] @ figures["gradient"] == pytest.approx(2, rel=1e-6)
+
+    assert not figures["statuses"].any()
+    assert figures["log_variances_vmap"].shape == (8, 3)
+    np.testing.assert_allclose(
+        figures["log_variances_vmap"], figures["log_variances_loop"], rtol=0, atol=1e-6
+    )
+
+
+CHECKS = {"schools": check_schools, "optax_lbfgs": check_optax_lbfgs}
+
+
+def test_examples_and_checks_correspond():
+    assert {path.stem for path in EXAMPLES} == set(CHECKS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path):
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = io.StringIO()
+    with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
+        figures = module.main()
+    CHECKS[path.stem](figures, text.getvalue())
