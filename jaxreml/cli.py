@@ -8,6 +8,7 @@ so that help and usage errors are instant.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -79,7 +80,7 @@ def fit(
     quiet: Annotated[bool, typer.Option("--quiet", help="No messages on stderr.")] = False,
 ) -> None:
     """Fit a model to data and print its summary."""
-    gc.disable()  # importing and tracing make no garbage worth a tenth of the run time
+    _favour_start()
     from jaxreml.cache import enable_compilation_cache
     from jaxreml.errors import JaxremlError
 
@@ -116,6 +117,17 @@ def datasets() -> None:
     width = max(map(len, SOURCES))
     for name, source in SOURCES.items():
         typer.echo(f"{name.ljust(width)}  {source.formula}")
+
+
+def _favour_start() -> None:
+    """Settings for a process that fits once, where starting and compiling are most of the time.
+
+    Garbage collection costs a tenth of a warm run and finds nothing. LLVM without optimisation
+    compiles in three quarters of the time; 100,000 groups then take 0.45 s instead of 0.3 s.
+    """
+    gc.disable()
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
 
 
 def _read(data: str) -> pd.DataFrame:

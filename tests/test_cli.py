@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -24,7 +25,9 @@ def cache(tmp_path_factory, monkeypatch):
     import jax
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XLA_FLAGS", "")
     yield
+    gc.enable()
     jax.config.update("jax_compilation_cache_dir", None)
 
 
