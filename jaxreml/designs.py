@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance
 from jaxreml.errors import DataError, PrecisionError
-from jaxreml.structures import Dense, Grouped, Structure
+from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
-MAX_DENSE_BYTES = 4 * 2**30
+MAX_DENSE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,7 @@ class Design:
         """The same design under placeholder names, so that designs that differ only in names share
         one compilation."""
         names = tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes))
-        return _replace(self, names=names)
-
-
-def _replace(design: Design, **changes: Any) -> Design:
-    import dataclasses
-
-    return dataclasses.replace(design, **changes)
+        return replace(self, names=names)
 
 
 def require_precision(design: Design) -> None:
@@ -312,7 +305,7 @@ def _structure_basis(
         return GroupedBasis(effects[0][0], columns, effects[0][2])
     total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
     order = n if traced else min(n, total)
-    size = 8 * (n * total + total * total + 4 * order * order)
+    size = 8 * (3 * n * total + total * total + 4 * order * order)  # Z, Q and LAPACK's copy
     if size > MAX_DENSE_BYTES:
         raise DataError(
             f"{total} random effects on several grouping factors and {n} rows would need about "
@@ -380,7 +373,4 @@ def _pad_levels(design: Design, n_levels: int) -> Design:
         structure.remainder,
         structure.sizes,
     )
-    return _replace(design, structure=padded)
-
-
-__all__ = ["Dense", "Design", "Term", "covariance", "require_precision", "stack"]
+    return replace(design, structure=padded)

@@ -20,6 +20,7 @@ from jaxreml.objective import Expansion, expand
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for arctanh(+-1) likewise
+FLAT = 1e-10  # of a Hessian with unit diagonal: below it a direction is not identified
 PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
 
 
@@ -68,7 +69,7 @@ class Estimate:
             ``design.parameter_names``; -inf for a variance of zero, +-inf for a correlation of
             +-1, NaN for a correlation that a zero variance leaves undefined.
         params_vcov: (m + 1, m + 1), asymptotic covariance 2 H^-1 of `params` given the parameters
-            on a boundary, whose rows are NaN.
+            on a boundary, whose rows are NaN; all NaN if the Hessian is not positive definite.
         log_variances: the log-variances among `params`, one per effect, the residual's last.
         log_variance_se: their standard errors.
         beta: (p,), fixed effects.
@@ -259,9 +260,12 @@ def _report(root: Array, point: Point, trace: newton.Trace, design: Design) -> E
     of_all = sigma2 * jnp.concatenate([of_omega, (root_vcov @ root_vcov.T)[None]])
     vcov_slopes = jnp.einsum("is,iuv->suv", jacobian * per_unit[:, None] * free, of_all)
     both = free[:, None] & free
-    root = jnp.linalg.cholesky(jnp.where(both, hessian, jnp.eye(free.size, dtype=hessian.dtype)))
-    root = solve_triangular(root, jnp.eye(free.size, dtype=hessian.dtype), lower=True)
-    params_vcov = jnp.where(both, 2 * root.T @ root, jnp.nan)
+    identity = jnp.eye(free.size, dtype=hessian.dtype)
+    unit = jnp.sqrt(jnp.where(free, jnp.diagonal(hessian), 1.0))
+    root = jnp.linalg.cholesky(jnp.where(both, hessian / (unit[:, None] * unit), identity))
+    regular = jnp.min(jnp.diagonal(root)) ** 2 > FLAT  # false where Cholesky gave NaN
+    root = solve_triangular(root, identity, lower=True) / unit
+    params_vcov = jnp.where(both & regular, 2 * root.T @ root, jnp.nan)
     positions, _ = covariance.positions(sizes)
 
     rss = factor[p, p] ** 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import formulaic
@@ -392,3 +392,16 @@ def _check_terms(terms: list[GroupingTerm], n: int) -> None:
                     "variance cannot be divided between them"
                 )
             seen.add((term.name, effect))
+    for first, second in combinations(terms, 2):
+        shared = set(first.effect_names) & set(second.effect_names)
+        if first.name != second.name and shared and _same_partition(first, second):
+            raise DataError(
+                f"the grouping factors {first.name!r} and {second.name!r} divide the rows alike; "
+                f"the variance of {min(shared)!r} cannot be shared out between them. Leave one out"
+            )
+
+
+def _same_partition(first: GroupingTerm, second: GroupingTerm) -> bool:
+    if len(first.levels) != len(second.levels):
+        return False
+    return np.array_equal(pd.factorize(first.codes)[0], pd.factorize(second.codes)[0])

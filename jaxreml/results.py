@@ -281,8 +281,15 @@ class LMMResults:
     def message(self) -> str:
         """How the fit ended, in words."""
         sentence = Status(self.status).sentence
-        if self.converged and self.is_singular:
+        if not self.converged:
+            return sentence
+        if self.is_singular:
             sentence += "; singular: " + "; ".join(self._boundary)
+        if np.isnan(np.diagonal(self.parameters_vcov)[np.isfinite(self.parameters)]).any():
+            sentence += (
+                "; the variance parameters have no standard errors: the criterion is flat in a "
+                "combination of them"
+            )
         return sentence
 
     # Rows

@@ -209,6 +209,13 @@ class TestTrouble:
         fit = estimate(Design.from_arrays(y, np.ones((30, 1)), [codes]))
         assert int(fit.status) == Status.PERFECT_FIT
 
+    def test_confounded_variances_have_no_standard_errors(self):
+        y, X, codes, _ = independent.simulate(3, q=1)
+        fit = estimate(Design.from_arrays(y, X, [codes, codes], structure="dense"))
+        alone = estimate(Design.from_arrays(y, X, [codes]))
+        assert float(fit.criterion) == pytest.approx(float(alone.criterion), abs=1e-8)
+        assert np.isnan(fit.log_variance_se).all()
+
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="REML"):
             estimate(design_of(3), "reml")

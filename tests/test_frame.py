@@ -132,6 +132,11 @@ class TestTerms:
 class TestRefused:
     """Each a clear error that names the column, level or value."""
 
+    def test_model_too_large_for_the_dense_structure(self):
+        data = jaxreml.datasets.load("insteval")
+        with pytest.raises(DataError, match=r"4114 random effects.*73421 rows.*GiB"):
+            jaxreml.fit("y ~ service + (1 | s) + (1 | d) + (1 | dept)", data)
+
     @pytest.mark.parametrize(
         ("change", "formula", "message"),
         [
@@ -152,6 +157,11 @@ class TestRefused:
             ({"z": 0.0}, "Reaction ~ Days + (0 + z | Subject)", "'z'.*is zero in all rows"),
             ({}, "Reaction ~ log(Days) + (1 | Subject)", "not finite in row 0"),
             ({}, "Reaction ~ (1 | Subject) + (Days | Subject)", "occurs in two terms"),
+            (
+                {"g": np.arange(180)[::-1] // 10},
+                "Reaction ~ (1 | Subject) + (1 | g)",
+                "divide the rows alike",
+            ),
         ],
     )
     def test_data(self, sleep, change, formula, message):
