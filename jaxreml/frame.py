@@ -343,8 +343,7 @@ def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, 
         codes = codes * len(factor.categories) + factor.codes
     present, codes = np.unique(codes, return_inverse=True)
     if len(factors) == 1:
-        labels = [factors[0].categories[k] for k in present]
-        return codes, tuple(x.item() if hasattr(x, "item") else x for x in labels)
+        return codes, tuple(factors[0].categories[present].tolist())
     parts = []
     for factor in reversed(factors):
         parts.append([str(factor.categories[k]) for k in present % len(factor.categories)])
