@@ -160,8 +160,8 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
 
     Args:
         matrix: (q, q), positive semidefinite.
-        tolerance: a pivot counts as zero at or below `tolerance` times its diagonal entry, or
-            at or below ``tolerance ** 2`` in absolute terms.
+        tolerance: a pivot counts as zero if its root is at most this, or at most this fraction
+            of the root of its diagonal entry.
 
     Returns:
         The factor, (q, q), diagonal not negative, with a zero column for each zero pivot, and
@@ -172,7 +172,7 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     zero = []
     for k in range(q):
         pivot = matrix[k, k] - sum((columns[j][k] ** 2 for j in range(k)), 0.0)
-        is_zero = pivot <= jnp.maximum(tolerance * matrix[k, k], tolerance**2)
+        is_zero = pivot <= tolerance**2 * jnp.maximum(matrix[k, k], 1.0)
         root = jnp.sqrt(jnp.where(is_zero, 1.0, pivot))
         columns[k][k] = jnp.where(is_zero, 0.0, root)
         for i in range(k + 1, q):

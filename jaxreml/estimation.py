@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -182,13 +183,13 @@ def _chain(at: Array, products: np.ndarray, expansion: Expansion) -> tuple[Array
     return gradient, (hessian + hessian.T) / 2
 
 
-def _triangles(root: Array, sizes: covariance.Sizes) -> tuple[Array, ...]:
-    """Lower-triangular factors of a root's covariances, pivots that are nearly zero set to zero."""
+def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array, ...]:
+    """Lower-triangular factors of a root's covariances, pivots of at most `zero` set to zero."""
     factors = []
     start = 0
     for q in sizes:
         square = root[start : start + q * q].reshape(q, q)
-        factors.append(covariance.factor_semidefinite(square @ square.T, ZERO)[0])
+        factors.append(covariance.factor_semidefinite(square @ square.T, zero)[0])
         start += q * q
     return tuple(factors)
 
@@ -197,7 +198,7 @@ def _search(design: Design, reml: bool, tolerance: float, max_iterations: int) -
     sizes = design.sizes
 
     def snap(root: Array) -> Array:
-        return jnp.concatenate([factor.ravel() for factor in _triangles(root, sizes)])
+        return jnp.concatenate([factor.ravel() for factor in _triangles(root, sizes, ZERO)])
 
     return newton.minimise(
         partial(expand_root, design=design, reml=reml),
@@ -233,7 +234,8 @@ def _report(root: Array, point: Point, trace: newton.Trace, design: Design) -> E
     sizes = design.sizes
     p = design.p
     value, gradient, _, expansion = point
-    scaled = _triangles(root, sizes)
+    # A pivot that the search set to zero comes back as rounding error; any other is kept.
+    scaled = _triangles(root, sizes, math.sqrt(50 * jnp.finfo(root.dtype).eps))
     theta = covariance.join_triangles(scaled)
     _, hessian_theta = _chain(theta, covariance.theta_tensor(sizes), expansion)
     inertia = newton.inertia(hessian_theta)

@@ -100,6 +100,24 @@ def test_zero_variance_is_exactly_zero_and_conditions_the_other_errors():
     assert float(fit.log_variance_se[1]) == pytest.approx(np.sqrt(2 / 49))  # sigma2 ~ chi2(49)
 
 
+def test_correlation_close_to_one_is_not_taken_for_one():
+    rng = np.random.default_rng(0)
+    codes = np.repeat(np.arange(200), 20)
+    x = rng.normal(size=codes.size)
+    Z = np.column_stack([np.ones(codes.size), x])
+    intercept, other = rng.normal(size=(2, 200))
+    slope = 0.99999 * intercept + np.sqrt(1 - 0.99999**2) * other
+    y = intercept[codes] + slope[codes] * x + 0.005 * rng.normal(size=codes.size)
+    design = Design.from_arrays(y, Z, [(codes, Z)])
+    fit = estimate(design)
+    assert int(fit.status) == Status.CONVERGED
+    assert not bool(fit.is_singular)
+    assert 0.99997 < np.tanh(fit.params[2]) < 0.999999
+    value = float(reml_objective(fit.params, design))
+    assert value == pytest.approx(float(fit.criterion), abs=1e-6)
+    assert np.isfinite(fit.log_variance_se).all()
+
+
 def test_start_at_a_saddle_is_left():
     # The saddle at zero variance is where a first step could land; newton must not stay there.
     from jaxreml import newton
