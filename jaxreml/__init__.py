@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxreml import datasets as datasets
+    from jaxreml.batch_results import BatchResults as BatchResults
     from jaxreml.cache import enable_compilation_cache as enable_compilation_cache
     from jaxreml.designs import Design as Design
     from jaxreml.designs import Term as Term
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from jaxreml.estimation import Status as Status
     from jaxreml.estimation import estimate as estimate
     from jaxreml.frame import design as design
+    from jaxreml.many import fit_many as fit_many
     from jaxreml.model import fit as fit
     from jaxreml.objective import ml_objective as ml_objective
     from jaxreml.objective import reml_objective as reml_objective
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchResults": "batch_results",
     "ConvergenceWarning": "errors",
     "DataError": "errors",
     "Design": "designs",
@@ -49,6 +52,7 @@ _HOMES = {
     "enable_compilation_cache": "cache",
     "estimate": "estimation",
     "fit": "model",
+    "fit_many": "many",
     "ml_objective": "objective",
     "reml_objective": "objective",
     "stack": "designs",

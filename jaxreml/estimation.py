@@ -35,6 +35,9 @@ class Status(IntEnum):
     NOT_FINITE = 4
     PERFECT_FIT = 5
     NOT_CERTIFIED = 6
+    CONSTANT = 7
+    INFINITE = 8
+    TOO_FEW_ROWS = 9
 
     @property
     def sentence(self) -> str:
@@ -56,6 +59,11 @@ _SENTENCES = {
     "the likelihood has no maximum",
     Status.NOT_CERTIFIED: "the separately compiled gradient at the reported optimum is not zero: "
     "the result is not trusted; please report it",
+    Status.CONSTANT: "the response is constant: there is nothing to fit",
+    Status.INFINITE: "the response has an infinite value; set it to NaN to leave its row out, or "
+    "correct it",
+    Status.TOO_FEW_ROWS: "the rows where the response is not missing are too few for the model: no "
+    "more than the fixed or the random effects, or all in one level",
 }
 
 

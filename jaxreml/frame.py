@@ -52,16 +52,18 @@ class ModelFrame:
 
     Attributes:
         formula: its parts.
-        y, X: (n,) and (n, p), aliased columns of X left out.
+        y: (n,) response; None if the formula has no left side (`covariate_frame`).
+        X: (n, p), aliased columns left out.
         fixed_names, aliased: names of the columns of X, and of those left out.
         terms: random terms in lme4's order, most levels first.
         weights, offset: (n,) or None.
         table: the columns used, complete rows only, in the user's row labels.
-        n_dropped: rows left out because a column used has a missing value there.
+        rows: booleans, which rows of the user's table these are; the others have a missing value
+            in a column used.
     """
 
     formula: ParsedFormula
-    y: np.ndarray
+    y: np.ndarray | None
     X: np.ndarray
     fixed_names: tuple[str, ...]
     aliased: tuple[str, ...]
@@ -69,7 +71,12 @@ class ModelFrame:
     weights: np.ndarray | None
     offset: np.ndarray | None
     table: pd.DataFrame
-    n_dropped: int
+    rows: np.ndarray
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows left out because a column used has a missing value there."""
+        return int(np.sum(~self.rows))
 
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""
@@ -106,23 +113,54 @@ def model_frame(
     parsed = parse(formula)
     if not parsed.response:
         raise FormulaError(f"the formula {parsed.text!r} has no response left of the ~")
+    return _model_frame(parsed, data, weights, offset, context)
+
+
+def covariate_frame(
+    formula: str,
+    data: Any,
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    context: Mapping[str, Any] | None = None,
+) -> ModelFrame:
+    """The model frame of a formula without left side, for responses that come as a block.
+
+    Arguments and errors as `model_frame`'s.
+
+    Raises:
+        FormulaError: also a formula with a left side.
+    """
+    parsed = parse(formula)
+    if parsed.response:
+        raise FormulaError(
+            f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
+            "as an argument of their own: start the formula with ~"
+        )
+    return _model_frame(parsed, data, weights, offset, context)
+
+
+def _model_frame(
+    parsed: ParsedFormula, data: Any, weights: Any, offset: Any, context: Mapping[str, Any] | None
+) -> ModelFrame:
     context = {**_R_NAMES, **(context or {})}
     table = _used_columns(parsed, data, context)
     extras = {"weights": weights, "offset": offset}
     for role, value in extras.items():
         if value is not None:
             table[f"({role})"] = _extra_column(role, value, data, len(table))
-    table, n_dropped = _complete_rows(table)
+    table, rows = _complete_rows(table)
     _check_finite(table)
+    n = len(table)
 
-    y = _response(parsed, table, context)
+    y = _response(parsed, table, context) if parsed.response else None
     X, fixed_names = _matrix(parsed.fixed, table, context, "the fixed effects")
     X, fixed_names, aliased = _drop_aliased(X, fixed_names)
-    if X.shape[1] >= len(y):
-        raise DataError(f"{X.shape[1]} fixed effects and only {len(y)} observations")
+    if X.shape[1] >= n:
+        raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
     terms = [term for bar in parsed.random for term in _grouping_terms(bar, table, context)]
     terms = _lme4_order(terms)
-    _check_terms(terms, len(y))
+    _check_terms(terms, n)
     total_offset = None
     for text in parsed.offsets:
         total_offset = _evaluate(text, table, context, "offset") + (
@@ -138,7 +176,7 @@ def model_frame(
             f"weights must be positive; row {row!r} has {prior.min():g}. Drop rows of weight zero"
         )
     return ModelFrame(
-        parsed, y, X, fixed_names, aliased, tuple(terms), prior, total_offset, table, n_dropped
+        parsed, y, X, fixed_names, aliased, tuple(terms), prior, total_offset, table, rows
     )
 
 
@@ -158,7 +196,8 @@ def design(
 
 def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) -> pd.DataFrame:
     """A copy of the columns that the formula names, as pandas."""
-    expressions = [parsed.response, parsed.fixed, *parsed.offsets]
+    expressions = [parsed.fixed, *parsed.offsets]
+    expressions += [parsed.response] if parsed.response else []
     expressions += [bar.effects for bar in parsed.random]
     names = [name for expression in expressions for name in names_in(expression)]
     names += [factor for bar in parsed.random for factor in bar.factors]
@@ -200,22 +239,19 @@ def _extra_column(role: str, value: Any, data: Any, n: int) -> np.ndarray:
     return values
 
 
-def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Leave out rows with missing values, and then the levels that no row has."""
     missing = table.isna()
-    complete = ~missing.any(axis=1)
-    n_dropped = int((~complete).sum())
-    if n_dropped == len(table):
+    complete = ~missing.any(axis=1).to_numpy()
+    if not complete.any():
         empty = [str(name) for name, column in missing.items() if np.all(column)]
         which = f"; nothing but missing values in {', '.join(empty)}" if empty else ""
         raise DataError(f"all {len(table)} rows have a missing value in a column used{which}")
-    if n_dropped:
-        table = table.loc[complete]
-    table = table.copy()
+    table = table.loc[complete].copy()
     for name in table.columns:
         if isinstance(table[name].dtype, pd.CategoricalDtype):
             table[name] = table[name].cat.remove_unused_categories()
-    return table, n_dropped
+    return table, complete
 
 
 def _check_finite(table: pd.DataFrame) -> None:

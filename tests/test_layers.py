@@ -13,9 +13,13 @@ PACKAGE = Path(jaxreml.__file__).parent
 # From the top down; a module may import what stands below it.
 LAYERS = [
     {"cli"},
-    {"model"},
-    {"storage", "tables"},
+    {"many"},
+    {"model", "parts"},
+    {"batch_storage", "storage"},
+    {"batch_tables", "tables"},
+    {"batch_results"},
     {"results"},
+    {"batch", "responses"},
     {"effects"},
     {"estimation"},
     {"newton", "objective"},

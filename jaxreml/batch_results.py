@@ -1,0 +1,329 @@
+"""`BatchResults`: what `fit_many` returns, one row per response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml import covariance
+from jaxreml.batch import Fits
+from jaxreml.errors import DataError
+from jaxreml.estimation import Status
+from jaxreml.results import RESIDUAL
+
+if TYPE_CHECKING:
+    from jaxreml.results import LMMResults
+
+
+@dataclass(frozen=True)
+class BatchModel:
+    """What all responses of a batch share: the model and its labels.
+
+    Attributes:
+        formula, method, structure: as in `LMMResults`.
+        fixed_names, aliased: columns of X, and those dropped because they depend on others.
+        groups: per random term its grouping factor and its effects, in lme4's order.
+        levels: per random term the labels of its levels.
+        n_dropped: rows left out because of missing values in the data (not in a response).
+    """
+
+    formula: str
+    method: str
+    structure: str
+    fixed_names: tuple[str, ...]
+    aliased: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+    levels: tuple[tuple[Any, ...], ...]
+    n_dropped: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Effects per random term."""
+        return tuple(len(effects) for _, effects in self.groups)
+
+    @property
+    def variance_labels(self) -> list[tuple[str, str]]:
+        """Group and term of each variance, the residual's last."""
+        labels = [(group, effect) for group, effects in self.groups for effect in effects]
+        return [*labels, (RESIDUAL, RESIDUAL)]
+
+    @property
+    def correlation_labels(self) -> list[tuple[str, str, str]]:
+        """Group and the two terms of each correlation."""
+        return [
+            (group, effects[j], effects[i])
+            for group, effects in self.groups
+            for j in range(len(effects))
+            for i in range(j + 1, len(effects))
+        ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BatchResults:
+    """One model fitted to many responses.
+
+    Every labelled property has the responses as its index. A response without an optimum has a
+    `status` other than 0, its `messages` say why, and its numbers are NaN.
+
+    Attributes:
+        model: what the responses share.
+        responses: their names.
+        fits: the numbers, NumPy arrays with the responses on the first axis.
+        refit: fits response number i alone; None if the values of the responses are not at hand.
+    """
+
+    model: BatchModel
+    responses: pd.Index
+    fits: Fits
+    refit: Callable[[int], LMMResults] | None = field(default=None)
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    # Fixed effects
+
+    @property
+    def params(self) -> pd.DataFrame:
+        """Fixed-effects estimates, a column per coefficient."""
+        return self._fixed(self.fits.beta)
+
+    @property
+    def bse(self) -> pd.DataFrame:
+        """Standard errors of the fixed effects."""
+        return self._fixed(self.fits.se)
+
+    @property
+    def tvalues(self) -> pd.DataFrame:
+        """Estimates over standard errors."""
+        return self._fixed(self.fits.beta / self.fits.se)
+
+    @property
+    def df_satterthwaite(self) -> pd.DataFrame:
+        """Satterthwaite's degrees of freedom, as `LMMResults.df_satterthwaite`."""
+        return self._fixed(self.fits.df)
+
+    @cached_property
+    def pvalues(self) -> pd.DataFrame:
+        """Two-sided p-values of t tests with Satterthwaite's degrees of freedom."""
+        from scipy.special import stdtr
+
+        return self._fixed(2 * stdtr(self.fits.df, -np.abs(self.fits.beta / self.fits.se)))
+
+    # Variance parameters
+
+    @cached_property
+    def variances(self) -> pd.DataFrame:
+        """Variances by group and term, the residual's last."""
+        diagonals = [np.diagonal(matrix, axis1=1, axis2=2) for matrix in self._covariances]
+        residual = self.fits.sigma[:, None] ** 2
+        return self._by_effect(np.concatenate([*diagonals, residual], axis=1))
+
+    @property
+    def log_variances(self) -> pd.DataFrame:
+        """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
+        return self._by_effect(self.fits.parameters[:, self._positions])
+
+    @property
+    def log_variance_se(self) -> pd.DataFrame:
+        """Asymptotic standard errors of the log-variances; NaN on the boundary."""
+        return self._by_effect(self.fits.parameters_se[:, self._positions])
+
+    @cached_property
+    def correlations(self) -> pd.DataFrame:
+        """Correlations of the random effects, a column per group and pair of terms."""
+        values = []
+        for matrix in self._covariances:
+            sd = np.sqrt(np.diagonal(matrix, axis1=1, axis2=2))
+            for j in range(sd.shape[1]):
+                for i in range(j + 1, sd.shape[1]):
+                    scale = sd[:, i] * sd[:, j]
+                    known = scale > 0
+                    values.append(
+                        np.divide(
+                            matrix[:, i, j], scale, out=np.full(len(self), np.nan), where=known
+                        )
+                    )
+        names = ["group", "term1", "term2"]
+        columns = pd.MultiIndex.from_tuples(self.model.correlation_labels, names=names)
+        array = np.stack(values, axis=1) if values else np.zeros((len(self), 0))
+        return pd.DataFrame(array, self.responses, columns)
+
+    # How it went
+
+    @property
+    def criterion(self) -> pd.Series:
+        """-2 log (restricted) likelihood."""
+        return self._series(self.fits.criterion, "criterion")
+
+    @property
+    def status(self) -> pd.Series:
+        """`Status` codes, 0 for an optimum."""
+        return self._series(self.fits.status, "status")
+
+    @property
+    def converged(self) -> pd.Series:
+        """Whether an optimum was found and certified."""
+        return self._series(self.fits.status == Status.CONVERGED, "converged")
+
+    @property
+    def messages(self) -> pd.Series:
+        """How each fit ended, in words."""
+        sentences = {code: Status(code).sentence for code in np.unique(self.fits.status)}
+        return self._series([sentences[code] for code in self.fits.status], "message")
+
+    @property
+    def is_singular(self) -> pd.Series:
+        """Whether a variance is zero or a correlation +-1."""
+        return self._series(self.fits.is_singular, "is_singular")
+
+    @property
+    def gradient_norm(self) -> pd.Series:
+        """Norm of the gradient at the optimum, recomputed by a separately compiled program."""
+        return self._series(self.fits.gradient_norm, "gradient_norm")
+
+    @property
+    def n_iter(self) -> pd.Series:
+        """Evaluations of the criterion with its derivatives."""
+        return self._series(self.fits.iterations, "n_iter")
+
+    @property
+    def nobs(self) -> pd.Series:
+        """Rows used."""
+        return self._series(self.fits.nobs, "nobs")
+
+    @property
+    def n_missing(self) -> pd.Series:
+        """Rows left out because the response is missing there."""
+        return self._series(self.fits.missing, "n_missing")
+
+    # Random effects
+
+    def random_effects(self, i: int) -> dict[str, pd.DataFrame]:
+        """Conditional modes of response number `i`, as `LMMResults.random_effects`.
+
+        Raises:
+            DataError: `fit_many` was not asked for them.
+        """
+        if self.fits.modes is None:
+            raise DataError("the conditional modes were not kept: call fit_many(..., modes=True)")
+        frames: dict[str, list[pd.DataFrame]] = {}
+        for (group, effects), levels, modes in zip(
+            self.model.groups, self.model.levels, self.fits.modes, strict=True
+        ):
+            frame = pd.DataFrame(modes[i], pd.Index(levels, name=group), list(effects))
+            frames.setdefault(group, []).append(frame)
+        return {name: pd.concat(parts, axis=1) for name, parts in frames.items()}
+
+    # Views, tables and files
+
+    def estimate(self, i: int | str) -> LMMResults:
+        """The fit of one response alone, with everything that `fit` reports.
+
+        Args:
+            i: its position, or its name.
+
+        Raises:
+            DataError: no such response, or its values are not at hand (results read from a file
+                or made from a stream).
+        """
+        if self.refit is None:
+            raise DataError(
+                "the values of the responses are not at hand (a stream, or results read from a "
+                "file): use jaxreml.fit on the response itself"
+            )
+        return self.refit(self.position(i))
+
+    def position(self, i: int | str) -> int:
+        """Position of a response given by position or name; DataError if there is none."""
+        if isinstance(i, int | np.integer):
+            if not -len(self) <= i < len(self):
+                raise DataError(f"there is no response {i}: there are {len(self)}")
+            return int(i) % len(self)
+        places = np.flatnonzero(self.responses == i)
+        if len(places) != 1:
+            raise DataError(f"{len(places)} responses have the name {i!r}")
+        return int(places[0])
+
+    def tidy(self, effects: tuple[str, ...] | str = ("fixed", "ran_pars")) -> pd.DataFrame:
+        """Estimates as a long frame, one row per response and term; see `batch_tables.tidy`."""
+        from jaxreml.batch_tables import tidy
+
+        return tidy(self, effects)
+
+    def glance(self) -> pd.DataFrame:
+        """One row of fit statistics per response; see `batch_tables.glance`."""
+        from jaxreml.batch_tables import glance
+
+        return glance(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Everything but the modes as a wide frame, one row per response; the columns of
+        `to_parquet`."""
+        from jaxreml.batch_tables import to_frame
+
+        return to_frame(self)
+
+    def to_xarray(self) -> Any:
+        """Everything as an xarray Dataset; needs ``pip install 'jaxreml[xarray]'``."""
+        from jaxreml.batch_tables import to_xarray
+
+        return to_xarray(self)
+
+    def to_parquet(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write `to_frame` with the model's labels to a parquet file; `read_parquet` reads it.
+
+        Raises:
+            DataError: the file exists and `overwrite` is not given.
+        """
+        from jaxreml.batch_storage import write_parquet
+
+        write_parquet(self, path, overwrite=overwrite)
+
+    @staticmethod
+    def read_parquet(path: str | Path) -> BatchResults:
+        """Read results that `to_parquet` or a streaming `fit_many` wrote."""
+        from jaxreml.batch_storage import read_parquet
+
+        return read_parquet(path)
+
+    def __repr__(self) -> str:
+        failed = int(np.sum(self.fits.status != Status.CONVERGED))
+        return (
+            f"<BatchResults {self.model.formula!r}, {self.model.method}, {len(self)} responses, "
+            f"{failed} without an optimum, {int(np.nansum(self.fits.is_singular))} singular>"
+        )
+
+    def _series(self, values: Any, name: str) -> pd.Series:
+        return pd.Series(values, self.responses, name=name)
+
+    def _fixed(self, values: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(values, self.responses, list(self.model.fixed_names))
+
+    def _by_effect(self, values: np.ndarray) -> pd.DataFrame:
+        names = ["group", "term"]
+        columns = pd.MultiIndex.from_tuples(self.model.variance_labels, names=names)
+        return pd.DataFrame(values, self.responses, columns)
+
+    @property
+    def _positions(self) -> np.ndarray:
+        return covariance.positions(self.model.sizes)[0]
+
+    @cached_property
+    def _covariances(self) -> list[np.ndarray]:
+        """Per term the covariance matrices of its effects, (responses, q, q)."""
+        matrices = []
+        start = 0
+        for q in self.model.sizes:
+            factor = np.zeros((len(self), q, q))
+            rows, columns = covariance.triangle(q)
+            factor[:, rows, columns] = self.fits.theta[:, start : start + rows.size]
+            factor *= self.fits.sigma[:, None, None]
+            matrices.append(factor @ factor.transpose(0, 2, 1))
+            start += rows.size
+        return matrices
