@@ -20,7 +20,8 @@ The correlation coordinates are inverse hyperbolic tangents of the canonical par
 (Lewandowski, Kurowicka and Joe 2009, J. Multivariate Analysis 100:1989): for two effects, Fisher's
 z of their correlation. They run row by row over the strict lower triangle.
 
-Everything that depends only on ``sizes`` is NumPy and computed once.
+Everything that depends only on ``sizes`` is NumPy and computed once. Arrays may have one more axis
+at the end, the lanes of a batch, except where a shape says otherwise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from jaxreml import linalg
 
 Sizes = tuple[int, ...]
 INDEX = np.int32  # of index arrays: int64 ones break eager JAX code run with x64 off
@@ -86,22 +89,6 @@ def symmetric_basis(sizes: Sizes) -> np.ndarray:
 
 
 @lru_cache
-def root_tensor(sizes: Sizes) -> np.ndarray:
-    """Constants c with omega_i = sum_st c[i, s, t] root_s root_t, symmetric in s and t."""
-    length = sum(q * q for q in sizes)
-    tensor = np.zeros((count_theta(sizes), length, length))
-    i = start = 0
-    for q in sizes:
-        for row, column in zip(*triangle(q), strict=True):
-            s, t = start + row * q + np.arange(q), start + column * q + np.arange(q)
-            np.add.at(tensor[i], (s, t), 0.5)
-            np.add.at(tensor[i], (t, s), 0.5)
-            i += 1
-        start += q * q
-    return tensor
-
-
-@lru_cache
 def root_of_theta(sizes: Sizes) -> np.ndarray:
     """Positions of theta in a root, (m,): a lower triangle is one of the roots."""
     positions = []
@@ -111,13 +98,6 @@ def root_of_theta(sizes: Sizes) -> np.ndarray:
         positions.append(start + rows * q + columns)
         start += q * q
     return np.concatenate(positions).astype(INDEX)
-
-
-@lru_cache
-def theta_tensor(sizes: Sizes) -> np.ndarray:
-    """Constants c with omega_i = sum_st c[i, s, t] theta_s theta_t, symmetric in s and t."""
-    inside = root_of_theta(sizes)
-    return root_tensor(sizes)[:, inside[:, None], inside]
 
 
 def split_triangles(vector: Array, sizes: Sizes) -> tuple[Array, ...]:
@@ -134,13 +114,103 @@ def split_triangles(vector: Array, sizes: Sizes) -> tuple[Array, ...]:
 
 def join_triangles(matrices: tuple[Array, ...]) -> Array:
     """The inverse of `split_triangles`: only the lower triangles are read."""
-    parts = [matrix[triangle(matrix.shape[-1])] for matrix in matrices]
+    parts = [matrix[triangle(matrix.shape[0])] for matrix in matrices]
     return jnp.concatenate(parts) if parts else jnp.zeros(0)
+
+
+def omega_from_root(root: Array, sizes: Sizes) -> Array:
+    """Relative covariances L L' of square roots L, both as vectors: (r, ...) to (m, ...)."""
+    parts = []
+    start = 0
+    for q in sizes:
+        square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
+        parts.append(linalg.matmul(square, linalg.transpose(square))[triangle(q)])
+        start += q * q
+    return jnp.concatenate(parts)
+
+
+def root_jacobian(root: Array, sizes: Sizes) -> Array:
+    """d omega / d root, (m, r, ...)."""
+    blocks = []
+    start = 0
+    for q in sizes:
+        lanes = root.shape[1:]
+        square = root[start : start + q * q].reshape(q, q, *lanes)
+        rows, columns = triangle(q)
+        unit = np.eye(q, dtype=root.dtype).reshape(q, q, 1, *[1] * len(lanes))
+        block = unit[rows] * square[columns][:, None] + unit[columns] * square[rows][:, None]
+        blocks.append(block.reshape(rows.size, q * q, *lanes))
+        start += q * q
+    return _block_diagonal(blocks)
+
+
+def root_curvature(gradient: Array, sizes: Sizes) -> Array:
+    """Second derivatives in the root, (r, r, ...), of gradient' omega for (m, ...) `gradient`.
+
+    Times the root they are its first derivatives.
+    """
+    blocks = []
+    start = 0
+    for q in sizes:
+        lanes = gradient.shape[1:]
+        rows, columns = triangle(q)
+        place = np.zeros((q, q), INDEX)
+        place[rows, columns] = place[columns, rows] = np.arange(start, start + rows.size)
+        square = gradient[place]
+        square = square + linalg.eye_like(square) * square
+        unit = np.eye(q, dtype=gradient.dtype).reshape(1, q, 1, q, *[1] * len(lanes))
+        block = square[:, None, :, None] * unit
+        blocks.append(block.reshape(q * q, q * q, *lanes))
+        start += rows.size
+    return _block_diagonal(blocks)
+
+
+def _block_diagonal(blocks: list[Array]) -> Array:
+    if len(blocks) == 1:
+        return blocks[0]
+    width = sum(block.shape[1] for block in blocks)
+    rows = []
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[1]
+        pad = [(0, 0), (start, width - stop)] + [(0, 0)] * (block.ndim - 2)
+        rows.append(jnp.pad(block, pad))
+        start = stop
+    return jnp.concatenate(rows)
+
+
+def rotations(root: Array, sizes: Sizes) -> Array | None:
+    """Directions in which a root rotates, L A for skew A, which do not move omega to first order.
+
+    (r, ...) to (d, r, ...), or None where there are none.
+    """
+    parts = []
+    start = 0
+    for q in sizes:
+        square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
+        for j in range(q):
+            for k in range(j):
+                turned = (
+                    jnp.zeros_like(square).at[:, j].set(square[:, k]).at[:, k].set(-square[:, j])
+                )
+                parts.append(
+                    jnp.zeros_like(root)
+                    .at[start : start + q * q]
+                    .set(turned.reshape(-1, *root.shape[1:]))
+                )
+        start += q * q
+    return jnp.stack(parts) if parts else None
+
+
+def root_from_theta(theta: Array, sizes: Sizes) -> Array:
+    """The triangular root that `theta` is, (m, ...) to (r, ...)."""
+    length = sum(q * q for q in sizes)
+    return jnp.zeros((length, *theta.shape[1:]), theta.dtype).at[root_of_theta(sizes)].set(theta)
 
 
 def omega_from_theta(theta: Array, sizes: Sizes) -> Array:
     """Relative covariances of relative Cholesky factors, both as vectors of length m."""
-    return jnp.einsum("ist,s,t->i", theta_tensor(sizes).astype(theta.dtype), theta, theta)
+    return omega_from_root(root_from_theta(theta, sizes), sizes)
 
 
 def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:
@@ -151,7 +221,7 @@ def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:
 
 def relative_scale(scales: tuple[Array, ...]) -> Array:
     """omega in units of scaled effects over omega in the user's: scale_r * scale_c, length m."""
-    parts = [s[triangle(s.shape[-1])[0]] * s[triangle(s.shape[-1])[1]] for s in scales]
+    parts = [s[triangle(s.shape[0])[0]] * s[triangle(s.shape[0])[1]] for s in scales]
     return jnp.concatenate(parts)
 
 
@@ -167,8 +237,8 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
         The factor, (q, q), diagonal not negative, with a zero column for each zero pivot, and
         the pivots that count as zero, (q,) booleans.
     """
-    q = matrix.shape[-1]
-    columns: list[list[Array]] = [[jnp.zeros((), matrix.dtype)] * q for _ in range(q)]
+    q = matrix.shape[0]
+    columns: list[list[Array]] = [[jnp.zeros_like(matrix[0, 0])] * q for _ in range(q)]
     zero = []
     for k in range(q):
         pivot = matrix[k, k] - sum((columns[j][k] ** 2 for j in range(k)), 0.0)
@@ -179,7 +249,7 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
             rest = matrix[i, k] - sum((columns[j][i] * columns[j][k] for j in range(k)), 0.0)
             columns[k][i] = jnp.where(is_zero, 0.0, rest / root)
         zero.append(is_zero)
-    return jnp.stack([jnp.stack(column) for column in columns], axis=-1), jnp.stack(zero)
+    return jnp.stack([jnp.stack(column) for column in columns], axis=1), jnp.stack(zero)
 
 
 def _correlation_factor(z: Array, q: int) -> Array:
@@ -187,22 +257,22 @@ def _correlation_factor(z: Array, q: int) -> Array:
     rows: list[list[Array]] = []
     k = 0
     for i in range(q):
-        rest = jnp.ones((), z.dtype)
+        rest = jnp.ones_like(z[0])
         row = []
         for _ in range(i):
             row.append(jnp.tanh(z[k]) * rest)
             rest = rest / jnp.cosh(z[k])
             k += 1
-        rows.append([*row, rest, *[jnp.zeros((), z.dtype)] * (q - 1 - i)])
+        rows.append([*row, rest, *[jnp.zeros_like(z[0])] * (q - 1 - i)])
     return jnp.stack([jnp.stack(row) for row in rows])
 
 
 def _correlation_coordinates(factor: Array, limit: float) -> Array:
     """Inverse of `_correlation_factor`; a partial correlation of +-1 becomes +-`limit`."""
-    q = factor.shape[-1]
+    q = factor.shape[0]
     coordinates = []
     for i in range(1, q):
-        rest = jnp.ones((), factor.dtype)
+        rest = jnp.ones_like(factor[0, 0])
         for j in range(i):
             gone = rest <= 0
             partial = jnp.where(gone, 0.0, factor[i, j] / jnp.where(gone, 1.0, rest))
@@ -212,7 +282,7 @@ def _correlation_coordinates(factor: Array, limit: float) -> Array:
                 jnp.where(inside, jnp.clip(z, -limit, limit), jnp.sign(partial) * limit)
             )
             rest = rest * jnp.sqrt(jnp.maximum(1 - partial**2, 0.0))
-    return jnp.stack(coordinates) if coordinates else jnp.zeros(0, factor.dtype)
+    return jnp.stack(coordinates) if coordinates else jnp.zeros_like(factor[:0, 0])
 
 
 def _correlations(z: Array, sizes: Sizes) -> Array:
@@ -221,8 +291,11 @@ def _correlations(z: Array, sizes: Sizes) -> Array:
     start = 0
     for q in sizes:
         stop = start + q * (q - 1) // 2
+        if q == 1:
+            parts.append(jnp.ones((1, *z.shape[1:]), z.dtype))
+            continue
         factor = _correlation_factor(z[start:stop], q)
-        parts.append((factor @ factor.T)[triangle(q)] if q > 1 else jnp.ones(1, z.dtype))
+        parts.append(linalg.matmul(factor, linalg.transpose(factor))[triangle(q)])
         start = stop
     return jnp.concatenate(parts)
 
@@ -253,7 +326,7 @@ def params_from_factors(
     """
     parts = []
     for factor in factors:
-        variances = jnp.sum(factor**2, axis=-1)
+        variances = jnp.sum(factor**2, axis=1)
         positive = variances > 0
         log_variances = jnp.where(positive, jnp.log(jnp.where(positive, variances, 1.0)), zero)
         sd = jnp.sqrt(jnp.where(positive, variances, 1.0))
@@ -277,9 +350,9 @@ def boundary(factors: tuple[Array, ...], params: Array, limit: float) -> tuple[A
     shown = []
     start = 0
     for factor in factors:
-        q = factor.shape[-1]
-        positive = jnp.sum(factor**2, axis=-1) > 0
-        pivots = jnp.diagonal(factor) > 0
+        q = factor.shape[0]
+        positive = jnp.sum(factor**2, axis=1) > 0
+        pivots = linalg.diagonal(factor) > 0
         variances = params[start : start + q]
         free.append(positive)
         shown.append(jnp.where(positive, variances, -jnp.inf))
@@ -290,15 +363,13 @@ def boundary(factors: tuple[Array, ...], params: Array, limit: float) -> tuple[A
                 at_limit = jnp.abs(z) >= limit
                 identified = positive[i] & pivots[j]
                 # A pivot of zero uses up effect i's variance at the last coordinate that is +-1.
-                spent = jnp.zeros((), bool)
-                if j > 0:
-                    spent = jnp.any(jnp.abs(params[start - j : start]) >= limit)
+                spent = jnp.any(jnp.abs(params[start - j : start]) >= limit, axis=0)
                 inside = identified & ~at_limit & ~spent
                 free.append(inside[None])
                 outside = jnp.where(identified & at_limit & ~spent, jnp.sign(z) * jnp.inf, jnp.nan)
                 shown.append(jnp.where(inside, z, outside)[None])
                 start += 1
-    free.append(jnp.ones(1, bool))
+    free.append(jnp.ones_like(params[-1:], bool))
     shown.append(params[-1:])
     return jnp.concatenate(free), jnp.concatenate(shown)
 
@@ -318,7 +389,6 @@ def hessian_in_params(
         The Jacobian of (omega, log sigma2) in `params` and the Hessian in `params`, both
         (m + 1, m + 1).
     """
-
     of_variances, of_correlations = positions(sizes)
     z = params[of_correlations]
     scale = _scale_of_omega(params[of_variances], sizes)
@@ -329,17 +399,36 @@ def hessian_in_params(
     np.add.at(linear, (np.arange(m), rows), 0.5)
     np.add.at(linear, (np.arange(m), columns), 0.5)
     linear[:, -1] = -1.0
-    linear = jnp.asarray(linear, params.dtype)
     omega = scale * _correlations(z, sizes)
-    jacobian = omega[:, None] * linear
-    curvature = linear.T @ (gradient[:m, None] * jacobian)
-    if z.size:
-        slope = jax.jacfwd(lambda z: _correlations(z, sizes))
-        by_z = scale[:, None] * slope(z)
-        mixed = linear.T @ (gradient[:m, None] * by_z)
-        corner = jnp.tensordot(gradient[:m] * scale, jax.jacfwd(slope)(z), axes=1)
-        curvature = jnp.block([[curvature, mixed], [mixed.T, corner]])
+    jacobian = omega[:, None] * linear.reshape(m, v, *[1] * (params.ndim - 1)).astype(params.dtype)
+    linear = jnp.asarray(linear, params.dtype)
+    curvature = jnp.tensordot(linear.T, gradient[:m, None] * jacobian, axes=1)
+    if of_correlations.size:
+        slope, bend = _correlation_derivatives(z, sizes)
+        by_z = scale[:, None] * slope
+        mixed = jnp.tensordot(linear.T, gradient[:m, None] * by_z, axes=1)
+        corner = jnp.sum((gradient[:m] * scale)[:, None, None] * bend, axis=0)
+        curvature = jnp.concatenate(
+            [
+                jnp.concatenate([curvature, mixed], axis=1),
+                jnp.concatenate([linalg.transpose(mixed), corner], axis=1),
+            ]
+        )
         jacobian = jnp.concatenate([jacobian, by_z], axis=1)
     order = np.argsort(np.concatenate([of_variances, of_correlations]))
-    jacobian = jnp.concatenate([jacobian[:, order], jnp.eye(1, m + 1, m, dtype=params.dtype)])
-    return jacobian, jacobian.T @ hessian @ jacobian + curvature[order][:, order]
+    last = jnp.zeros_like(jacobian[:1]).at[0, order[-1]].set(1.0)
+    jacobian = jnp.concatenate([jacobian, last])[:, order]
+    inner = linalg.matmul(linalg.transpose(jacobian), linalg.matmul(hessian, jacobian))
+    return jacobian, inner + curvature[order][:, order]
+
+
+def _correlation_derivatives(z: Array, sizes: Sizes) -> tuple[Array, Array]:
+    """First and second derivatives of `_correlations`: (m, z, ...) and (m, z, z, ...)."""
+
+    def both(z: Array) -> tuple[Array, Array]:
+        slope = jax.jacfwd(lambda z: _correlations(z, sizes))
+        return slope(z), jax.jacfwd(slope)(z)
+
+    for _ in range(z.ndim - 1):
+        both = jax.vmap(both, in_axes=-1, out_axes=-1)
+    return both(z)

@@ -44,8 +44,8 @@ class Design:
     """One data set and one model: a pytree, an argument of every objective and of `estimate`.
 
     Make one with `Design.from_arrays` or `jaxreml.design`. It holds cross-products, not rows, so
-    nothing that takes a design costs more for more rows. Designs of one shape (numbers of rows,
-    columns, levels and effects, and names) share one compilation, and can be stacked for `vmap`.
+    nothing that takes a design costs more for more rows. Designs of one shape (numbers of columns,
+    levels and effects, and names) share one compilation, and can be stacked for `vmap`.
 
     Attributes:
         structure: the factorised random effects and the projections of X and y on them.
@@ -57,7 +57,8 @@ class Design:
         log_weights: (), sum of the logarithms of the prior weights.
         scales: per term (q_k,), root mean squares of the columns of Z, the unit of its effects
             inside `structure`.
-        n, p: numbers of observations and of fixed effects.
+        n: number of observations.
+        p: number of fixed effects.
         names: per term the grouping factor's name and the effects' names.
         dtype: name of the floating type everything is in.
     """
@@ -69,7 +70,7 @@ class Design:
     total_ss: Array
     log_weights: Array
     scales: tuple[Array, ...]
-    n: int = field(metadata={"static": True})
+    n: Array | int
     p: int = field(metadata={"static": True})
     names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -158,7 +159,7 @@ class Design:
             scales.append(scale)
         names = tuple((name, effect_names) for *_, name, effect_names in parsed)
         sizes = tuple(len(effect_names) for _, effect_names in names)
-        basis = _structure_basis(effects, structure, n)
+        basis = structure_basis(effects, structure, n)
 
         response = y if offset is None else y - offset
         rows = X if root_weights is None else X * root_weights[:, None]
@@ -285,7 +286,7 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
     return codes.reshape(n), columns, int(levels.size), term.name, tuple(names)
 
 
-def _structure_basis(
+def structure_basis(
     effects: list[tuple[np.ndarray, Any, int]], structure: str | None, n: int
 ) -> GroupedBasis | DenseBasis:
     """Choose and prepare the structure, or check the one that was asked for."""
@@ -348,7 +349,7 @@ def stack(designs: Sequence[Design]) -> Design:
     """Stack designs of one shape for `vmap`, padding grouped designs of fewer levels.
 
     Args:
-        designs: equal numbers of rows, fixed effects, terms and effects.
+        designs: equal numbers of fixed effects, terms and effects; ungrouped ones of rows too.
 
     Raises:
         DataError: designs that differ in more than the number of levels.
@@ -370,6 +371,7 @@ def _pad_levels(design: Design, n_levels: int) -> Design:
     padded = Grouped(
         np.pad(structure.factors, pad),  # type: ignore[arg-type]
         np.pad(structure.scores, pad),  # type: ignore[arg-type]
+        np.pad(structure.counts, pad[2:]),  # type: ignore[arg-type]
         structure.remainder,
         structure.sizes,
     )

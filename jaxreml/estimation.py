@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
-from jaxreml import covariance, newton
+from jaxreml import covariance, linalg, newton
 from jaxreml.designs import Design, require_precision
-from jaxreml.objective import Expansion, expand
+from jaxreml.objective import Expansion, degrees_of_freedom, expand
 
+START = 0.1  # least relative SD to start from: zero is a stationary point
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for arctanh(+-1) likewise
 FLAT = 1e-10  # of a Hessian with unit diagonal: below it a direction is not identified
+NEARLY_PERFECT = 1e-10  # likewise, where the search did not converge
 PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
 
 
@@ -153,10 +154,10 @@ def estimate(
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
-    trace = _search(jax.lax.stop_gradient(design), reml, tolerance, max_iterations)
+    trace = search(jax.lax.stop_gradient(design), reml, tolerance, max_iterations)
     trace = jax.lax.stop_gradient(trace)
     root, point = _optimum(reml, design, trace.at, trace.point)
-    return _report(root, point, trace, design)
+    return report(root, point, trace, design)
 
 
 class Point(NamedTuple):
@@ -170,25 +171,23 @@ class Point(NamedTuple):
     value: Array
     gradient: Array
     hessian: Array
-    expansion: Expansion
+    expansion: Any
 
 
 def expand_root(root: Array, design: Design, *, reml: bool) -> Point:
     """The profiled criterion with its derivatives in the root."""
-    products = covariance.root_tensor(design.sizes)
-    omega = jnp.einsum("ist,s,t->i", products.astype(root.dtype), root, root)
-    expansion = expand(omega, design, reml=reml)
-    return Point(expansion.value, *_chain(root, products, expansion), expansion)
+    expansion = expand(covariance.omega_from_root(root, design.sizes), design, reml=reml)
+    return Point(expansion.value, *_chain(root, design.sizes, expansion), expansion)
 
 
-def _chain(at: Array, products: np.ndarray, expansion: Expansion) -> tuple[Array, Array]:
-    """Gradient and Hessian in coordinates that omega is quadratic in, by the chain rule."""
-    tensor = jnp.asarray(products, at.dtype)
-    half_jacobian = tensor @ at
-    gradient = 2 * expansion.gradient @ half_jacobian
-    curvature = 2 * jnp.tensordot(expansion.gradient, tensor, axes=1)
-    hessian = 4 * half_jacobian.T @ expansion.hessian @ half_jacobian + curvature
-    return gradient, (hessian + hessian.T) / 2
+def _chain(root: Array, sizes: covariance.Sizes, expansion: Expansion) -> tuple[Array, Array]:
+    """Gradient and Hessian in the root, by the chain rule."""
+    jacobian = covariance.root_jacobian(root, sizes)
+    curvature = covariance.root_curvature(expansion.gradient, sizes)
+    gradient = linalg.matmul(curvature, root[:, None])[:, 0]
+    inner = linalg.matmul(expansion.hessian, jacobian)
+    hessian = linalg.matmul(linalg.transpose(jacobian), inner) + curvature
+    return gradient, (hessian + linalg.transpose(hessian)) / 2
 
 
 def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array, ...]:
@@ -196,25 +195,105 @@ def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array
     factors = []
     start = 0
     for q in sizes:
-        square = root[start : start + q * q].reshape(q, q)
-        factors.append(covariance.factor_semidefinite(square @ square.T, zero)[0])
+        square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
+        matrix = linalg.matmul(square, linalg.transpose(square))
+        factors.append(covariance.factor_semidefinite(matrix, zero)[0])
         start += q * q
     return tuple(factors)
 
 
-def _search(design: Design, reml: bool, tolerance: float, max_iterations: int) -> newton.Trace:
-    sizes = design.sizes
+def start_root(design: Design, reml: bool) -> Array:
+    """Roots to start from: minimum norm quadratic estimates of the variances (Rao 1971,
+    J. Multivariate Analysis 1:445), which are the REML estimates where the design is balanced.
 
-    def snap(root: Array) -> Array:
-        return jnp.concatenate([factor.ravel() for factor in _triangles(root, sizes, ZERO)])
+    With q_i = y'P V_i P y and T_ij = tr(P V_i P V_j) at Omega = I, V_0 = I: T s = q for
+    s = (sigma2 omega, sigma2). Everything follows from the derivatives of the criterion, as V is
+    linear: q_i = -d_i rss, T_ij = -d_ij (log|V| + log|M|), and what belongs to V_0 from
+    V = V_0 + sum omega_i V_i. Variances that come out too small start from START squared.
+
+    Returns:
+        (r,), or (r, lanes) for a batch whose lanes share everything but the response.
+    """
+    sizes, p = design.sizes, design.p
+    lanes = design.residual_ss.ndim
+    at = np.concatenate([np.equal(*covariance.triangle(q)) for q in sizes]).astype(design.dtype)
+    omega = jnp.asarray(at.reshape(-1, *[1] * lanes))
+    # T belongs to the design: one lane, without the response, whose part has no degrees of freedom.
+    blank = jax.tree.map(lambda leaf: leaf[..., :1], design) if lanes else design
+    structure: Any = blank.structure
+    remainder = jnp.asarray(structure.remainder).at[p].set(0.0).at[:, p].set(0.0).at[p, p].set(1.0)
+    scores = jnp.asarray(structure.scores).at[:, p].set(0.0)
+    blank = replace(blank, structure=replace(structure, scores=scores, remainder=remainder))
+    degrees = degrees_of_freedom(blank, reml=reml)
+    expansion = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
+    traces = -expansion.hessian.reshape(at.size, at.size)
+    slope = expansion.gradient.reshape(-1)
+    mixed = slope - traces @ at
+    corner = jnp.reshape(degrees, ()) - at @ slope - at @ mixed
+    traces = jnp.block([[traces, mixed[:, None]], [mixed[None], corner]])
+
+    expansion = expand(omega, design, reml=reml)
+    rss = expansion.gram_factor[p, p] ** 2
+    forms = -expansion.gram_slopes[:, p, p] * rss
+    forms = jnp.concatenate([forms, (rss - jnp.sum(omega * forms, axis=0))[None]])
+    solution = jnp.linalg.solve(traces, forms)
+    sigma2 = jnp.maximum(solution[-1], 0.1 * rss / degrees)
+    relative = solution[:-1] / sigma2
+    roots = []
+    k = 0
+    for q in sizes:
+        rows, columns = covariance.triangle(q)
+        entry = {pair: relative[k + s] for s, pair in enumerate(zip(rows, columns, strict=True))}
+        roots += _floored_root(entry, q)
+        k += rows.size
+    return jnp.stack(roots)
+
+
+def _floored_root(entry: dict[tuple[int, int], Array], q: int) -> list[Array]:
+    """Lower-triangular root of nearly a covariance matrix, row by row; pivots at least START."""
+    factor: dict[tuple[int, int], Array] = {}
+    zero = jnp.zeros_like(entry[0, 0])
+    for k in range(q):
+        pivot = entry[k, k] - sum((factor[k, j] ** 2 for j in range(k)), zero)
+        factor[k, k] = jnp.sqrt(jnp.maximum(pivot, START**2))
+        for i in range(k + 1, q):
+            rest = entry[i, k] - sum((factor[i, j] * factor[k, j] for j in range(k)), zero)
+            bound = jnp.sqrt(jnp.maximum(entry[i, i], START**2))
+            factor[i, k] = jnp.clip(rest / factor[k, k], -bound, bound)
+    return [factor.get((i, k), zero) for i in range(q) for k in range(q)]
+
+
+def search(
+    design: Design,
+    reml: bool,
+    tolerance: float,
+    max_iterations: int | Array,
+    *,
+    keep_expansion: bool = True,
+) -> newton.Trace:
+    """The optimum of the profiled criterion in the root; also for a batch on the last axis.
+
+    Without its `Expansion` a batch carries much less from step to step.
+    """
+
+    def at(root: Array) -> Point:
+        point = expand_root(root, design, reml=reml)
+        return point if keep_expansion else point._replace(expansion=())
 
     return newton.minimise(
-        partial(expand_root, design=design, reml=reml),
-        jnp.asarray(np.concatenate([np.eye(q).ravel() for q in sizes]), design.dtype),
-        snap,
+        at,
+        start_root(design, reml),
+        partial(snap, sizes=design.sizes),
         tolerance=tolerance,
         max_iterations=max_iterations,
+        flat=partial(covariance.rotations, sizes=design.sizes),
     )
+
+
+def snap(root: Array, sizes: covariance.Sizes) -> Array:
+    """The triangular root of the same covariances, variances next to zero at zero."""
+    squares = [f.reshape(-1, *root.shape[1:]) for f in _triangles(root, sizes, ZERO)]
+    return jnp.concatenate(squares)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -238,61 +317,75 @@ def _optimum_jvp(reml, primals, tangents):
     return (root, point), (root_dot, point_dot)
 
 
-def _report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
+def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
+    """Everything that follows from the optimum; also for a batch on the last axis."""
     sizes = design.sizes
     p = design.p
     value, gradient, _, expansion = point
     # A pivot that the search set to zero comes back as rounding error; any other is kept.
     scaled = _triangles(root, sizes, math.sqrt(50 * jnp.finfo(root.dtype).eps))
     theta = covariance.join_triangles(scaled)
-    _, hessian_theta = _chain(theta, covariance.theta_tensor(sizes), expansion)
-    inertia = newton.inertia(hessian_theta)
+    _, hessian_root = _chain(covariance.root_from_theta(theta, sizes), sizes, expansion)
+    inside = covariance.root_of_theta(sizes)
+    hessian_theta = hessian_root[inside][:, inside]
     sigma2 = jnp.exp(expansion.log_sigma2)
 
     # Fixed effects: undo the orthonormal basis and the least squares shift of y.
     factor = expansion.gram_factor
-    upper = factor[:p, :p].T @ design.basis
-    beta = design.beta_ols + solve_triangular(
-        design.basis, solve_triangular(factor[:p, :p], factor[p, :p], lower=True, trans=1)
-    )
-    root_vcov = solve_triangular(upper, jnp.eye(p, dtype=factor.dtype)) if p else upper
-    vcov = sigma2 * root_vcov @ root_vcov.T
+    of_x = factor[:p, :p]
+    identity = linalg.eye_like(of_x)
+    to_basis = linalg.solve_lower(linalg.transpose(design.basis), identity)  # R^-T
+    root_vcov = linalg.transpose(
+        linalg.matmul(linalg.solve_lower(of_x, identity), to_basis)
+    )  # (L' R)^-1
+    beta = design.beta_ols + linalg.matmul(root_vcov, factor[p, :p][:, None])[:, 0]
+    vcov = sigma2 * linalg.matmul(root_vcov, linalg.transpose(root_vcov))
 
     # Variance parameters, in the user's units of the effects.
     factors = tuple(f / s[:, None] for f, s in zip(scaled, design.scales, strict=True))
     finite = covariance.params_from_factors(factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
     free, shown = covariance.boundary(factors, finite, FAR)
-    per_unit = jnp.append(covariance.relative_scale(design.scales), 1.0)
-    slopes = jnp.append(expansion.gradient, 0.0) * per_unit
+    per_unit = covariance.relative_scale(design.scales)
+    per_unit = jnp.concatenate([per_unit, jnp.ones_like(per_unit[:1])])
+    slopes = jnp.concatenate([expansion.gradient, jnp.zeros_like(expansion.gradient[:1])])
     curves = expansion.joint_hessian * per_unit[:, None] * per_unit
-    jacobian, hessian = covariance.hessian_in_params(finite, slopes, curves, sizes)
-    of_omega = -(root_vcov @ expansion.gram_slopes[:, :p, :p] @ root_vcov.T)
-    of_all = sigma2 * jnp.concatenate([of_omega, (root_vcov @ root_vcov.T)[None]])
-    vcov_slopes = jnp.einsum("is,iuv->suv", jacobian * per_unit[:, None] * free, of_all)
+    jacobian, hessian = covariance.hessian_in_params(finite, slopes * per_unit, curves, sizes)
+    of_omega = [
+        -linalg.matmul(root_vcov, linalg.matmul(slope, linalg.transpose(root_vcov)))
+        for slope in (expansion.gram_slopes[i, :p, :p] for i in range(len(theta)))
+    ]
+    of_all = jnp.stack([*(sigma2 * slope for slope in of_omega), vcov])
+    scaled_jacobian = jacobian * per_unit[:, None] * free
+    vcov_slopes = jnp.sum(scaled_jacobian[:, :, None, None] * of_all[:, None], axis=0)
     both = free[:, None] & free
-    identity = jnp.eye(free.size, dtype=hessian.dtype)
-    unit = jnp.sqrt(jnp.where(free, jnp.diagonal(hessian), 1.0))
-    root = jnp.linalg.cholesky(jnp.where(both, hessian / (unit[:, None] * unit), identity))
-    regular = jnp.min(jnp.diagonal(root)) ** 2 > FLAT  # false where Cholesky gave NaN
-    root = solve_triangular(root, identity, lower=True) / unit
-    params_vcov = jnp.where(both & regular, 2 * root.T @ root, jnp.nan)
+    identity = linalg.eye_like(hessian)
+    unit = jnp.sqrt(jnp.where(free, linalg.diagonal(hessian), 1.0))
+    unit_hessian = jnp.where(both, hessian / (unit[:, None] * unit), identity)
+    unit_factor = linalg.cholesky(unit_hessian)
+    regular = jnp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > FLAT  # false where it gave NaN
+    inverse = linalg.solve_lower(unit_factor, identity) / unit
+    params_vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
+    params_vcov = jnp.where(both & regular, params_vcov, jnp.nan)
     positions, _ = covariance.positions(sizes)
 
     rss = factor[p, p] ** 2
     status = jnp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
     status = jnp.where(trace.stalled, Status.STALLED, status)
-    status = jnp.where(trace.converged & (inertia[0] > 0), Status.SADDLE, status)
+    is_saddle = trace.converged & ~newton.is_convex(hessian_theta)
+    status = jnp.where(is_saddle, Status.SADDLE, status)
     status = jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
     perfect = ~(rss > PERFECT * design.residual_ss) | ~(
         design.residual_ss > PERFECT * design.total_ss
     )
+    # On the way there rounding may stop the search before.
+    perfect = perfect | ((status != Status.CONVERGED) & (rss < NEARLY_PERFECT * design.residual_ss))
     status = jnp.where(perfect, Status.PERFECT_FIT, status)
     return Estimate(
         theta=covariance.join_triangles(factors),
         params=shown,
         params_vcov=params_vcov,
         log_variances=shown[positions],
-        log_variance_se=jnp.sqrt(jnp.diagonal(params_vcov))[positions],
+        log_variance_se=jnp.sqrt(linalg.diagonal(params_vcov))[positions],
         beta=beta,
         vcov=vcov,
         vcov_slopes=vcov_slopes,
@@ -300,8 +393,8 @@ def _report(root: Array, point: Point, trace: newton.Trace, design: Design) -> E
         criterion=value,
         hessian=jnp.where(both, hessian, jnp.nan),
         iterations=trace.iterations,
-        gradient_norm=jnp.linalg.norm(gradient),
-        inertia=inertia,
-        is_singular=~jnp.all(free),
+        gradient_norm=jnp.sqrt(jnp.sum(gradient**2, axis=0)),
+        inertia=newton.inertia(hessian_theta),
+        is_singular=~jnp.all(free, axis=0),
         status=status.astype(jnp.int32),
     )

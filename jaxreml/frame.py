@@ -155,7 +155,7 @@ def _model_frame(
 
     y = _response(parsed, table, context) if parsed.response else None
     X, fixed_names = _matrix(parsed.fixed, table, context, "the fixed effects")
-    X, fixed_names, aliased = _drop_aliased(X, fixed_names)
+    X, fixed_names, aliased = drop_aliased(X, fixed_names)
     if X.shape[1] >= n:
         raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
     terms = [term for bar in parsed.random for term in _grouping_terms(bar, table, context)]
@@ -330,7 +330,7 @@ def _matrix(
     return values, names
 
 
-def _drop_aliased(
+def drop_aliased(
     X: np.ndarray, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Leave out columns that depend linearly on columns before them, as R does."""

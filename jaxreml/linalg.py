@@ -1,46 +1,96 @@
-"""Small triangular factorisations over a trailing batch axis.
+"""Small matrices with the batch on the trailing axes.
 
-LAPACK is called once per matrix of a batch, which for matrices of order 1 to 4 costs more than
-the arithmetic. Up to that order the recurrences are written out over the batch axis, which XLA
-fuses and vectorises; above it LAPACK wins and unrolled code would compile slowly.
+LAPACK is called once per matrix of a batch, which for small matrices costs more than the
+arithmetic. Up to a certain order the recurrences are written out over the trailing axes, which XLA
+fuses and vectorises; above it LAPACK wins and unrolled code would compile slowly. A matrix without
+trailing axes goes to LAPACK.
 
 A matrix that is not positive definite gives NaN, never an altered factor.
 """
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-UNROLLED_ORDER = 4
+UNROLLED_ORDER = 8
+
+
+def _unroll(matrix: Array) -> bool:
+    return matrix.ndim > 2 and matrix.shape[0] <= UNROLLED_ORDER
+
+
+def transpose(matrix: Array) -> Array:
+    """(i, j, ...) to (j, i, ...)."""
+    return jnp.swapaxes(matrix, 0, 1)
+
+
+def matmul(left: Array, right: Array) -> Array:
+    """Products of (i, k, ...) and (k, j, ...); the trailing axes broadcast."""
+    if left.ndim == right.ndim == 2:
+        return left @ right
+    if left.shape[1] > UNROLLED_ORDER**2:
+        return jnp.einsum("ik...,kj...->ij...", left, right)
+    products = [left[:, k, None] * right[None, k] for k in range(left.shape[1])]
+    return reduce(add, products)
+
+
+def row_products(left: Array, right: Array) -> Array:
+    """Inner products of the rows of (a, k, ...) and (b, k, ...), (a, b, ...)."""
+    if left.ndim == right.ndim == 2:
+        return left @ right.T
+    return jnp.sum(left[:, None] * right[None], axis=2)
+
+
+def diagonal(matrix: Array) -> Array:
+    """Diagonals of (k, k, ...), (k, ...)."""
+    if matrix.ndim == 2:
+        return jnp.diagonal(matrix)
+    rows = [matrix[i, i] for i in range(matrix.shape[0])]
+    return jnp.stack(rows) if rows else jnp.zeros((0, *matrix.shape[2:]), matrix.dtype)
+
+
+def eye_like(matrix: Array) -> Array:
+    """The identity, (k, k, 1, ...), with as many axes as `matrix`, (k, k, ...)."""
+    q = matrix.shape[0]
+    return jnp.eye(q, dtype=matrix.dtype).reshape(q, q, *[1] * (matrix.ndim - 2))
 
 
 def cholesky(matrix: Array) -> Array:
-    """Lower Cholesky factors of a batch, (q, q, J) to (q, q, J)."""
-    q = matrix.shape[0]
-    if q > UNROLLED_ORDER:
-        return jnp.moveaxis(jnp.linalg.cholesky(jnp.moveaxis(matrix, -1, 0)), 0, -1)
-    zero = jnp.zeros_like(matrix[0, 0])
-    factor = [[zero] * q for _ in range(q)]
-    for k in range(q):
-        factor[k][k] = jnp.sqrt(matrix[k, k] - sum((factor[k][j] ** 2 for j in range(k)), zero))
-        for i in range(k + 1, q):
-            rest = matrix[i, k] - sum((factor[i][j] * factor[k][j] for j in range(k)), zero)
-            factor[i][k] = rest / factor[k][k]
-    return jnp.stack([jnp.stack(row) for row in factor])
+    """Lower Cholesky factors, (k, k, ...) to (k, k, ...)."""
+    if not _unroll(matrix):
+        return _to_back(jnp.linalg.cholesky(_to_front(matrix)))
+    columns = []
+    rest = matrix
+    for k in range(matrix.shape[0]):
+        column = rest[:, 0] / jnp.sqrt(rest[0, 0])
+        below = column[1:]
+        columns.append(jnp.concatenate([jnp.zeros_like(matrix[:k, 0]), column]))
+        rest = rest[1:, 1:] - below[:, None] * below[None]
+    return jnp.stack(columns, axis=1)
 
 
 def solve_lower(factor: Array, right: Array) -> Array:
-    """Solve ``factor x = right`` for lower-triangular factors, (q, q, J) and (q, k, J)."""
-    q = factor.shape[0]
-    if q > UNROLLED_ORDER:
-        solution = solve_triangular(
-            jnp.moveaxis(factor, -1, 0), jnp.moveaxis(right, -1, 0), lower=True
-        )
-        return jnp.moveaxis(solution, 0, -1)
+    """Solve ``factor x = right`` for lower-triangular (k, k, ...) and right (k, c, ...)."""
+    if not _unroll(factor):
+        shape = jnp.broadcast_shapes(factor.shape[2:], right.shape[2:])
+        factor = jnp.broadcast_to(factor, (*factor.shape[:2], *shape))
+        right = jnp.broadcast_to(right, (*right.shape[:2], *shape))
+        return _to_back(solve_triangular(_to_front(factor), _to_front(right), lower=True))
     rows: list[Array] = []
-    for i in range(q):
-        rest = right[i] - sum((factor[i, j] * rows[j] for j in range(i)), jnp.zeros_like(right[i]))
+    for i in range(factor.shape[0]):
+        rest = reduce(add, [-factor[i, j] * rows[j] for j in range(i)], right[i])
         rows.append(rest / factor[i, i])
     return jnp.stack(rows)
+
+
+def _to_front(matrix: Array) -> Array:
+    return jnp.moveaxis(matrix, (0, 1), (-2, -1))
+
+
+def _to_back(matrix: Array) -> Array:
+    return jnp.moveaxis(matrix, (-2, -1), (0, 1))

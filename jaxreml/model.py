@@ -84,6 +84,7 @@ def _results(
     status: Status,
     gradient_norm: float,
 ) -> LMMResults:
+    assert frame.y is not None  # `model_frame` has one
     fixed = frame.X @ estimated.beta
     fitted = fixed.copy()
     groupings = []

@@ -17,10 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxreml import linalg
+
 FLAT = 1e-10  # eigenvalues below this fraction of the largest count as zero
 NEGATIVE = 1e-8  # ... and below minus this fraction as negative
 ESCAPE = 0.3  # first step away from a saddle point, in units of the coordinates
 ROUNDING = 1e-13  # relative change of the function that rounding alone can make
+
+
+SHIFT = 1e-8  # as NEGATIVE, for the Cholesky factorisation of a batch
 
 
 class Trace(NamedTuple):
@@ -55,9 +60,14 @@ def minimise(
     snap: Callable[[Array], Array],
     *,
     tolerance: float,
-    max_iterations: int,
+    max_iterations: int | Array,
+    flat: Callable[[Array], Array | None] | None = None,
 ) -> Trace:
-    """Minimise a smooth function.
+    """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
+
+    Lanes move on their own; those that have ended wait for the slowest. Their steps come from a
+    Cholesky factorisation instead of eigenvectors, which finds no way off a saddle point: there
+    they stall.
 
     Args:
         expand: a point (m,) to a NamedTuple with `value` (), `gradient` (m,) and `hessian` (m, m)
@@ -67,21 +77,24 @@ def minimise(
             the function there is no higher than the tolerance allows.
         tolerance: of the Newton decrement, in units of the function.
         max_iterations: expansions allowed.
+        flat: directions at a point, (d, m), in which the function does not change to first order.
+            Its second derivative there vanishes at the optimum only and may be negative elsewhere,
+            which is no reason to leave Newton's step: steps keep out of them.
     """
-    false = jnp.zeros((), bool)
+    lanes = start.shape[1:]
+    false = jnp.zeros(lanes, bool)
     shapes = jax.eval_shape(expand, start)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    one = jnp.ones((), start.dtype)
+    one = jnp.ones(lanes, start.dtype)
     initial = _State(
-        Trace(start, nothing._replace(value=one * jnp.inf), jnp.zeros((), int), false, false),
+        Trace(start, nothing._replace(value=one * jnp.inf), jnp.zeros(lanes, int), false, false),
         step=jnp.zeros_like(start),
         predicted=one,
         radius=one,
         polish=false,
     )
 
-    def unfinished(state: _State) -> Array:
-        trace = state.trace
+    def unfinished(trace: Trace) -> Array:
         return ~(trace.converged | trace.stalled) & (trace.iterations < max_iterations)
 
     def advance(state: _State) -> _State:
@@ -92,13 +105,14 @@ def minimise(
         noise = ROUNDING * jnp.abs(new.value) + tolerance
         # A rejected polish leaves the converged point as it is.
         gain = old.point.value - new.value
-        accept = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.hessian)) & (gain >= -noise)
+        finite = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.hessian), axis=(0, 1))
+        accept = finite & (gain >= -noise)
         at, point = jax.tree.map(
             lambda tried, kept: jnp.where(accept, tried, kept), (trial, new), (old.at, old.point)
         )
 
         ratio = gain / state.predicted
-        length = jnp.linalg.norm(state.step)
+        length = _norm(state.step)
         poor = ~accept | ((ratio < 0.1) & (state.predicted > noise))
         radius = jnp.where(poor, length / 4, state.radius)
         radius = jnp.where(
@@ -106,19 +120,33 @@ def minimise(
         )
         radius = jnp.where(jnp.isfinite(old.point.value), radius, state.radius)
 
-        step, decrement, escape, negative = _step(point.gradient, point.hessian)
+        hessian = point.hessian if flat is None else _steepen(point.hessian, flat(at))
+        rule = _shifted_step if lanes else _step
+        step, decrement, escape, negative = rule(point.gradient, hessian)
         near = decrement <= tolerance
         saddle = near & negative
         step = jnp.where(saddle, escape, step)
-        step = step * jnp.minimum(1.0, radius / jnp.linalg.norm(step).clip(1e-300))
-        predicted = -(point.gradient @ step + step @ point.hessian @ step / 2)
+        step = step * jnp.minimum(1.0, radius / _norm(step).clip(1e-300))
+        curving = jnp.sum(point.hessian * step[:, None] * step[None], axis=(0, 1))
+        predicted = -(jnp.sum(point.gradient * step, axis=0) + curving / 2)
         converged = state.polish & ~(accept & saddle)
         stalled = ~converged & ~jnp.isfinite(point.value)
         stalled = stalled | (~converged & ~near & (radius < 1e-10))
+        if lanes:
+            stalled = stalled | (~converged & saddle)
         trace = Trace(at, point, old.iterations + 1, converged, stalled)
-        return _State(trace, step, predicted, radius, near & ~negative)
+        moved = _State(trace, step, predicted, radius, near & ~negative)
+        going = unfinished(old)
+        return jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
 
-    return jax.lax.while_loop(unfinished, advance, initial).trace
+    def any_unfinished(state: _State) -> Array:
+        return jnp.any(unfinished(state.trace))
+
+    return jax.lax.while_loop(any_unfinished, advance, initial).trace
+
+
+def _norm(vector: Array) -> Array:
+    return jnp.sqrt(jnp.sum(vector * vector, axis=0))
 
 
 def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
@@ -136,13 +164,61 @@ def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
     )
 
 
+def _steepen(hessian: Array, flat: Array | None) -> Array:
+    """The Hessian made as steep along `flat` as anywhere."""
+    if flat is None:
+        return hessian
+    lengths = jnp.sum(flat * flat, axis=1, keepdims=True)
+    unit = flat * jnp.sqrt(_size(hessian) / jnp.where(lengths > 0, lengths, 1.0))
+    return hessian + linalg.matmul(linalg.transpose(unit), unit)
+
+
+def _shifted_step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
+    """`_step` for a batch on the trailing axis, without eigenvectors.
+
+    The Newton step if H + SHIFT |H| is positive definite, and else that of H shifted by
+    Gershgorin's bound on its eigenvalues. There is no escape.
+    """
+    identity = linalg.eye_like(hessian)
+    size = _size(hessian)
+    rows = jnp.sum(jnp.abs(hessian), axis=1)
+    factor = linalg.cholesky(hessian + SHIFT * size * identity)
+    negative = jnp.isnan(factor[-1, -1])
+    centres = linalg.diagonal(hessian)
+    lowest = jnp.min(centres - (rows - jnp.abs(centres)), axis=0)
+    shift = jnp.where(negative, jnp.maximum(-lowest, 0.0) * 1.1 + SHIFT * size, SHIFT * size)
+    factor = linalg.cholesky(hessian + shift * identity)
+    half = linalg.solve_lower(factor, gradient[:, None])
+    step = -linalg.solve_lower(_flip(factor), half[::-1])[::-1, 0]
+    return step, jnp.sum(half * half, axis=(0, 1)) / 2, jnp.zeros_like(step), negative
+
+
+def _size(hessian: Array) -> Array:
+    """A bound on the eigenvalues of a batch, 1 for zero."""
+    size = jnp.max(jnp.sum(jnp.abs(hessian), axis=1), axis=0)
+    return jnp.where(size > 0, size, 1.0)
+
+
+def _flip(factor: Array) -> Array:
+    """The transpose of a lower triangle with rows and columns reversed: lower again."""
+    return linalg.transpose(factor)[::-1, ::-1]
+
+
+def is_convex(hessian: Array) -> Array:
+    """Whether no eigenvalue is negative, up to rounding; also for a batch."""
+    if hessian.ndim == 2:
+        return inertia(hessian)[0] == 0
+    shifted = hessian + SHIFT * _size(hessian) * linalg.eye_like(hessian)
+    return ~jnp.isnan(linalg.cholesky(shifted)[-1, -1])
+
+
 def inertia(hessian: Array) -> Array:
-    """Numbers of negative, zero and positive eigenvalues, (3,) integers."""
-    values = jnp.linalg.eigvalsh(hessian)
-    size = jnp.max(jnp.abs(values))
+    """Numbers of negative, zero and positive eigenvalues, (3, ...) integers."""
+    values = jnp.moveaxis(jnp.linalg.eigvalsh(jnp.moveaxis(hessian, (0, 1), (-2, -1))), -1, 0)
+    size = jnp.max(jnp.abs(values), axis=0)
     negative = values < -NEGATIVE * size
     positive = values > NEGATIVE * size
-    return jnp.stack([negative.sum(), (~negative & ~positive).sum(), positive.sum()])
+    return jnp.stack([kind.sum(axis=0) for kind in (negative, ~negative & ~positive, positive)])
 
 
 def solve_flat(hessian: Array, right: Array) -> Array:

@@ -6,6 +6,9 @@ last pivot squared is the residual sum of squares rss and its X block is M = X' 
     ML    n log(2 pi sigma2) + log|V0| + rss / sigma2
     REML  (n - p) log(2 pi sigma2) + log|V0| + log|M| + rss / sigma2
 
+`profiled` and `expand` also take batches: arrays with one more axis at the end, the lanes, of the
+same length or 1 everywhere.
+
 (Patterson and Thompson 1971, Biometrika 58:545; Harville 1974, Biometrika 61:383, without his
 log|X'X|; the constants of lme4, Bates et al. 2015, J. Stat. Softw. 67(1), eqs 37 and 41).
 """
@@ -18,9 +21,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.designs import Design, require_precision
 from jaxreml.structures import Marginal
 
@@ -69,35 +71,42 @@ def neg2_loglik(omega: Array, log_sigma2: Array, design: Design, *, reml: bool) 
     marginal = design.structure.marginal(omega)
     pivots = log_pivots(marginal)
     rss = jnp.exp(2 * pivots[-1] - log_sigma2)
-    degrees = design.n - design.p if reml else design.n
+    degrees = degrees_of_freedom(design, reml=reml)
     value = degrees * log_sigma2 + marginal.logdet + rss
     if reml:
-        value = value + 2 * jnp.sum(pivots[:-1])
+        value = value + 2 * jnp.sum(pivots[:-1], axis=0)
     return value + constant(design, reml=reml)
 
 
 def log_pivots(marginal: Marginal) -> Array:
     """Logarithms of the diagonal of the Cholesky factor of the gram matrix."""
-    return jnp.log(jnp.diagonal(jnp.linalg.cholesky(marginal.gram)))
+    return jnp.log(linalg.diagonal(linalg.cholesky(marginal.gram)))
+
+
+def degrees_of_freedom(design: Design, *, reml: bool) -> Array | int:
+    """What the residual sum of squares is divided by: n - p or n."""
+    return design.n - design.p if reml else design.n
 
 
 def profiled(omega: Array, design: Design, *, reml: bool) -> Array:
     """`neg2_loglik` at the residual variance that minimises it, rss / degrees of freedom."""
     marginal = design.structure.marginal(omega)
-    pivots = log_pivots(marginal)
-    degrees = design.n - design.p if reml else design.n
-    value = degrees * (2 * pivots[-1] + 1 - math.log(degrees)) + marginal.logdet
+    return _profiled(log_pivots(marginal), marginal.logdet, design, reml=reml)
+
+
+def _profiled(pivots: Array, logdet: Array, design: Design, *, reml: bool) -> Array:
+    degrees = degrees_of_freedom(design, reml=reml)
+    value = degrees * (2 * pivots[-1] + 1 - jnp.log(degrees)) + logdet
     if reml:
-        value = value + 2 * jnp.sum(pivots[:-1])
+        value = value + 2 * jnp.sum(pivots[:-1], axis=0)
     return value + constant(design, reml=reml)
 
 
 def constant(design: Design, *, reml: bool) -> Array:
     """The part of the objective that no variance parameter changes."""
-    degrees = design.n - design.p if reml else design.n
-    value = degrees * math.log(2 * math.pi) - design.log_weights
+    value = degrees_of_freedom(design, reml=reml) * math.log(2 * math.pi) - design.log_weights
     if reml:  # X enters as an orthonormal basis; this puts its own scale back
-        value = value + 2 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(design.basis))))
+        value = value + 2 * jnp.sum(jnp.log(jnp.abs(linalg.diagonal(design.basis))), axis=0)
     return value
 
 
@@ -133,33 +142,35 @@ def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
     """
     structure = design.structure
     p = design.p
-    degrees = design.n - p if reml else design.n
+    degrees = degrees_of_freedom(design, reml=reml)
     projection = structure.project(omega)
-    factor = jnp.linalg.cholesky(projection.gram)
-    dtype = factor.dtype
-    inverse = solve_triangular(factor, jnp.eye(p + 1, dtype=dtype), lower=True)
-    cross = structure.combine(projection.cross, inverse.T)
+    factor = linalg.cholesky(projection.gram)
+    inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
+    cross = structure.combine(projection.cross, linalg.transpose(inverse))
     slopes = -structure.form(cross)
+    counted = structure.repeat(projection.inner)
 
-    of_columns = np.append(np.full(p, float(reml)), degrees)
-    of_entries = np.full((p + 1, p + 1), float(degrees))
-    of_entries[:p, :p] = float(reml)
-    flat = slopes.reshape(slopes.shape[0], -1)
-    on_diagonal = jnp.asarray(np.diag(of_columns).ravel(), dtype)
-    gradient = structure.trace(projection.inner) + flat @ on_diagonal
+    # How much each entry of W counts: log|M| (REML) for X, degrees of freedom times log rss for y.
+    k, lanes = p + 1, [1] * (factor.ndim - 2)
+    in_x = np.zeros((k, k))
+    in_x[:p, :p] = 1.0
+    in_x = jnp.asarray(in_x.reshape(k, k, *lanes), factor.dtype)
+    entries = float(reml) * in_x + (1 - in_x) * degrees
+    flat = slopes.reshape(slopes.shape[0], k * k, *slopes.shape[3:])
+    flat_entries = entries.reshape(k * k, *entries.shape[2:])
+    on_diagonal = flat_entries * linalg.eye_like(entries).reshape(k * k, *lanes)
+    gradient = structure.trace(counted) + jnp.sum(flat * on_diagonal, axis=1)
     # d_ij = half + half', as pair_trace(B, B) is symmetric
-    weighted = structure.combine(cross, jnp.asarray(np.diag(np.sqrt(of_columns)), dtype))
-    right = structure.outer(weighted) - projection.inner / 2
+    right = structure.outer(cross, linalg.diagonal(entries)) - counted / 2
     half = structure.pair_trace(projection.inner, right)
-    hessian = half + half.T - (flat * jnp.asarray(of_entries.ravel(), dtype)) @ flat.T
+    hessian = half + linalg.transpose(half) - linalg.row_products(flat * flat_entries, flat)
 
-    pivots = jnp.log(jnp.diagonal(factor))
-    value = degrees * (2 * pivots[-1] + 1 - math.log(degrees)) + projection.logdet
-    if reml:
-        value = value + 2 * jnp.sum(pivots[:-1])
-    value = value + constant(design, reml=reml)
+    pivots = jnp.log(linalg.diagonal(factor))
+    value = _profiled(pivots, projection.logdet, design, reml=reml)
     # d2 rss / rss = d2 log rss + (d log rss)^2, and sigma2 = rss / degrees
-    slope_y = jnp.append(slopes[:, p, p], -1.0)
-    joint = jnp.pad(hessian, (0, 1)) + degrees * jnp.outer(slope_y, slope_y)
-    log_sigma2 = 2 * pivots[-1] - math.log(degrees)
+    slope_y = slopes[:, p, p]
+    slope_y = jnp.concatenate([slope_y, -jnp.ones_like(slope_y[:1])])
+    joint = jnp.pad(hessian, [(0, 1), (0, 1)] + [(0, 0)] * len(lanes))
+    joint = joint + degrees * slope_y[:, None] * slope_y[None]
+    log_sigma2 = 2 * pivots[-1] - jnp.log(degrees)
     return Expansion(value, gradient, hessian, log_sigma2, joint, factor, slopes)

@@ -121,7 +121,7 @@ def test_no_optimum_exits_3(monkeypatch):
 
     fit = jaxreml.model.fit
     monkeypatch.setattr(
-        jaxreml, "fit", lambda *a, **k: fit(*a, **k, max_iterations=2), raising=False
+        jaxreml, "fit", lambda *a, **k: fit(*a, **k, max_iterations=1), raising=False
     )
     result = run("fit", "sleepstudy", SLEEP)
     assert result.exit_code == 3

@@ -45,14 +45,32 @@ def test_round_trip(seed, sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_triangle_is_a_root(sizes):
     theta = random_theta(1, sizes)
-    root = np.zeros(sum(q * q for q in sizes))
-    root[covariance.root_of_theta(sizes)] = theta
-    omega = np.einsum("ist,s,t->i", covariance.root_tensor(sizes), root, root)
+    root = covariance.root_from_theta(jnp.asarray(theta), sizes)
+    np.testing.assert_array_equal(root[covariance.root_of_theta(sizes)], theta)
+    omega = covariance.omega_from_root(root, sizes)
     expected = [
         factor @ factor.T for factor in covariance.split_triangles(jnp.asarray(theta), sizes)
     ]
     np.testing.assert_allclose(omega, covariance.join_triangles(tuple(expected)), atol=1e-12)
     np.testing.assert_allclose(omega, covariance.omega_from_theta(jnp.asarray(theta), sizes))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_derivatives_in_the_root_equal_autodiff(sizes):
+    rng = np.random.default_rng(2)
+    root = jnp.asarray(rng.normal(size=sum(q * q for q in sizes)))
+    gradient = jnp.asarray(rng.normal(size=covariance.count_theta(sizes)))
+
+    def of_root(root):
+        return covariance.omega_from_root(root, sizes)
+
+    jacobian = jax.jacfwd(of_root)(root)
+    np.testing.assert_allclose(covariance.root_jacobian(root, sizes), jacobian, atol=1e-12)
+    curvature = jax.hessian(lambda root: gradient @ of_root(root))(root)
+    np.testing.assert_allclose(covariance.root_curvature(gradient, sizes), curvature, atol=1e-12)
+    flat = covariance.rotations(root, sizes)
+    if flat is not None:
+        np.testing.assert_allclose(flat @ jacobian.T, 0.0, atol=1e-12)
 
 
 def test_two_effects_have_fishers_z():

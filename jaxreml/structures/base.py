@@ -60,12 +60,17 @@ class Structure(Protocol):
         """The same with B and D."""
         ...
 
+    def repeat(self, inner: Array) -> Array:
+        """`inner` with each part as often as it occurs in log|V0| (structures that collapse equal
+        parts); elsewhere `inner` itself."""
+        ...
+
     def combine(self, cross: Array, matrix: Array) -> Array:
         """D @ matrix, for `matrix` of shape (p + 1, k)."""
         ...
 
-    def outer(self, cross: Array) -> Array:
-        """D D' in the layout of B, as far as the traces below read it."""
+    def outer(self, cross: Array, weights: Array) -> Array:
+        """D diag(weights) D' in the layout of B, as far as the traces below read it."""
         ...
 
     def trace(self, inner: Array) -> Array:

@@ -75,11 +75,14 @@ class Dense:
         gram = self.remainder + scores.T @ scores
         return Projection(logdet, gram, loadings.T @ loadings, loadings.T @ scores)
 
+    def repeat(self, inner: Array) -> Array:
+        return inner
+
     def combine(self, cross: Array, matrix: Array) -> Array:
         return cross @ matrix
 
-    def outer(self, cross: Array) -> Array:
-        return cross @ cross.T
+    def outer(self, cross: Array, weights: Array) -> Array:
+        return (cross * weights) @ cross.T
 
     def trace(self, inner: Array) -> Array:
         traces = []

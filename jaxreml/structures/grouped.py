@@ -8,6 +8,7 @@ of unequal numbers of levels for `vmap`) has F = 0 and c = 0 and contributes not
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import jax
@@ -15,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance
-from jaxreml.linalg import cholesky, solve_lower
+from jaxreml import covariance, linalg
 from jaxreml.structures.base import Marginal, Projection
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
@@ -29,15 +29,21 @@ COLLINEAR = 1e-10
 class Grouped:
     """Cross-products of one grouping factor with J levels.
 
+    Every array may have one more axis at the end, the lanes of a batch, of the same length or 1
+    everywhere; `omega` and the results then have it too.
+
     Attributes:
         factors: (q, q, J), F of each level's Z = Q F, upper triangular.
         scores: (q, p + 1, J), Q'[X y].
+        counts: (J,), how many levels with this F the entry stands for in log|V0| and its
+            derivatives: 1, or another number where levels were collapsed (`jaxreml.collapse`).
         remainder: (p + 1, p + 1), cross-products of [X y] minus its projection on Q.
         sizes: effects per term, static; they sum to q.
     """
 
     factors: Array
     scores: Array
+    counts: Array
     remainder: Array
     sizes: tuple[int, ...] = field(metadata={"static": True})
 
@@ -48,56 +54,98 @@ class Grouped:
         return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
 
     def _omega(self, omega: Array) -> Array:
+        """Omega, (q, q, 1), the same for all levels."""
         q = sum(self.sizes)
-        return (omega @ self._basis).reshape(q, q)
+        flat = jnp.tensordot(self._basis.T, omega, axes=1)
+        return flat.reshape(q, q, 1, *omega.shape[1:])
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         q = sum(self.sizes)
-        scaled = jnp.einsum("iaJ,ab->ibJ", self.factors, self._omega(omega))
-        inner = jnp.sum(scaled[:, None] * self.factors[None], axis=2)
-        factor = cholesky(inner + jnp.eye(q, dtype=inner.dtype)[..., None])
-        diagonal = jnp.stack([factor[i, i] for i in range(q)])
-        return factor, 2 * jnp.sum(jnp.log(diagonal))
+        scaled = linalg.matmul(self.factors, self._omega(omega))
+        inner = linalg.matmul(scaled, linalg.transpose(self.factors))
+        factor = linalg.cholesky(inner + linalg.eye_like(inner))
+        logs = sum(jnp.log(factor[i, i]) for i in range(q))
+        return factor, 2 * jnp.sum(self.counts * logs, axis=0)
+
+    def _gram(self, scores: Array) -> Array:
+        """The remainder plus the cross-products of scores (q, p + 1, J)."""
+        return self.remainder + sum(
+            linalg.row_products(scores[i], scores[i]) for i in range(len(scores))
+        )
 
     def marginal(self, omega: Array) -> Marginal:
         factor, logdet = self._factorise(omega)
-        scores = solve_lower(factor, self.scores)
-        return Marginal(logdet, self.remainder + jnp.einsum("iuJ,ivJ->uv", scores, scores))
+        return Marginal(logdet, self._gram(linalg.solve_lower(factor, self.scores)))
 
     def project(self, omega: Array) -> Projection:
         factor, logdet = self._factorise(omega)
-        q = sum(self.sizes)
-        solved = solve_lower(factor, jnp.concatenate([self.factors, self.scores], axis=1))
-        loadings, scores = solved[:, :q], solved[:, q:]
-        gram = self.remainder + jnp.einsum("iuJ,ivJ->uv", scores, scores)
-        inner = jnp.sum(loadings[:, :, None] * loadings[:, None], axis=0)
-        cross = jnp.sum(loadings[:, :, None] * scores[:, None], axis=0)
-        return Projection(logdet, gram, inner, cross)
+        loadings = linalg.solve_lower(factor, self.factors)
+        scores = linalg.solve_lower(factor, self.scores)
+        across = linalg.transpose(loadings)
+        inner, cross = linalg.matmul(across, loadings), linalg.matmul(across, scores)
+        return Projection(logdet, self._gram(scores), inner, cross)
+
+    def repeat(self, inner: Array) -> Array:
+        return inner * self.counts
 
     def combine(self, cross: Array, matrix: Array) -> Array:
-        return jnp.einsum("auJ,uv->avJ", cross, matrix)
+        if matrix.ndim == 2:
+            return jnp.einsum("auJ,uv->avJ", cross, matrix)
+        return linalg.matmul(cross, matrix[:, :, None])
 
-    def outer(self, cross: Array) -> Array:
-        return jnp.sum(cross[:, None] * cross[None], axis=2)
+    def outer(self, cross: Array, weights: Array) -> Array:
+        weighted = cross * weights[:, None]
+        return jnp.sum(weighted[:, None] * cross[None], axis=2)
 
     def trace(self, inner: Array) -> Array:
-        return self._basis @ jnp.sum(inner, axis=-1).ravel()
+        total = jnp.sum(inner, axis=2)
+        return jnp.tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
 
     def pair_trace(self, left: Array, right: Array) -> Array:
         q = sum(self.sizes)
-        products = right.reshape(q * q, -1) @ left.reshape(q * q, -1).T
-        products = products.reshape(q, q, q, q).transpose(1, 2, 3, 0)  # d a b c -> a b c d
-        return self._basis @ products.reshape(q * q, q * q) @ self._basis.T
+        rows, columns = covariance.triangle(q)
+        products = linalg.row_products(left[rows, columns], right[rows, columns])
+        flat = products.reshape(-1, *products.shape[2:])
+        pairing = jnp.asarray(_pairing(self.sizes), flat.dtype)
+        traces = jnp.tensordot(pairing, flat, axes=1)
+        m = covariance.count_theta(self.sizes)
+        return traces.reshape(m, m, *flat.shape[1:])
 
     def form(self, cross: Array) -> Array:
-        q, k = cross.shape[:2]
-        flat = cross.reshape(q * k, -1)
-        products = (flat @ flat.T).reshape(q, k, q, k).transpose(0, 2, 1, 3)
-        return (self._basis @ products.reshape(q * q, k * k)).reshape(-1, k, k)
+        forms = []
+        for a, b in _effects(self.sizes):
+            product = linalg.row_products(cross[a], cross[b])
+            forms.append(product if a == b else product + linalg.transpose(product))
+        return jnp.stack(forms)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
-        modes = jnp.einsum("ab,bJ->Ja", self._omega(omega), cross[:, 0])
-        return tuple(jnp.split(modes, np.cumsum(self.sizes)[:-1], axis=1))
+        modes = linalg.matmul(self._omega(omega), cross)[:, 0]
+        parts = jnp.split(modes, np.cumsum(self.sizes)[:-1])
+        return tuple(jnp.swapaxes(part, 0, 1) for part in parts)
+
+
+@lru_cache
+def _effects(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Which two effects each entry of omega belongs to."""
+    return [tuple(np.argwhere(matrix)[-1].tolist()) for matrix in covariance.symmetric_basis(sizes)]
+
+
+@lru_cache
+def _pairing(sizes: tuple[int, ...]) -> np.ndarray:
+    """tr(E_i L E_j R) for symmetric L and R as a linear map of the products of the entries of
+    their lower triangles: (m m, t t), t = q (q + 1) / 2."""
+    q = sum(sizes)
+    place = np.zeros((q, q), int)
+    place[covariance.triangle(q)] = np.arange(q * (q + 1) // 2)
+    place = np.maximum(place, place.T)
+    basis = covariance.symmetric_basis(sizes)
+    m, t = len(basis), q * (q + 1) // 2
+    pairing = np.zeros((m, m, t, t))
+    for i, j in np.ndindex(m, m):
+        for a, b in np.argwhere(basis[i]):
+            for c, d in np.argwhere(basis[j]):
+                pairing[i, j, place[b, c], place[d, a]] += 1
+    return pairing.reshape(m * m, t * t)
 
 
 class GroupedBasis:
@@ -154,6 +202,11 @@ class GroupedBasis:
                 score = self._sum(direction * rest)
             rest = rest - direction * score[self.codes]
             scores.append(score.T)
+        counts = np.ones(self.n_levels, self.factors.dtype)
         return Grouped(
-            cast(Array, self.factors), cast(Array, xp.stack(scores)), rest.T @ rest, sizes
+            cast(Array, self.factors),
+            cast(Array, xp.stack(scores)),
+            cast(Array, counts),
+            rest.T @ rest,
+            sizes,
         )
