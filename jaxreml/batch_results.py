@@ -63,6 +63,19 @@ class BatchModel:
             for i in range(j + 1, len(effects))
         ]
 
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of `Fits.parameters`, as `Design.parameter_names`."""
+        names: list[str] = []
+        for group, effects in self.groups:
+            names += [f"log_variance[{group}, {effect}]" for effect in effects]
+            names += [
+                f"z[{group}, {effects[j]}, {effects[i]}]"
+                for i in range(len(effects))
+                for j in range(i)
+            ]
+        return (*names, f"log_variance[{RESIDUAL}]")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchResults:
@@ -250,11 +263,17 @@ class BatchResults:
             raise DataError(f"{len(places)} responses have the name {i!r}")
         return int(places[0])
 
-    def tidy(self, effects: tuple[str, ...] | str = ("fixed", "ran_pars")) -> pd.DataFrame:
+    def tidy(
+        self,
+        effects: tuple[str, ...] | str = ("fixed", "ran_pars"),
+        *,
+        conf_int: bool = False,
+        conf_level: float = 0.95,
+    ) -> pd.DataFrame:
         """Estimates as a long frame, one row per response and term; see `batch_tables.tidy`."""
         from jaxreml.batch_tables import tidy
 
-        return tidy(self, effects)
+        return tidy(self, effects, conf_int=conf_int, conf_level=conf_level)
 
     def glance(self) -> pd.DataFrame:
         """One row of fit statistics per response; see `batch_tables.glance`."""
@@ -276,7 +295,9 @@ class BatchResults:
         return to_xarray(self)
 
     def to_parquet(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write `to_frame` with the model's labels to a parquet file; `read_parquet` reads it.
+        """Write `to_frame`, the modes if kept and the model's labels to a parquet file.
+
+        `read_parquet` reads it; see `batch_storage`.
 
         Raises:
             DataError: the file exists and `overwrite` is not given.

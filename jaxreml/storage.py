@@ -26,7 +26,7 @@ def save(fit: LMMResults, path: str | Path) -> None:
     """Write a fit to a JSON file."""
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for field in fields(fit):
-        record[field.name] = _encode(getattr(fit, field.name))
+        record[field.name] = encode(getattr(fit, field.name))
     Path(path).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
 
 
@@ -48,7 +48,7 @@ def load(path: str | Path) -> LMMResults:
     missing = [name for name in names if name not in record]
     if missing:
         raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
-    return LMMResults(**{name: _decode(record[name]) for name in names})
+    return LMMResults(**{name: decode(record[name]) for name in names})
 
 
 def encode_number(value: float) -> float | str | None:
@@ -58,27 +58,29 @@ def encode_number(value: float) -> float | str | None:
     return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """A value as plain JSON that `decode` reads: scalars, arrays, tuples, frames of them."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return {"float": encode_number(value)}
     if isinstance(value, np.generic):
-        return _encode(value.item())
+        return encode(value.item())
     if isinstance(value, np.ndarray):
         flat = [encode_number(float(x)) for x in value.ravel()]
         return {"array": flat, "shape": list(value.shape)}
     if isinstance(value, tuple):
-        return {"tuple": [_encode(item) for item in value]}
+        return {"tuple": [encode(item) for item in value]}
     if isinstance(value, Grouping):
-        return {"grouping": [_encode(getattr(value, f.name)) for f in fields(value)]}
+        return {"grouping": [encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
         columns = [[str(name), _encode_column(column)] for name, column in value.items()]
         return {"frame": columns, "index": _encode_column(pd.Series(value.index))}
     return str(value)  # labels of other types, such as dates
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """The value that `encode` was given; labels that JSON has no type for, as strings."""
     if not isinstance(value, dict):
         return value
     (kind, content), *rest = value.items()
@@ -87,9 +89,9 @@ def _decode(value: Any) -> Any:
     if kind == "array":
         return np.array([_decode_number(x) for x in content]).reshape(rest[0][1])
     if kind == "tuple":
-        return tuple(_decode(item) for item in content)
+        return tuple(decode(item) for item in content)
     if kind == "grouping":
-        return Grouping(*(_decode(item) for item in content))
+        return Grouping(*(decode(item) for item in content))
     frame = pd.DataFrame({name: _decode_column(column) for name, column in content})
     return frame.set_index(pd.Index(_decode_column(rest[0][1])))
 
@@ -102,17 +104,17 @@ def _encode_column(column: pd.Series) -> dict[str, Any]:
     if isinstance(column.dtype, pd.CategoricalDtype):
         return {
             "codes": [int(code) for code in column.cat.codes],
-            "categories": [_encode(x) for x in column.cat.categories],
+            "categories": [encode(x) for x in column.cat.categories],
             "ordered": bool(column.cat.ordered),
         }
-    return {"values": [_encode(x) for x in column.tolist()]}
+    return {"values": [encode(x) for x in column.tolist()]}
 
 
 def _decode_column(column: dict[str, Any]) -> Any:
     if "codes" in column:
-        categories = [_decode(x) for x in column["categories"]]
+        categories = [decode(x) for x in column["categories"]]
         return pd.Categorical.from_codes(column["codes"], categories, ordered=column["ordered"])
-    return [_decode(x) for x in column["values"]]
+    return [decode(x) for x in column["values"]]
 
 
 def json_ready(value: Any) -> Any:

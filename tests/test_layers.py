@@ -14,8 +14,9 @@ PACKAGE = Path(jaxreml.__file__).parent
 LAYERS = [
     {"cli"},
     {"many"},
-    {"model", "parts"},
-    {"batch_storage", "storage"},
+    {"model", "parts", "processes"},
+    {"batch_storage"},
+    {"storage"},
     {"batch_tables", "tables"},
     {"batch_results"},
     {"results"},
@@ -23,10 +24,11 @@ LAYERS = [
     {"effects"},
     {"estimation"},
     {"newton", "objective"},
-    {"frame"},
+    {"frame", "shared", "sources"},
     {"designs", "formula", "tabular"},
     {"structures"},
-    {"covariance", "linalg"},
+    {"covariance"},
+    {"linalg"},
     {"cache", "datasets", "errors"},
 ]
 HEIGHT = {name: -k for k, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,187 @@
+"""Results of many fits as pyarrow tables and parquet files, and back.
+
+A table has the columns of `batch_tables.to_frame`, and where modes were kept ``modes[g, x]`` per
+random effect: lists with a number per level. The metadata of its schema hold, under the key
+``jaxreml``, JSON with the labels of the model. Numbers round-trip exactly; equal results give
+equal bytes, with the same versions of jaxreml and pyarrow.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import jaxreml
+from jaxreml.batch import Fits
+from jaxreml.batch_results import BatchModel, BatchResults
+from jaxreml.batch_tables import SENTENCES, field_columns, to_frame
+from jaxreml.errors import DataError
+from jaxreml.sources import import_parquet
+from jaxreml.storage import decode, encode
+
+FORMAT = "jaxreml.BatchResults"
+VERSION = 1
+KEY = b"jaxreml"
+
+
+def to_table(results: BatchResults) -> Any:
+    """Results as a pyarrow table.
+
+    Raises:
+        DataError: pyarrow is not installed, or names of responses that are neither all strings
+            nor all integers.
+    """
+    import_parquet("a pyarrow table")
+    import pyarrow as pa
+
+    frame = to_frame(results)
+    columns = {name: pa.array(frame[name].to_numpy()) for name in frame.columns[1:-1]}
+    # The same sentences in all tables, so that tables of one model have one schema.
+    codes = pa.array(results.fits.status, pa.int8())
+    message = pa.DictionaryArray.from_arrays(codes, pa.array(SENTENCES, pa.string()))
+    columns = {"response": _names_to_arrow(results.responses), **columns, "message": message}
+    columns |= _modes_to_arrow(results)
+    model = {field.name: encode(getattr(results.model, field.name)) for field in fields(BatchModel)}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "jaxreml": jaxreml.__version__,
+        "model": model,
+    }
+    return pa.table(columns, metadata={KEY: json.dumps(record, allow_nan=False)})
+
+
+def from_table(table: Any) -> BatchResults:
+    """The results that `to_table` was given, but for `refit`.
+
+    Raises:
+        DataError: a table that is not one, or of a later version of jaxreml.
+    """
+    return _read(table.schema, table.select, "the table")
+
+
+def write_parquet(results: BatchResults, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write results to a parquet file.
+
+    Raises:
+        DataError: the file exists and `overwrite` is not given, or as `to_table`.
+    """
+    pq = import_parquet("to_parquet")
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise DataError(f"{str(path)!r} exists; pass overwrite=True, or choose another name")
+    # Under another name first, so that the file is whole or not there.
+    temporary = path.with_name(f"{path.name}.tmp")
+    pq.write_table(to_table(results), temporary)
+    temporary.replace(path)
+
+
+def read_parquet(path: str | Path) -> BatchResults:
+    """Read results that `write_parquet` or a streaming `fit_many` wrote.
+
+    Raises:
+        DataError: a file that is not one, or of a later version of jaxreml.
+    """
+    pq = import_parquet("read_parquet")
+    from pyarrow import ArrowException
+
+    try:
+        with pq.ParquetFile(Path(path)) as file:
+            return _read(file.schema_arrow, file.read, repr(str(path)))
+    except FileNotFoundError:
+        raise
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from None
+
+
+def _read(schema: Any, read: Any, what: str) -> BatchResults:
+    """Results from a table that has not been read yet.
+
+    Args:
+        schema: its schema.
+        read: gives the columns of the names that it is called with.
+        what: its name in messages.
+    """
+    try:
+        record = json.loads((schema.metadata or {}).get(KEY, b"null"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise DataError(f"{what} does not hold results of fit_many")
+    if record["version"] > VERSION:
+        raise DataError(f"{what} was written by a later version of jaxreml; upgrade to read it")
+    model = BatchModel(**{name: decode(value) for name, value in record["model"].items()})
+    columns = field_columns(model)
+    modes = [_mode_names(group, effects) for group, effects in model.groups]
+    kept = any(name in schema.names for names in modes for name in names)
+    needed = ["response"]
+    for names in [*columns.values(), *(modes if kept else [])]:
+        needed += [names] if isinstance(names, str) else names
+    missing = [name for name in needed if name not in schema.names]
+    if missing:
+        raise DataError(f"{what} is incomplete: no column {', '.join(map(repr, missing))}")
+    table = read(needed)  # the other columns follow from these
+    numbers = {
+        field: _column(table, names) if isinstance(names, str) else _matrix(table, names)
+        for field, names in columns.items()
+    }
+    lists = tuple(_modes_from_arrow(table, names) for names in modes) if kept else None
+    fits = Fits(**numbers, modes=lists)
+    return BatchResults(model, pd.Index(table.column("response").to_pandas()), fits)
+
+
+def _names_to_arrow(names: pd.Index) -> Any:
+    import pyarrow as pa
+
+    kind = pd.api.types.infer_dtype(names, skipna=False)
+    if kind == "integer":
+        return pa.array(names.to_numpy(np.int64))
+    if kind not in ("string", "empty"):
+        raise DataError(
+            f"the names of the responses must be all strings or all integers, they are {kind}"
+        )
+    return pa.array(names.tolist(), pa.string())
+
+
+def _mode_names(group: str, effects: tuple[str, ...]) -> list[str]:
+    return [f"modes[{group}, {effect}]" for effect in effects]
+
+
+def _modes_to_arrow(results: BatchResults) -> dict[str, Any]:
+    import pyarrow as pa
+
+    columns = {}
+    terms = zip(results.model.groups, results.fits.modes or (), strict=False)
+    for (group, effects), modes in terms:
+        for k, name in enumerate(_mode_names(group, effects)):
+            values = pa.array(np.ascontiguousarray(modes[:, :, k]).ravel())
+            columns[name] = pa.FixedSizeListArray.from_arrays(values, modes.shape[1])
+    return columns
+
+
+def _modes_from_arrow(table: Any, names: list[str]) -> np.ndarray:
+    """Modes of one term, (b, levels, effects)."""
+    levels = table.schema.field(names[0]).type.list_size
+    columns = [
+        np.concatenate([np.zeros(0), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
+        for column in map(table.column, names)
+    ]
+    return np.stack([column.reshape(len(table), levels) for column in columns], axis=2)
+
+
+def _column(table: Any, name: str) -> np.ndarray:
+    values = table.column(name).to_numpy()
+    return values if values.flags.writeable else values.copy()
+
+
+def _matrix(table: Any, names: list[str]) -> np.ndarray:
+    """Columns side by side, (b, len(names))."""
+    matrix = np.empty((len(table), len(names)))
+    for k, name in enumerate(names):
+        matrix[:, k] = table.column(name).to_numpy()
+    return matrix

@@ -1,0 +1,339 @@
+"""Results of many fits as frames: long as `tables`, wide with a row per response, and xarray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml import covariance
+from jaxreml.errors import DataError
+from jaxreml.estimation import Status
+
+if TYPE_CHECKING:
+    from jaxreml.batch_results import BatchModel, BatchResults
+
+EFFECTS = ("fixed", "ran_pars")
+Labels = list[tuple[str, str | None, str]]  # effect, group, term
+SENTENCES = tuple(status.sentence for status in Status)  # a status code is its position
+
+
+# Long
+
+
+def tidy(
+    results: BatchResults,
+    effects: str | tuple[str, ...] = EFFECTS,
+    *,
+    conf_int: bool = False,
+    conf_level: float = 0.95,
+) -> pd.DataFrame:
+    """Estimates as a long frame, one row per response and term.
+
+    For each response the rows of `LMMResults.tidy`, by the same conventions. Coefficients that its
+    missing values leave without an estimate have rows of NaN, as all terms of responses without an
+    optimum have.
+
+    Args:
+        results: B responses.
+        effects: any of "fixed" and "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
+            residual SD ``sd__Observation``).
+        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
+            effects, from the log scale for SDs.
+        conf_level: their level.
+
+    Returns:
+        Columns response, effect, group, term, estimate, std_error and, for fixed effects,
+        statistic, df, p_value; B times the number of terms rows.
+
+    Raises:
+        ValueError: other `effects`, or a level that is not between 0 and 1.
+    """
+    from scipy.special import ndtri
+
+    wanted = (effects,) if isinstance(effects, str) else tuple(effects)
+    unknown = [effect for effect in wanted if effect not in EFFECTS]
+    if unknown or not wanted:
+        asked = repr(unknown[0]) if unknown else "nothing"
+        raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {asked}")
+    if not 0 < conf_level < 1:
+        raise ValueError(f"conf_level must be between 0 and 1, not {conf_level}")
+    parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars}
+    quantile = ndtri((1 + conf_level) / 2)
+    labels, values = zip(*(parts[effect](results, quantile) for effect in wanted), strict=True)
+    rows = [row for part in labels for row in part]
+    columns: dict[str, Any] = {"response": results.responses.repeat(len(rows))}
+    for k, name in enumerate(("effect", "group", "term")):
+        columns[name] = np.tile(np.array([row[k] for row in rows], object), len(results))
+    names = ["estimate", "std_error"]
+    names += ["statistic", "df", "p_value"] * ("fixed" in wanted)
+    names += ["conf_low", "conf_high"] * conf_int
+    for name in names:
+        matrices = [
+            part.get(name, np.full((len(results), len(own)), np.nan))
+            for own, part in zip(labels, values, strict=True)
+        ]
+        columns[name] = np.concatenate(matrices, axis=1).ravel()
+    return pd.DataFrame(columns)
+
+
+def _tidy_fixed(results: BatchResults, quantile: float) -> tuple[Labels, dict[str, np.ndarray]]:
+    fits = results.fits
+    labels: Labels = [("fixed", None, name) for name in results.model.fixed_names]
+    return labels, {
+        "estimate": fits.beta,
+        "std_error": fits.se,
+        "statistic": results.tvalues.to_numpy(),
+        "df": fits.df,
+        "p_value": results.pvalues.to_numpy(),
+        "conf_low": fits.beta - quantile * fits.se,
+        "conf_high": fits.beta + quantile * fits.se,
+    }
+
+
+def _tidy_ran_pars(results: BatchResults, quantile: float) -> tuple[Labels, dict[str, np.ndarray]]:
+    model = results.model
+    sd = np.sqrt(results.variances.to_numpy())
+    correlations = results.correlations.to_numpy()
+    spread = results.log_variance_se.to_numpy() / 2
+    with np.errstate(over="ignore", invalid="ignore"):  # an SD next to zero has any upper limit
+        low, high = sd * np.exp(-quantile * spread), sd * np.exp(quantile * spread)
+    # Each term's SDs are followed by its correlations.
+    labels: Labels = []
+    order: list[int] = []
+    n_sd, n_cor = 0, 0
+    for group, effects in model.groups:
+        q = len(effects)
+        labels += [("ran_pars", group, f"sd__{effect}") for effect in effects]
+        labels += [
+            ("ran_pars", group, f"cor__{effects[j]}.{effects[i]}")
+            for j in range(q)
+            for i in range(j + 1, q)
+        ]
+        pairs = q * (q - 1) // 2
+        order += [*range(n_sd, n_sd + q), *range(sd.shape[1] + n_cor, sd.shape[1] + n_cor + pairs)]
+        n_sd, n_cor = n_sd + q, n_cor + pairs
+    labels.append(("ran_pars", model.variance_labels[-1][0], "sd__Observation"))
+    order.append(n_sd)
+    unknown = np.full_like(correlations, np.nan)
+    return labels, {
+        "estimate": np.concatenate([sd, correlations], axis=1)[:, order],
+        "std_error": np.concatenate([sd * spread, unknown], axis=1)[:, order],
+        "conf_low": np.concatenate([low, unknown], axis=1)[:, order],
+        "conf_high": np.concatenate([high, unknown], axis=1)[:, order],
+    }
+
+
+def glance(results: BatchResults) -> pd.DataFrame:
+    """One row of fit statistics per response, as `LMMResults.glance`, and how it ended.
+
+    Columns response, nobs, sigma, log_lik, aic, bic, reml_crit or deviance, df_residual,
+    converged, is_singular, n_dropped (rows of the data and of the response), n_missing (those of
+    the response), status, message.
+    """
+    fits, model = results.fits, results.model
+    # A coefficient without an estimate was not fitted; where nothing was, the model's count holds.
+    converged = results.converged.to_numpy()
+    p = np.where(converged, np.sum(~np.isnan(fits.beta), axis=1), fits.beta.shape[1])
+    df_model = p + fits.theta.shape[1] + 1
+    with np.errstate(divide="ignore"):  # no rows
+        log_nobs = np.log(fits.nobs)
+    return pd.DataFrame(
+        {
+            "response": results.responses,
+            "nobs": fits.nobs,
+            "sigma": fits.sigma,
+            "log_lik": -fits.criterion / 2,
+            "aic": fits.criterion + 2 * df_model,
+            "bic": fits.criterion + log_nobs * df_model,
+            "reml_crit" if model.method == "REML" else "deviance": fits.criterion,
+            "df_residual": fits.nobs - df_model,
+            "converged": converged,
+            "is_singular": fits.is_singular,
+            "n_dropped": fits.missing + model.n_dropped,
+            "n_missing": fits.missing,
+            "status": fits.status,
+            "message": _messages(results),
+        }
+    )
+
+
+def _messages(results: BatchResults) -> pd.Categorical:
+    codes = pd.Categorical.from_codes(results.fits.status, SENTENCES)  # pyright: ignore
+    return codes.remove_unused_categories()
+
+
+# Wide
+
+
+def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
+    """Columns of `to_frame` that hold each field of `Fits`: a name, or one per entry."""
+
+    def each(name: str) -> list[str]:
+        return [f"{name}[{label}]" for label in model.fixed_names]
+
+    return {
+        "nobs": "nobs",
+        "missing": "n_missing",
+        "beta": each("beta"),
+        "se": each("se"),
+        "df": each("df"),
+        "sigma": "sigma",
+        "theta": [f"theta[{', '.join(label)}]" for label in _theta_labels(model)],
+        "parameters": list(model.parameter_names),
+        "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
+        "criterion": "criterion",
+        "gradient_norm": "gradient_norm",
+        "iterations": "n_iter",
+        "is_singular": "is_singular",
+        "status": "status",
+    }
+
+
+def to_frame(results: BatchResults) -> pd.DataFrame:
+    """Everything but the modes as a wide frame, one row per response.
+
+    Columns: response, nobs, n_missing; per fixed effect ``beta[x]``, ``se[x]``, ``t[x]``,
+    ``df[x]``, ``p[x]``; sigma; ``variance[g, x]`` with ``variance[Residual]``; ``correlation[g,
+    x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as
+    `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1,
+    x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion,
+    gradient_norm, n_iter, is_singular, converged, status, message.
+    """
+    model, fits = results.model, results.fits
+    columns = field_columns(model)
+    frame: dict[str, Any] = {"response": results.responses}
+
+    def add(names: str | list[str], values: np.ndarray) -> None:
+        if isinstance(names, str):
+            frame[names] = values
+        else:
+            frame.update(zip(names, values.T, strict=True))
+
+    def add_field(*fields: str) -> None:
+        for field in fields:
+            add(columns[field], getattr(fits, field))
+
+    add_field("nobs", "missing", "beta", "se")
+    add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
+    add_field("df")
+    add([f"p[{name}]" for name in model.fixed_names], results.pvalues.to_numpy())
+    add_field("sigma")
+    add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
+    correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]
+    add(correlations, results.correlations.to_numpy())
+    add_field("parameters", "parameters_se", "theta")
+    add_field("criterion", "gradient_norm", "iterations", "is_singular")
+    frame["converged"] = results.converged.to_numpy()
+    add_field("status")
+    frame["message"] = _messages(results)
+    return pd.DataFrame(frame)
+
+
+def _variance_labels(model: BatchModel) -> list[str]:
+    return [f"{group}, {term}" for group, term in model.variance_labels[:-1]] + ["Residual"]
+
+
+def _theta_labels(model: BatchModel) -> list[tuple[str, ...]]:
+    """Group and effects of each entry of theta, in its order: one effect on the diagonal."""
+    return [
+        (group, effects[j]) if i == j else (group, effects[j], effects[i])
+        for group, effects in model.groups
+        for i, j in zip(*covariance.triangle(len(effects)), strict=True)
+    ]
+
+
+# xarray
+
+
+def to_xarray(results: BatchResults) -> Any:
+    """Everything as an xarray Dataset.
+
+    Dimensions: ``response``; ``term``, the fixed effects; ``component``, the variances, labelled
+    ``g, x`` (``Residual`` last), with coordinates ``component_group`` and ``component_term``;
+    ``pair``, the correlations, labelled ``g, x1, x2``; ``factor``, the entries of theta.
+    Conditional modes, where kept, are ``modes_g`` per grouping factor g, with dimensions
+    ``response``, ``level_g`` and ``effect_g``.
+
+    Raises:
+        DataError: xarray is not installed.
+    """
+    try:
+        import xarray
+    except ImportError:
+        raise DataError("to_xarray needs xarray: pip install 'jaxreml[xarray]'") from None
+    import jaxreml
+
+    model, fits = results.model, results.fits
+    pairs = [", ".join(label) for label in model.correlation_labels]
+    # z has an order of its own.
+    z = [model.parameter_names.index(f"z[{pair}]") for pair in pairs]
+    by_dimensions = {
+        ("response", "term"): {
+            "beta": fits.beta,
+            "se": fits.se,
+            "t": results.tvalues.to_numpy(),
+            "df": fits.df,
+            "p": results.pvalues.to_numpy(),
+        },
+        ("response", "component"): {
+            "variance": results.variances.to_numpy(),
+            "log_variance": results.log_variances.to_numpy(),
+            "log_variance_se": results.log_variance_se.to_numpy(),
+        },
+        ("response", "pair"): {
+            "correlation": results.correlations.to_numpy(),
+            "z": fits.parameters[:, z],
+            "z_se": fits.parameters_se[:, z],
+        },
+        ("response", "factor"): {"theta": fits.theta},
+        ("response",): {
+            "sigma": fits.sigma,
+            "criterion": fits.criterion,
+            "gradient_norm": fits.gradient_norm,
+            "n_iter": fits.iterations,
+            "nobs": fits.nobs,
+            "n_missing": fits.missing,
+            "is_singular": fits.is_singular,
+            "converged": results.converged.to_numpy(),
+            "status": fits.status,
+        },
+    }
+    variables: dict[str, Any] = {
+        name: (dimensions, values)
+        for dimensions, named in by_dimensions.items()
+        for name, values in named.items()
+    }
+    coordinates: dict[str, Any] = {
+        "response": results.responses.to_numpy(),
+        "term": list(model.fixed_names),
+        "component": _variance_labels(model),
+        "component_group": ("component", [group for group, _ in model.variance_labels]),
+        "component_term": ("component", [term for _, term in model.variance_labels]),
+        "pair": pairs,
+        "factor": [", ".join(label) for label in _theta_labels(model)],
+    }
+    for group, levels, effects, modes in _modes(results):
+        dimensions = ("response", f"level_{group}", f"effect_{group}")
+        variables[f"modes_{group}"] = (dimensions, modes)
+        coordinates[f"level_{group}"] = list(levels)
+        coordinates[f"effect_{group}"] = effects
+    attributes = {"formula": model.formula, "method": model.method, "structure": model.structure}
+    attributes["jaxreml"] = jaxreml.__version__
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _modes(results: BatchResults) -> list[tuple[str, tuple[Any, ...], list[str], np.ndarray]]:
+    """Per grouping factor its levels, effects and modes (b, levels, effects), if kept."""
+    model, modes = results.model, results.fits.modes
+    if modes is None:
+        return []
+    names = [group for group, _ in model.groups]
+    found = []
+    for group in dict.fromkeys(names):
+        terms = [k for k, name in enumerate(names) if name == group]
+        effects = [effect for k in terms for effect in model.groups[k][1]]
+        joined = np.concatenate([modes[k] for k in terms], axis=2)
+        found.append((group, model.levels[terms[0]], effects, joined))
+    return found

@@ -1,0 +1,140 @@
+r"""Levels with the same F collapsed into a few: a balanced design costs the same for any J.
+
+Levels that share F share P = I + F Omega F', so their scores c_j may be rotated among each other:
+sum_j c_j' P^-1 c_j stays the same. A rotation brings the scores of X, which all responses share,
+to r of a class's n levels. What y has left in the other n - r enters through its cross-products S
+(q, q) alone, and S = L L' makes q levels of the columns of L.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
+NO_X = 1e-13  # length of a score of (orthonormal) X that is rounding error
+MAX_ROTATION = 2 * 10**7  # entries of the rotation; above it levels stay as they are
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Collapse:
+    """How J levels become G, r of them rotated and q for each of D classes.
+
+    Attributes:
+        factors: (q, q, G) and
+        counts: (G,), as in `Grouped`.
+        scores_x: (q, p, G), scores of X.
+        rotation: (r, J), orthonormal rows, block by block of the classes.
+        classes: (J,), which class a level's remainder goes to; D for none.
+        n_classes: D, static.
+    """
+
+    factors: Array
+    counts: Array
+    scores_x: Array
+    rotation: Array
+    classes: Array
+    n_classes: int = field(metadata={"static": True})
+
+    def scores(self, scores: Array) -> Array:
+        """Scores of responses, (q, J, B) to (q, G, B)."""
+        q = scores.shape[0]
+        rotated = jnp.einsum("rJ,qJB->qrB", self.rotation, scores)
+        if not self.n_classes:
+            return rotated
+        rest = scores - jnp.einsum("rJ,qrB->qJB", self.rotation, rotated)
+        pairs = {
+            (i, k): jax.ops.segment_sum(rest[i] * rest[k], self.classes, self.n_classes + 1)[:-1]
+            for i in range(q)
+            for k in range(i + 1)
+        }
+        columns = _root(pairs, q)  # q columns of (q, D, B)
+        return jnp.concatenate([rotated, *columns], axis=1)
+
+
+def _root(pairs: dict[tuple[int, int], Array], q: int) -> list[Array]:
+    """Columns of Cholesky factors of cross-products given by lower triangle.
+
+    A pivot is at least its rounding error, so that a remainder that lies in fewer than q
+    directions neither fails nor divides by noise.
+    """
+    factor: dict[tuple[int, int], Array] = {}
+    zero = jnp.zeros_like(pairs[0, 0])
+    for k in range(q):
+        pivot = pairs[k, k] - sum((factor[k, j] ** 2 for j in range(k)), zero)
+        root = jnp.sqrt(jnp.maximum(pivot, 1e-15 * pairs[k, k]))
+        factor[k, k] = root
+        for i in range(k + 1, q):
+            rest = pairs[i, k] - sum((factor[i, j] * factor[k, j] for j in range(k)), zero)
+            factor[i, k] = jnp.where(root > 0, rest / jnp.where(root > 0, root, 1.0), 0.0)
+    return [jnp.stack([factor.get((i, k), zero) for i in range(q)]) for k in range(q)]
+
+
+def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
+    """Plan the collapse of levels.
+
+    Args:
+        factors: (q, q, J).
+        scores_x: (q, p, J).
+
+    Returns:
+        The plan, or None if it would save less than a third of the levels.
+    """
+    q, p, n_levels = scores_x.shape
+    largest = np.abs(factors).max(axis=2, keepdims=True)
+    rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
+    _, classes = np.unique(rounded.reshape(q * q, n_levels).T, axis=0, return_inverse=True)
+    order = np.argsort(classes.ravel(), kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(classes.ravel()[order])) + 1)
+    rows: list[np.ndarray] = []  # of the rotation, dense over one class
+    members: list[np.ndarray] = []
+    collapsed: list[tuple[np.ndarray, int]] = []
+    for levels in groups:
+        basis = np.eye(levels.size)
+        if levels.size > q:
+            left, lengths, _ = np.linalg.svd(
+                scores_x[:, :, levels].reshape(q * p, -1).T, full_matrices=False
+            )
+            within = left[:, lengths > NO_X]
+            if levels.size - within.shape[1] > q:
+                basis = within
+                collapsed.append((levels, basis.shape[1]))
+        rows.append(basis.T)
+        members.append(levels)
+    n_rotated = sum(len(block) for block in rows)
+    total = n_rotated + q * len(collapsed)
+    if 3 * total > 2 * n_levels or n_rotated * n_levels > MAX_ROTATION:
+        return None
+    rotation = np.zeros((n_rotated, n_levels))
+    first = np.zeros(n_rotated, int)
+    start = 0
+    for block, levels in zip(rows, members, strict=True):
+        rotation[start : start + len(block), levels] = block
+        first[start : start + len(block)] = levels[0]
+        start += len(block)
+    home = np.full(n_levels, len(collapsed), np.int32)
+    for k, (levels, _) in enumerate(collapsed):
+        home[levels] = k
+    # The q levels of a class's remainder come column by column: all first ones, all second ones.
+    leaders = np.array([levels[0] for levels, _ in collapsed], int)
+    spare = np.array([(levels.size - r) / q for levels, r in collapsed])
+    return _plan(
+        factors=np.concatenate([factors[:, :, first], *[factors[:, :, leaders]] * q], axis=2),
+        counts=np.concatenate([np.ones(n_rotated), *[spare] * q]),
+        scores_x=np.concatenate(
+            [scores_x @ rotation.T, np.zeros((q, p, q * len(collapsed)))], axis=2
+        ),
+        rotation=rotation,
+        classes=home,
+        n_classes=len(collapsed),
+    )
+
+
+def _plan(**fields: Any) -> Collapse:
+    return Collapse(**fields)

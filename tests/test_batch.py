@@ -1,0 +1,268 @@
+"""The engine of `fit_many` gives the numbers of `estimate`, whatever path it takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+import jaxreml
+from jaxreml.batch import BatchFitter, _in_lanes
+from jaxreml.effects import inspect
+from jaxreml.estimation import Status, expand_root
+from jaxreml.frame import covariate_frame
+from jaxreml.objective import profiled
+from jaxreml.shared import share
+
+SLEEP = "~ Days + (Days | Subject)"
+
+
+def table(seed: int = 0, n: int = 150, levels: int = 25) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    codes = np.concatenate([np.arange(levels), rng.integers(0, levels, n - levels)])
+    rng.shuffle(codes)
+    data = pd.DataFrame({"g": codes, "h": rng.integers(0, 7, n), "x": rng.normal(size=n)})
+    return data.assign(z=rng.normal(size=n), w=rng.uniform(0.5, 2, n), o=rng.normal(size=n) * 5)
+
+
+def responses(data: pd.DataFrame, b: int, seed: int = 0, *, group: str, slope: str) -> np.ndarray:
+    """Responses of all kinds: with and without variance of intercept and slope, means and units."""
+    rng = np.random.default_rng(seed)
+    codes = pd.factorize(data[group])[0]
+    levels = codes.max() + 1
+    x = data[slope].to_numpy(float)
+    x = x / x.std()
+    intercepts = rng.choice([0, 0.3, 2], b) * rng.normal(size=(levels, b))
+    slopes = rng.choice([0, 0.3, 1], b) * rng.normal(size=(levels, b))
+    noise = rng.normal(size=(len(data), b))
+    mean = rng.normal(size=b) * 100 + x[:, None] * rng.normal(size=b)
+    y = mean + intercepts[codes] + slopes[codes] * x[:, None] + noise
+    return y * 10.0 ** rng.integers(-3, 4, b)
+
+
+def one_by_one(formula: str, data: pd.DataFrame, values: np.ndarray, method: str, **extras):
+    """What `estimate` says of each column, and its conditional modes."""
+    for y in values.T:
+        design = jaxreml.design(f"y {formula}", data.assign(y=y), **extras)
+        estimate = jaxreml.estimate(design, method)
+        yield estimate, inspect(estimate, design, method).modes
+
+
+def assert_same(fits, singles) -> None:
+    for i, (estimate, modes) in enumerate(singles):
+        assert fits.status[i] == estimate.status == Status.CONVERGED
+        assert fits.is_singular[i] == estimate.is_singular
+        assert fits.criterion[i] == pytest.approx(float(estimate.criterion), abs=1e-8)
+        se = np.sqrt(np.diagonal(estimate.vcov))
+        np.testing.assert_allclose(fits.beta[i], estimate.beta, atol=1e-6 * se.max())
+        np.testing.assert_allclose(fits.se[i], se, rtol=1e-6)
+        np.testing.assert_allclose(fits.sigma[i], estimate.sigma, rtol=1e-6)
+        np.testing.assert_allclose(fits.theta[i], estimate.theta, atol=1e-6, rtol=1e-5)
+        np.testing.assert_allclose(fits.parameters[i], estimate.params, atol=1e-5, rtol=1e-5)
+        spread = np.sqrt(np.diagonal(estimate.params_vcov))
+        np.testing.assert_allclose(fits.parameters_se[i], spread, rtol=1e-5)
+        if fits.modes is not None:
+            for own, other in zip(fits.modes, modes, strict=True):
+                np.testing.assert_allclose(own[i], other, atol=1e-6 * (1e-9 + np.abs(other).max()))
+
+
+CASES = {
+    "collapsed": ("sleepstudy", SLEEP, {}, True),
+    "spectral": ("table", "~ x + z + (1 | g)", {}, True),
+    "spectral_weights": ("table", "~ x + (1 | g)", {"weights": "w", "offset": "o"}, True),
+    "levels": ("table", "~ x + (x | g)", {}, True),
+    "uncorrelated": ("table", "~ x + (x || g)", {"weights": "w"}, True),
+    "dense": ("table", "~ x + (1 | g) + (1 | h)", {}, False),
+}
+
+
+@pytest.mark.parametrize("method", ["REML", "ML"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_estimate(case, method):
+    name, formula, extras, in_lanes = CASES[case]
+    if method == "ML" and case in ("uncorrelated", "spectral_weights"):
+        pytest.skip("as under REML")
+    data = table() if name == "table" else jaxreml.datasets.load(name)
+    group, slope = ("Subject", "Days") if name == "sleepstudy" else ("g", "x")
+    values = responses(data, 40, group=group, slope=slope)
+    fitter = BatchFitter(covariate_frame(formula, data, **extras), method, modes=True)
+    assert _in_lanes(fitter.whole[0]) == in_lanes
+    fits = fitter.fit(values)
+    assert fits.is_singular.any() and not fits.is_singular.all()
+    assert_same(fits, one_by_one(formula, data, values[:, :20], method, **extras))
+
+
+def test_satterthwaite_is_fits():
+    data = jaxreml.datasets.load("sleepstudy")
+    values = responses(data, 5, group="Subject", slope="Days")
+    results = jaxreml.fit_many(SLEEP, data, values)
+    for i in range(5):
+        fit = jaxreml.fit(f"y {SLEEP}", data.assign(y=values[:, i]))
+        np.testing.assert_allclose(
+            results.df_satterthwaite.iloc[i], fit.df_satterthwaite, rtol=1e-5
+        )
+        np.testing.assert_allclose(results.pvalues.iloc[i], fit.pvalues, rtol=1e-5)
+        np.testing.assert_allclose(
+            results.variances.iloc[i], fit.variance_components["variance"], rtol=1e-5, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_collapsed_and_rotated_designs_have_the_same_criterion(reml):
+    rng = np.random.default_rng(3)
+    codes = np.repeat(np.arange(30), rng.choice([2, 3, 5], 30))
+    X = np.column_stack([np.ones(codes.size), rng.normal(size=(codes.size, 2))])
+    values = jnp.asarray(rng.normal(size=(codes.size, 4)) * 10)
+    shared, order = share(
+        X, [(codes, X[:, :1])], weights=None, offset=None, structure=None, reml=reml
+    )
+    assert shared.collapse.counts.size < 30 and shared.spectral is not None
+    whole = replace(shared, collapse=None, spectral=None)
+    plain = whole.design(whole.reduce(values[order]))
+    reduced = shared.reduce(values[order])
+    for omega in (0.0, 0.3, 50.0, 1e8):
+        at = jnp.full((1, 1), omega)
+        expected = profiled(at, plain, reml=reml)
+        np.testing.assert_allclose(
+            profiled(at, shared.design(reduced), reml=reml), expected, rtol=1e-12
+        )
+        rotated = shared.rotated(reduced, reml=reml)
+        np.testing.assert_allclose(profiled(at, rotated, reml=reml), expected, rtol=1e-12)
+
+
+def test_lanes_are_single_expansions():
+    """Every derivative of a batch on the last axis is that of the designs one by one."""
+    data = table()
+    values = responses(data, 3, group="g", slope="x")
+    frame = covariate_frame("~ z + (1 + x + z | g)", data)
+    fitter = BatchFitter(frame)
+    shared, order, _ = fitter.whole
+    design = shared.design(shared.reduce(jnp.asarray(values[order])))
+    roots = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
+    lanes = expand_root(roots, design, reml=True)
+    for i in range(3):
+        single = jaxreml.design("y ~ z + (1 + x + z | g)", data.assign(y=values[:, i]))
+        point = expand_root(roots[:, i], single, reml=True)
+        for lane, one in zip(jax.tree.leaves(lanes), jax.tree.leaves(point), strict=True):
+            np.testing.assert_allclose(lane[..., i], one, rtol=1e-7, atol=1e-9 * np.abs(one).max())
+
+
+@pytest.fixture(scope="module")
+def sleep_batch():
+    data = jaxreml.datasets.load("sleepstudy")
+    return data, responses(data, 40, seed=1, group="Subject", slope="Days")
+
+
+def test_missing_values_as_single_fits(sleep_batch):
+    data, values = sleep_batch
+    rng = np.random.default_rng(0)
+    values = values.copy()
+    values[:20, 0] = np.nan  # two whole subjects
+    values[rng.random(180) < 0.1, 1] = np.nan
+    values[np.isnan(values[:, 1]), 2] = np.nan  # the same pattern
+    values[3, 4:9] = np.nan
+    results = jaxreml.fit_many(SLEEP, data, values)
+    assert results.n_missing[0] == 20 and results.nobs[0] == 160
+    assert (results.n_missing == np.isnan(values).sum(axis=0)).all()
+    for i in range(10):
+        kept = ~np.isnan(values[:, i])
+        fit = jaxreml.fit(f"y {SLEEP}", data.assign(y=values[:, i]))
+        assert fit.nobs == kept.sum()
+        assert results.criterion[i] == pytest.approx(fit.criterion, abs=1e-8)
+        np.testing.assert_allclose(results.params.iloc[i], fit.params, rtol=1e-6)
+        np.testing.assert_allclose(results.bse.iloc[i], fit.bse, rtol=1e-6)
+        np.testing.assert_allclose(results.log_variance_se.iloc[i], fit.log_variance_se, rtol=1e-5)
+
+
+def test_column_of_x_that_depends_on_others_where_a_response_is_missing(sleep_batch):
+    data, values = sleep_batch
+    data = data.assign(late=(data["Days"] > 7) & (data["Subject"] == "308"))
+    formula = "~ Days + late + (Days | Subject)"
+    values = values[:, :3].copy()
+    values[data["late"], 1] = np.nan
+    results = jaxreml.fit_many(formula, data, values)
+    single = jaxreml.fit(f"y {formula}", data.assign(y=values[:, 1]))
+    assert single.aliased == ("late",) and results.converged.all()
+    assert np.isnan(results.params.loc[1, "late"])
+    assert results.criterion[1] == pytest.approx(single.criterion, abs=1e-8)
+    np.testing.assert_allclose(results.params.iloc[1, :2], single.params, rtol=1e-6)
+
+
+def test_poisoned_responses_harm_no_others(sleep_batch):
+    data, values = sleep_batch
+    poisoned = values.copy()
+    poisoned[:, 3] = 7.0
+    poisoned[:, 10] = np.nan
+    poisoned[5, 11] = np.inf
+    poisoned[:, 20] = 2 + 3 * data["Days"]
+    poisoned[:, 30] = data.groupby("Subject", observed=True)["Reaction"].transform("mean")
+    poisoned[:, 31] = 0.0
+    poisoned[5:, 32] = np.nan
+    bad = {
+        3: Status.CONSTANT, 10: Status.TOO_FEW_ROWS, 11: Status.INFINITE, 20: Status.PERFECT_FIT,
+        30: Status.PERFECT_FIT, 31: Status.CONSTANT, 32: Status.TOO_FEW_ROWS,
+    }  # fmt: skip
+    fitter = BatchFitter(covariate_frame(SLEEP, data))
+    clean, fits = fitter.fit(values), fitter.fit(poisoned)
+    good = np.setdiff1d(np.arange(40), list(bad))
+    for name in ("beta", "se", "df", "sigma", "theta", "parameters_se", "criterion", "status"):
+        np.testing.assert_array_equal(getattr(fits, name)[good], getattr(clean, name)[good])
+    for i, status in bad.items():
+        assert fits.status[i] == status and Status(status).sentence
+        assert np.isnan(fits.beta[i]).all() and np.isnan(fits.criterion[i])
+
+
+def test_chunks_and_order_change_nothing(sleep_batch):
+    data, values = sleep_batch
+    shuffled = np.random.default_rng(0).permutation(180)
+    a = BatchFitter(covariate_frame(SLEEP, data), batch_size=7).fit(values)
+    b = BatchFitter(covariate_frame(SLEEP, data.iloc[shuffled])).fit(values[shuffled])
+    np.testing.assert_array_equal(a.status, b.status)
+    np.testing.assert_allclose(a.criterion, b.criterion, atol=1e-9)
+    np.testing.assert_allclose(a.beta, b.beta, rtol=1e-7)
+
+
+def test_iteration_limit_is_a_status(sleep_batch):
+    data, values = sleep_batch
+    fits = BatchFitter(covariate_frame(SLEEP, data), max_iterations=1).fit(values)
+    assert (fits.status == Status.MAX_ITERATIONS).all() and np.isnan(fits.beta).all()
+
+
+FOUR_DEVICES = """
+import sys, numpy as np, jax, jaxreml
+from jaxreml.batch import BatchFitter
+from jaxreml.frame import covariate_frame
+assert jax.local_device_count() == 4
+data, values = jaxreml.datasets.load("sleepstudy"), np.load(sys.argv[1])
+fits = BatchFitter(covariate_frame(sys.argv[2], data)).fit(values)
+np.savez(sys.argv[3], **{k: v for k, v in fits._asdict().items() if v is not None})
+"""
+
+
+def test_four_devices_give_the_numbers_of_one(sleep_batch, tmp_path):
+    data, values = sleep_batch
+    values = np.concatenate([values, np.full((180, 1), 3.0)], axis=1)
+    np.save(tmp_path / "values.npy", values)
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    code = [sys.executable, "-c", FOUR_DEVICES]
+    files = [str(tmp_path / "values.npy"), SLEEP, str(tmp_path / "fits.npz")]
+    path = os.pathsep.join(
+        [str(Path(jaxreml.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    subprocess.run(
+        [*code, *files], check=True, env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
+    )
+    one = BatchFitter(covariate_frame(SLEEP, data), devices=jax.devices()[:1]).fit(values)
+    four = np.load(tmp_path / "fits.npz")
+    np.testing.assert_array_equal(four["status"], one.status)
+    np.testing.assert_array_equal(four["is_singular"], one.is_singular)
+    for name in ("beta", "se", "df", "sigma", "theta", "parameters", "criterion"):
+        np.testing.assert_allclose(four[name], getattr(one, name), rtol=1e-10, atol=1e-10)
