@@ -1,8 +1,8 @@
-"""The command line: `jaxreml fit DATA "FORMULA"`.
+"""The command line: `jaxreml fit DATA "FORMULA"`, `jaxreml fit-many RESPONSES "FORMULA"`.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 fitted, 1 data or numerical error,
-2 usage, 3 fitted without an optimum. JAX, pandas and formulaic are imported inside the commands,
-so that help and usage errors are instant.
+Results go to stdout or a file, everything else to stderr. Exit codes: 0 fitted, 1 data or numerical
+error, 2 usage, 3 fitted without an optimum (`fit-many`: too many responses without). JAX, pandas
+and formulaic are imported inside the commands, so that help and usage errors are instant.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -42,6 +43,13 @@ class Format(StrEnum):
     text = "text"
     json = "json"
     csv = "csv"
+
+
+class Device(StrEnum):
+    """What computes."""
+
+    cpu = "cpu"
+    gpu = "gpu"
 
 
 def _version(value: bool) -> None:
@@ -98,15 +106,114 @@ def fit(
     except (JaxremlError, OSError, UnicodeDecodeError) as error:
         typer.echo(f"jaxreml: {error}", err=True)
         raise typer.Exit(DATA_ERROR) from None
-    if result.n_dropped and not quiet:
-        typer.echo(f"jaxreml: {result.n_dropped} rows with missing values dropped", err=True)
-    if result.aliased and not quiet:
-        typer.echo(f"jaxreml: dependent columns dropped: {', '.join(result.aliased)}", err=True)
+    if not quiet:
+        _report_drops(result.n_dropped, result.aliased)
     if not result.converged:
         typer.echo(f"jaxreml: not converged: {result.message}", err=True)
         raise typer.Exit(NOT_CONVERGED)
     if result.is_singular and not quiet:
         typer.echo(f"jaxreml: {result.message}", err=True)
+
+
+@app.command("fit-many")
+def fit_many(
+    responses: Annotated[
+        str,
+        typer.Argument(
+            help="Table with a column per response: .csv, .tsv, .parquet, .feather or .npy. "
+            ".parquet and .npy are read bit by bit and may be larger than memory.",
+        ),
+    ],
+    formula: Annotated[str, typer.Argument(help='Without a left side: "~ x + (x | group)".')],
+    data: Annotated[
+        str, typer.Option(help="Covariates, a row per row of RESPONSES: as DATA of `fit`.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help=".parquet: a row per response; an interrupted run goes on when started again. "
+            ".csv: tidy estimates.",
+        ),
+    ],
+    id: Annotated[
+        str | None,
+        typer.Option(help="Column of both tables that matches rows. [default: by position]"),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--responses", help='Glob for the columns to fit, such as "gene_*". [default: all]'
+        ),
+    ] = None,
+    ml: Annotated[bool, typer.Option("--ml", help="Maximum likelihood instead of REML.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Column of prior weights, as in lme4.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Responses at a time. [default: by memory]")
+    ] = None,
+    device: Annotated[Device | None, typer.Option(help="[default: JAX's choice]")] = None,
+    max_failures: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Responses without an optimum above which the exit code is 3: a share if below "
+            "1, else a count.",
+        ),
+    ] = 0.1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output; start anew.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No messages on stderr.")] = False,
+) -> None:
+    """Fit one model to many responses and write a table of results."""
+    if output.suffix not in (".parquet", ".csv"):
+        raise typer.BadParameter("the output must end in .parquet or .csv", param_hint="--output")
+    if device is not None:  # read when JAX is imported
+        os.environ["JAX_PLATFORMS"] = "cuda" if device is Device.gpu else "cpu"
+    from jaxreml.cache import enable_compilation_cache
+    from jaxreml.errors import DataError, JaxremlError
+    from jaxreml.parts import count_failures
+
+    started = time.perf_counter()
+    try:
+        if output.exists() and not overwrite:
+            raise DataError(f"{str(output)!r} exists; give --overwrite or another name")
+        _require_device(device)
+        table = _read(data)
+        source = _read_responses(responses, id, pattern)
+        enable_compilation_cache()
+        options: dict[str, Any] = {"id": id, "weights": weights, "batch_size": batch}
+        options["progress"] = False if quiet else None
+        if output.suffix == ".parquet":
+            options |= {"output": output, "overwrite": overwrite}
+        result = jaxreml.fit_many(formula, table, source, "ML" if ml else "REML", **options)
+        if output.suffix == ".parquet":
+            count, failures = result.n_responses, result.failures
+        else:
+            count, failures = len(result), count_failures(result.fits.status)
+            result.tidy().to_csv(output, index=False)
+    except (JaxremlError, OSError, UnicodeDecodeError) as error:
+        typer.echo(f"jaxreml: {error}", err=True)
+        raise typer.Exit(DATA_ERROR) from None
+    failed = sum(failures.values())
+    if not quiet:
+        _report_drops(result.model.n_dropped, result.model.aliased)
+        seconds = time.perf_counter() - started
+        typer.echo(
+            f"jaxreml: {count} responses in {seconds:.1f} s, {failed} without an optimum", err=True
+        )
+        for reason, times in failures.items():
+            typer.echo(f"jaxreml: {times}: {reason}", err=True)
+    if failed > (max_failures * count if max_failures < 1 else max_failures):
+        typer.echo(
+            f"jaxreml: {failed} of {count} responses have no optimum, more than --max-failures "
+            f"{max_failures:g} allows",
+            err=True,
+        )
+        raise typer.Exit(NOT_CONVERGED)
 
 
 @app.command()
@@ -128,6 +235,49 @@ def _favour_start() -> None:
     gc.disable()
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
+
+
+def _report_drops(rows: int, columns: tuple[str, ...]) -> None:
+    if rows:
+        typer.echo(f"jaxreml: {rows} rows with missing values dropped", err=True)
+    if columns:
+        typer.echo(f"jaxreml: dependent columns dropped: {', '.join(columns)}", err=True)
+
+
+def _require_device(device: Device | None) -> None:
+    """DataError if JAX cannot compute on the device asked for."""
+    if device is not Device.gpu:
+        return
+    import jax
+
+    from jaxreml.errors import DataError
+
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        raise DataError(
+            "--device gpu: JAX finds no GPU. Install JAX for it (pip install 'jax[cuda12]'), or "
+            f"use --device cpu. JAX says: {error}"
+        ) from None
+
+
+def _read_responses(responses: str, id: str | None, pattern: str | None) -> Any:
+    """What `fit_many` takes for the argument RESPONSES; files that can stay on disk do."""
+    from jaxreml.errors import DataError
+    from jaxreml.sources import Parquet, matching
+
+    path = Path(responses)
+    if not path.is_file():
+        raise DataError(f"there is no file {responses!r}")
+    if path.suffix == ".npy":
+        if pattern is not None:
+            raise DataError("--responses chooses columns by name, and a .npy file has no names")
+        return path
+    if path.suffix == ".parquet":
+        return Parquet(path, id, pattern)
+    table = _read(responses)
+    names = matching([name for name in table.columns if name != id], pattern)
+    return table[names if id is None or id not in table else [id, *names]]
 
 
 def _read(data: str) -> pd.DataFrame:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
 
+import jax
 import numpy as np
 import pandas as pd
 
-from jaxreml.batch import BatchFitter
+from jaxreml import covariance
+from jaxreml.batch import BatchFitter, Fits
 from jaxreml.batch_results import BatchModel, BatchResults
-from jaxreml.frame import covariate_frame
+from jaxreml.errors import DataError
+from jaxreml.estimation import Status, is_reml
+from jaxreml.frame import ModelFrame, covariate_frame
+from jaxreml.model import fit
+from jaxreml.parts import Parts, StreamedResults, check_output, count_failures, describe_run
+from jaxreml.processes import Crew, gather, widths
+from jaxreml.responses import Responses
+from jaxreml.results import LMMResults
+from jaxreml.sources import import_parquet
+
+BLOCK_BYTES = 64 << 20  # of values or results of one block, whichever is more
+
+Advance = Callable[[np.ndarray], None]
 
 
+@overload
 def fit_many(
     formula: str,
     data: Any,
     responses: Any,
     method: str = "REML",
     *,
+    id: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -27,9 +48,100 @@ def fit_many(
     max_iterations: int = 100,
     batch_size: int | None = None,
     devices: Any = None,
-) -> BatchResults:
-    """Fit one linear mixed model to many responses."""
+    output: None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> BatchResults: ...
+
+
+@overload
+def fit_many(
+    formula: str,
+    data: Any,
+    responses: Any,
+    method: str = "REML",
+    *,
+    id: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    modes: Literal[False] = False,
+    max_iterations: int = 100,
+    batch_size: int | None = None,
+    devices: Any = None,
+    output: str | Path,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> StreamedResults: ...
+
+
+def fit_many(
+    formula: str,
+    data: Any,
+    responses: Any,
+    method: str = "REML",
+    *,
+    id: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    modes: bool = False,
+    max_iterations: int = 100,
+    batch_size: int | None = None,
+    devices: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> BatchResults | StreamedResults:
+    """Fit one linear mixed model to many responses.
+
+    Args:
+        formula: as for `fit`, without a left side: ``"~ age + (1 | subject)"``.
+        data: the covariates, as for `fit`, n rows. Rows with a missing value in a column that the
+            formula uses are dropped for all responses.
+        responses: a dataframe (pandas, polars, pyarrow, ...), a column per response; an (n, B)
+            array (NumPy, JAX, memory map); the path of a .parquet or .npy file; or an iterable of
+            blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`, NaN where
+            a value is missing.
+        method: "REML" or "ML".
+        id: name of a column of `data` and of the responses by which rows are matched; their order
+            may then differ. By position if left out.
+        weights, offset, structure, context, max_iterations: as for `fit`.
+        modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
+        batch_size: responses to read, fit and write at a time; chosen by memory if left out.
+        devices: JAX devices to share the responses between; this process's if left out.
+        output: a .parquet file to write the results to, block by block, in bounded memory. A run
+            that was interrupted goes on when it is started again with the same arguments: blocks
+            fitted are kept in the folder ``<output>.parts`` until all are.
+        overwrite: replace `output`, and do not go on from an interrupted run.
+        progress: show a progress bar on stderr; if stderr is a terminal, if left out.
+
+    With several processes (``jax.distributed.initialize`` called before), each fits its share;
+    all call `fit_many` with the same arguments and get the same results. `output` is then on a
+    filesystem that they share.
+
+    Returns:
+        The results, or, with `output`, where they are. Responses without an optimum have a
+        ``status`` that says why.
+
+    Raises:
+        FormulaError: a formula outside the grammar, or with a left side.
+        DataError: data or responses that the model cannot be fitted to, named; an output that
+            exists; an interrupted run of another model or of other data.
+    """
+    is_reml(method)
+    if batch_size is not None and batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+    if output is not None and modes:
+        raise DataError(
+            "modes=True needs memory for all of them and output is written without: leave output "
+            "out and call fit_many on a part of the responses at a time"
+        )
+    path = None if output is None else check_output(output, overwrite)
     frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
+    source = Responses(responses, data, frame.rows, id)
     fitter = BatchFitter(
         frame,
         method,
@@ -39,16 +151,202 @@ def fit_many(
         batch_size=batch_size,
         devices=devices,
     )
-    names = responses.columns if isinstance(responses, pd.DataFrame) else pd.RangeIndex(responses.shape[1])
-    values = np.asarray(responses, float)
-    model = BatchModel(
+    crew = Crew(jax.process_index(), jax.process_count())
+    template = _no_fits(frame, modes)
+    job = Job(fitter, source, _model(frame, method, fitter.structure), template, crew)
+    size = batch_size or _block_size(frame, template, source.names, crew)
+    total = None if source.names is None else len(source.names)
+    with _progress_bar(total, progress if crew.index == 0 else False) as advance:
+        if path is not None:
+            run = describe_run(frame, source.names, method, fitter.structure, max_iterations, size)
+            return _fit_to_file(job, size, Parts(path, run), overwrite, advance)
+        names, fits = _fit_in_memory(job, size, advance)
+
+    def refit(i: int) -> LMMResults:
+        y = source.read(i, i + 1)[:, 0]
+        name = _response_name(names[i], frame.formula.text)
+        return _fit_alone(frame, name, y, method, structure, context, max_iterations)
+
+    return BatchResults(job.model, names, fits, refit if source.names is not None else None)
+
+
+class Job(NamedTuple):
+    """What is fitted to what, by whom."""
+
+    fitter: BatchFitter
+    responses: Responses
+    model: BatchModel
+    template: Fits
+    crew: Crew
+
+    def fit(self, values: np.ndarray) -> Fits:
+        """Results of a block, of the same types in all blocks."""
+        fits = self.fitter.fit(values)
+        return jax.tree.map(lambda a, b: np.asarray(b, a.dtype), self.template, fits)
+
+
+def _fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fits]:
+    names, pieces = [], [job.template]
+    with job.crew.together():
+        for k, block in enumerate(job.responses.blocks(size)):
+            names.append(block.names)
+            if job.crew.owns(k):
+                pieces.append(job.fit(block.read()))
+                advance(pieces[-1].status)
+    fits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pieces)
+    if job.crew.count > 1:
+        fits = gather(fits, [len(block) for block in names], job.crew)
+    known = job.responses.names
+    return names[0].append(names[1:]) if known is None else known, fits
+
+
+def _fit_to_file(
+    job: Job, size: int, parts: Parts, overwrite: bool, advance: Advance
+) -> StreamedResults:
+    first = job.crew.index == 0
+    with job.crew.together():
+        if not overwrite:
+            parts.check()
+        elif first:
+            parts.discard()
+        if first:
+            parts.start()
+    count = 0
+    with job.crew.together():
+        for k, block in enumerate(job.responses.blocks(size)):
+            count += 1
+            if not job.crew.owns(k):
+                continue
+            values = block.read()
+            status = parts.status(k, block.names, values)
+            if status is None:
+                fits = job.fit(values)
+                status = fits.status
+                parts.write(k, block.names, values, BatchResults(job.model, block.names, fits))
+            advance(status)
+    with job.crew.together():
+        if first:
+            parts.assemble(count)
+    pq = import_parquet("output to parquet")
+    status = pq.read_table(parts.output, columns=["status"]).column("status").to_numpy()
+    return StreamedResults(parts.output, job.model, len(status), count_failures(status))
+
+
+def _model(frame: ModelFrame, method: str, structure: str) -> BatchModel:
+    return BatchModel(
         frame.formula.text,
         method,
-        fitter.structure,
+        structure,
         frame.fixed_names,
         frame.aliased,
         tuple((term.name, term.effect_names) for term in frame.terms),
         tuple(term.levels for term in frame.terms),
         frame.n_dropped,
     )
-    return BatchResults(model, pd.Index(names), fitter.fit(values[frame.rows]))
+
+
+def _no_fits(frame: ModelFrame, modes: bool) -> Fits:
+    """Results of no responses: the shapes and types of all others."""
+    p = len(frame.fixed_names)
+    m = covariance.count_theta(tuple(len(term.effect_names) for term in frame.terms))
+    number, count = np.zeros(0), np.zeros(0, np.int64)
+    return Fits(
+        beta=np.zeros((0, p)),
+        se=np.zeros((0, p)),
+        df=np.zeros((0, p)),
+        sigma=number,
+        theta=np.zeros((0, m)),
+        parameters=np.zeros((0, m + 1)),
+        parameters_se=np.zeros((0, m + 1)),
+        criterion=number,
+        gradient_norm=number,
+        iterations=count,
+        nobs=count,
+        missing=count,
+        is_singular=np.zeros(0, bool),
+        status=count,
+        modes=tuple(np.zeros((0, len(t.levels), len(t.effect_names))) for t in frame.terms)
+        if modes
+        else None,
+    )
+
+
+def _block_size(frame: ModelFrame, template: Fits, names: pd.Index | None, crew: Crew) -> int:
+    """Responses at a time: of bounded size, and every process gets some."""
+    numbers = max(len(frame.X), sum(widths(template)))
+    size = max(1, BLOCK_BYTES // (8 * numbers))
+    return size if names is None else max(1, min(size, -(-len(names) // crew.count)))
+
+
+def _response_name(name: Any, formula: str) -> str:
+    """The name of a response if it can stand left of the formula, else one that can."""
+    usable = isinstance(name, str) and name.isidentifier() and not iskeyword(name)
+    if usable and name not in formula:
+        return name
+    free = "response"
+    while free in formula:
+        free += "_"
+    return free
+
+
+def _fit_alone(
+    frame: ModelFrame,
+    name: str,
+    y: np.ndarray,
+    method: str,
+    structure: str | None,
+    context: Mapping[str, Any] | None,
+    max_iterations: int,
+) -> LMMResults:
+    """`fit` of one response on the columns and rows of a frame."""
+    table = frame.table.assign(**{name: y})
+    extras = {
+        role: table.pop(f"({role})") if f"({role})" in table else None
+        for role in ("weights", "offset")
+    }
+    result = fit(
+        f"{name} {frame.formula.text}",
+        table,
+        method,
+        **extras,
+        structure=structure,
+        context=context,
+        max_iterations=max_iterations,
+    )
+    return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
+
+
+@contextmanager
+def _progress_bar(total: int | None, wanted: bool | None) -> Iterator[Advance]:
+    """A bar on stderr with responses/s and failures; gives what is to be called with status codes.
+
+    Args:
+        total: number of responses, if it is known.
+        wanted: whether to show it; None for only on a terminal.
+    """
+    if wanted is None:
+        wanted = sys.stderr is not None and sys.stderr.isatty()
+    if not wanted:
+        yield lambda status: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} responses/s, {task.fields[failed]} failed"),
+    ]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, rate=0, failed=0)
+
+        def advance(status: np.ndarray) -> None:
+            now = bar.tasks[0]
+            bar.update(
+                task,
+                advance=len(status),
+                failed=now.fields["failed"] + int(np.sum(status != Status.CONVERGED)),
+            )
+            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-9))
+
+        yield advance

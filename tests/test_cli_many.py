@@ -1,0 +1,205 @@
+"""The command `fit-many`: files in, files out, streams, exit codes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import jaxreml
+from jaxreml.cli import app
+
+FORMULA = "~ Days + (1 | Subject)"
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path_factory, monkeypatch):
+    """The compilation cache goes to a temporary folder, and settings are undone afterwards."""
+    import jax
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with covariates and 10 responses, one of them constant, in every format."""
+    folder = tmp_path_factory.mktemp("study")
+    data = jaxreml.datasets.load("sleepstudy")
+    data["row"] = np.arange(len(data))
+    data.to_csv(folder / "data.csv", index=False)
+    noise = np.random.default_rng(2).normal(size=(len(data), 10))
+    values = data["Reaction"].to_numpy()[:, None] + 30 * noise
+    values[:, 9] = 1.0
+    table = pd.DataFrame(values, columns=[*(f"gene_{k}" for k in range(8)), "other", "flat"])
+    table.insert(0, "row", data["row"])
+    table = table.iloc[::-1]
+    table.to_csv(folder / "values.csv", index=False)
+    table.to_csv(folder / "values.tsv", index=False, sep="\t")
+    table.to_csv(folder / "values.csv.gz", index=False)
+    table.to_parquet(folder / "values.parquet", index=False)
+    table.reset_index(drop=True).to_feather(folder / "values.feather")
+    table.assign(sex="m").to_csv(folder / "text.csv", index=False)
+    np.save(folder / "values.npy", values)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(study):
+    """What Python gives for it."""
+    import jax
+
+    data = pd.read_csv(study / "data.csv")
+    with jax.enable_x64(True):
+        return jaxreml.fit_many(FORMULA, data, pd.read_csv(study / "values.csv"), id="row")
+
+
+def run(study, responses, *arguments, formula=FORMULA):
+    command = ["fit-many", str(study / responses), formula, "--data", str(study / "data.csv")]
+    return CliRunner().invoke(app, [*command, *map(str, arguments)])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "parquet", "feather", "npy"])
+def test_files(study, tmp_path, expected, suffix):
+    out = tmp_path / "out.parquet"
+    match = [] if suffix == "npy" else ["--id", "row"]
+    result = run(study, f"values.{suffix}", *match, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    assert "jaxreml: 10 responses in " in result.stderr
+    assert " s, 1 without an optimum\njaxreml: 1: " in result.stderr
+    found = jaxreml.BatchResults.read_parquet(out)
+    np.testing.assert_allclose(found.fits.beta, expected.fits.beta, rtol=1e-9)
+    names = list(range(10)) if suffix == "npy" else expected.responses.tolist()
+    assert found.responses.tolist() == names
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_pattern_ml_and_tidy_csv(study, tmp_path, kind):
+    out = tmp_path / "out.csv"
+    options = ["--id", "row", "--responses", "gene_[0-2]", "--ml", "--batch", "2", "--quiet"]
+    result = run(study, f"values.{kind}", *options, "-o", out)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    tidy = pd.read_csv(out)
+    assert set(tidy["response"]) == {"gene_0", "gene_1", "gene_2"}
+    data = pd.read_csv(study / "data.csv")
+    values = pd.read_csv(study / "values.csv").sort_values("row").reset_index()
+    alone = jaxreml.fit(f"y {FORMULA}", data.assign(y=values["gene_1"]), "ML")
+    row = (tidy["response"] == "gene_1") & (tidy["term"] == "Days")
+    assert tidy.loc[row, "estimate"].item() == pytest.approx(alone.params["Days"], rel=1e-7)
+
+
+def test_weights_and_dropped_rows(study, tmp_path):
+    data = pd.read_csv(study / "data.csv")
+    data["w"] = np.linspace(1, 2, len(data))
+    data["twice"] = 2 * data["Days"]
+    data.loc[3, ["Days", "twice"]] = np.nan
+    data.to_csv(tmp_path / "data.csv", index=False)
+    command = ["fit-many", str(study / "values.npy"), "~ Days + twice + (1 | Subject)"]
+    options = ["--data", tmp_path / "data.csv", "--weights", "w", "-o", tmp_path / "out.parquet"]
+    result = CliRunner().invoke(app, [*command, *map(str, options)])
+    assert result.exit_code == 0, result.stderr
+    assert "1 rows with missing values dropped" in result.stderr
+    assert "dependent columns dropped: twice" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("allowed", "code"), [("0.1", 0), ("0.09", 3), ("0", 3), ("1", 0), ("2", 0)]
+)
+def test_too_many_failures_exit_3(study, tmp_path, allowed, code):
+    out = tmp_path / "out.parquet"
+    result = run(study, "values.npy", "-o", out, "--max-failures", allowed, "--quiet")
+    assert result.exit_code == code
+    assert out.exists()
+    message = f"1 of 10 responses have no optimum, more than --max-failures {allowed} allows"
+    assert (message in result.stderr) == (code == 3)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_output_is_not_replaced_unasked(study, tmp_path, monkeypatch, suffix):
+    out = tmp_path / f"out.{suffix}"
+    out.write_text("precious")
+    with monkeypatch.context() as patch:
+        patch.setattr(pd, "read_csv", None)  # no work is done before it is refused
+        result = run(study, "values.npy", "-o", out)
+    assert result.exit_code == 1
+    assert "exists; give --overwrite or another name" in result.stderr
+    assert out.read_text() == "precious"
+    assert run(study, "values.npy", "-o", out, "--overwrite").exit_code == 0
+    assert out.read_bytes()[:8] != b"precious"
+
+
+@pytest.mark.parametrize(
+    ("responses", "options", "message"),
+    [
+        ("nowhere.csv", [], "there is no file"),
+        ("values.csv", ["--responses", "gne_*"], "no response matches the pattern 'gne_*'; the"),
+        ("values.parquet", ["--responses", "gne_*"], "the columns are: row, gene_0"),
+        ("values.npy", ["--responses", "gene_*"], "a .npy file has no names"),
+        ("values.npy", ["--id", "row"], "needs responses in a dataframe"),
+        ("values.csv", ["--id", "raw"], "did you mean 'row'"),
+        ("text.csv", ["--responses", "s*"], "not numeric: 'sex' (str)"),
+        ("values.npy", ["--weights", "w"], "'w' is not a column"),
+        ("values.npy", ["--device", "gpu"], "--device gpu: JAX finds no GPU"),
+    ],
+)
+def test_errors_exit_1(study, tmp_path, responses, options, message, monkeypatch):
+    if "gpu" in options:
+        import jax
+
+        def devices(kind):
+            raise RuntimeError(f"Unknown backend {kind}")
+
+        monkeypatch.setattr(jax, "devices", devices)
+    result = run(study, responses, *options, "-o", tmp_path / "out.parquet")
+    assert result.exit_code == 1, result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.glob("out.parquet*"))
+
+
+def test_left_side_exits_1(study, tmp_path):
+    result = run(study, "values.npy", "-o", tmp_path / "o.parquet", formula=f"gene_1 {FORMULA}")
+    assert result.exit_code == 1
+    assert "start the formula with ~" in result.stderr
+
+
+def test_usage_exits_2(study, tmp_path):
+    assert run(study, "values.npy").exit_code == 2  # no output
+    for options in (
+        ["-o", tmp_path / "out.txt"],
+        ["-o", tmp_path / "out.csv", "--batch", "0"],
+        ["-o", tmp_path / "out.csv", "--device", "tpu"],
+        ["-o", tmp_path / "out.csv", "--max-failures", "-1"],
+    ):
+        assert run(study, "values.npy", *options).exit_code == 2
+    missing = CliRunner().invoke(app, ["fit-many", "values.npy", FORMULA, "-o", "out.csv"])
+    assert missing.exit_code == 2
+    assert "--data" in missing.stderr
+
+
+def test_interrupted_command_goes_on(study, tmp_path, monkeypatch):
+    from jaxreml.batch import BatchFitter
+
+    out = tmp_path / "out.parquet"
+    fit, sizes = BatchFitter.fit, []
+
+    def interrupted(self, values):
+        if sizes:
+            raise OSError("the disk is gone")
+        return recorded(self, values)
+
+    def recorded(self, values):
+        sizes.append(values.shape[1])
+        return fit(self, values)
+
+    monkeypatch.setattr(BatchFitter, "fit", interrupted)
+    first = run(study, "values.parquet", "--id", "row", "--batch", "4", "-o", out)
+    assert (first.exit_code, out.exists()) == (1, False)
+    assert "the disk is gone" in first.stderr
+    monkeypatch.setattr(BatchFitter, "fit", recorded)
+    assert run(study, "values.parquet", "--id", "row", "--batch", "4", "-o", out).exit_code == 0
+    assert sizes == [4, 4, 2]

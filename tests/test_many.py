@@ -1,0 +1,353 @@
+"""`fit_many`: kinds of responses, ids, bad input, missing values, single fits, progress."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+
+import jaxreml
+from jaxreml import DataError, FormulaError, fit_many
+from jaxreml.frame import covariate_frame
+from jaxreml.responses import Responses
+
+FORMULA = "~ Days + (1 | Subject)"
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def data():
+    """sleepstudy with a row id that is not the position."""
+    table = jaxreml.datasets.load("sleepstudy")
+    return table.assign(row=[f"r{k}" for k in np.random.default_rng(1).permutation(len(table))])
+
+
+@pytest.fixture(scope="module")
+def table(data):
+    """24 responses, (180, 24), with names."""
+    noise = np.random.default_rng(2).normal(size=(len(data), COUNT))
+    values = data["Reaction"].to_numpy()[:, None] + 30 * noise
+    return pd.DataFrame(values, columns=[f"gene_{k}" for k in range(COUNT)])
+
+
+@pytest.fixture(scope="module")
+def expected(data, table):
+    """Its fits."""
+    with jax.enable_x64(True):
+        return fit_many(FORMULA, data, table)
+
+
+def blocks(table, width=7):
+    """An iterator of pairs."""
+    for start in range(0, table.shape[1], width):
+        part = table.iloc[:, start : start + width]
+        yield list(part.columns), part.to_numpy()
+
+
+def parquet(table, folder):
+    """A parquet file, in row groups, whose names are prefixes of others."""
+    path = folder / "responses.parquet"
+    names = {f"gene_{k}": "gene_1" + ".x" * (k - 1) for k in range(1, 4)}
+    table = table.rename(columns=names).set_axis(pd.Index(np.arange(len(table)) * 2), axis=0)
+    table.to_parquet(path, row_group_size=50, index=True)
+    return path
+
+
+def npy(table, folder, order="C"):
+    path = folder / f"{order}.npy"
+    np.save(path, np.asarray(table.to_numpy(), order=order))
+    return path
+
+
+KINDS = {
+    "pandas": lambda table, folder: table,
+    "nullable": lambda table, folder: table.convert_dtypes(),
+    "polars": lambda table, folder: pl.from_pandas(table),
+    "pyarrow": lambda table, folder: pa.Table.from_pandas(table, preserve_index=False),
+    "dict": lambda table, folder: dict(table.items()),
+    "array": lambda table, folder: table.to_numpy(),
+    "fortran": lambda table, folder: np.asfortranarray(table.to_numpy()),
+    "jax": lambda table, folder: jax.numpy.asarray(table.to_numpy()),
+    "masked": lambda table, folder: np.ma.MaskedArray(table.to_numpy()),
+    "memmap": lambda table, folder: np.load(npy(table, folder), mmap_mode="r"),
+    "memmap view": lambda table, folder: np.load(npy(table, folder, "F"), mmap_mode="r")[:, :],
+    "npy": npy,
+    "parquet": parquet,
+    "pairs": lambda table, folder: blocks(table),
+    "pairs of one": lambda table, folder: list(blocks(table, 1)),
+    "frames": lambda table, folder: (table.iloc[:, k : k + 9] for k in range(0, COUNT, 9)),
+    "polars frames": lambda table, folder: iter([pl.from_pandas(table)]),
+}
+
+
+def same_numbers(found, expected):
+    for name in expected.fits._fields:
+        left, right = getattr(found.fits, name), getattr(expected.fits, name)
+        if right is None:
+            assert left is None
+        elif name in ("status", "is_singular", "nobs", "missing"):
+            np.testing.assert_array_equal(left, right, err_msg=name)
+        elif name not in ("gradient_norm", "iterations"):
+            np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [None, 5])
+def test_every_kind_gives_the_same_values(data, table, tmp_path, kind, size):
+    """What the engine gets, bit for bit, in blocks of the size asked for."""
+    rows = np.arange(len(data)) % 10 != 3
+    source = Responses(KINDS[kind](table, tmp_path), data, rows)
+    found = list(source.blocks(size or 100))
+    assert [len(block.names) for block in found] == ([COUNT] if size is None else [5] * 4 + [4])
+    values = np.concatenate([block.read() for block in found], axis=1)
+    assert values.dtype == np.float64
+    np.testing.assert_array_equal(values, table.to_numpy()[rows])
+    names = [name for block in found for name in block.names]
+    unnamed = kind in ("array", "fortran", "jax", "masked", "memmap", "memmap view", "npy")
+    if kind != "parquet":
+        assert names == (list(range(COUNT)) if unnamed else list(table.columns))
+
+
+@pytest.mark.parametrize("kind", ["memmap", "parquet", "pairs"])
+def test_every_kind_gives_the_same_fits(data, table, tmp_path, expected, kind):
+    found = fit_many(FORMULA, data, KINDS[kind](table, tmp_path), batch_size=9)
+    same_numbers(found, expected)
+    assert expected.converged.all()
+    assert len(found) == len(expected) == COUNT
+
+
+def test_agrees_with_single_fits_and_gives_them(data, table, expected):
+    for k in (0, 11):
+        alone = jaxreml.fit(f"y {FORMULA}", data.assign(y=table.iloc[:, k]))
+        np.testing.assert_allclose(expected.params.iloc[k], alone.params, rtol=1e-7)
+        view = expected.estimate(f"gene_{k}")
+        assert view.formula == f"gene_{k} {FORMULA}"
+        assert view.criterion == alone.criterion
+        np.testing.assert_array_equal(view.fitted, alone.fitted)
+
+
+def test_single_fit_of_a_memory_map_with_everything(data, table, tmp_path):
+    """Missing covariates, missing values, weights, an offset, ML, a context and awkward names."""
+    covariates = data.assign(w=np.linspace(1, 2, len(data)), shift=np.arange(len(data)) / 9.0)
+    covariates.loc[4, "Days"] = np.nan
+    values = table.to_numpy()[:, :2].copy()
+    values[[7, 20], 1] = np.nan
+    np.save(tmp_path / "values.npy", values)
+    formula = "~ double(Days) + offset(shift) + (1 | Subject)"
+    options = {"weights": "w", "offset": np.ones(len(data)), "context": {"double": lambda x: 2 * x}}
+    many = fit_many(formula, covariates, tmp_path / "values.npy", "ML", **options)
+    assert many.nobs.tolist() == [179, 177]
+    assert many.n_missing.tolist() == [0, 2]
+    view = many.estimate(1)
+    alone = jaxreml.fit(f"y {formula}", covariates.assign(y=values[:, 1]), "ML", **options)
+    assert view.criterion == alone.criterion
+    assert (view.n_dropped, view.method) == (alone.n_dropped, "ML") == (3, "ML")
+
+
+def test_names_that_a_formula_cannot_have(data, table):
+    named = table.iloc[:, :4].set_axis(["Days", "a b", "class", "Sub"], axis=1)
+    results = fit_many(FORMULA, data, named)
+    for k in range(4):
+        assert results.estimate(k).formula == f"response {FORMULA}"
+    assert results.responses.tolist() == ["Days", "a b", "class", "Sub"]
+
+
+def test_one_response(data, table):
+    for vector in (table["gene_3"], table["gene_3"].to_numpy()):
+        source = Responses(vector, data, np.ones(len(data), bool))
+        (block,) = source.blocks(10)
+        np.testing.assert_array_equal(block.read()[:, 0], table["gene_3"])
+    assert source.names.tolist() == [0]
+
+
+def test_missing_values_and_booleans(data):
+    n = len(data)
+    some = [None, *range(n - 1)]
+    frame = pd.DataFrame(
+        {
+            "nullable": pd.array(some, "Int64"),
+            "arrow": pd.array(some, "float64[pyarrow]"),
+            "flag": np.arange(n) % 2 == 0,
+            "maybe": pd.array([None, *[True] * (n - 1)], "boolean"),
+        }
+    )
+    polars = pl.DataFrame({"nullable": some, "flag": frame["flag"].to_list(), "float": some})
+    arrow = pa.table({"nullable": some, "flag": pa.array([None, *[True] * (n - 1)])})
+    masked = np.ma.MaskedArray(np.ones((n, 2), int), mask=np.arange(n)[:, None] == [0, 0])
+    for responses in (frame, polars, arrow, masked):
+        (block,) = Responses(responses, data, np.ones(n, bool)).blocks(10)
+        values = block.read()
+        flags = [k for k, name in enumerate(block.names) if name == "flag" and responses is frame]
+        assert np.isnan(values[0]).sum() == values.shape[1] - (
+            1 if responses is frame or responses is polars else 0
+        )
+        assert np.isfinite(values[1:]).all()
+        for k in flags:
+            assert set(values[:, k]) == {0.0, 1.0}
+
+
+def test_nothing_is_modified(data, table):
+    before = data.copy(), table.copy()
+    array = table.to_numpy(copy=True)
+    array[3, 2] = np.nan
+    kept = array.copy()
+    fit_many(FORMULA, data, array[:, :3])
+    fit_many(FORMULA, data, table.iloc[:, :2])
+    np.testing.assert_array_equal(array, kept)
+    pd.testing.assert_frame_equal(data, before[0])
+    pd.testing.assert_frame_equal(table, before[1])
+
+
+def test_a_private_memory_map_keeps_its_changes(data, table, tmp_path):
+    """Pages read are let go; those of a private map hold changes that exist nowhere else."""
+    for mode in ("c", "r+"):
+        values = np.load(npy(table, tmp_path), mmap_mode=mode)
+        values[0, 0] = -1.0
+        source = Responses(values, data, np.ones(len(data), bool))
+        for _ in range(2):
+            assert next(source.blocks(5)).read()[0, 0] == -1.0
+
+
+def test_ids_match_rows_in_any_order(data, table, tmp_path):
+    order = np.random.default_rng(3).permutation(len(data))
+    shuffled = table.assign(row=data["row"]).iloc[order]
+    shuffled = shuffled[["gene_0", "row", *table.columns[1:]]]
+    shuffled.to_parquet(tmp_path / "shuffled.parquet")
+    covariates = data.copy()
+    covariates.loc[17, "Days"] = np.nan
+    rows = covariate_frame(FORMULA, covariates).rows
+    stream = (shuffled[["row", *names]] for names, _ in blocks(table))
+    for responses in (shuffled, pl.from_pandas(shuffled), tmp_path / "shuffled.parquet", stream):
+        source = Responses(responses, covariates, rows, "row")
+        (block,) = source.blocks(100)
+        assert list(block.names) == list(table.columns)
+        np.testing.assert_array_equal(block.read(), table.to_numpy()[rows])
+
+
+def ids(table, **changes):
+    changed = table.assign(row=[f"r{k}" for k in range(len(table))])
+    for row, value in changes.items():
+        changed.loc[int(row.removeprefix("_")), "row"] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        (lambda t: ids(t, _3="r5"), "'r5' occurs more than once in column 'row' of the responses"),
+        (lambda t: ids(t, _3=None), "1 rows of the responses have no 'row'"),
+        (lambda t: ids(t, _3="x"), r"1 only in the data \('r3'\) and 1 only in the resp.*\('x'\)"),
+        (lambda t: ids(t)[:-20], r"20 only in the data \('r\d+', 'r\d+', 'r\d+', \.\.\.\); keep"),
+        (lambda t: t, "id='row' is not a column of the table"),
+        (lambda t: t.to_numpy(), "needs responses in a dataframe"),
+        (lambda t: blocks(t), "needs responses in a dataframe"),
+        (lambda t: ids(t)[["row"]], "no columns but the id"),
+    ],
+)
+def test_bad_ids(data, table, responses, message):
+    with pytest.raises(DataError, match=message):
+        fit_many(FORMULA, data, responses(table), id="row")
+
+
+def test_bad_ids_in_the_data(data, table):
+    with pytest.raises(DataError, match="'r1' occurs more than once in column 'row' of the data"):
+        fit_many(FORMULA, data.replace({"row": {"r2": "r1"}}), ids(table), id="row")
+    with pytest.raises(DataError, match="did you mean 'row'"):
+        fit_many(FORMULA, data, ids(table), id="rows")
+
+
+def stream(*pieces):
+    return iter(pieces)
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        (lambda t: t[:-1], "the data have 180 rows and the responses 179; match them by an id"),
+        (lambda t: t.to_numpy().T, "the responses 24; transpose them"),
+        (lambda t: t.assign(sex="m", site="x"), r"not numeric: 'sex' \(str\), 'site' \(str\)"),
+        (lambda t: t.assign(when=pd.Timestamp("2024-01-01")), "not numeric: 'when'"),
+        (lambda t: t.assign(kind=pd.Categorical(["a"] * 180)), "not numeric: 'kind'"),
+        (lambda t: t.assign(mixed=t["gene_0"].astype(object)), r"'mixed' \(object\)"),
+        (lambda t: t.assign(wave=1j), r"'wave' \(complex128\)"),
+        (lambda t: pl.from_pandas(t.assign(sex="m")), r"not numeric: 'sex' \(String\)"),
+        (lambda t: t.to_numpy().astype(str), "dtype <U32, which is not numeric"),
+        (lambda t: t.to_numpy().astype(object), "dtype object, which is not numeric"),
+        (lambda t: t.set_axis(["a", "a", *t.columns[2:]], axis=1), "'a' occurs more than once"),
+        (lambda t: t.set_axis([0, "a", *t.columns[2:]], axis=1), "all strings or all integers"),
+        (lambda t: t.set_axis([("a", k) for k in range(24)], axis=1), "all strings or all int"),
+        (lambda t: t.iloc[:, :0], "there are no responses"),
+        (lambda t: t.to_numpy()[:, :0], "there are no responses"),
+        (lambda t: np.zeros((2, 3, 4)), r"\(n, B\) array.*not \(2, 3, 4\)"),
+        (lambda t: 7, "responses must be a dataframe.*not int"),
+        (lambda t: pl.from_pandas(t).lazy(), "lazy frame; call .collect"),
+        (lambda t: "genes.csv", "only files ending in .parquet or .npy"),
+        (lambda t: "nowhere.npy", "there is no file 'nowhere.npy'"),
+        (lambda t: stream(), "the iterator gave none"),
+        (lambda t: stream((["a"], t.to_numpy())), "1 names for 24 responses"),
+        (lambda t: stream((["a"], t["gene_0"].to_numpy())), "block 0 of the responses"),
+        (lambda t: stream(t[["gene_0"]], t[["gene_0"]]), "'gene_0' occurs more than once"),
+        (lambda t: stream(t, ([1], np.zeros((180, 1)))), "all strings or all integers"),
+        (lambda t: stream(t, (["a"], np.zeros((9, 1)))), "180 rows and the responses 9"),
+        (lambda t: t.to_numpy().tolist(), "block 0 of the responses is of type list"),
+        (lambda t: t.iloc[::-1], "same row labels in different orders"),
+    ],
+)
+def test_bad_responses(data, table, responses, message):
+    with pytest.raises(DataError, match=message):
+        fit_many(FORMULA, data, responses(table))
+
+
+def test_bad_files(data, tmp_path):
+    for name in ("empty.npy", "text.npy", "empty.parquet", "text.parquet"):
+        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"not a table at all")
+        with pytest.raises(DataError, match=f"{name}' cannot be read"):
+            fit_many(FORMULA, data, tmp_path / name)
+
+
+def test_bad_arguments(data, table):
+    with pytest.raises(FormulaError, match="has a left side"):
+        fit_many(f"Reaction {FORMULA}", data, table)
+    with pytest.raises(DataError, match="batch_size must be at least 1"):
+        fit_many(FORMULA, data, table, batch_size=0)
+    with pytest.raises(DataError, match="modes=True"):
+        fit_many(FORMULA, data, table, modes=True, output="out.parquet")
+    with pytest.raises(ValueError, match="REML"):
+        fit_many(FORMULA, data, table, "MLE")
+
+
+def test_progress_is_for_terminals(data, table, capfd):
+    part = table.iloc[:, :4]
+    fit_many(FORMULA, data, part)
+    assert capfd.readouterr().err == ""
+    fit_many(FORMULA, data, part.assign(flat=1.0), progress=True, batch_size=3)
+    shown = capfd.readouterr().err
+    assert "5/5" in shown
+    assert "responses/s, 1 failed" in shown
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_progress_on_a_terminal():
+    code = textwrap.dedent("""
+        import numpy as np
+        from jaxreml.many import _progress_bar
+        with _progress_bar(8, None) as advance:
+            advance(np.array([0, 0, 5]))
+    """)
+    outer, inner = os.openpty()
+    process = subprocess.run([sys.executable, "-c", code], stderr=inner, stdout=subprocess.PIPE)
+    os.close(inner)
+    shown = os.read(outer, 1 << 16).decode()
+    os.close(outer)
+    assert process.returncode == 0
+    assert process.stdout == b""
+    assert "3/8" in shown
+    assert "1 failed" in shown
