@@ -10,10 +10,8 @@ left out and named.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,10 +19,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from common import for_r, have_r, header, machine, median_ms, row, run_r, version
 
 import jaxreml
 from jaxreml.estimation import Status
@@ -43,25 +41,6 @@ STATSMODELS = {  # what MixedLM's own grammar can say
     "orthodont": ("distance ~ age * Sex", "Subject", "~ age"),
 }
 SLEEP = MODELS["sleepstudy"]
-
-
-def median_ms(call: Callable[[], object], repeats: int, inner: int = 5) -> float:
-    """Median over repeats of the mean of a few calls, after one call to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(inner):
-            call()
-        times.append((time.perf_counter() - start) / inner)
-    return statistics.median(times) * 1e3
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def run_jaxreml(name: str, data, repeats: int) -> dict[str, float]:
@@ -84,22 +63,12 @@ def run_jaxreml(name: str, data, repeats: int) -> dict[str, float]:
 
 
 def run_lme4(tables: dict, repeats: int, folder: Path) -> dict:
-    models = []
-    for name, data in tables.items():
-        csv = folder / f"{name}.csv"
-        data.to_csv(csv, index=False)
-        factors = {
-            column: [str(level) for level in data[column].cat.categories]
-            for column in data.select_dtypes("category")
-        }
-        models.append({"name": name, "formula": MODELS[name], "csv": str(csv), "factors": factors})
-    task = folder / "task.json"
-    task.write_text(json.dumps({"models": models, "n": repeats}))
-    script = Path(__file__).with_suffix(".R")
-    done = subprocess.run(
-        ["Rscript", str(script), str(task)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    models = [
+        {"name": name, "formula": MODELS[name], **for_r(data, folder / f"{name}.csv")}
+        for name, data in tables.items()
+    ]
+    task = {"models": models, "n": repeats}
+    return run_r(Path(__file__).with_suffix(".R"), task, folder)
 
 
 def run_glmm(name: str, data, repeats: int) -> dict[str, float]:
@@ -168,10 +137,6 @@ def whole_processes(repeats: int, folder: Path) -> dict[str, list[float]]:
     return {name: values for name, values in times.items() if values}
 
 
-def row(*cells: object) -> None:
-    print("| " + " | ".join(str(cell) for cell in cells) + " |")
-
-
 def ms(value: float | None, base: float | None = None) -> str:
     if value is None:
         return "-"
@@ -189,7 +154,7 @@ def main() -> None:
     tables = {name: jaxreml.datasets.load(name) for name in MODELS}
     folder = Path(tempfile.mkdtemp())
     ours = {name: run_jaxreml(name, data, repeats) for name, data in tables.items()}
-    r = run_lme4(tables, repeats, folder) if shutil.which("Rscript") else None
+    r = run_lme4(tables, repeats, folder) if have_r() else None
     lme4 = r["results"] if r else {}
     glmm = (
         {name: run_glmm(name, data, repeats) for name, data in tables.items()}
@@ -202,14 +167,10 @@ def main() -> None:
         else {}
     )
     names = ("jaxreml", "jax", "jaxlib", "glmm", "statsmodels", "numpy")
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
-          f"Python {platform.python_version()}; "
-          + "; ".join(f"{name} {version(name)}" for name in names)
-          + f"; lme4 {r['version'] if r else None}\n")  # fmt: skip
+    print(machine(names, r["version"] if r else None) + "\n")
 
     print("Criterion above jaxreml's (REML, -2 log-likelihood); a peer off by 1e-4 is marked !\n")
-    row("model", "jaxreml", "lme4", "glmm")
-    row(*["---"] * 4)
+    header("model", "jaxreml", "lme4", "glmm")
     for name in MODELS:
         base = ours[name]["criterion"]
         gaps = [
@@ -220,8 +181,9 @@ def main() -> None:
         row(name, f"{base:.6f}", *cells)
     print("\nOne fit, compiled and warm; in brackets the ratio to jaxreml's `fit` beside it "
           "(prepared arrays: `estimate`, with standard errors of the log-variances)\n")  # fmt: skip
-    row("model", "estimate", "fit", "first fit", "lmer", "refit", "glmm", "glmm with df", "MixedLM")
-    row(*["---"] * 9)
+    header(
+        "model", "estimate", "fit", "first fit", "lmer", "refit", "glmm", "glmm with df", "MixedLM"
+    )
     for name in MODELS:
         mine = ours[name]
         base = mine["fit"]
@@ -240,8 +202,7 @@ def main() -> None:
 
     processes = whole_processes(5 if arguments.quick else 15, folder)
     print("\nWhole process, sleepstudy, start to printed summary\n")
-    row("process", "median", "fastest", "ratio to R with lme4")
-    row(*["---"] * 4)
+    header("process", "median", "fastest", "ratio to R with lme4")
     base = statistics.median(processes["R, lme4"]) if "R, lme4" in processes else float("nan")
     for name, values in processes.items():
         middle = statistics.median(values)
