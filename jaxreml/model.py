@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxreml.cache import quick_compilation
 from jaxreml.effects import inspect
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import Status, estimate, is_reml
@@ -59,8 +61,9 @@ def fit(
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
     with jax.enable_x64(True):
         design = frame.design(structure)
-        estimated = estimate(design, method, max_iterations=max_iterations)
-        inspection = inspect(estimated, design, method)
+        bare = design.without_names()
+        estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)
+        inspection = _compiled(inspect, method)(estimated, bare)
         estimated, inspection = jax.device_get((estimated, inspection))
     status = Status(int(estimated.status))
     if status in (Status.PERFECT_FIT, Status.NOT_FINITE):
@@ -73,6 +76,15 @@ def fit(
     if status != Status.CONVERGED:
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=2)
     return _results(frame, design, method, estimated, inspection, status, gradient_norm)
+
+
+@lru_cache
+def _compiled(function: Callable[..., Any], method: str, **options: Any) -> Callable[..., Any]:
+    """`function` of arrays, jitted so that it compiles quickly."""
+    return jax.jit(
+        lambda *arrays: function(*arrays, method, **options),
+        compiler_options=quick_compilation(jax.default_backend()),
+    )
 
 
 def _results(
