@@ -1,17 +1,18 @@
 """The engine of `fit_many`: one design, blocks of responses in, numbers out.
 
 A block is cut into chunks of a fixed number of lanes, worked on by as many threads as there are
-cores, or spread over the devices. A chunk goes through two programs, compiled apart:
+cores, or spread over the devices. A chunk goes through three programs, compiled apart:
 
-1. `_search` reduces the responses to cross-products and finds the optimum: all lanes in step, from
-   a start that is the optimum itself where the design is balanced, in the spectral form where there
-   is one variance ratio. Lanes that have not converged after a few steps are left.
-2. `_report` evaluates the criterion of the full design at the roots found, with its derivatives,
+1. `_begin` reduces the responses to cross-products and gives each lane its start, which is the
+   optimum itself where the design is balanced.
+2. `_climb` finds the optima, all lanes in step, in the spectral form where there is one variance
+   ratio. It stops after as many steps as serve most lanes; the others are collected over all chunks
+   and go on together, so that none waits for the slowest of all.
+3. `_conclude` evaluates the criterion of the full design at the roots found, with its derivatives,
    and what follows from them: the certificate and every number of `Fits`.
 
-What the first pass has left is collected over all chunks and goes through the same programs again
-with more steps. What even that leaves goes through the search of `estimate`, whose steps know
-saddle points.
+What cannot be certified, saddle points among them, is tried again with the slower steps of
+`estimate`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -32,18 +32,29 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml import covariance, linalg, newton
+from jaxreml.cache import quick_compilation
 from jaxreml.designs import Design
+from jaxreml.effects import conditional_modes
 from jaxreml.errors import DataError
-from jaxreml.estimation import Estimate, Status, expand_root, is_reml, report, search
+from jaxreml.estimation import (
+    Estimate,
+    Status,
+    expand_root,
+    is_reml,
+    report,
+    search,
+    start_root,
+)
 from jaxreml.frame import ModelFrame, drop_aliased
-from jaxreml.shared import Reduced, SharedDesign, share
+from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
-FIRST_PASS = 8  # expansions before a lane is left for a pass with others of its kind
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
 CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
-AGREES = 1e-9  # difference of the two programs' criteria, likewise
-MANY_LEVELS = 100  # above it, a lane's levels vectorise better than the lanes
-CACHE_BYTES = 2**21  # of the responses of a chunk and their scores
+AGREES = 1e-11  # difference of the two programs' criteria, likewise
+CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
+FEW, MANY = 32, 256  # lanes of a chunk, at least and at most
+LOOK = 20  # steps of the first chunk of a pass
+OF_A_PASS = 4  # what a response costs in another pass, besides its steps, in steps
 
 
 class Fits(NamedTuple):
@@ -89,7 +100,7 @@ class BatchFitter:
         structure: as in `fit`.
         modes: whether to keep conditional modes.
         max_iterations: as in `estimate`.
-        batch_size: lanes of a chunk; chosen if left out.
+        lanes: responses in a chunk, for each device; chosen by the size of caches if left out.
         devices: JAX devices to spread chunks over; those of this process if left out.
 
     Raises:
@@ -104,24 +115,24 @@ class BatchFitter:
         structure: str | None = None,
         modes: bool = False,
         max_iterations: int = 100,
-        batch_size: int | None = None,
+        lanes: int | None = None,
         devices: Any = None,
     ):
         self.frame, self.method, self.reml = frame, method, is_reml(method)
         self.modes, self.max_iterations = modes, max_iterations
-        self.asked_structure, self.batch_size = structure, batch_size
+        self.asked_structure, self.lanes = structure, lanes
         self.devices = list(jax.local_devices() if devices is None else devices)
         self.whole = self._share(None)
         self.structure = "dense" if self.whole[0].codes is None else "grouped"
 
-    def _share(self, kept: np.ndarray | None) -> tuple[SharedDesign, np.ndarray, np.ndarray]:
-        """The design in the rows `kept`, the order of its rows, which coefficients it has."""
+    def _share(self, kept: np.ndarray | None) -> tuple[SharedDesign, np.ndarray]:
+        """The design in the rows `kept`, and which coefficients it has."""
         frame = self.frame
         columns = np.arange(frame.X.shape[1])
         if kept is not None:  # a column may depend on others in these rows only
             _, names, _ = drop_aliased(frame.X[kept], tuple(map(str, columns)))
             columns = np.array(names, int)
-        shared, order = share(
+        shared = share(
             frame.X[:, columns],
             [(term.codes, term.effects) for term in frame.terms],
             weights=frame.weights,
@@ -130,7 +141,7 @@ class BatchFitter:
             reml=self.reml,
             kept=kept,
         )
-        return shared, order, columns
+        return shared, columns
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
@@ -174,59 +185,156 @@ class BatchFitter:
             except DataError:
                 table.status[columns] = Status.TOO_FEW_ROWS
                 return
-        limit = self.max_iterations
-        if _in_lanes(design[0]):
-            columns = self._run(design, values, kept, columns, table, True, min(limit, FIRST_PASS))
-            columns = self._run(design, values, kept, columns, table, True, limit)
-        self._run(design, values, kept, columns, table, False, limit)
+        _Pattern(self, design, values, kept, table).run(columns)
 
-    def _run(
+
+class _Part(NamedTuple):
+    """Responses on their way through the programs.
+
+    Attributes:
+        columns: (b,), their columns in the block.
+        reduced, root: what is known of them, the responses last; None to begin with.
+        iterations: (b,), expansions so far.
+        hopeless: (b,) booleans, whether more steps of the same kind would not help.
+    """
+
+    columns: np.ndarray
+    reduced: Reduced | None
+    root: Any
+    iterations: np.ndarray
+    hopeless: np.ndarray
+
+    @classmethod
+    def fresh(cls, columns: np.ndarray) -> _Part:
+        """Nothing known yet."""
+        return cls(columns, None, None, np.zeros(columns.size, int), np.zeros(columns.size, bool))
+
+    def take(self, which: np.ndarray) -> _Part:
+        """Some of the responses, by booleans (b,)."""
+        places = np.flatnonzero(which)
+        return jax.tree.map(lambda leaf: np.take(np.asarray(leaf), places, axis=-1), self)
+
+
+class _Pattern:
+    """The responses of a block that have the same rows."""
+
+    def __init__(
         self,
-        design: tuple[SharedDesign, np.ndarray, np.ndarray],
+        fitter: BatchFitter,
+        design: tuple[SharedDesign, np.ndarray],
         values: np.ndarray,
         kept: np.ndarray | None,
-        columns: np.ndarray,
         table: _Table,
-        in_lanes: bool,
-        limit: int,
-    ) -> np.ndarray:
-        """One pass over columns of one pattern; the columns that have not converged."""
-        if not columns.size:
-            return columns
-        shared, order, coefficients = design
-        mesh = Mesh(np.array(self.devices), ("responses",))
-        lanes = _lanes(shared, in_lanes, columns.size, self.batch_size) * len(self.devices)
-        plan = _Plan(self.reml, shared.codes is not None, in_lanes)
-        find, conclude, modes_of = _programs(mesh, plan)
-        shared = jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
-        across = NamedSharding(mesh, PartitionSpec(None, "responses"))
-        in_order = np.array_equal(order, np.arange(order.size))
+    ):
+        self.fitter, self.values, self.kept, self.table = fitter, values, kept, table
+        shared, self.coefficients = design
+        self.mesh = Mesh(np.array(fitter.devices), ("responses",))
+        self.shared = jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
+        self.shifts = bool(np.any(shared.constant))
+        self.first_row = 0 if kept is None else int(np.argmax(kept))
+        self.plan = _Plan(fitter.reml, shared.codes is not None, shared.pairs is not None)
+        self.lanes = self.size = 0  # of a device, and of all
 
-        def work(chunk: np.ndarray) -> tuple[np.ndarray, Any]:
-            padded = np.resize(chunk, lanes)  # repeats
-            contiguous = padded[-1] - padded[0] == lanes - 1
-            block = values[:, padded[0] : padded[-1] + 1] if contiguous else values[:, padded]
-            block = block if in_order else block[order]
-            if kept is not None:
-                block = np.where(kept[order, None], block, 0.0)
-            with jax.enable_x64(True):
-                block = jax.device_put(np.ascontiguousarray(block), across)
-                found = find(shared, block, limit)
-                packed = np.asarray(conclude(shared, found))
-                modes = None
-                if self.modes:
-                    modes = jax.device_get(modes_of(shared, block, found.root))
-            return packed, modes
+    def run(self, columns: np.ndarray) -> None:
+        """Fit these columns and store their numbers in the table."""
+        limit = self.fitter.max_iterations
+        few = columns.size <= FEW or not self.plan.in_lanes
+        self.lanes = self.fitter.lanes or (FEW if few else _lanes(_largest(self.shared)))
+        self.size = self.lanes * len(self.fitter.devices)
+        exactly = self.plan._replace(exact=True)
+        plan = exactly if DOUBTFUL * len(self.values) > 0.1 else self.plan
+        with ThreadPoolExecutor(_threads(self.fitter.devices)) as pool:
+            left = self._pass([_Part.fresh(columns)], plan, pool)
+            slow: list[_Part] = []
+            while left:
+                again, going = [], []
+                for part in left:
+                    sure = ~np.asarray(part.reduced.doubtful)  # pyright: ignore
+                    again.append(_Part.fresh(part.columns[~sure]))
+                    ended = part.hopeless | (part.iterations >= limit)
+                    slow.append(part.take(sure & ended))
+                    going.append(part.take(sure & ~ended))
+                left = self._pass(going, self.plan, pool)
+                left += self._pass(again, exactly, pool)
+            if self.plan.in_lanes:
+                self._pass(slow, self.plan._replace(careful=True), pool)
 
-        chunks = [columns[i : i + lanes] for i in range(0, columns.size, lanes)]
-        left = []
-        with ThreadPoolExecutor(_threads(self.devices)) as pool:
-            # The first chunk compiles, once for all threads.
-            done = chain([work(chunks[0])], pool.map(work, chunks[1:]))
-            for chunk, (packed, modes) in zip(chunks, done, strict=True):
-                status = table.store(chunk, packed, modes, coefficients)
-                left.append(chunk[status != Status.CONVERGED])
-        return np.concatenate(left)
+    def _pass(self, parts: list[_Part], plan: _Plan, pool: ThreadPoolExecutor) -> list[_Part]:
+        """Take responses through the programs, in chunks; those that have not converged.
+
+        The first chunk goes alone. It shows after how many steps to leave the others.
+        """
+        chunks = self._chunks(parts)
+        if not chunks:
+            return []
+        limit = self.fitter.max_iterations
+        cut = limit if plan.careful or len(chunks) == 1 else min(limit, LOOK)
+        first, iterations = self._work(chunks[0], cut, plan)
+        if len(chunks) > 1 and not plan.careful:
+            cut = min(_cut(iterations), limit)
+        rest = pool.map(lambda chunk: self._work(chunk, cut, plan)[0], chunks[1:])
+        return [part for part in (first, *rest) if part.columns.size]
+
+    def _chunks(self, parts: list[_Part]) -> list[_Part]:
+        """The same responses, as many at a time as there are lanes."""
+        parts = [part for part in parts if part.columns.size]
+        if not parts:
+            return []
+        whole = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *parts)
+        places = np.arange(whole.columns.size) // self.size
+        return [whole.take(places == k) for k in range(places[-1] + 1)]
+
+    def _work(self, chunk: _Part, limit: int, plan: _Plan) -> tuple[_Part, np.ndarray]:
+        """One chunk through the programs and into the table; what has not converged, and steps."""
+        programs = _programs(self.mesh, plan)
+        padded = np.resize(np.arange(chunk.columns.size), self.size)  # repeats
+        modes = None
+        block: Any = None
+        shift: Any = None
+        with jax.enable_x64(True):
+            if chunk.reduced is None or self.fitter.modes:
+                block, shift = self._block(chunk.columns[padded])
+            if chunk.reduced is None:
+                reduced, root = programs.begin(self.shared, block, shift)
+            else:
+                held = jax.tree.map(lambda leaf: leaf[..., padded], (chunk.reduced, chunk.root))
+                reduced, root = jax.device_put(held, programs.held)
+            before = chunk.iterations[padded].astype(np.int32)
+            found = programs.climb(self.shared, reduced, root, np.int32(limit))
+            packed = programs.conclude(self.shared, reduced, found, before)
+            if self.fitter.modes:
+                modes = jax.device_get(programs.modes(self.shared, block, shift, found.root))
+        status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
+        iterations = np.asarray(found.iterations)[: chunk.columns.size]
+        after = _Part(
+            chunk.columns, reduced, found.root, chunk.iterations + iterations, iterations < limit
+        )
+        return after.take(status != Status.CONVERGED), iterations
+
+    def _block(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values less shifts, (groups, n, lanes), and these, (groups, lanes)."""
+        groups = columns.reshape(-1, min(_lanes(len(self.values)), self.lanes))
+        shifts = self.values[self.first_row, groups] * self.shifts
+        block = np.empty((len(groups), len(self.values), groups.shape[1]))
+        for group, shift, out in zip(groups, shifts, block, strict=True):
+            contiguous = group[-1] - group[0] == group.size - 1
+            where = slice(group[0], group[-1] + 1) if contiguous else group
+            np.subtract(self.values[:, where], shift, out=out)
+        if self.kept is not None:
+            block[:, ~self.kept] = 0.0
+        return block, shifts
+
+
+def _cut(iterations: np.ndarray) -> int:
+    """After how many steps to leave a chunk, by the steps that each lane of one has taken.
+
+    Lanes in step cost as many steps as the slowest; those left cost a few more than that.
+    """
+    counts = np.bincount(iterations, minlength=2)
+    beyond = 1 - np.cumsum(counts) / counts.sum()
+    cost = np.arange(counts.size) + beyond * (counts.size - 1 + OF_A_PASS)
+    cost[0] = np.inf
+    return int(np.argmin(cost))
 
 
 class _Table:
@@ -312,40 +420,40 @@ def _threads(devices: list[Any]) -> int:
     return 2
 
 
-def _in_lanes(shared: SharedDesign) -> bool:
-    """Whether lanes go in step on the last axis, which is faster while levels are few."""
-    return shared.codes is not None and sum(shared.sizes) <= 4 and _levels(shared) <= MANY_LEVELS
+def _lanes(numbers: int) -> int:
+    """How many lanes of so many numbers each stay in the cache."""
+    most = max(CACHE_BYTES // (8 * numbers), 1)
+    return min(max(2 ** int(math.log2(most)), FEW), MANY)
 
 
-def _levels(shared: SharedDesign) -> int:
-    if shared.spectral is not None:
-        return shared.spectral.factors.shape[-1]
-    return shared.factors.shape[-1] if shared.collapse is None else shared.collapse.counts.shape[0]
-
-
-def _lanes(shared: SharedDesign, in_lanes: bool, n_columns: int, asked: int | None) -> int:
-    """Lanes of a chunk: so many that its arrays stay in the cache."""
-    if asked is not None:
-        return max(2, asked)
-    q = sum(shared.sizes)
-    arrays = shared.basis_rows.shape[0] + _levels(shared) * q * (q + shared.p + 1)
-    most = CACHE_BYTES // (8 * arrays) if in_lanes else 32
-    most = 2 ** int(math.log2(min(max(most, 32), 256)))
-    return most if n_columns > 32 else 32
+def _largest(shared: SharedDesign) -> int:
+    """Numbers per lane of the larger arrays of a search."""
+    levels = shared.pairs.shape[-1]  # pyright: ignore
+    return max(levels * sum(shared.sizes) ** 2, (shared.p + 1) ** 2)
 
 
 class _Plan(NamedTuple):
-    """What a program is compiled for, besides shapes."""
+    """What programs are compiled for, besides shapes.
+
+    Attributes:
+        reml: REML or ML.
+        grouped: whether there is one grouping factor.
+        in_lanes: whether lanes are one design with a trailing axis (`SharedDesign.batch`), or
+            designs for `vmap`.
+        exact: as in `SharedDesign.reduce`.
+        careful: as in `newton.minimise`.
+    """
 
     reml: bool
     grouped: bool
     in_lanes: bool
+    exact: bool = False
+    careful: bool = False
 
 
 class Found(NamedTuple):
     """What the search hands on, responses on the last axis."""
 
-    reduced: Reduced
     root: Array
     value: Array
     iterations: Array
@@ -353,35 +461,73 @@ class Found(NamedTuple):
     stalled: Array
 
 
-def _find(shared: SharedDesign, values: Array, limit: Array, *, plan: _Plan) -> Found:
-    """Reduce a chunk, (n, lanes), and find its optima in at most `limit` expansions each."""
-    reduced = shared.reduce(values)
+def _begin(
+    shared: SharedDesign, values: Array, shift: Array, *, plan: _Plan
+) -> tuple[Reduced, Array]:
+    """Reduce a chunk, (groups, n, lanes), and find where to start.
+
+    The rows of one group at a time fit into the cache; all that follows takes them together.
+    """
+    groups = jax.lax.map(lambda group: shared.reduce(*group, exact=plan.exact), (values, shift))
+    reduced = jax.tree.map(_merge, groups)
+    if plan.in_lanes:
+        return reduced, start_root(_searched(shared, reduced, plan), plan.reml)
+    start = _per_lane(lambda reduced: start_root(shared.each(reduced), plan.reml))
+    return reduced, start(reduced)
+
+
+def _merge(groups: Array) -> Array:
+    """(groups, ..., lanes) to (..., groups * lanes)."""
+    moved = jnp.moveaxis(groups, 0, -2)
+    return moved.reshape(*moved.shape[:-2], -1)
+
+
+def _searched(shared: SharedDesign, reduced: Reduced, plan: _Plan) -> Design:
+    """The design whose criterion is minimised."""
     if shared.spectral is not None:
-        design = shared.rotated(reduced, reml=plan.reml)
-    else:
-        design = shared.design(reduced)
-
-    def optimum(design: Design) -> newton.Trace:
-        return search(design, plan.reml, TOLERANCE, limit, keep_expansion=False)
-
-    trace = optimum(design) if plan.in_lanes else _mapped(optimum, design, values.shape[1])
-    value = trace.point.value
-    return Found(reduced, trace.at, value, trace.iterations, trace.converged, trace.stalled)
+        return shared.rotated(reduced, reml=plan.reml)
+    return shared.batch(reduced)
 
 
-def _conclude(shared: SharedDesign, found: Found, *, plan: _Plan) -> Array:
-    """Everything at the roots found, (1 + R, lanes): status, then the fields of `_Table`."""
+def _climb(
+    shared: SharedDesign, reduced: Reduced, root: Array, limit: Array, *, plan: _Plan
+) -> Found:
+    """The optima, or where at most `limit` expansions from `root` lead."""
 
-    def conclude(design: Design, found: Found) -> Array:
-        trace = newton.Trace(found.root, None, found.iterations, found.converged, found.stalled)
+    def climb(design: Design, root: Array) -> Found:
+        trace = search(design, root, plan.reml, TOLERANCE, limit, careful=plan.careful)
+        value = trace.point.value
+        return Found(trace.at, value, trace.iterations, trace.converged, trace.stalled)
+
+    if plan.in_lanes:
+        return climb(_searched(shared, reduced, plan), root)
+    return _per_lane(lambda reduced, root: climb(shared.each(reduced), root))(reduced, root)
+
+
+def _conclude(
+    shared: SharedDesign, reduced: Reduced, found: Found, before: Array, *, plan: _Plan
+) -> Array:
+    """Everything at the roots found, (1 + R, lanes): status, then the fields of `_Table`.
+
+    `before` are expansions in earlier passes; the last one is the one here.
+    """
+
+    def conclude(design: Design, found: Found, before: Array) -> Array:
+        iterations = before + found.iterations + 1
+        trace = newton.Trace(found.root, None, iterations, found.converged, found.stalled)
         point = expand_root(found.root, design, reml=plan.reml)
         return _pack(report(found.root, point, trace, design), found.value)
 
-    design = shared.design(found.reduced)
-    found = found._replace(reduced=None)  # pyright: ignore
     if plan.in_lanes:
-        return conclude(design, found)
-    return _mapped(conclude, design, found.value.shape[0], found)
+        packed = conclude(shared.batch(reduced), found, before)
+    else:
+        each = _per_lane(lambda reduced, *rest: conclude(shared.each(reduced), *rest))
+        packed = each(reduced, found, before)
+    return packed.at[0].set(jnp.where(reduced.doubtful, Status.NOT_CERTIFIED, packed[0]))
+
+
+def _per_lane(function: Any) -> Any:
+    return jax.vmap(function, in_axes=-1, out_axes=-1)
 
 
 def _pack(estimate: Estimate, value: Array) -> Array:
@@ -417,58 +563,49 @@ def _pack(estimate: Estimate, value: Array) -> Array:
     )
 
 
-def _modes_of(shared: SharedDesign, values: Array, root: Array, *, plan: _Plan) -> tuple:
+def _modes_of(
+    shared: SharedDesign, values: Array, shift: Array, root: Array, *, plan: _Plan
+) -> tuple[Array, ...]:
     """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
     shared = replace(shared, collapse=None, spectral=None)
 
-    def modes(design: Design, root: Array) -> tuple[Array, ...]:
-        omega = covariance.omega_from_root(root, design.sizes)
-        projection = design.structure.project(omega)
-        p = design.p
-        factor = linalg.cholesky(projection.gram)
-        # Of [X y] u with u = (-coefficients in the orthonormal basis, 1): y less the fixed effects
-        lower, right = factor[:p, :p], factor[p, :p]
-        upper = linalg.transpose(linalg.solve_lower(lower, linalg.eye_like(lower)))
-        shift = linalg.matmul(upper, right[:, None])
-        residual = jnp.concatenate([-shift, jnp.ones_like(factor[:1, :1])])
-        cross = design.structure.combine(projection.cross, residual)
-        return tuple(
-            mode / scale
-            for mode, scale in zip(design.structure.modes(omega, cross), design.scales, strict=True)
-        )
+    def modes(reduced: Reduced, root: Array) -> tuple[Array, ...]:
+        design = shared.each(reduced)
+        return conditional_modes(covariance.omega_from_root(root, design.sizes), design)
 
-    return _mapped(modes, shared.design(shared.reduce(values)), values.shape[1], root)
+    reduced = shared.reduce(_merge(values), _merge(shift), exact=True)
+    return _per_lane(modes)(reduced, root)
 
 
-def _mapped(function: Any, design: Design, lanes: int, *rest: Any) -> Any:
-    """`function` of one design (and more) for each lane; what lanes share is not repeated."""
-    axes = jax.tree.map(lambda leaf: -1 if leaf.shape[-1] == lanes else None, design)
-    design = jax.tree.map(lambda leaf: leaf if leaf.shape[-1] == lanes else leaf[..., 0], design)
-    return jax.vmap(function, in_axes=(axes, *[-1] * len(rest)), out_axes=-1)(design, *rest)
+class _Programs:
+    """The programs of a plan, jitted and spread over the devices of a mesh."""
 
+    def __init__(self, mesh: Mesh, plan: _Plan):
+        last: list[Any] = [PartitionSpec(*[None] * k, "responses") for k in range(3)]
+        scores = last[2 if plan.grouped else 1]
+        reduced = Reduced(scores, last[1], last[0], last[1], last[0], last[0], last[0])
+        found = Found(last[1], *[last[0]] * 4)
+        first, everywhere = PartitionSpec("responses"), PartitionSpec()
+        options = quick_compilation(mesh.devices.flat[0].platform)
 
-@lru_cache
-def _programs(mesh: Mesh, plan: _Plan) -> tuple[Any, Any, Any]:
-    """Search, report and modes, jitted and spread over the devices of a mesh."""
-    last: list[Any] = [PartitionSpec(*[None] * k, "responses") for k in range(3)]
-    scores = last[2 if plan.grouped else 1]
-    reduced = Reduced(scores, last[1], last[0], last[1], last[0], last[0])
-    found = Found(reduced, last[1], *[last[0]] * 4)
-
-    def spread(function: Any, batched: tuple, out: Any) -> Any:
-        """Each device works on its own part of the last axis."""
-        return jax.jit(
-            jax.shard_map(
-                partial(function, plan=plan),
-                mesh=mesh,
-                in_specs=(PartitionSpec(), *batched),
-                out_specs=out,
-                check_vma=False,
+        def spread(function: Any, batched: tuple, out: Any) -> Any:
+            """Each device works on its own part of the last axis."""
+            return jax.jit(
+                jax.shard_map(
+                    partial(function, plan=plan),
+                    mesh=mesh,
+                    in_specs=(everywhere, *batched),
+                    out_specs=out,
+                    check_vma=False,
+                ),
+                compiler_options=options,
             )
-        )
 
-    return (
-        spread(_find, (last[1], PartitionSpec()), found),
-        spread(_conclude, (found,), last[1]),
-        spread(_modes_of, (last[1], last[1]), last[2]),
-    )
+        self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (reduced, last[1]))
+        self.begin = spread(_begin, (first, first), (reduced, last[1]))
+        self.climb = spread(_climb, (reduced, last[1], everywhere), found)
+        self.conclude = spread(_conclude, (reduced, found, last[0]), last[1])
+        self.modes = spread(_modes_of, (first, first, last[1]), last[2])
+
+
+_programs = lru_cache(_Programs)

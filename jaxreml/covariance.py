@@ -65,7 +65,7 @@ def positions(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache
-def _effects_of_omega(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+def effects_of_omega(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """Which two effects, counted over all terms, each entry of omega belongs to."""
     starts = np.cumsum((0, *sizes[:-1]))
     pairs = [np.array(triangle(q)) + start for q, start in zip(sizes, starts, strict=True)]
@@ -302,7 +302,7 @@ def _correlations(z: Array, sizes: Sizes) -> Array:
 
 def _scale_of_omega(log_variances: Array, sizes: Sizes) -> Array:
     """Geometric means of the two variances each entry of omega belongs to, over sigma2."""
-    rows, columns = _effects_of_omega(sizes)
+    rows, columns = effects_of_omega(sizes)
     return jnp.exp((log_variances[rows] + log_variances[columns]) / 2 - log_variances[-1])
 
 
@@ -393,7 +393,7 @@ def hessian_in_params(
     z = params[of_correlations]
     scale = _scale_of_omega(params[of_variances], sizes)
     # omega = scale * correlations, and log(scale) is linear in the log-variances.
-    rows, columns = _effects_of_omega(sizes)
+    rows, columns = effects_of_omega(sizes)
     m, v = rows.size, of_variances.size
     linear = np.zeros((m, v))
     np.add.at(linear, (np.arange(m), rows), 0.5)

@@ -371,7 +371,6 @@ def _pad_levels(design: Design, n_levels: int) -> Design:
     padded = Grouped(
         np.pad(structure.factors, pad),  # type: ignore[arg-type]
         np.pad(structure.scores, pad),  # type: ignore[arg-type]
-        np.pad(structure.counts, pad[2:]),  # type: ignore[arg-type]
         structure.remainder,
         structure.sizes,
     )

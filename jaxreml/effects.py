@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.linalg import solve_triangular
 
 from jaxreml import covariance
 from jaxreml.designs import Design
@@ -54,9 +55,17 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
 
     value, gradient = jax.value_and_grad(criterion)(theta)
     omega = covariance.omega_from_theta(theta, sizes)
-    shift = design.basis @ (estimate.beta - design.beta_ols)
-    residual = jnp.append(-shift, 1.0)[:, None]
-    cross = design.structure.combine(design.structure.project(omega).cross, residual)
+    return Inspection(value, gradient, conditional_modes(omega, design))
+
+
+def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
+    """Per term (levels, effects), Omega Z' V0^-1 (y - X beta) at relative covariances `omega`."""
+    p = design.p
+    projection = design.structure.project(omega)
+    factor = jnp.linalg.cholesky(projection.gram)
+    # In the orthonormal basis, on top of what `beta_ols` explains
+    beta = solve_triangular(factor[:p, :p].T, factor[p, :p]) if p else factor[p, :p]
+    residual = jnp.append(-beta, 1.0)[:, None]
+    cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
-    modes = tuple(mode / scale for mode, scale in zip(modes, design.scales, strict=True))
-    return Inspection(value, gradient, modes)
+    return tuple(mode / scale for mode, scale in zip(modes, design.scales, strict=True))

@@ -154,7 +154,8 @@ def estimate(
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
-    trace = search(jax.lax.stop_gradient(design), reml, tolerance, max_iterations)
+    fixed = jax.lax.stop_gradient(design)
+    trace = search(fixed, start_root(fixed, reml), reml, tolerance, max_iterations)
     trace = jax.lax.stop_gradient(trace)
     root, point = _optimum(reml, design, trace.at, trace.point)
     return report(root, point, trace, design)
@@ -174,6 +175,7 @@ class Point(NamedTuple):
     expansion: Any
 
 
+@partial(jax.jit, static_argnames="reml")  # traced once for all its uses in a program
 def expand_root(root: Array, design: Design, *, reml: bool) -> Point:
     """The profiled criterion with its derivatives in the root."""
     expansion = expand(covariance.omega_from_root(root, design.sizes), design, reml=reml)
@@ -219,11 +221,10 @@ def start_root(design: Design, reml: bool) -> Array:
     at = np.concatenate([np.equal(*covariance.triangle(q)) for q in sizes]).astype(design.dtype)
     omega = jnp.asarray(at.reshape(-1, *[1] * lanes))
     # T belongs to the design: one lane, without the response, whose part has no degrees of freedom.
-    blank = jax.tree.map(lambda leaf: leaf[..., :1], design) if lanes else design
-    structure: Any = blank.structure
-    remainder = jnp.asarray(structure.remainder).at[p].set(0.0).at[:, p].set(0.0).at[p, p].set(1.0)
-    scores = jnp.asarray(structure.scores).at[:, p].set(0.0)
-    blank = replace(blank, structure=replace(structure, scores=scores, remainder=remainder))
+    blank: Any = replace(design, structure=None)  # pyright: ignore
+    if lanes:
+        blank = jax.tree.map(lambda leaf: leaf[..., :1], blank)
+    blank = replace(blank, structure=design.structure.without_response())
     degrees = degrees_of_freedom(blank, reml=reml)
     expansion = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
     traces = -expansion.hessian.reshape(at.size, at.size)
@@ -265,28 +266,32 @@ def _floored_root(entry: dict[tuple[int, int], Array], q: int) -> list[Array]:
 
 def search(
     design: Design,
+    start: Array,
     reml: bool,
     tolerance: float,
     max_iterations: int | Array,
     *,
-    keep_expansion: bool = True,
+    careful: bool = False,
 ) -> newton.Trace:
     """The optimum of the profiled criterion in the root; also for a batch on the last axis.
 
-    Without its `Expansion` a batch carries much less from step to step.
+    A batch comes without the `Expansion`, which would be much to carry from step to step, and as
+    `newton.minimise` says: not polished, and off saddle points only if `careful`.
     """
+    lanes = start.ndim > 1
 
     def at(root: Array) -> Point:
         point = expand_root(root, design, reml=reml)
-        return point if keep_expansion else point._replace(expansion=())
+        return point._replace(expansion=()) if lanes else point
 
     return newton.minimise(
         at,
-        start_root(design, reml),
+        start,
         partial(snap, sizes=design.sizes),
         tolerance=tolerance,
         max_iterations=max_iterations,
         flat=partial(covariance.rotations, sizes=design.sizes),
+        careful=careful,
     )
 
 

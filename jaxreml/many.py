@@ -148,7 +148,6 @@ def fit_many(
         structure=structure,
         modes=modes,
         max_iterations=max_iterations,
-        batch_size=batch_size,
         devices=devices,
     )
     crew = Crew(jax.process_index(), jax.process_count())

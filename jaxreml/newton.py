@@ -62,12 +62,15 @@ def minimise(
     tolerance: float,
     max_iterations: int | Array,
     flat: Callable[[Array], Array | None] | None = None,
+    careful: bool = False,
 ) -> Trace:
     """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
 
-    Lanes move on their own; those that have ended wait for the slowest. Their steps come from a
-    Cholesky factorisation instead of eigenvectors, which finds no way off a saddle point: there
-    they stall.
+    Lanes move on their own; those that have ended wait for the slowest. Unless `careful`, their
+    steps come from a Cholesky factorisation instead of eigenvectors, which finds no way off a
+    saddle point: there they stall. They take the last step and `snap` without a look at where it
+    leads (`point` stays the one before), as their caller certifies what comes out; if `careful`,
+    where the function is no higher.
 
     Args:
         expand: a point (m,) to a NamedTuple with `value` (), `gradient` (m,) and `hessian` (m, m)
@@ -80,6 +83,7 @@ def minimise(
         flat: directions at a point, (d, m), in which the function does not change to first order.
             Its second derivative there vanishes at the optimum only and may be negative elsewhere,
             which is no reason to leave Newton's step: steps keep out of them.
+        careful: see above; without lanes it changes nothing.
     """
     lanes = start.shape[1:]
     false = jnp.zeros(lanes, bool)
@@ -94,13 +98,18 @@ def minimise(
         polish=false,
     )
 
+    rule = _step
+    if lanes:
+        rule = jax.vmap(_step, in_axes=-1, out_axes=-1) if careful else _shifted_step
+
     def unfinished(trace: Trace) -> Array:
         return ~(trace.converged | trace.stalled) & (trace.iterations < max_iterations)
 
     def advance(state: _State) -> _State:
         old = state.trace
         trial = old.at + state.step
-        trial = jnp.where(state.polish, snap(trial), trial)
+        if not lanes:
+            trial = jnp.where(state.polish, snap(trial), trial)
         new = expand(trial)
         noise = ROUNDING * jnp.abs(new.value) + tolerance
         # A rejected polish leaves the converged point as it is.
@@ -121,7 +130,6 @@ def minimise(
         radius = jnp.where(jnp.isfinite(old.point.value), radius, state.radius)
 
         hessian = point.hessian if flat is None else _steepen(point.hessian, flat(at))
-        rule = _shifted_step if lanes else _step
         step, decrement, escape, negative = rule(point.gradient, hessian)
         near = decrement <= tolerance
         saddle = near & negative
@@ -129,20 +137,30 @@ def minimise(
         step = step * jnp.minimum(1.0, radius / _norm(step).clip(1e-300))
         curving = jnp.sum(point.hessian * step[:, None] * step[None], axis=(0, 1))
         predicted = -(jnp.sum(point.gradient * step, axis=0) + curving / 2)
-        converged = state.polish & ~(accept & saddle)
+        good = near & ~negative
+        converged = good if lanes else state.polish & ~(accept & saddle)
         stalled = ~converged & ~jnp.isfinite(point.value)
         stalled = stalled | (~converged & ~near & (radius < 1e-10))
-        if lanes:
-            stalled = stalled | (~converged & saddle)
+        if lanes and not careful:
+            stalled = stalled | saddle
         trace = Trace(at, point, old.iterations + 1, converged, stalled)
-        moved = _State(trace, step, predicted, radius, near & ~negative)
+        moved = _State(trace, step, predicted, radius, good & (not lanes))
         going = unfinished(old)
         return jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
 
     def any_unfinished(state: _State) -> Array:
         return jnp.any(unfinished(state.trace))
 
-    return jax.lax.while_loop(any_unfinished, advance, initial).trace
+    final = jax.lax.while_loop(any_unfinished, advance, initial)
+    trace = final.trace
+    if lanes:
+        last = snap(trace.at + final.step)
+        good = trace.converged
+        if careful:
+            value = trace.point.value
+            good = good & (expand(last).value <= value + ROUNDING * jnp.abs(value) + tolerance)
+        trace = trace._replace(at=jnp.where(good, last, trace.at))
+    return trace
 
 
 def _norm(vector: Array) -> Array:

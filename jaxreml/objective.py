@@ -146,8 +146,8 @@ def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
     projection = structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
-    cross = structure.combine(projection.cross, linalg.transpose(inverse))
-    slopes = -structure.form(cross)
+    to_unit = linalg.transpose(inverse)
+    slopes = -structure.form(projection.cross, to_unit)
     counted = structure.repeat(projection.inner)
 
     # How much each entry of W counts: log|M| (REML) for X, degrees of freedom times log rss for y.
@@ -161,7 +161,7 @@ def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
     on_diagonal = flat_entries * linalg.eye_like(entries).reshape(k * k, *lanes)
     gradient = structure.trace(counted) + jnp.sum(flat * on_diagonal, axis=1)
     # d_ij = half + half', as pair_trace(B, B) is symmetric
-    right = structure.outer(cross, linalg.diagonal(entries)) - counted / 2
+    right = structure.outer(projection.cross, to_unit, linalg.diagonal(entries)) - counted / 2
     half = structure.pair_trace(projection.inner, right)
     hessian = half + linalg.transpose(half) - linalg.row_products(flat * flat_entries, flat)
 

@@ -7,7 +7,7 @@ one compiled program.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +19,28 @@ from jax.scipy.linalg import solve_triangular
 from jaxreml.designs import Design, require_full_rank, structure_basis
 from jaxreml.errors import DataError
 from jaxreml.structures import Grouped
+from jaxreml.structures.batch import GroupedBatch, cross_products
 from jaxreml.structures.collapse import Collapse, collapse
 from jaxreml.structures.dense import Dense
 from jaxreml.structures.grouped import GroupedBasis
 from jaxreml.structures.spectral import Spectral, spectral
+
+# Share of the sum of squares, per row, that rounding leaves uncertain in what X and Z do not
+# explain, so that the criterion would be off by 1e-9.
+DOUBTFUL = 1e9 * np.finfo(float).eps
+MOST_EFFECTS = 4  # and
+MOST_PAIRS = 5 * 10**6  # of `SharedDesign.pairs`; above, responses go through `estimate` singly
 
 
 class Reduced(NamedTuple):
     """What a block of B responses comes to, the responses on the last axis.
 
     Attributes:
-        scores: (q, J, B) or (r, B), Q'y.
+        scores: (q, J, B) or (r, B), Q'y; those of collapsed levels where there are.
         remainder_xy, remainder_yy: (p, B) and (B,), cross-products of what Q leaves.
         beta_ols: (p, B).
         residual_ss, total_ss: (B,).
+        doubtful: (B,) booleans, too much cancelled: to be reduced again with `exact`.
     """
 
     scores: Array
@@ -41,6 +49,7 @@ class Reduced(NamedTuple):
     beta_ols: Array
     residual_ss: Array
     total_ss: Array
+    doubtful: Array
 
 
 @jax.tree_util.register_dataclass
@@ -53,13 +62,16 @@ class SharedDesign:
         offset: (n, 1) or None.
         basis_rows: (n, p), orthonormal U of sqrt(w) X = U basis.
         directions: (n, q) or (n, r), Q of Z = Q F: within levels (`Grouped`) or whole (`Dense`).
-        codes: (n,) levels of the rows, ascending; None for `Dense`.
+        codes: (n,) levels of the rows; None for `Dense`.
         rest_rows: (n, p), what Q leaves of U.
         basis: (p, p), upper triangular.
+        constant: (p,), coefficients with which X makes 1 in every row, zeros if it does not.
         factors, scores_x, remainder_xx: F, Q'U and rest'rest.
         log_weights, n: ().
         scales: per term (q_k,).
         collapse, spectral: plans, or None.
+        pairs: `cross_products` of the (collapsed) scores of X where batches are a `GroupedBatch`,
+            else None.
         sizes, levels: effects and levels per term, static.
         dtype: static.
     """
@@ -71,6 +83,7 @@ class SharedDesign:
     codes: Array | None
     rest_rows: Array
     basis: Array
+    constant: Array
     factors: Array
     scores_x: Array
     remainder_xx: Array
@@ -79,6 +92,7 @@ class SharedDesign:
     scales: tuple[Array, ...]
     collapse: Collapse | None
     spectral: Spectral | None
+    pairs: Array | None
     sizes: tuple[int, ...] = field(metadata={"static": True})
     levels: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -88,53 +102,78 @@ class SharedDesign:
         """Number of fixed effects."""
         return self.basis.shape[0]
 
-    def reduce(self, values: Array) -> Reduced:
-        """Reduce responses (n, B), rows in the order of `codes`; zero in rows left out."""
+    def reduce(self, values: Array, shift: Array | float = 0.0, *, exact: bool) -> Reduced:
+        """Reduce responses y = values + shift.
+
+        In one pass over the rows, sums of squares being differences of what X and Z explain from
+        the whole; or `exact`, from residuals row by row, in several.
+
+        Args:
+            values: (n, B), zero in rows left out.
+            shift: (B,), only if `constant` is not zero.
+            exact: see above.
+        """
         if self.offset is not None:
             values = values - self.offset
         if self.roots is not None:
             values = values * self.roots
-        # Few passes over the rows: the residual of y on X is y - U a, and what Q leaves of that is
-        # y - Q Q'y - (U - Q Q'U) a.
-        beta = self.basis_rows.T @ values
-        if self.codes is None:
-            scores = self.directions.T @ values
-            rest = values - self.directions @ scores
+        coefficients = self.basis_rows.T @ values
+        total = jnp.sum(values * values, axis=0)
+        scores = self._scores(values)
+        if exact:
+            # y - Q Q'y - (U - Q Q'U) U'y, and then once more for what rounding left
+            rest = values - self._rows(scores) - self.rest_rows @ coefficients
+            rest_xy = self.rest_rows.T @ rest
+            scores = scores - self._of_x(coefficients)
+            again = rest_xy + self._of_scores(scores)
+            coefficients, scores = coefficients + again, scores - self._of_x(again)
+            shrunk = self.remainder_xx @ again
+            rest_yy = jnp.sum(rest * rest, axis=0)
+            rest_yy = rest_yy + jnp.sum(again * (shrunk - 2 * rest_xy), axis=0)
+            rest_xy = rest_xy - shrunk
+            explained = jnp.sum(scores * scores, axis=tuple(range(scores.ndim - 1)))
+            residual_ss = rest_yy + explained
+            doubtful = jnp.zeros(total.shape, bool)
         else:
-            scores = jnp.stack(
-                [
-                    jax.ops.segment_sum(
-                        direction[:, None] * values,
-                        self.codes,
-                        self.levels[0],
-                        indices_are_sorted=True,
-                    )
-                    for direction in self.directions.T
-                ]
-            )
-            rest = values - sum(
-                direction[:, None] * score[self.codes]
-                for direction, score in zip(self.directions.T, scores, strict=True)
-            )
-        rest = rest - self.rest_rows @ beta
-        scores = scores - self._of_x(beta)
-        rest_xy = self.rest_rows.T @ rest
-        rest_yy = jnp.sum(rest * rest, axis=0)
-        # The residual's own coefficients: what rounding left of large ones.
-        again = rest_xy + self._of_scores(scores)
-        beta, scores = beta + again, scores - self._of_x(again)
-        shift = self.remainder_xx @ again
-        rest_yy = rest_yy + jnp.sum(again * (shift - 2 * rest_xy), axis=0)
-        residual_ss = rest_yy + jnp.sum(scores * scores, axis=tuple(range(scores.ndim - 1)))
+            scores = scores - self._of_x(coefficients)
+            rest_xy = -self._of_scores(scores)  # as U'y - U'U U'y = 0
+            residual_ss = total - jnp.sum(coefficients * coefficients, axis=0)
+            explained = jnp.sum(scores * scores, axis=tuple(range(scores.ndim - 1)))
+            rest_yy = residual_ss - explained
+            doubtful = ~(rest_yy > DOUBTFUL * self.n * total)
         if self.collapse is not None:
             scores = self.collapse.scores(scores)
+        of_shift = self.basis @ self.constant
+        total = total + shift * (2 * (of_shift @ coefficients) + shift * jnp.sum(of_shift**2))
+        beta = solve_triangular(self.basis, coefficients) if self.p else coefficients
         return Reduced(
             scores,
-            rest_xy - shift,
+            rest_xy,
             rest_yy,
-            solve_triangular(self.basis, beta) if self.p else beta,
+            beta + self.constant[:, None] * shift,
             residual_ss,
-            jnp.sum(values * values, axis=0),
+            total,
+            doubtful,
+        )
+
+    def _scores(self, values: Array) -> Array:
+        """Q'values, (q, J, B) or (r, B)."""
+        if self.codes is None:
+            return self.directions.T @ values
+        return jnp.stack(
+            [
+                jax.ops.segment_sum(direction[:, None] * values, self.codes, self.levels[0])
+                for direction in self.directions.T
+            ]
+        )
+
+    def _rows(self, scores: Array) -> Array:
+        """Q scores, (n, B)."""
+        if self.codes is None:
+            return self.directions @ scores
+        pairs = zip(self.directions.T, scores, strict=True)
+        return sum(
+            (direction[:, None] * score[self.codes] for direction, score in pairs), jnp.zeros(())
         )
 
     def _of_x(self, coefficients: Array) -> Array:
@@ -147,38 +186,57 @@ class SharedDesign:
         spec = "rp,rB->pB" if self.codes is None else "qpJ,qJB->pB"
         return jnp.einsum(spec, self.scores_x, scores)
 
-    def design(self, reduced: Reduced) -> Design:
-        """The designs of a block, lanes last; what they share has one lane."""
-        lanes = reduced.beta_ols.shape[1:]
-        top = jnp.broadcast_to(self.remainder_xx[..., None], (self.p, self.p, *lanes))
-        top = jnp.concatenate([top, reduced.remainder_xy[:, None]], axis=1)
-        bottom = jnp.concatenate([reduced.remainder_xy, reduced.remainder_yy[None]])
-        remainder = jnp.concatenate([top, bottom[None]])
+    def batch(self, reduced: Reduced) -> Design:
+        """The designs of a block in one, lanes last; what they share has one lane."""
+        assert self.pairs is not None
+        plan = self.collapse
+        counts = jnp.ones(self.levels[0], self.dtype) if plan is None else plan.counts
+        structure = GroupedBatch(
+            (self.factors if plan is None else plan.factors)[..., None],
+            counts[:, None],
+            self.scores_x if plan is None else plan.scores_x,
+            self.pairs,
+            reduced.scores,
+            self._remainder(reduced),
+            self.sizes,
+        )
+        return self._design(structure, reduced)
+
+    def each(self, reduced: Reduced) -> Design:
+        """The design of one response, for `vmap` over the lanes; levels are not collapsed."""
+        remainder = self._remainder(reduced)
         if self.codes is None:
-            scores = _append(self.scores_x, reduced.scores, axis=1)
-            structure: Any = Dense(
-                self.factors[..., None], scores, remainder, self.sizes, self.levels
-            )
+            scores = jnp.concatenate([self.scores_x, reduced.scores[:, None]], axis=1)
+            structure: Any = Dense(self.factors, scores, remainder, self.sizes, self.levels)
         else:
-            plan = self.collapse
-            counts = jnp.ones(self.levels[0], self.dtype) if plan is None else plan.counts
-            structure = Grouped(
-                (self.factors if plan is None else plan.factors)[..., None],
-                _append(self.scores_x if plan is None else plan.scores_x, reduced.scores, axis=1),
-                counts[:, None],
-                remainder,
-                self.sizes,
-            )
+            scores = jnp.concatenate([self.scores_x, reduced.scores[:, None]], axis=1)
+            structure = Grouped(self.factors, scores, remainder, self.sizes)
+        return self._design(structure, reduced)
+
+    def _remainder(self, reduced: Reduced) -> Array:
+        lanes = reduced.remainder_yy.shape
+        of_x = self.remainder_xx.reshape(self.p, self.p, *[1] * len(lanes))
+        of_x = jnp.broadcast_to(of_x, (self.p, self.p, *lanes))
+        top = jnp.concatenate([of_x, reduced.remainder_xy[:, None]], axis=1)
+        bottom = jnp.concatenate([reduced.remainder_xy, reduced.remainder_yy[None]])
+        return jnp.concatenate([top, bottom[None]])
+
+    def _design(self, structure: Any, reduced: Reduced) -> Design:
+        lanes = [1] * reduced.residual_ss.ndim
+
+        def shared(array: Array) -> Array:
+            return jnp.reshape(array, (*array.shape, *lanes))
+
         names = tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes))
         return Design(
             structure=structure,
-            basis=self.basis[..., None],
+            basis=shared(self.basis),
             beta_ols=reduced.beta_ols,
             residual_ss=reduced.residual_ss,
             total_ss=reduced.total_ss,
-            log_weights=self.log_weights[None],
-            scales=tuple(scale[:, None] for scale in self.scales),
-            n=self.n[None],
+            log_weights=shared(self.log_weights),
+            scales=tuple(shared(scale) for scale in self.scales),
+            n=shared(self.n),
             p=self.p,
             names=names,
             dtype=self.dtype,
@@ -187,37 +245,30 @@ class SharedDesign:
     def rotated(self, reduced: Reduced, *, reml: bool) -> Design:
         """The designs that have the same criterion without fixed effects; needs `spectral`."""
         assert self.spectral is not None
-        design = self.design(reduced)
+        whole = self.batch(reduced)
         scores, shift = self.spectral.scores(reduced.scores)
         across = jnp.sum(reduced.remainder_xy * shift, axis=0)
         within = jnp.sum(shift * (self.remainder_xx @ shift), axis=0)
         remainder = reduced.remainder_yy + 2 * across + within
         log_basis = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(self.basis))))
-        return Design(
-            structure=Grouped(
+        levels = self.spectral.factors.shape[-1]
+        return replace(
+            whole,
+            structure=GroupedBatch(
                 self.spectral.factors[..., None],
-                scores[:, None],
                 self.spectral.counts[:, None],
+                jnp.zeros((1, 0, levels), self.dtype),
+                jnp.zeros((0, 1, levels), self.dtype),
+                scores,
                 remainder[None, None],
                 self.sizes,
             ),
             basis=jnp.zeros((0, 0, 1), self.dtype),
             beta_ols=reduced.beta_ols[:0],
-            residual_ss=reduced.residual_ss,
-            total_ss=reduced.total_ss,
-            log_weights=design.log_weights - 2 * log_basis * reml,
-            scales=design.scales,
-            n=design.n - self.p if reml else design.n,
+            log_weights=whole.log_weights - 2 * log_basis * reml,
+            n=whole.n - self.p if reml else whole.n,
             p=0,
-            names=design.names,
-            dtype=self.dtype,
         )
-
-
-def _append(shared: Array, own: Array, axis: int) -> Array:
-    """Scores of X, the same in all lanes, and then those of y, along a new place on `axis`."""
-    shared = jnp.broadcast_to(shared[..., None], (*shared.shape, own.shape[-1]))
-    return jnp.concatenate([shared, jnp.expand_dims(own, axis)], axis=axis)
 
 
 def share(
@@ -229,7 +280,7 @@ def share(
     structure: str | None,
     reml: bool,
     kept: np.ndarray | None = None,
-) -> tuple[SharedDesign, np.ndarray]:
+) -> SharedDesign:
     """Prepare a design for blocks of responses, on the host.
 
     Args:
@@ -242,7 +293,7 @@ def share(
             equal levels are not collapsed then, so that all patterns have the same shapes.
 
     Returns:
-        The design, and the order (n,) in which `SharedDesign.reduce` takes the rows of a block.
+        The design.
 
     Raises:
         DataError: fewer rows than effects, one level only, or X not of full rank in these rows.
@@ -270,35 +321,34 @@ def share(
     basis_rows, triangle = np.linalg.qr(rows)
     require_full_rank(triangle, rows)
 
-    plan = eigen = None
+    plan = eigen = pairs = None
     grouped = isinstance(basis, GroupedBasis)
-    if grouped:
-        order, codes = basis.order, basis.codes.astype(np.int32)
-    else:
-        order, codes = np.arange(n), None
-    basis_rows = basis_rows[order]
-    # X as its own "response" gives its scores and what they leave.
-    columns = np.zeros((n, X.shape[1]))
-    columns[order] = basis_rows
-    of_x: Any = basis.structure(columns, sizes)
-    if grouped and kept is None:
-        plan = collapse(basis.factors, of_x.scores)
-        if sum(sizes) == 1:
-            factors, scores = basis.factors, of_x.scores
-            counts = np.ones(basis.n_levels)
-            if plan is not None:
-                factors, scores, counts = plan.factors, plan.scores_x, plan.counts
-            eigen = spectral(factors, counts, scores, reml=reml)  # pyright: ignore
     directions: Any = basis.directions
+    codes = None
+    if grouped:  # it sorts the rows by level
+        codes = effects[0][0].astype(np.int32)
+        directions = directions[np.argsort(basis.order)]
+    of_x: Any = basis.structure(basis_rows, sizes)  # X as its own response
+    q, p = sum(sizes), X.shape[1]
+    size = p * (p + 1) // 2 * (q * (q + 1) // 2) * effects[0][2]
+    if grouped and q <= MOST_EFFECTS and size <= MOST_PAIRS:
+        factors, scores, counts = basis.factors, of_x.scores, np.ones(basis.n_levels)
+        plan = collapse(factors, scores) if kept is None else None
+        if plan is not None:
+            factors, scores, counts = plan.factors, plan.scores_x, plan.counts
+        if q == 1 and kept is None:
+            eigen = spectral(factors, counts, scores, reml=reml)  # pyright: ignore
+        pairs = cross_products(scores)  # pyright: ignore
     rest = basis_rows - _projected(directions, codes, of_x.scores)
-    shared = SharedDesign(
-        roots=None if roots is None else roots[order, None],  # pyright: ignore
-        offset=None if offset is None else offset[order, None],  # pyright: ignore
+    return SharedDesign(
+        roots=None if roots is None else roots[:, None],  # pyright: ignore
+        offset=None if offset is None else offset[:, None],  # pyright: ignore
         basis_rows=basis_rows,  # pyright: ignore
         directions=directions,
         codes=codes,  # pyright: ignore
         rest_rows=rest,  # pyright: ignore
         basis=triangle,  # pyright: ignore
+        constant=_constant(X[used]),  # pyright: ignore
         factors=of_x.factors,
         scores_x=of_x.scores,
         remainder_xx=of_x.remainder,
@@ -307,11 +357,11 @@ def share(
         scales=tuple(scales),  # pyright: ignore
         collapse=plan,
         spectral=eigen,
+        pairs=pairs,  # pyright: ignore
         sizes=sizes,
         levels=tuple(levels for *_, levels in effects),
         dtype="float64",
     )
-    return shared, order
 
 
 def _projected(directions: np.ndarray, codes: np.ndarray | None, scores: np.ndarray) -> np.ndarray:
@@ -319,6 +369,12 @@ def _projected(directions: np.ndarray, codes: np.ndarray | None, scores: np.ndar
     if codes is None:
         return directions @ scores
     return np.einsum("nq,qpn->np", directions, scores[:, :, codes])
+
+
+def _constant(X: np.ndarray) -> np.ndarray:
+    coefficients = np.linalg.lstsq(X, np.ones(len(X)))[0]
+    exact = np.max(np.abs(X @ coefficients - 1), initial=0.0) < 1e-12
+    return coefficients if exact else np.zeros(X.shape[1])
 
 
 def _check_rows(used: np.ndarray, p: int, terms: list[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -18,8 +18,9 @@ terms: nothing cancels, however large the variance ratio, and a singular Omega i
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -43,8 +44,7 @@ class Structure(Protocol):
     """A pytree of the cross-products of one data set, with these contractions.
 
     `omega` is always the vector of `covariance`, length m. Effects are in scaled units
-    (`Design.scales`). `cross`-shaped arguments are D or D times a matrix from the right
-    (`combine`); `inner`-shaped ones are B or D W W' D' (`outer`).
+    (`Design.scales`). `cross` is D in the structure's own layout, `inner` what has that of B.
     """
 
     @property
@@ -69,8 +69,8 @@ class Structure(Protocol):
         """D @ matrix, for `matrix` of shape (p + 1, k)."""
         ...
 
-    def outer(self, cross: Array, weights: Array) -> Array:
-        """D diag(weights) D' in the layout of B, as far as the traces below read it."""
+    def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
+        """D matrix diag(weights) matrix' D' in the layout of B, for `pair_trace`."""
         ...
 
     def trace(self, inner: Array) -> Array:
@@ -81,10 +81,24 @@ class Structure(Protocol):
         """tr(E_i left E_j right), shape (m, m)."""
         ...
 
-    def form(self, cross: Array) -> Array:
-        """D' E_i D, shape (m, k, k)."""
+    def form(self, cross: Array, matrix: Array) -> Array:
+        """matrix' D' E_i D matrix, shape (m, k, k), for `matrix` of shape (p + 1, k)."""
+        ...
+
+    def without_response(self) -> Any:
+        """The same with a response of length 1 that neither X nor Z explains; one lane."""
         ...
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         """Omega D for D of shape k = 1: per term (levels, effects), in scaled units."""
         ...
+
+
+def blank_response(scores: Array, remainder: Array) -> tuple[Array, Array]:
+    """Scores (., p + 1, ...) and remainder (p + 1, p + 1) of `Structure.without_response`."""
+    p = len(remainder) - 1
+    scores, remainder = jnp.asarray(scores), jnp.asarray(remainder)
+    return (
+        scores.at[:, p].set(0.0),
+        remainder.at[p].set(0.0).at[:, p].set(0.0).at[p, p].set(1.0),
+    )

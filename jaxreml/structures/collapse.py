@@ -31,7 +31,8 @@ class Collapse:
         counts: (G,), as in `Grouped`.
         scores_x: (q, p, G), scores of X.
         rotation: (r, J), orthonormal rows, block by block of the classes.
-        classes: (J,), which class a level's remainder goes to; D for none.
+        classes, classes_rotated: (J,) and (r,), which class a level's remainder goes to; D for
+            none.
         n_classes: D, static.
     """
 
@@ -40,6 +41,7 @@ class Collapse:
     scores_x: Array
     rotation: Array
     classes: Array
+    classes_rotated: Array
     n_classes: int = field(metadata={"static": True})
 
     def scores(self, scores: Array) -> Array:
@@ -48,31 +50,37 @@ class Collapse:
         rotated = jnp.einsum("rJ,qJB->qrB", self.rotation, scores)
         if not self.n_classes:
             return rotated
-        rest = scores - jnp.einsum("rJ,qrB->qJB", self.rotation, rotated)
         pairs = {
-            (i, k): jax.ops.segment_sum(rest[i] * rest[k], self.classes, self.n_classes + 1)[:-1]
+            (i, k): self._by_class(scores[i] * scores[k], self.classes)
+            - self._by_class(rotated[i] * rotated[k], self.classes_rotated)
             for i in range(q)
             for k in range(i + 1)
         }
         columns = _root(pairs, q)  # q columns of (q, D, B)
         return jnp.concatenate([rotated, *columns], axis=1)
 
+    def _by_class(self, values: Array, classes: Array) -> Array:
+        """Sums over the levels of each class, (D, B)."""
+        return jax.ops.segment_sum(values, classes, self.n_classes + 1)[:-1]
+
 
 def _root(pairs: dict[tuple[int, int], Array], q: int) -> list[Array]:
     """Columns of Cholesky factors of cross-products given by lower triangle.
 
-    A pivot is at least its rounding error, so that a remainder that lies in fewer than q
-    directions neither fails nor divides by noise.
+    A pivot is at least its rounding error and an entry at most what the diagonal allows, so that a
+    remainder that lies in fewer than q directions neither fails nor divides by noise.
     """
     factor: dict[tuple[int, int], Array] = {}
     zero = jnp.zeros_like(pairs[0, 0])
     for k in range(q):
         pivot = pairs[k, k] - sum((factor[k, j] ** 2 for j in range(k)), zero)
-        root = jnp.sqrt(jnp.maximum(pivot, 1e-15 * pairs[k, k]))
+        root = jnp.sqrt(jnp.maximum(pivot, 1e-15 * jnp.abs(pairs[k, k])))
         factor[k, k] = root
         for i in range(k + 1, q):
             rest = pairs[i, k] - sum((factor[i, j] * factor[k, j] for j in range(k)), zero)
-            factor[i, k] = jnp.where(root > 0, rest / jnp.where(root > 0, root, 1.0), 0.0)
+            most = jnp.sqrt(jnp.maximum(pairs[i, i], 0.0))
+            entry = jnp.clip(rest / jnp.where(root > 0, root, 1.0), -most, most)
+            factor[i, k] = jnp.where(root > 0, entry, 0.0)
     return [jnp.stack([factor.get((i, k), zero) for i in range(q)]) for k in range(q)]
 
 
@@ -132,6 +140,7 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
         ),
         rotation=rotation,
         classes=home,
+        classes_rotated=home[first],
         n_classes=len(collapsed),
     )
 

@@ -7,7 +7,7 @@ against it. The random effects of a term are ordered level by level.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from jaxreml import covariance
-from jaxreml.structures.base import Marginal, Projection
+from jaxreml.structures.base import Marginal, Projection, blank_response
 
 
 @lru_cache
@@ -81,7 +81,8 @@ class Dense:
     def combine(self, cross: Array, matrix: Array) -> Array:
         return cross @ matrix
 
-    def outer(self, cross: Array, weights: Array) -> Array:
+    def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
+        cross = cross @ matrix
         return (cross * weights) @ cross.T
 
     def trace(self, inner: Array) -> Array:
@@ -104,13 +105,18 @@ class Dense:
             rows.append(jnp.concatenate(row, axis=1))
         return jnp.concatenate(rows)
 
-    def form(self, cross: Array) -> Array:
+    def form(self, cross: Array, matrix: Array) -> Array:
+        cross = cross @ matrix
         k = cross.shape[1]
         forms = []
         for part, q in zip(self._split(cross), self.sizes, strict=True):
             products = jnp.einsum("jau,jbv->abuv", part, part).reshape(q * q, k * k)
             forms.append((_basis(q) @ products).reshape(-1, k, k))
         return jnp.concatenate(forms)
+
+    def without_response(self) -> Dense:
+        scores, remainder = blank_response(self.scores, self.remainder)
+        return replace(self, scores=scores, remainder=remainder)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         matrices = covariance.symmetric_matrices(omega, self.sizes)

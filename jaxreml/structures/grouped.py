@@ -7,7 +7,7 @@ of unequal numbers of levels for `vmap`) has F = 0 and c = 0 and contributes not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml import covariance, linalg
-from jaxreml.structures.base import Marginal, Projection
+from jaxreml.structures.base import Marginal, Projection, blank_response
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
@@ -29,21 +29,15 @@ COLLINEAR = 1e-10
 class Grouped:
     """Cross-products of one grouping factor with J levels.
 
-    Every array may have one more axis at the end, the lanes of a batch, of the same length or 1
-    everywhere; `omega` and the results then have it too.
-
     Attributes:
         factors: (q, q, J), F of each level's Z = Q F, upper triangular.
         scores: (q, p + 1, J), Q'[X y].
-        counts: (J,), how many levels with this F the entry stands for in log|V0| and its
-            derivatives: 1, or another number where levels were collapsed (`jaxreml.collapse`).
         remainder: (p + 1, p + 1), cross-products of [X y] minus its projection on Q.
         sizes: effects per term, static; they sum to q.
     """
 
     factors: Array
     scores: Array
-    counts: Array
     remainder: Array
     sizes: tuple[int, ...] = field(metadata={"static": True})
 
@@ -56,8 +50,7 @@ class Grouped:
     def _omega(self, omega: Array) -> Array:
         """Omega, (q, q, 1), the same for all levels."""
         q = sum(self.sizes)
-        flat = jnp.tensordot(self._basis.T, omega, axes=1)
-        return flat.reshape(q, q, 1, *omega.shape[1:])
+        return (self._basis.T @ omega).reshape(q, q, 1)
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         q = sum(self.sizes)
@@ -65,7 +58,7 @@ class Grouped:
         inner = linalg.matmul(scaled, linalg.transpose(self.factors))
         factor = linalg.cholesky(inner + linalg.eye_like(inner))
         logs = sum(jnp.log(factor[i, i]) for i in range(q))
-        return factor, 2 * jnp.sum(self.counts * logs, axis=0)
+        return factor, 2 * jnp.sum(logs)
 
     def _gram(self, scores: Array) -> Array:
         """The remainder plus the cross-products of scores (q, p + 1, J)."""
@@ -86,37 +79,38 @@ class Grouped:
         return Projection(logdet, self._gram(scores), inner, cross)
 
     def repeat(self, inner: Array) -> Array:
-        return inner * self.counts
+        return inner
 
     def combine(self, cross: Array, matrix: Array) -> Array:
-        if matrix.ndim == 2:
-            return jnp.einsum("auJ,uv->avJ", cross, matrix)
-        return linalg.matmul(cross, matrix[:, :, None])
+        return jnp.einsum("auJ,uv->avJ", cross, matrix)
 
-    def outer(self, cross: Array, weights: Array) -> Array:
+    def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
+        cross = self.combine(cross, matrix)
         weighted = cross * weights[:, None]
         return jnp.sum(weighted[:, None] * cross[None], axis=2)
 
     def trace(self, inner: Array) -> Array:
-        total = jnp.sum(inner, axis=2)
-        return jnp.tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
+        return self._basis @ jnp.sum(inner, axis=2).reshape(-1)
 
     def pair_trace(self, left: Array, right: Array) -> Array:
         q = sum(self.sizes)
         rows, columns = covariance.triangle(q)
         products = linalg.row_products(left[rows, columns], right[rows, columns])
-        flat = products.reshape(-1, *products.shape[2:])
-        pairing = jnp.asarray(_pairing(self.sizes), flat.dtype)
-        traces = jnp.tensordot(pairing, flat, axes=1)
         m = covariance.count_theta(self.sizes)
-        return traces.reshape(m, m, *flat.shape[1:])
+        traces = jnp.asarray(pairing(self.sizes), products.dtype) @ products.reshape(-1)
+        return traces.reshape(m, m)
 
-    def form(self, cross: Array) -> Array:
+    def form(self, cross: Array, matrix: Array) -> Array:
+        cross = self.combine(cross, matrix)
         forms = []
-        for a, b in _effects(self.sizes):
+        for a, b in zip(*covariance.effects_of_omega(self.sizes), strict=True):
             product = linalg.row_products(cross[a], cross[b])
             forms.append(product if a == b else product + linalg.transpose(product))
         return jnp.stack(forms)
+
+    def without_response(self) -> Grouped:
+        scores, remainder = blank_response(self.scores, self.remainder)
+        return replace(self, scores=scores, remainder=remainder)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         modes = linalg.matmul(self._omega(omega), cross)[:, 0]
@@ -125,13 +119,7 @@ class Grouped:
 
 
 @lru_cache
-def _effects(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Which two effects each entry of omega belongs to."""
-    return [tuple(np.argwhere(matrix)[-1].tolist()) for matrix in covariance.symmetric_basis(sizes)]
-
-
-@lru_cache
-def _pairing(sizes: tuple[int, ...]) -> np.ndarray:
+def pairing(sizes: tuple[int, ...]) -> np.ndarray:
     """tr(E_i L E_j R) for symmetric L and R as a linear map of the products of the entries of
     their lower triangles: (m m, t t), t = q (q + 1) / 2."""
     q = sum(sizes)
@@ -140,12 +128,12 @@ def _pairing(sizes: tuple[int, ...]) -> np.ndarray:
     place = np.maximum(place, place.T)
     basis = covariance.symmetric_basis(sizes)
     m, t = len(basis), q * (q + 1) // 2
-    pairing = np.zeros((m, m, t, t))
+    traces = np.zeros((m, m, t, t))
     for i, j in np.ndindex(m, m):
         for a, b in np.argwhere(basis[i]):
             for c, d in np.argwhere(basis[j]):
-                pairing[i, j, place[b, c], place[d, a]] += 1
-    return pairing.reshape(m * m, t * t)
+                traces[i, j, place[b, c], place[d, a]] += 1
+    return traces.reshape(m * m, t * t)
 
 
 class GroupedBasis:
@@ -202,11 +190,9 @@ class GroupedBasis:
                 score = self._sum(direction * rest)
             rest = rest - direction * score[self.codes]
             scores.append(score.T)
-        counts = np.ones(self.n_levels, self.factors.dtype)
         return Grouped(
             cast(Array, self.factors),
             cast(Array, xp.stack(scores)),
-            cast(Array, counts),
             rest.T @ rest,
             sizes,
         )
