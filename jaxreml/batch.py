@@ -319,7 +319,8 @@ class _Pattern:
         for group, shift, out in zip(groups, shifts, block, strict=True):
             contiguous = group[-1] - group[0] == group.size - 1
             where = slice(group[0], group[-1] + 1) if contiguous else group
-            np.subtract(self.values[:, where], shift, out=out)
+            with np.errstate(over="ignore"):  # not finite then, which the status says
+                np.subtract(self.values[:, where], shift, out=out)
         if self.kept is not None:
             block[:, ~self.kept] = 0.0
         return block, shifts

@@ -346,7 +346,13 @@ def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
 
 
 def stack(designs: Sequence[Design]) -> Design:
-    """Stack designs of one shape for `vmap`, padding grouped designs of fewer levels.
+    """Stack designs for `vmap`: ``jax.vmap(estimate)(stack(designs))``.
+
+    They may differ in everything but shape: responses, X, effects, weights. Grouped designs may
+    also differ in their numbers of rows, which none of their arrays has, and of levels: those of
+    fewer get levels without rows, which change nothing. Without `stack`, a function of arrays that
+    ends in ``estimate(Design.from_arrays(...))`` can itself be mapped with `vmap`; where X alone
+    or y alone is mapped it stays grouped, where effects or weights are it is "dense".
 
     Args:
         designs: equal numbers of fixed effects, terms and effects; ungrouped ones of rows too.

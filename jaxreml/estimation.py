@@ -54,8 +54,9 @@ _SENTENCES = {
     "may be badly scaled or nearly unidentified",
     Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a "
     "saddle point, not a minimum",
-    Status.NOT_FINITE: "the criterion or its derivatives are not finite: the covariance matrix is "
-    "not positive definite in floating point",
+    Status.NOT_FINITE: "the criterion or its derivatives are not finite: squares of the response "
+    "overflow, or the covariance matrix is not positive definite in floating point; rescale the "
+    "data",
     Status.PERFECT_FIT: "the model fits the response perfectly: the residual variance is zero and "
     "the likelihood has no maximum",
     Status.NOT_CERTIFIED: "the separately compiled gradient at the reported optimum is not zero: "
@@ -384,6 +385,7 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     )
     # On the way there rounding may stop the search before.
     perfect = perfect | ((status != Status.CONVERGED) & (rss < NEARLY_PERFECT * design.residual_ss))
+    perfect = perfect & jnp.isfinite(design.total_ss)
     status = jnp.where(perfect, Status.PERFECT_FIT, status)
     return Estimate(
         theta=covariance.join_triangles(factors),

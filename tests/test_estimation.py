@@ -75,8 +75,34 @@ def test_vmap_over_responses_alone():
         assert float(fits.criterion[k]) == pytest.approx(float(alone.criterion), abs=1e-8)
 
 
-def test_designs_with_unequal_levels_are_padded():
+def test_vmap_over_everything():
+    """Traced X, effects and weights: the dense structure."""
+    rng = np.random.default_rng(0)
+    _, X, codes, Z = independent.simulate(1)
+    n = len(X)
+    Xs = X + rng.normal(size=(3, *X.shape)) * (np.arange(X.shape[1]) > 0)
+    Zs = Z + rng.normal(size=(3, *Z.shape))
+    weights = rng.uniform(0.5, 2, (3, n))
+    effects = rng.normal(size=(3, codes.max() + 1, Z.shape[1]))
+    ys = np.sum(Zs * effects[:, codes], axis=2) + rng.normal(size=(3, n))
+
+    def fit(y, X, Z, weights):
+        return estimate(Design.from_arrays(y, X, [(codes, Z)], weights=weights))
+
+    fits = jax.vmap(fit)(ys, Xs, Zs, weights)
+    for k, arrays in enumerate(zip(ys, Xs, Zs, weights, strict=True)):
+        alone = fit(*arrays)
+        assert int(fits.status[k]) == int(alone.status) == Status.CONVERGED
+        assert float(fits.criterion[k]) == pytest.approx(float(alone.criterion), abs=1e-8)
+        np.testing.assert_allclose(fits.beta[k], alone.beta, atol=1e-6)
+
+
+def test_designs_of_unequal_rows_levels_and_weights_are_padded():
     designs = [design_of(1, n_groups=9), design_of(2, n_groups=12)]
+    y, X, codes, Z = independent.simulate(3, n_groups=12)
+    rows, weights = slice(10, None), np.random.default_rng(0).uniform(0.5, 2, y.size - 10)
+    terms = [(codes[rows], Z[rows])]
+    designs.append(Design.from_arrays(y[rows], X[rows], terms, weights=weights))
     together = jax.vmap(estimate)(stack(designs))
     for k, design in enumerate(designs):
         alone = float(estimate(design).criterion)
