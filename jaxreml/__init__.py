@@ -2,7 +2,7 @@
 
 Three levels: `reml_objective` and `ml_objective` (pure scalars of parameters and a `Design`),
 `estimate` (pure, from a `Design` to its optimum) and `fit` (a formula and a dataframe to labelled
-results).
+results); `fit_many` fits one model to many responses.
 
 Names are imported when they are first used: `import jaxreml` itself does not import JAX.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxreml.model import fit as fit
     from jaxreml.objective import ml_objective as ml_objective
     from jaxreml.objective import reml_objective as reml_objective
+    from jaxreml.parts import StreamedResults as StreamedResults
     from jaxreml.results import LMMResults as LMMResults
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _HOMES = {
     "LMMResults": "results",
     "PrecisionError": "errors",
     "Status": "estimation",
+    "StreamedResults": "parts",
     "Term": "designs",
     "design": "frame",
     "enable_compilation_cache": "cache",

@@ -11,9 +11,11 @@ import jax
 def test_python_blocks_run():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     names: dict = {}
     with jax.enable_x64(False):
-        exec(blocks[0], names)
+        for block in blocks:
+            exec(block, names)
     assert abs(names["slope"]).max() < 1e-6
     assert abs(names["value"] - names["estimate"].criterion) < 1e-9
+    assert names["results"].converged.all() and len(names["results"]) == 200
