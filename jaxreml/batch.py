@@ -170,10 +170,10 @@ class BatchFitter:
         self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: _Table
     ) -> None:
         """Fit the columns that have values in the rows `kept` and only there."""
-        rows = slice(None) if kept is None else kept
-        first = values[rows][0, columns] if kept is not None else values[0, columns]
-        suspects = columns[first == values[rows][-1, columns]]
-        constant = suspects[(values[rows][:, suspects] == values[rows][0, suspects]).all(axis=0)]
+        rows = np.arange(len(values)) if kept is None else np.flatnonzero(kept)
+        suspects = columns[values[rows[0], columns] == values[rows[-1], columns]]
+        same = values[np.ix_(rows, suspects)] == values[rows[0], suspects]
+        constant = suspects[same.all(axis=0)]
         table.status[constant] = Status.CONSTANT
         columns = np.setdiff1d(columns, constant)
         if not columns.size:

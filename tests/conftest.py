@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import jax
+import os
+
+import jaxlib
 import pytest
+
+# Most of the tests' time is compilation, and this halves it, as in `fit` and `fit_many` themselves
+# (`jaxreml.cache.quick_compilation`). XLA_FLAGS= pytest runs with XLA's defaults.
+if jaxlib.__version__.startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+import jax
 
 
 @pytest.fixture(autouse=True)
