@@ -317,7 +317,7 @@ class _Pattern:
         shifts = self.values[self.first_row, groups] * self.shifts
         block = np.empty((len(groups), len(self.values), groups.shape[1]))
         for group, shift, out in zip(groups, shifts, block, strict=True):
-            contiguous = group[-1] - group[0] == group.size - 1
+            contiguous = bool((np.diff(group) == 1).all())
             where = slice(group[0], group[-1] + 1) if contiguous else group
             with np.errstate(over="ignore"):  # not finite then, which the status says
                 np.subtract(self.values[:, where], shift, out=out)
