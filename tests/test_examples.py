@@ -70,19 +70,56 @@ def check_optax_lbfgs(figures: dict, text: str) -> None:
     )
 
 
-CHECKS = {"schools": check_schools, "optax_lbfgs": check_optax_lbfgs}
+def check_genes(figures: dict, text: str) -> None:
+    results = figures["results"]
+    assert len(results) == 2000 and (~results.converged).sum() == 2
+    assert figures["power"] > 0.9
+    assert figures["false_discovery_proportion"] < 0.1  # 0.05 on average
+    assert 0.93 < figures["coverage"] < 0.97
+    assert figures["null_uniform"] > 0.001
+    donor = figures["donor"]
+    assert donor["correlation"] > 0.9 and abs(donor["bias"]) < 0.02
+    assert donor["singular_without"] > 0.4  # a half in theory
+    assert set(figures["agreement"]) == {"complete", "missing values", "singular"}
+    assert max(figures["agreement"].values()) < 1e-6
+    assert "the response is constant" in text and "Plot" not in text
+
+
+CHECKS = {"genes": check_genes, "optax_lbfgs": check_optax_lbfgs, "schools": check_schools}
 
 
 def test_examples_and_checks_correspond():
     assert {path.stem for path in EXAMPLES} == set(CHECKS)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path):
-    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+def load(name: str):
+    path = next(path for path in EXAMPLES if path.stem == name)
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_example(name):
+    module = load(name)
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
         figures = module.main()
-    CHECKS[path.stem](figures, text.getvalue())
+    CHECKS[name](figures, text.getvalue())
+
+
+def test_plot_of_genes(tmp_path):
+    import pandas as pd
+
+    genes = load("genes")
+    table = pd.DataFrame(
+        {"log2_fold_change": [0.1, 2.0], "p_value": [0.5, 1e-9], "discovery": [False, True]}
+    )
+
+    class Results:
+        class model:
+            formula = "~ x + (1 | g)"
+
+    path = genes.draw(Results, table, pd.Series([0.1, 0.4]), tmp_path / "genes.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
