@@ -238,7 +238,7 @@ def start_root(design: Design, reml: bool) -> Array:
     rss = expansion.gram_factor[p, p] ** 2
     forms = -expansion.gram_slopes[:, p, p] * rss
     forms = jnp.concatenate([forms, (rss - jnp.sum(omega * forms, axis=0))[None]])
-    solution = jnp.linalg.solve(traces, forms)
+    solution = newton.solve_flat(traces, forms)  # confounded terms share what is theirs
     sigma2 = jnp.maximum(solution[-1], 0.1 * rss / degrees)
     relative = solution[:-1] / sigma2
     roots = []

@@ -196,8 +196,8 @@ def design(
 
 def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) -> pd.DataFrame:
     """A copy of the columns that the formula names, as pandas."""
-    expressions = [parsed.fixed, *parsed.offsets]
-    expressions += [parsed.response] if parsed.response else []
+    expressions = [parsed.response] if parsed.response else []
+    expressions += [parsed.fixed, *parsed.offsets]
     expressions += [bar.effects for bar in parsed.random]
     names = [name for expression in expressions for name in names_in(expression)]
     names += [factor for bar in parsed.random for factor in bar.factors]
