@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from keyword import iskeyword
@@ -211,7 +212,8 @@ def _fit_to_file(
         if first:
             parts.start()
     count = 0
-    with job.crew.together():
+    with job.crew.together(), ThreadPoolExecutor(1) as writer:
+        written: list[Future] = []  # a block is written while the next is fitted
         for k, block in enumerate(job.responses.blocks(size)):
             count += 1
             if not job.crew.owns(k):
@@ -221,14 +223,23 @@ def _fit_to_file(
             if status is None:
                 fits = job.fit(values)
                 status = fits.status
-                parts.write(k, block.names, values, BatchResults(job.model, block.names, fits))
+                results = BatchResults(job.model, block.names, fits)
+                _wait_for(written)
+                written = [writer.submit(parts.write, k, block.names, values, results)]
             advance(status)
+        _wait_for(written)
     with job.crew.together():
         if first:
             parts.assemble(count)
     pq = import_parquet("output to parquet")
     status = pq.read_table(parts.output, columns=["status"]).column("status").to_numpy()
     return StreamedResults(parts.output, job.model, len(status), count_failures(status))
+
+
+def _wait_for(futures: list[Future]) -> None:
+    """Raise what they raised."""
+    for future in futures:
+        future.result()
 
 
 def _model(frame: ModelFrame, method: str, structure: str) -> BatchModel:
