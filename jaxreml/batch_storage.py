@@ -9,6 +9,8 @@ equal bytes, with the same versions of jaxreml and pyarrow.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from jaxreml.batch_results import BatchModel, BatchResults
 from jaxreml.batch_tables import SENTENCES, field_columns, to_frame
 from jaxreml.errors import DataError
 from jaxreml.sources import import_parquet
-from jaxreml.storage import decode, encode
+from jaxreml.storage import check_version, decode_fields, encode
 
 FORMAT = "jaxreml.BatchResults"
 VERSION = 1
@@ -69,16 +71,48 @@ def write_parquet(results: BatchResults, path: str | Path, *, overwrite: bool = 
     """Write results to a parquet file.
 
     Raises:
-        DataError: the file exists and `overwrite` is not given, or as `to_table`.
+        DataError: as `check_new` and `to_table`.
     """
+    path = check_new(path, overwrite)
     pq = import_parquet("to_parquet")
+    table = to_table(results)
+    write_whole(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def check_new(path: str | Path, overwrite: bool) -> Path:
+    """The path of a file to write.
+
+    Raises:
+        DataError: the file exists and `overwrite` is not given; it is a folder; its folder does
+            not exist.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{str(path)!r} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise DataError(f"{str(path)!r} exists; pass overwrite=True, or choose another name")
-    # Under another name first, so that the file is whole or not there.
-    temporary = path.with_name(f"{path.name}.tmp")
-    pq.write_table(to_table(results), temporary)
-    temporary.replace(path)
+    if not path.parent.is_dir():
+        raise DataError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
+def write_whole(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
+    """Write a file under another name and rename it, so that it is whole or not there.
+
+    Args:
+        path: the file.
+        write: writes what it shall hold to the path that it is called with.
+        temporary: the other name, on the same file system; beside `path` if left out.
+    """
+    temporary = temporary or path.with_name(f"{path.name}.tmp")
+    temporary = temporary.with_name(f"{temporary.name}-{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("r+b") as file:  # Windows flushes only what may be written
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_parquet(path: str | Path) -> BatchResults:
@@ -86,6 +120,7 @@ def read_parquet(path: str | Path) -> BatchResults:
 
     Raises:
         DataError: a file that is not one, or of a later version of jaxreml.
+        FileNotFoundError: there is no such file.
     """
     pq = import_parquet("read_parquet")
     from pyarrow import ArrowException
@@ -113,9 +148,8 @@ def _read(schema: Any, read: Any, what: str) -> BatchResults:
         record = None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f"{what} does not hold results of fit_many")
-    if record["version"] > VERSION:
-        raise DataError(f"{what} was written by a later version of jaxreml; upgrade to read it")
-    model = BatchModel(**{name: decode(value) for name, value in record["model"].items()})
+    check_version(record, VERSION, what)
+    model = BatchModel(**decode_fields(BatchModel, record.get("model"), what))
     columns = field_columns(model)
     modes = [_mode_names(group, effects) for group, effects in model.groups]
     kept = any(name in schema.names for names in modes for name in names)
@@ -130,9 +164,16 @@ def _read(schema: Any, read: Any, what: str) -> BatchResults:
         field: _column(table, names) if isinstance(names, str) else _matrix(table, names)
         for field, names in columns.items()
     }
-    lists = tuple(_modes_from_arrow(table, names) for names in modes) if kept else None
-    fits = Fits(**numbers, modes=lists)
-    return BatchResults(model, pd.Index(table.column("response").to_pandas()), fits)
+    lists = (
+        tuple(
+            _modes_from_arrow(table, names, len(levels))
+            for names, levels in zip(modes, model.levels, strict=True)
+        )
+        if kept
+        else None
+    )
+    responses = pd.Index(table.column("response").to_pandas()).rename(None)
+    return BatchResults(model, responses, Fits(**numbers, modes=lists))
 
 
 def _names_to_arrow(names: pd.Index) -> Any:
@@ -164,9 +205,8 @@ def _modes_to_arrow(results: BatchResults) -> dict[str, Any]:
     return columns
 
 
-def _modes_from_arrow(table: Any, names: list[str]) -> np.ndarray:
+def _modes_from_arrow(table: Any, names: list[str], levels: int) -> np.ndarray:
     """Modes of one term, (b, levels, effects)."""
-    levels = table.schema.field(names[0]).type.list_size
     columns = [
         np.concatenate([np.zeros(0), *(chunk.flatten().to_numpy() for chunk in column.chunks)])
         for column in map(table.column, names)
@@ -175,7 +215,7 @@ def _modes_from_arrow(table: Any, names: list[str]) -> np.ndarray:
 
 
 def _column(table: Any, name: str) -> np.ndarray:
-    values = table.column(name).to_numpy()
+    values = _numbers(table, name)
     return values if values.flags.writeable else values.copy()
 
 
@@ -183,5 +223,13 @@ def _matrix(table: Any, names: list[str]) -> np.ndarray:
     """Columns side by side, (b, len(names))."""
     matrix = np.empty((len(table), len(names)))
     for k, name in enumerate(names):
-        matrix[:, k] = table.column(name).to_numpy()
+        matrix[:, k] = _numbers(table, name)
     return matrix
+
+
+def _numbers(table: Any, name: str) -> np.ndarray:
+    values = table.column(name).to_numpy()
+    if values.dtype.kind not in "bif":
+        kind = table.schema.field(name).type
+        raise DataError(f"column {name!r} holds {kind}, not numbers")
+    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from jaxreml import covariance
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
+from jaxreml.results import RESIDUAL
 
 if TYPE_CHECKING:
     from jaxreml.batch_results import BatchModel, BatchResults
@@ -96,27 +98,24 @@ def _tidy_ran_pars(results: BatchResults, quantile: float) -> tuple[Labels, dict
     model = results.model
     sd = np.sqrt(results.variances.to_numpy())
     correlations = results.correlations.to_numpy()
+    unknown = np.full_like(correlations, np.nan)
     spread = results.log_variance_se.to_numpy() / 2
     with np.errstate(over="ignore", invalid="ignore"):  # an SD next to zero has any upper limit
         low, high = sd * np.exp(-quantile * spread), sd * np.exp(quantile * spread)
     # Each term's SDs are followed by its correlations.
     labels: Labels = []
     order: list[int] = []
-    n_sd, n_cor = 0, 0
+    sds = iter(range(sd.shape[1]))
+    pairs = iter(range(sd.shape[1], sd.shape[1] + correlations.shape[1]))
     for group, effects in model.groups:
-        q = len(effects)
-        labels += [("ran_pars", group, f"sd__{effect}") for effect in effects]
-        labels += [
-            ("ran_pars", group, f"cor__{effects[j]}.{effects[i]}")
-            for j in range(q)
-            for i in range(j + 1, q)
-        ]
-        pairs = q * (q - 1) // 2
-        order += [*range(n_sd, n_sd + q), *range(sd.shape[1] + n_cor, sd.shape[1] + n_cor + pairs)]
-        n_sd, n_cor = n_sd + q, n_cor + pairs
-    labels.append(("ran_pars", model.variance_labels[-1][0], "sd__Observation"))
-    order.append(n_sd)
-    unknown = np.full_like(correlations, np.nan)
+        for effect in effects:
+            labels.append(("ran_pars", group, f"sd__{effect}"))
+            order.append(next(sds))
+        for first, second in combinations(effects, 2):
+            labels.append(("ran_pars", group, f"cor__{first}.{second}"))
+            order.append(next(pairs))
+    labels.append(("ran_pars", RESIDUAL, "sd__Observation"))
+    order.append(next(sds))
     return labels, {
         "estimate": np.concatenate([sd, correlations], axis=1)[:, order],
         "std_error": np.concatenate([sd * spread, unknown], axis=1)[:, order],
@@ -200,16 +199,20 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
     `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1,
     x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion,
     gradient_norm, n_iter, is_singular, converged, status, message.
+
+    Raises:
+        DataError: names of columns of the data with commas give two columns one name.
     """
     model, fits = results.model, results.fits
     columns = field_columns(model)
     frame: dict[str, Any] = {"response": results.responses}
 
     def add(names: str | list[str], values: np.ndarray) -> None:
-        if isinstance(names, str):
-            frame[names] = values
-        else:
-            frame.update(zip(names, values.T, strict=True))
+        pairs = [(names, values)] if isinstance(names, str) else zip(names, values.T, strict=True)
+        for name, column in pairs:
+            if name in frame:
+                raise DataError(f"two columns would be {name!r}: rename a column of the data")
+            frame[name] = column
 
     def add_field(*fields: str) -> None:
         for field in fields:
@@ -232,7 +235,7 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
 
 
 def _variance_labels(model: BatchModel) -> list[str]:
-    return [f"{group}, {term}" for group, term in model.variance_labels[:-1]] + ["Residual"]
+    return [", ".join(label) for label in model.variance_labels[:-1]] + [RESIDUAL]
 
 
 def _theta_labels(model: BatchModel) -> list[tuple[str, ...]]:
@@ -311,7 +314,7 @@ def to_xarray(results: BatchResults) -> Any:
         "component": _variance_labels(model),
         "component_group": ("component", [group for group, _ in model.variance_labels]),
         "component_term": ("component", [term for _, term in model.variance_labels]),
-        "pair": pairs,
+        "pair": np.array(pairs, str),  # text too where there are none
         "factor": [", ".join(label) for label in _theta_labels(model)],
     }
     for group, levels, effects, modes in _modes(results):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +73,8 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     path = Path(path)
     if path.suffix != ".parquet":
         raise DataError(f"output {str(path)!r}: the file's name must end in .parquet")
-    if path.exists() and not overwrite:
-        raise DataError(f"{str(path)!r} exists; pass overwrite=True, or choose another name")
-    if not path.parent.is_dir():
-        raise DataError(f"there is no folder {str(path.parent)!r}")
     import_parquet("output to parquet")
-    return path
+    return batch_storage.check_new(path, overwrite)
 
 
 def describe_run(
@@ -150,7 +145,7 @@ class Parts:
         """Make the folder, with its manifest."""
         self.folder.mkdir(exist_ok=True)
         text = json.dumps(self.manifest, indent=2)
-        _write_whole(
+        batch_storage.write_whole(
             self.folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8")
         )
 
@@ -183,7 +178,7 @@ class Parts:
         table = batch_storage.to_table(results)
         metadata = {**(table.schema.metadata or {}), MARK: self._mark(k, names, values)}
         table = table.replace_schema_metadata(metadata)
-        _write_whole(
+        batch_storage.write_whole(
             self._path(k),
             lambda path: self._pq.write_table(table, path, write_page_checksum=True),
         )
@@ -211,7 +206,7 @@ class Parts:
                         raise self._wrong(self._path(k), "has other columns than the first part")
                     writer.write_table(table.replace_schema_metadata(metadata), len(table))
 
-        _write_whole(self.output, write, self.folder / "assembled")
+        batch_storage.write_whole(self.output, write, self.folder / "assembled")
         self.discard()
 
     def _path(self, k: int) -> Path:
@@ -246,16 +241,6 @@ class Parts:
             f"{str(path)!r} {what}, so the run cannot be resumed: delete {remedy}"
             f"{' to fit its block again' if part else ''}, or pass overwrite=True to start anew"
         )
-
-
-def _write_whole(path: Path, write: Any, temporary: Path | None = None) -> None:
-    """Write a file under another name and rename it, so that it is whole or not there."""
-    temporary = temporary or path.with_name(f"{path.name}.tmp")
-    temporary = temporary.with_name(f"{temporary.name}-{os.getpid()}")
-    write(temporary)
-    with temporary.open("r+b") as file:  # Windows flushes only what may be written
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _digest_names(names: pd.Index) -> str:

@@ -42,13 +42,26 @@ def load(path: str | Path) -> LMMResults:
         raise DataError(f"{path} is not a saved fit: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f"{path} is not a saved fit of jaxreml")
-    if record["version"] > VERSION:
-        raise DataError(f"{path} was written by a later version of jaxreml; upgrade to read it")
-    names = [field.name for field in fields(LMMResults)]
-    missing = [name for name in names if name not in record]
+    check_version(record, VERSION, str(path))
+    return LMMResults(**decode_fields(LMMResults, record, str(path)))
+
+
+def check_version(record: dict[str, Any], latest: int, what: str) -> None:
+    """DataError unless a record's version is one that can be read; `what` names the file."""
+    version = record.get("version")
+    if not isinstance(version, int):
+        raise DataError(f"{what} is incomplete: it does not say of which version it is")
+    if version > latest:
+        raise DataError(f"{what} was written by a later version of jaxreml; upgrade to read it")
+
+
+def decode_fields(kind: type, record: Any, what: str) -> dict[str, Any]:
+    """The fields of a dataclass from a record of encoded ones; DataError names what is missing."""
+    names = [field.name for field in fields(kind)]
+    missing = [name for name in names if not isinstance(record, dict) or name not in record]
     if missing:
-        raise DataError(f"{path} is incomplete: {', '.join(missing)} missing")
-    return LMMResults(**{name: decode(record[name]) for name in names})
+        raise DataError(f"{what} is incomplete: {', '.join(missing)} missing")
+    return {name: decode(record[name]) for name in names}
 
 
 def encode_number(value: float) -> float | str | None:

@@ -119,7 +119,13 @@ def test_save_and_load_round_trip(fit, kind, tmp_path):
 
 def test_load_refuses_other_files(tmp_path):
     path = tmp_path / "other.json"
-    for text, message in (("{", "not a saved fit"), ("[1]", "not a saved fit of jaxreml")):
+    for text, message in (
+        ("{", "not a saved fit"),
+        ("[1]", "not a saved fit of jaxreml"),
+        ('{"format": "jaxreml.LMMResults"}', "incomplete: it does not say of which version"),
+        ('{"format": "jaxreml.LMMResults", "version": 2}', "by a later version of jaxreml"),
+        ('{"format": "jaxreml.LMMResults", "version": 1}', "incomplete: formula, method, struct"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             LMMResults.load(path)
