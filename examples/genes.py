@@ -237,7 +237,7 @@ def draw(
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
     volcano, histogram = figure.subplots(1, 2)
-    for found, colour, label in ((False, "0.6", "not"), (True, "C3", "discovered")):
+    for found, colour, label in ((False, "0.6", "not discovered"), (True, "C3", "discovered")):
         part = discoveries[discoveries["discovery"] == found]
         evidence = -np.log10(part["p_value"])
         volcano.plot(part["log2_fold_change"], evidence, ".", color=colour, ms=4, label=label)
