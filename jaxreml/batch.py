@@ -193,7 +193,8 @@ class _Part(NamedTuple):
 
     Attributes:
         columns: (b,), their columns in the block.
-        reduced, root: what is known of them, the responses last; None to begin with.
+        reduced, root, radius: what is known of them and where their search is, the responses last;
+            None to begin with.
         iterations: (b,), expansions so far.
         hopeless: (b,) booleans, whether more steps of the same kind would not help.
     """
@@ -201,13 +202,15 @@ class _Part(NamedTuple):
     columns: np.ndarray
     reduced: Reduced | None
     root: Any
+    radius: Any
     iterations: np.ndarray
     hopeless: np.ndarray
 
     @classmethod
     def fresh(cls, columns: np.ndarray) -> _Part:
         """Nothing known yet."""
-        return cls(columns, None, None, np.zeros(columns.size, int), np.zeros(columns.size, bool))
+        b = columns.size
+        return cls(columns, None, None, None, np.zeros(b, int), np.zeros(b, bool))
 
     def take(self, which: np.ndarray) -> _Part:
         """Some of the responses, by booleans (b,)."""
@@ -295,19 +298,27 @@ class _Pattern:
             if chunk.reduced is None or self.fitter.modes:
                 block, shift = self._block(chunk.columns[padded])
             if chunk.reduced is None:
-                reduced, root = programs.begin(self.shared, block, shift)
+                reduced, root, radius = programs.begin(self.shared, block, shift)
+                before = np.zeros(self.size, np.int32)
             else:
-                held = jax.tree.map(lambda leaf: leaf[..., padded], (chunk.reduced, chunk.root))
-                reduced, root = jax.device_put(held, programs.held)
-            before = chunk.iterations[padded].astype(np.int32)
-            found = programs.climb(self.shared, reduced, root, np.int32(limit))
+                held = chunk.reduced, chunk.root, chunk.radius
+                held = jax.tree.map(lambda leaf: leaf[..., padded], held)
+                reduced, root, radius = jax.device_put(held, programs.held)
+                before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
+            found = programs.climb(self.shared, reduced, root, radius, np.int32(limit))
             packed = programs.conclude(self.shared, reduced, found, before)
             if self.fitter.modes:
                 modes = jax.device_get(programs.modes(self.shared, block, shift, found.root))
         status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
-        iterations = np.asarray(found.iterations)[: chunk.columns.size]
+        width = chunk.columns.size
+        iterations = np.asarray(found.iterations)[:width]
         after = _Part(
-            chunk.columns, reduced, found.root, chunk.iterations + iterations, iterations < limit
+            chunk.columns,
+            reduced,
+            found.root,
+            found.radius,
+            before[:width] + iterations,
+            hopeless=iterations < limit,
         )
         return after.take(status != Status.CONVERGED), iterations
 
@@ -453,18 +464,19 @@ class _Plan(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the search hands on, responses on the last axis."""
+    """What the search hands on, responses on the last axis; `newton.Trace` without its point."""
 
     root: Array
     value: Array
     iterations: Array
     converged: Array
     stalled: Array
+    radius: Array
 
 
 def _begin(
     shared: SharedDesign, values: Array, shift: Array, *, plan: _Plan
-) -> tuple[Reduced, Array]:
+) -> tuple[Reduced, Array, Array]:
     """Reduce a chunk, (groups, n, lanes), and find where to start.
 
     The rows of one group at a time fit into the cache; all that follows takes them together.
@@ -472,9 +484,10 @@ def _begin(
     groups = jax.lax.map(lambda group: shared.reduce(*group, exact=plan.exact), (values, shift))
     reduced = jax.tree.map(_merge, groups)
     if plan.in_lanes:
-        return reduced, start_root(_searched(shared, reduced, plan), plan.reml)
-    start = _per_lane(lambda reduced: start_root(shared.each(reduced), plan.reml))
-    return reduced, start(reduced)
+        root = start_root(_searched(shared, reduced, plan), plan.reml)
+    else:
+        root = _per_lane(lambda reduced: start_root(shared.each(reduced), plan.reml))(reduced)
+    return reduced, root, jnp.ones_like(reduced.residual_ss)
 
 
 def _merge(groups: Array) -> Array:
@@ -491,18 +504,20 @@ def _searched(shared: SharedDesign, reduced: Reduced, plan: _Plan) -> Design:
 
 
 def _climb(
-    shared: SharedDesign, reduced: Reduced, root: Array, limit: Array, *, plan: _Plan
+    shared: SharedDesign, reduced: Reduced, root: Array, radius: Array, limit: Array, *, plan: _Plan
 ) -> Found:
     """The optima, or where at most `limit` expansions from `root` lead."""
 
-    def climb(design: Design, root: Array) -> Found:
-        trace = search(design, root, plan.reml, TOLERANCE, limit, careful=plan.careful)
-        value = trace.point.value
-        return Found(trace.at, value, trace.iterations, trace.converged, trace.stalled)
+    def climb(design: Design, root: Array, radius: Array) -> Found:
+        trace = search(
+            design, root, plan.reml, TOLERANCE, limit, radius=radius, careful=plan.careful
+        )
+        return Found(trace.at, trace.point.value, *trace[2:])
 
     if plan.in_lanes:
-        return climb(_searched(shared, reduced, plan), root)
-    return _per_lane(lambda reduced, root: climb(shared.each(reduced), root))(reduced, root)
+        return climb(_searched(shared, reduced, plan), root, radius)
+    each = _per_lane(lambda reduced, *state: climb(shared.each(reduced), *state))
+    return each(reduced, root, radius)
 
 
 def _conclude(
@@ -514,8 +529,8 @@ def _conclude(
     """
 
     def conclude(design: Design, found: Found, before: Array) -> Array:
-        iterations = before + found.iterations + 1
-        trace = newton.Trace(found.root, None, iterations, found.converged, found.stalled)
+        found = found._replace(iterations=before + found.iterations + 1)
+        trace = newton.Trace(found.root, None, *found[2:])
         point = expand_root(found.root, design, reml=plan.reml)
         return _pack(report(found.root, point, trace, design), found.value)
 
@@ -585,7 +600,7 @@ class _Programs:
         last: list[Any] = [PartitionSpec(*[None] * k, "responses") for k in range(3)]
         scores = last[2 if plan.grouped else 1]
         reduced = Reduced(scores, last[1], last[0], last[1], last[0], last[0], last[0])
-        found = Found(last[1], *[last[0]] * 4)
+        found = Found(last[1], *[last[0]] * 5)
         first, everywhere = PartitionSpec("responses"), PartitionSpec()
         options = quick_compilation(mesh.devices.flat[0].platform)
 
@@ -602,9 +617,10 @@ class _Programs:
                 compiler_options=options,
             )
 
-        self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (reduced, last[1]))
-        self.begin = spread(_begin, (first, first), (reduced, last[1]))
-        self.climb = spread(_climb, (reduced, last[1], everywhere), found)
+        known = reduced, last[1], last[0]
+        self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), known)
+        self.begin = spread(_begin, (first, first), known)
+        self.climb = spread(_climb, (*known, everywhere), found)
         self.conclude = spread(_conclude, (reduced, found, last[0]), last[1])
         self.modes = spread(_modes_of, (first, first, last[1]), last[2])
 

@@ -272,6 +272,7 @@ def search(
     tolerance: float,
     max_iterations: int | Array,
     *,
+    radius: Array | None = None,
     careful: bool = False,
 ) -> newton.Trace:
     """The optimum of the profiled criterion in the root; also for a batch on the last axis.
@@ -292,6 +293,7 @@ def search(
         tolerance=tolerance,
         max_iterations=max_iterations,
         flat=partial(covariance.rotations, sizes=design.sizes),
+        radius=radius,
         careful=careful,
     )
 

@@ -37,6 +37,7 @@ class Trace(NamedTuple):
         iterations: expansions computed.
         converged: whether the decrement reached the tolerance where no eigenvalue is negative.
         stalled: whether the radius collapsed: no downhill step could be found.
+        radius: of the next step, to go on from here.
     """
 
     at: Array
@@ -44,13 +45,13 @@ class Trace(NamedTuple):
     iterations: Array
     converged: Array
     stalled: Array
+    radius: Array
 
 
 class _State(NamedTuple):
     trace: Trace
     step: Array
     predicted: Array
-    radius: Array
     polish: Array
 
 
@@ -62,6 +63,7 @@ def minimise(
     tolerance: float,
     max_iterations: int | Array,
     flat: Callable[[Array], Array | None] | None = None,
+    radius: Array | None = None,
     careful: bool = False,
 ) -> Trace:
     """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
@@ -83,6 +85,7 @@ def minimise(
         flat: directions at a point, (d, m), in which the function does not change to first order.
             Its second derivative there vanishes at the optimum only and may be negative elsewhere,
             which is no reason to leave Newton's step: steps keep out of them.
+        radius: of the first step, (), to go on where another search stopped; 1 if left out.
         careful: see above; without lanes it changes nothing.
     """
     lanes = start.shape[1:]
@@ -91,10 +94,16 @@ def minimise(
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     one = jnp.ones(lanes, start.dtype)
     initial = _State(
-        Trace(start, nothing._replace(value=one * jnp.inf), jnp.zeros(lanes, int), false, false),
+        Trace(
+            start,
+            nothing._replace(value=one * jnp.inf),
+            jnp.zeros(lanes, int),
+            converged=false,
+            stalled=false,
+            radius=one if radius is None else radius,
+        ),
         step=jnp.zeros_like(start),
         predicted=one,
-        radius=one,
         polish=false,
     )
 
@@ -123,11 +132,9 @@ def minimise(
         ratio = gain / state.predicted
         length = _norm(state.step)
         poor = ~accept | ((ratio < 0.1) & (state.predicted > noise))
-        radius = jnp.where(poor, length / 4, state.radius)
-        radius = jnp.where(
-            accept & (ratio > 0.7) & (length > 0.9 * state.radius), 3 * radius, radius
-        )
-        radius = jnp.where(jnp.isfinite(old.point.value), radius, state.radius)
+        radius = jnp.where(poor, length / 4, old.radius)
+        radius = jnp.where(accept & (ratio > 0.7) & (length > 0.9 * old.radius), 3 * radius, radius)
+        radius = jnp.where(jnp.isfinite(old.point.value), radius, old.radius)
 
         hessian = point.hessian if flat is None else _steepen(point.hessian, flat(at))
         step, decrement, escape, negative = rule(point.gradient, hessian)
@@ -143,8 +150,8 @@ def minimise(
         stalled = stalled | (~converged & ~near & (radius < 1e-10))
         if lanes and not careful:
             stalled = stalled | saddle
-        trace = Trace(at, point, old.iterations + 1, converged, stalled)
-        moved = _State(trace, step, predicted, radius, good & (not lanes))
+        trace = Trace(at, point, old.iterations + 1, converged, stalled, radius)
+        moved = _State(trace, step, predicted, good & (not lanes))
         going = unfinished(old)
         return jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
 
