@@ -37,6 +37,7 @@ from jaxreml.designs import Design
 from jaxreml.effects import conditional_modes
 from jaxreml.errors import DataError
 from jaxreml.estimation import (
+    CERTIFIED,
     Estimate,
     Status,
     expand_root,
@@ -49,7 +50,6 @@ from jaxreml.frame import ModelFrame, drop_aliased
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
-CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
 AGREES = 1e-11  # difference of the two programs' criteria, likewise
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
 FEW, MANY = 32, 256  # lanes of a chunk, at least and at most
@@ -403,13 +403,13 @@ class _Table:
         for name in ("sigma", "criterion", "gradient_norm", "iterations", "is_singular"):
             named[name] = named[name][:, 0]
         with np.errstate(invalid="ignore"):
-            named["iterations"] = np.nan_to_num(named["iterations"]).astype(np.int32)
+            named["iterations"] = np.nan_to_num(named["iterations"]).astype(int)
             named["is_singular"] = np.nan_to_num(named["is_singular"]).astype(bool)
         return Fits(
             **{name: np.ascontiguousarray(part) for name, part in named.items()},
             nobs=nobs,
             missing=missing,
-            status=self.status.astype(np.int8),
+            status=self.status,
             modes=self.modes,
         )
 

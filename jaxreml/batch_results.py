@@ -13,6 +13,7 @@ import pandas as pd
 
 from jaxreml import covariance
 from jaxreml.batch import Fits
+from jaxreml.designs import parameter_names
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.results import RESIDUAL
@@ -66,15 +67,7 @@ class BatchModel:
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of `Fits.parameters`, as `Design.parameter_names`."""
-        names: list[str] = []
-        for group, effects in self.groups:
-            names += [f"log_variance[{group}, {effect}]" for effect in effects]
-            names += [
-                f"z[{group}, {effects[j]}, {effects[i]}]"
-                for i in range(len(effects))
-                for j in range(i)
-            ]
-        return (*names, f"log_variance[{RESIDUAL}]")
+        return parameter_names(self.groups)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

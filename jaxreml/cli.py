@@ -58,6 +58,12 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+# Options of both commands
+Ml = Annotated[bool, typer.Option("--ml", help="Maximum likelihood instead of REML.")]
+Weights = Annotated[str | None, typer.Option(help="Column of prior weights, as in lme4.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No messages on stderr.")]
+
+
 @app.callback()
 def main(
     version: Annotated[
@@ -77,15 +83,13 @@ def fit(
         ),
     ],
     formula: Annotated[str, typer.Argument(help='For example "y ~ x + (x | group)".')],
-    ml: Annotated[bool, typer.Option("--ml", help="Maximum likelihood instead of REML.")] = False,
-    weights: Annotated[
-        str | None, typer.Option(help="Column of prior weights, as in lme4.")
-    ] = None,
+    ml: Ml = False,
+    weights: Weights = None,
     format: Annotated[Format, typer.Option(help="Summary, or tidy estimates.")] = Format.text,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write there instead of to stdout.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No messages on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit a model to data and print its summary."""
     _favour_start()
@@ -147,10 +151,8 @@ def fit_many(
             "--responses", help='Glob for the columns to fit, such as "gene_*". [default: all]'
         ),
     ] = None,
-    ml: Annotated[bool, typer.Option("--ml", help="Maximum likelihood instead of REML.")] = False,
-    weights: Annotated[
-        str | None, typer.Option(help="Column of prior weights, as in lme4.")
-    ] = None,
+    ml: Ml = False,
+    weights: Weights = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Responses at a time. [default: by memory]")
     ] = None,
@@ -166,7 +168,7 @@ def fit_many(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output; start anew.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No messages on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit one model to many responses and write a table of results."""
     if output.suffix not in (".parquet", ".csv"):

@@ -46,6 +46,15 @@ def triangle(q: int) -> tuple[np.ndarray, np.ndarray]:
     return rows.astype(INDEX), columns.astype(INDEX)
 
 
+@lru_cache
+def places(q: int) -> np.ndarray:
+    """Where a symmetric matrix has its entries in its lower `triangle`, (q, q)."""
+    places = np.zeros((q, q), INDEX)
+    rows, columns = triangle(q)
+    places[rows, columns] = places[columns, rows] = np.arange(rows.size)
+    return places
+
+
 def count_theta(sizes: Sizes) -> int:
     """Number of variance parameters, the residual's not counted."""
     return sum(q * (q + 1) // 2 for q in sizes)
@@ -153,15 +162,12 @@ def root_curvature(gradient: Array, sizes: Sizes) -> Array:
     start = 0
     for q in sizes:
         lanes = gradient.shape[1:]
-        rows, columns = triangle(q)
-        place = np.zeros((q, q), INDEX)
-        place[rows, columns] = place[columns, rows] = np.arange(start, start + rows.size)
-        square = gradient[place]
+        square = gradient[start + places(q)]
         square = square + linalg.eye_like(square) * square
         unit = np.eye(q, dtype=gradient.dtype).reshape(1, q, 1, q, *[1] * len(lanes))
         block = square[:, None, :, None] * unit
         blocks.append(block.reshape(q * q, q * q, *lanes))
-        start += rows.size
+        start += q * (q + 1) // 2
     return _block_diagonal(blocks)
 
 

@@ -87,15 +87,7 @@ class Design:
         ``log_variance[g, x]`` is the log-variance of effect x of factor g; ``z[g, x1, x2]`` the
         inverse hyperbolic tangent of the (partial) correlation of x1 and x2.
         """
-        names: list[str] = []
-        for group, effects in self.names:
-            names += [f"log_variance[{group}, {effect}]" for effect in effects]
-            names += [
-                f"z[{group}, {effects[j]}, {effects[i]}]"
-                for i in range(len(effects))
-                for j in range(i)
-            ]
-        return (*names, "log_variance[Residual]")
+        return parameter_names(self.names)
 
     @staticmethod
     def from_arrays(
@@ -343,6 +335,17 @@ def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
             f"column {int(np.argmax(dependent))} of X is a linear combination of those before "
             "it; drop it (jaxreml.design and jaxreml.fit do so and name it)"
         )
+
+
+def parameter_names(terms: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
+    """`Design.parameter_names` of random terms, each a grouping factor and its effects."""
+    names: list[str] = []
+    for group, effects in terms:
+        names += [f"log_variance[{group}, {effect}]" for effect in effects]
+        names += [
+            f"z[{group}, {effects[j]}, {effects[i]}]" for i in range(len(effects)) for j in range(i)
+        ]
+    return (*names, "log_variance[Residual]")
 
 
 def stack(designs: Sequence[Design]) -> Design:

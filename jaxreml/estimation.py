@@ -23,6 +23,7 @@ LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for arctanh(+-1) likewise
 FLAT = 1e-10  # of a Hessian with unit diagonal: below it a direction is not identified
 NEARLY_PERFECT = 1e-10  # likewise, where the search did not converge
+CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
 PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
 
 

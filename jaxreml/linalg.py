@@ -60,6 +60,12 @@ def eye_like(matrix: Array) -> Array:
     return jnp.eye(q, dtype=matrix.dtype).reshape(q, q, *[1] * (matrix.ndim - 2))
 
 
+def border(matrix: Array, column: Array, corner: Array) -> Array:
+    """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...)."""
+    top = jnp.concatenate([matrix, column[:, None]], axis=1)
+    return jnp.concatenate([top, jnp.concatenate([column, corner[None]])[None]])
+
+
 def cholesky(matrix: Array) -> Array:
     """Lower Cholesky factors, (k, k, ...) to (k, k, ...)."""
     if not _unroll(matrix):

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxreml import covariance
 from jaxreml.batch import BatchFitter, Fits
 from jaxreml.batch_results import BatchModel, BatchResults
 from jaxreml.errors import DataError
@@ -152,7 +151,7 @@ def fit_many(
         devices=devices,
     )
     crew = Crew(jax.process_index(), jax.process_count())
-    template = _no_fits(frame, modes)
+    template = fitter.fit(np.empty((len(frame.X), 0)))
     job = Job(fitter, source, _model(frame, method, fitter.structure), template, crew)
     size = batch_size or _block_size(frame, template, source.names, crew)
     total = None if source.names is None else len(source.names)
@@ -171,18 +170,13 @@ def fit_many(
 
 
 class Job(NamedTuple):
-    """What is fitted to what, by whom."""
+    """What is fitted to what, by whom; `template` are the results of no responses."""
 
     fitter: BatchFitter
     responses: Responses
     model: BatchModel
     template: Fits
     crew: Crew
-
-    def fit(self, values: np.ndarray) -> Fits:
-        """Results of a block, of the same types in all blocks."""
-        fits = self.fitter.fit(values)
-        return jax.tree.map(lambda a, b: np.asarray(b, a.dtype), self.template, fits)
 
 
 def _fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fits]:
@@ -191,7 +185,7 @@ def _fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fit
         for k, block in enumerate(job.responses.blocks(size)):
             names.append(block.names)
             if job.crew.owns(k):
-                pieces.append(job.fit(block.read()))
+                pieces.append(job.fitter.fit(block.read()))
                 advance(pieces[-1].status)
     fits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pieces)
     if job.crew.count > 1:
@@ -221,7 +215,7 @@ def _fit_to_file(
             values = block.read()
             status = parts.status(k, block.names, values)
             if status is None:
-                fits = job.fit(values)
+                fits = job.fitter.fit(values)
                 status = fits.status
                 results = BatchResults(job.model, block.names, fits)
                 _wait_for(written)
@@ -252,32 +246,6 @@ def _model(frame: ModelFrame, method: str, structure: str) -> BatchModel:
         tuple((term.name, term.effect_names) for term in frame.terms),
         tuple(term.levels for term in frame.terms),
         frame.n_dropped,
-    )
-
-
-def _no_fits(frame: ModelFrame, modes: bool) -> Fits:
-    """Results of no responses: the shapes and types of all others."""
-    p = len(frame.fixed_names)
-    m = covariance.count_theta(tuple(len(term.effect_names) for term in frame.terms))
-    number, count = np.zeros(0), np.zeros(0, np.int64)
-    return Fits(
-        beta=np.zeros((0, p)),
-        se=np.zeros((0, p)),
-        df=np.zeros((0, p)),
-        sigma=number,
-        theta=np.zeros((0, m)),
-        parameters=np.zeros((0, m + 1)),
-        parameters_se=np.zeros((0, m + 1)),
-        criterion=number,
-        gradient_norm=number,
-        iterations=count,
-        nobs=count,
-        missing=count,
-        is_singular=np.zeros(0, bool),
-        status=count,
-        modes=tuple(np.zeros((0, len(t.levels), len(t.effect_names))) for t in frame.terms)
-        if modes
-        else None,
     )
 
 

@@ -13,11 +13,9 @@ import numpy as np
 from jaxreml.cache import quick_compilation
 from jaxreml.effects import inspect
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.estimation import Status, estimate, is_reml
+from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
 from jaxreml.frame import ModelFrame, model_frame
 from jaxreml.results import Grouping, LMMResults
-
-CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
 
 
 def fit(

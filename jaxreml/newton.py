@@ -23,8 +23,6 @@ FLAT = 1e-10  # eigenvalues below this fraction of the largest count as zero
 NEGATIVE = 1e-8  # ... and below minus this fraction as negative
 ESCAPE = 0.3  # first step away from a saddle point, in units of the coordinates
 ROUNDING = 1e-13  # relative change of the function that rounding alone can make
-
-
 SHIFT = 1e-8  # as NEGATIVE, for the Cholesky factorisation of a batch
 
 

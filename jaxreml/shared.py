@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
+from jaxreml import linalg
 from jaxreml.designs import Design, require_full_rank, structure_basis
 from jaxreml.errors import DataError
 from jaxreml.structures import Grouped
@@ -205,11 +206,10 @@ class SharedDesign:
     def each(self, reduced: Reduced) -> Design:
         """The design of one response, for `vmap` over the lanes; levels are not collapsed."""
         remainder = self._remainder(reduced)
+        scores = jnp.concatenate([self.scores_x, reduced.scores[:, None]], axis=1)
         if self.codes is None:
-            scores = jnp.concatenate([self.scores_x, reduced.scores[:, None]], axis=1)
             structure: Any = Dense(self.factors, scores, remainder, self.sizes, self.levels)
         else:
-            scores = jnp.concatenate([self.scores_x, reduced.scores[:, None]], axis=1)
             structure = Grouped(self.factors, scores, remainder, self.sizes)
         return self._design(structure, reduced)
 
@@ -217,9 +217,7 @@ class SharedDesign:
         lanes = reduced.remainder_yy.shape
         of_x = self.remainder_xx.reshape(self.p, self.p, *[1] * len(lanes))
         of_x = jnp.broadcast_to(of_x, (self.p, self.p, *lanes))
-        top = jnp.concatenate([of_x, reduced.remainder_xy[:, None]], axis=1)
-        bottom = jnp.concatenate([reduced.remainder_xy, reduced.remainder_yy[None]])
-        return jnp.concatenate([top, bottom[None]])
+        return linalg.border(of_x, reduced.remainder_xy, reduced.remainder_yy)
 
     def _design(self, structure: Any, reduced: Reduced) -> Design:
         lanes = [1] * reduced.residual_ss.ndim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import jaxlib
@@ -19,3 +20,14 @@ import jax
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def command_line(tmp_path_factory, monkeypatch):
+    """The compilation cache goes to a temporary folder; what commands set is undone afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    yield
+    gc.enable()
+    jax.config.update("jax_compilation_cache_dir", None)

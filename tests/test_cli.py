@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import subprocess
@@ -19,16 +18,7 @@ from jaxreml.cli import app
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """The persistent compilation cache goes to a temporary folder, and is off again afterwards."""
-    import jax
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("XLA_FLAGS", "")
-    yield
-    gc.enable()
-    jax.config.update("jax_compilation_cache_dir", None)
+pytestmark = pytest.mark.usefixtures("command_line")
 
 
 def run(*arguments: str, **options):

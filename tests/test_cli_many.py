@@ -13,15 +13,7 @@ from jaxreml.cli import app
 FORMULA = "~ Days + (1 | Subject)"
 
 
-@pytest.fixture(autouse=True)
-def environment(tmp_path_factory, monkeypatch):
-    """The compilation cache goes to a temporary folder, and settings are undone afterwards."""
-    import jax
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+pytestmark = pytest.mark.usefixtures("command_line")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +185,8 @@ def test_interrupted_command_goes_on(study, tmp_path, monkeypatch):
         return recorded(self, values)
 
     def recorded(self, values):
-        sizes.append(values.shape[1])
+        if values.shape[1]:  # without columns it gives the layout of the table
+            sizes.append(values.shape[1])
         return fit(self, values)
 
     monkeypatch.setattr(BatchFitter, "fit", interrupted)

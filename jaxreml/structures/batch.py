@@ -18,7 +18,7 @@ from jax import Array
 
 from jaxreml import covariance, linalg
 from jaxreml.structures.base import Marginal, Projection
-from jaxreml.structures.grouped import pairing
+from jaxreml.structures.grouped import Levels
 
 
 class Cross(NamedTuple):
@@ -35,7 +35,7 @@ class Cross(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GroupedBatch:
+class GroupedBatch(Levels):
     """Cross-products of one grouping factor with J levels and B responses.
 
     `omega` and results have the B lanes on a last axis; lanes may also be 1.
@@ -78,10 +78,7 @@ class GroupedBatch:
         return Marginal(*self.project(omega)[:2])
 
     def project(self, omega: Array) -> Projection:
-        matrix = _symmetric(omega, self.sizes)[:, :, None]
-        scaled = linalg.matmul(self.factors, matrix)
-        core = linalg.matmul(scaled, linalg.transpose(self.factors))
-        factor = linalg.cholesky(core + linalg.eye_like(core))
+        factor = self._cholesky(omega)
         pivots = linalg.diagonal(factor)
         logdet = 2 * jnp.sum(self.counts * jnp.log(jnp.prod(pivots, axis=0)), axis=0)
 
@@ -107,11 +104,10 @@ class GroupedBatch:
         lower = left[covariance.triangle(self._q)]
         lanes = right.shape
         packed = jnp.tensordot(self.pairs, lower, axes=((1, 2), (0, 1)))
-        of_x = packed[_places(self._p)]
+        of_x = packed[covariance.places(self._p)]
         of_x = jnp.broadcast_to(of_x, (*of_x.shape[:2], *lanes))
         of_xy = jnp.tensordot(self.scores_x, middle, axes=((0, 2), (0, 1)))
-        top = jnp.concatenate([of_x, of_xy[:, None]], axis=1)
-        return jnp.concatenate([top, jnp.concatenate([of_xy, right[None]])[None]])
+        return linalg.border(of_x, of_xy, right)
 
     def repeat(self, inner: Array) -> Array:
         return inner * self.counts
@@ -138,66 +134,28 @@ class GroupedBatch:
         left, response = cross
         p, q = self._p, self._q
         total = linalg.matmul(matrix * weights, linalg.transpose(matrix))
-        rows, columns = np.array(np.tril_indices(p), covariance.INDEX)
+        rows, columns = covariance.triangle(p)
         twice = np.where(rows == columns, 1.0, 2.0)[:, None]
         pairs = jnp.moveaxis(self.pairs, 0, 2)
         packed = jnp.tensordot(pairs, total[rows, columns] * twice, axes=1)
         halves = np.where(np.equal(*covariance.triangle(q)), 1.0, 0.5)
-        inside = (packed * halves[:, None, None])[_places_by_column(q)]
+        inside = (packed * halves[:, None, None])[covariance.places(q)]
         of_y = jnp.tensordot(self.scores_x, total[:p, p], axes=((1,), (0,)))
         of_y = linalg.matmul(left, of_y[:, None])[:, 0] + total[p, p] / 2 * response
         across = of_y[:, None] * response
         of_x = linalg.matmul(linalg.matmul(left, inside), linalg.transpose(left))
         return of_x + across + linalg.transpose(across)
 
-    def trace(self, inner: Array) -> Array:
-        basis = covariance.symmetric_basis(self.sizes)
-        total = jnp.sum(inner, axis=2)
-        flat = basis.reshape(len(basis), -1)
-        return jnp.tensordot(flat, total.reshape(-1, *total.shape[2:]), axes=1)
-
-    def pair_trace(self, left: Array, right: Array) -> Array:
-        lower = covariance.triangle(self._q)
-        products = linalg.row_products(left[lower], right[lower])
-        flat = products.reshape(-1, *products.shape[2:])
-        traces = jnp.tensordot(pairing(self.sizes), flat, axes=1)
-        m = covariance.count_theta(self.sizes)
-        return traces.reshape(m, m, *flat.shape[1:])
-
 
 def cross_products(scores_x: np.ndarray) -> np.ndarray:
     """What cx' S cx, (p, p), is a linear map of: (p(p + 1)/2, q(q + 1)/2, J) for scores (q, p, J).
 
-    The lower triangle of the result row by row, that of the symmetric S column by column.
+    Of the result and of the symmetric S, the lower `covariance.triangle`.
     """
     q, p, _ = scores_x.shape
     rows, columns = covariance.triangle(q)
-    u, v = np.tril_indices(p)
+    u, v = covariance.triangle(p)
     first = scores_x[rows][:, u] * scores_x[columns][:, v]
     second = scores_x[columns][:, u] * scores_x[rows][:, v]
     twice = (rows != columns)[:, None, None]
     return np.ascontiguousarray((first + twice * second).transpose(1, 0, 2))
-
-
-def _symmetric(omega: Array, sizes: tuple[int, ...]) -> Array:
-    basis = covariance.symmetric_basis(sizes)
-    q = sum(sizes)
-    return jnp.tensordot(basis.reshape(len(basis), -1).T, omega, axes=1).reshape(
-        q, q, *omega.shape[1:]
-    )
-
-
-def _places(order: int) -> np.ndarray:
-    """Where a symmetric matrix has its entries in its lower triangle row by row."""
-    places = np.zeros((order, order), covariance.INDEX)
-    rows, columns = np.tril_indices(order)
-    places[rows, columns] = places[columns, rows] = np.arange(rows.size)
-    return places
-
-
-def _places_by_column(order: int) -> np.ndarray:
-    """The same column by column."""
-    places = np.zeros((order, order), covariance.INDEX)
-    rows, columns = covariance.triangle(order)
-    places[rows, columns] = places[columns, rows] = np.arange(rows.size)
-    return places

@@ -24,9 +24,46 @@ from jaxreml.structures.base import Marginal, Projection, blank_response
 COLLINEAR = 1e-10
 
 
+class Levels:
+    """What `Grouped` and `GroupedBatch` have in common; lanes may follow the levels' axis."""
+
+    factors: Array
+    sizes: tuple[int, ...]
+
+    @property
+    def _basis(self) -> Array:
+        """The matrices E_i, flattened: (m, q * q)."""
+        basis = covariance.symmetric_basis(self.sizes)
+        return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
+
+    def _omega(self, omega: Array) -> Array:
+        """Omega, (q, q, 1), the same for all levels."""
+        q = sum(self.sizes)
+        flat = jnp.tensordot(self._basis.T, omega, axes=1)
+        return flat.reshape(q, q, 1, *omega.shape[1:])
+
+    def _cholesky(self, omega: Array) -> Array:
+        """Factors of P = I + F Omega F', (q, q, J)."""
+        scaled = linalg.matmul(self.factors, self._omega(omega))
+        inner = linalg.matmul(scaled, linalg.transpose(self.factors))
+        return linalg.cholesky(inner + linalg.eye_like(inner))
+
+    def trace(self, inner: Array) -> Array:
+        total = jnp.sum(inner, axis=2)
+        return jnp.tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
+
+    def pair_trace(self, left: Array, right: Array) -> Array:
+        lower = covariance.triangle(sum(self.sizes))
+        products = linalg.row_products(left[lower], right[lower])
+        flat = products.reshape(-1, *products.shape[2:])
+        traces = jnp.tensordot(jnp.asarray(pairing(self.sizes), flat.dtype), flat, axes=1)
+        m = covariance.count_theta(self.sizes)
+        return traces.reshape(m, m, *flat.shape[1:])
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Levels):
     """Cross-products of one grouping factor with J levels.
 
     Attributes:
@@ -41,23 +78,9 @@ class Grouped:
     remainder: Array
     sizes: tuple[int, ...] = field(metadata={"static": True})
 
-    @property
-    def _basis(self) -> Array:
-        """The matrices E_i, flattened: (m, q * q)."""
-        basis = covariance.symmetric_basis(self.sizes)
-        return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
-
-    def _omega(self, omega: Array) -> Array:
-        """Omega, (q, q, 1), the same for all levels."""
-        q = sum(self.sizes)
-        return (self._basis.T @ omega).reshape(q, q, 1)
-
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
-        q = sum(self.sizes)
-        scaled = linalg.matmul(self.factors, self._omega(omega))
-        inner = linalg.matmul(scaled, linalg.transpose(self.factors))
-        factor = linalg.cholesky(inner + linalg.eye_like(inner))
-        logs = sum(jnp.log(factor[i, i]) for i in range(q))
+        factor = self._cholesky(omega)
+        logs = sum(jnp.log(factor[i, i]) for i in range(len(factor)))
         return factor, 2 * jnp.sum(logs)
 
     def _gram(self, scores: Array) -> Array:
@@ -89,17 +112,6 @@ class Grouped:
         weighted = cross * weights[:, None]
         return jnp.sum(weighted[:, None] * cross[None], axis=2)
 
-    def trace(self, inner: Array) -> Array:
-        return self._basis @ jnp.sum(inner, axis=2).reshape(-1)
-
-    def pair_trace(self, left: Array, right: Array) -> Array:
-        q = sum(self.sizes)
-        rows, columns = covariance.triangle(q)
-        products = linalg.row_products(left[rows, columns], right[rows, columns])
-        m = covariance.count_theta(self.sizes)
-        traces = jnp.asarray(pairing(self.sizes), products.dtype) @ products.reshape(-1)
-        return traces.reshape(m, m)
-
     def form(self, cross: Array, matrix: Array) -> Array:
         cross = self.combine(cross, matrix)
         forms = []
@@ -123,9 +135,7 @@ def pairing(sizes: tuple[int, ...]) -> np.ndarray:
     """tr(E_i L E_j R) for symmetric L and R as a linear map of the products of the entries of
     their lower triangles: (m m, t t), t = q (q + 1) / 2."""
     q = sum(sizes)
-    place = np.zeros((q, q), int)
-    place[covariance.triangle(q)] = np.arange(q * (q + 1) // 2)
-    place = np.maximum(place, place.T)
+    place = covariance.places(q)
     basis = covariance.symmetric_basis(sizes)
     m, t = len(basis), q * (q + 1) // 2
     traces = np.zeros((m, m, t, t))
@@ -174,10 +184,9 @@ class GroupedBasis:
         sums[self.empty] = 0
         return sums
 
-    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Grouped:
-        """Project [X y], (n, p + 1), NumPy or traced."""
+    def project(self, columns: Any) -> tuple[Any, Any]:
+        """Scores Q'columns, (q, k, J), and what Q leaves, (n, k) in `order`, NumPy or traced."""
         traced = isinstance(columns, Array)
-        xp = jnp if traced else np
         rest = columns[self.order]
         scores = []
         for i in range(self.directions.shape[1]):
@@ -190,9 +199,9 @@ class GroupedBasis:
                 score = self._sum(direction * rest)
             rest = rest - direction * score[self.codes]
             scores.append(score.T)
-        return Grouped(
-            cast(Array, self.factors),
-            cast(Array, xp.stack(scores)),
-            rest.T @ rest,
-            sizes,
-        )
+        return (jnp if traced else np).stack(scores), rest
+
+    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Grouped:
+        """Project [X y], (n, p + 1), NumPy or traced."""
+        scores, rest = self.project(columns)
+        return Grouped(cast(Array, self.factors), scores, rest.T @ rest, sizes)
