@@ -1,18 +1,10 @@
 """The engine of `fit_many`: one design, blocks of responses in, numbers out.
 
 A block is cut into chunks of a fixed number of lanes, worked on by as many threads as there are
-cores, or spread over the devices. A chunk goes through three programs, compiled apart:
-
-1. `_begin` reduces the responses to cross-products and gives each lane its start, which is the
-   optimum itself where the design is balanced.
-2. `_climb` finds the optima, all lanes in step, in the spectral form where there is one variance
-   ratio. It stops after as many steps as serve most lanes; the others are collected over all chunks
-   and go on together, so that none waits for the slowest of all.
-3. `_conclude` evaluates the criterion of the full design at the roots found, with its derivatives,
-   and what follows from them: the certificate and every number of `Fits`.
-
-What cannot be certified, saddle points among them, is tried again with the slower steps of
-`estimate`.
+cores, or spread over the devices. A chunk goes through the compiled `programs`. Its search stops
+after as many steps as serve most lanes; the others are collected over all chunks and go on
+together, so that none waits for the slowest of all. What cannot be certified, saddle points among
+them, is tried again with the slower steps of `estimate`.
 """
 
 from __future__ import annotations
@@ -21,36 +13,19 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxreml import covariance, linalg, newton
-from jaxreml.cache import quick_compilation
-from jaxreml.designs import Design
-from jaxreml.effects import conditional_modes
+from jaxreml import covariance
 from jaxreml.errors import DataError
-from jaxreml.estimation import (
-    CERTIFIED,
-    Estimate,
-    Status,
-    expand_root,
-    is_reml,
-    report,
-    search,
-    start_root,
-)
+from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
+from jaxreml.programs import Plan, programs
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
-TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
-AGREES = 1e-11  # difference of the two programs' criteria, likewise
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
 FEW, MANY = 32, 256  # lanes of a chunk, at least and at most
 LOOK = 20  # steps of the first chunk of a pass
@@ -235,7 +210,7 @@ class _Pattern:
         self.shared = jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
         self.shifts = bool(np.any(shared.constant))
         self.first_row = 0 if kept is None else int(np.argmax(kept))
-        self.plan = _Plan(fitter.reml, shared.codes is not None, shared.pairs is not None)
+        self.plan = Plan(fitter.reml, shared.codes is not None, shared.pairs is not None)
         self.lanes = self.size = 0  # of a device, and of all
 
     def run(self, columns: np.ndarray) -> None:
@@ -262,7 +237,7 @@ class _Pattern:
             if self.plan.in_lanes:
                 self._pass(slow, self.plan._replace(careful=True), pool)
 
-    def _pass(self, parts: list[_Part], plan: _Plan, pool: ThreadPoolExecutor) -> list[_Part]:
+    def _pass(self, parts: list[_Part], plan: Plan, pool: ThreadPoolExecutor) -> list[_Part]:
         """Take responses through the programs, in chunks; those that have not converged.
 
         The first chunk goes alone. It shows after how many steps to leave the others.
@@ -287,9 +262,9 @@ class _Pattern:
         places = np.arange(whole.columns.size) // self.size
         return [whole.take(places == k) for k in range(places[-1] + 1)]
 
-    def _work(self, chunk: _Part, limit: int, plan: _Plan) -> tuple[_Part, np.ndarray]:
+    def _work(self, chunk: _Part, limit: int, plan: Plan) -> tuple[_Part, np.ndarray]:
         """One chunk through the programs and into the table; what has not converged, and steps."""
-        programs = _programs(self.mesh, plan)
+        compiled = programs(self.mesh, plan)
         padded = np.resize(np.arange(chunk.columns.size), self.size)  # repeats
         modes = None
         block: Any = None
@@ -298,17 +273,17 @@ class _Pattern:
             if chunk.reduced is None or self.fitter.modes:
                 block, shift = self._block(chunk.columns[padded])
             if chunk.reduced is None:
-                reduced, root, radius = programs.begin(self.shared, block, shift)
+                reduced, root, radius = compiled.begin(self.shared, block, shift)
                 before = np.zeros(self.size, np.int32)
             else:
                 held = chunk.reduced, chunk.root, chunk.radius
                 held = jax.tree.map(lambda leaf: leaf[..., padded], held)
-                reduced, root, radius = jax.device_put(held, programs.held)
+                reduced, root, radius = jax.device_put(held, compiled.held)
                 before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
-            found = programs.climb(self.shared, reduced, root, radius, np.int32(limit))
-            packed = programs.conclude(self.shared, reduced, found, before)
+            found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
+            packed = compiled.conclude(self.shared, reduced, found, before)
             if self.fitter.modes:
-                modes = jax.device_get(programs.modes(self.shared, block, shift, found.root))
+                modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
         width = chunk.columns.size
         iterations = np.asarray(found.iterations)[:width]
@@ -442,187 +417,3 @@ def _largest(shared: SharedDesign) -> int:
     """Numbers per lane of the larger arrays of a search."""
     levels = shared.pairs.shape[-1]  # pyright: ignore
     return max(levels * sum(shared.sizes) ** 2, (shared.p + 1) ** 2)
-
-
-class _Plan(NamedTuple):
-    """What programs are compiled for, besides shapes.
-
-    Attributes:
-        reml: REML or ML.
-        grouped: whether there is one grouping factor.
-        in_lanes: whether lanes are one design with a trailing axis (`SharedDesign.batch`), or
-            designs for `vmap`.
-        exact: as in `SharedDesign.reduce`.
-        careful: as in `newton.minimise`.
-    """
-
-    reml: bool
-    grouped: bool
-    in_lanes: bool
-    exact: bool = False
-    careful: bool = False
-
-
-class Found(NamedTuple):
-    """What the search hands on, responses on the last axis; `newton.Trace` without its point."""
-
-    root: Array
-    value: Array
-    iterations: Array
-    converged: Array
-    stalled: Array
-    radius: Array
-
-
-def _begin(
-    shared: SharedDesign, values: Array, shift: Array, *, plan: _Plan
-) -> tuple[Reduced, Array, Array]:
-    """Reduce a chunk, (groups, n, lanes), and find where to start.
-
-    The rows of one group at a time fit into the cache; all that follows takes them together.
-    """
-    groups = jax.lax.map(lambda group: shared.reduce(*group, exact=plan.exact), (values, shift))
-    reduced = jax.tree.map(_merge, groups)
-    if plan.in_lanes:
-        root = start_root(_searched(shared, reduced, plan), plan.reml)
-    else:
-        root = _per_lane(lambda reduced: start_root(shared.each(reduced), plan.reml))(reduced)
-    return reduced, root, jnp.ones_like(reduced.residual_ss)
-
-
-def _merge(groups: Array) -> Array:
-    """(groups, ..., lanes) to (..., groups * lanes)."""
-    moved = jnp.moveaxis(groups, 0, -2)
-    return moved.reshape(*moved.shape[:-2], -1)
-
-
-def _searched(shared: SharedDesign, reduced: Reduced, plan: _Plan) -> Design:
-    """The design whose criterion is minimised."""
-    if shared.spectral is not None:
-        return shared.rotated(reduced, reml=plan.reml)
-    return shared.batch(reduced)
-
-
-def _climb(
-    shared: SharedDesign, reduced: Reduced, root: Array, radius: Array, limit: Array, *, plan: _Plan
-) -> Found:
-    """The optima, or where at most `limit` expansions from `root` lead."""
-
-    def climb(design: Design, root: Array, radius: Array) -> Found:
-        trace = search(
-            design, root, plan.reml, TOLERANCE, limit, radius=radius, careful=plan.careful
-        )
-        return Found(trace.at, trace.point.value, *trace[2:])
-
-    if plan.in_lanes:
-        return climb(_searched(shared, reduced, plan), root, radius)
-    each = _per_lane(lambda reduced, *state: climb(shared.each(reduced), *state))
-    return each(reduced, root, radius)
-
-
-def _conclude(
-    shared: SharedDesign, reduced: Reduced, found: Found, before: Array, *, plan: _Plan
-) -> Array:
-    """Everything at the roots found, (1 + R, lanes): status, then the fields of `_Table`.
-
-    `before` are expansions in earlier passes; the last one is the one here.
-    """
-
-    def conclude(design: Design, found: Found, before: Array) -> Array:
-        found = found._replace(iterations=before + found.iterations + 1)
-        trace = newton.Trace(found.root, None, *found[2:])
-        point = expand_root(found.root, design, reml=plan.reml)
-        return _pack(report(found.root, point, trace, design), found.value)
-
-    if plan.in_lanes:
-        packed = conclude(shared.batch(reduced), found, before)
-    else:
-        each = _per_lane(lambda reduced, *rest: conclude(shared.each(reduced), *rest))
-        packed = each(reduced, found, before)
-    return packed.at[0].set(jnp.where(reduced.doubtful, Status.NOT_CERTIFIED, packed[0]))
-
-
-def _per_lane(function: Any) -> Any:
-    return jax.vmap(function, in_axes=-1, out_axes=-1)
-
-
-def _pack(estimate: Estimate, value: Array) -> Array:
-    scale = 1 + jnp.abs(estimate.criterion)
-    certified = (estimate.gradient_norm <= CERTIFIED * scale) & (
-        jnp.abs(estimate.criterion - value) <= AGREES * scale
-    )
-    converged = estimate.status == Status.CONVERGED
-    status = jnp.where(converged & ~certified, Status.NOT_CERTIFIED, estimate.status)
-    # Satterthwaite's degrees of freedom, parameters on the boundary held there
-    variance = linalg.diagonal(estimate.vcov)
-    slopes = linalg.diagonal(jnp.moveaxis(estimate.vcov_slopes, 0, 2))
-    slopes = jnp.moveaxis(slopes, 0, 1)
-    free = jnp.isfinite(estimate.params)
-    spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
-    of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
-    one = jnp.ones_like(value)[None]
-    return jnp.concatenate(
-        [
-            status * one,
-            estimate.beta,
-            jnp.sqrt(variance),
-            2 * variance**2 / of_variance,
-            estimate.sigma * one,
-            estimate.theta,
-            estimate.params,
-            jnp.sqrt(linalg.diagonal(estimate.params_vcov)),
-            estimate.criterion * one,
-            estimate.gradient_norm * one,
-            estimate.iterations * one,
-            estimate.is_singular * one,
-        ]
-    )
-
-
-def _modes_of(
-    shared: SharedDesign, values: Array, shift: Array, root: Array, *, plan: _Plan
-) -> tuple[Array, ...]:
-    """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
-    shared = replace(shared, collapse=None, spectral=None)
-
-    def modes(reduced: Reduced, root: Array) -> tuple[Array, ...]:
-        design = shared.each(reduced)
-        return conditional_modes(covariance.omega_from_root(root, design.sizes), design)
-
-    reduced = shared.reduce(_merge(values), _merge(shift), exact=True)
-    return _per_lane(modes)(reduced, root)
-
-
-class _Programs:
-    """The programs of a plan, jitted and spread over the devices of a mesh."""
-
-    def __init__(self, mesh: Mesh, plan: _Plan):
-        last: list[Any] = [PartitionSpec(*[None] * k, "responses") for k in range(3)]
-        scores = last[2 if plan.grouped else 1]
-        reduced = Reduced(scores, last[1], last[0], last[1], last[0], last[0], last[0])
-        found = Found(last[1], *[last[0]] * 5)
-        first, everywhere = PartitionSpec("responses"), PartitionSpec()
-        options = quick_compilation(mesh.devices.flat[0].platform)
-
-        def spread(function: Any, batched: tuple, out: Any) -> Any:
-            """Each device works on its own part of the last axis."""
-            return jax.jit(
-                jax.shard_map(
-                    partial(function, plan=plan),
-                    mesh=mesh,
-                    in_specs=(everywhere, *batched),
-                    out_specs=out,
-                    check_vma=False,
-                ),
-                compiler_options=options,
-            )
-
-        known = reduced, last[1], last[0]
-        self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), known)
-        self.begin = spread(_begin, (first, first), known)
-        self.climb = spread(_climb, (*known, everywhere), found)
-        self.conclude = spread(_conclude, (reduced, found, last[0]), last[1])
-        self.modes = spread(_modes_of, (first, first, last[1]), last[2])
-
-
-_programs = lru_cache(_Programs)

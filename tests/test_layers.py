@@ -21,6 +21,7 @@ LAYERS = [
     {"batch_results"},
     {"results"},
     {"batch", "responses"},
+    {"programs"},
     {"effects"},
     {"estimation"},
     {"newton", "objective"},
