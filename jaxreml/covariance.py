@@ -221,8 +221,8 @@ def omega_from_theta(theta: Array, sizes: Sizes) -> Array:
 
 def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:
     """The relative covariance matrices Omega_k, shapes (q_k, q_k), of the vector `omega`."""
-    lower = split_triangles(omega, sizes)
-    return tuple(matrix + jnp.tril(matrix, -1).T for matrix in lower)
+    starts = np.cumsum([0, *(q * (q + 1) // 2 for q in sizes)])
+    return tuple(omega[start + places(q)] for start, q in zip(starts, sizes, strict=False))
 
 
 def relative_scale(scales: tuple[Array, ...]) -> Array:

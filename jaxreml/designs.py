@@ -15,6 +15,7 @@ from jaxreml.errors import DataError, PrecisionError
 from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
+from jaxreml.structures.planning import CrossedBasis
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 MAX_DENSE_BYTES = 2 * 2**30
@@ -113,8 +114,9 @@ class Design:
             weights: (n,) positive prior weights as in lme4: observation i has residual variance
                 sigma2 / weights[i].
             offset: (n,) known part of the mean.
-            structure: "grouped" (all terms on one factor) or "dense"; chosen if left out. Traced
-                effects or weights need "dense", which is then chosen.
+            structure: "grouped" (all terms on one factor), "crossed" (any factors) or "dense" (any,
+                one large matrix); chosen if left out. Traced effects or weights need "dense", which
+                is then chosen.
             dtype: "float32" to ask for single precision, which costs likelihoods most of their
                 digits; float64 otherwise.
 
@@ -280,30 +282,36 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
 
 def structure_basis(
     effects: list[tuple[np.ndarray, Any, int]], structure: str | None, n: int
-) -> GroupedBasis | DenseBasis:
+) -> GroupedBasis | CrossedBasis | DenseBasis:
     """Choose and prepare the structure, or check the one that was asked for."""
+    if structure not in (None, "grouped", "crossed", "dense"):
+        raise DataError(f'structure must be "grouped", "crossed" or "dense", not {structure!r}')
     one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
     traced = any(isinstance(columns, Array) for _, columns, _ in effects)
-    if structure not in (None, "grouped", "dense"):
-        raise DataError(f'structure must be "grouped" or "dense", not {structure!r}')
     if structure == "grouped" and not one_factor:
-        raise DataError("the grouped structure needs every random term on the same factor")
-    if structure == "grouped" and traced:
         raise DataError(
-            'the grouped structure needs concrete effects and weights: use "dense", whose '
+            'the grouped structure needs every random term on the same factor; use "crossed"'
+        )
+    if traced and structure in ("grouped", "crossed"):
+        raise DataError(
+            f'the {structure} structure needs concrete effects and weights: use "dense", whose '
             "derivatives are right where columns tie"
         )
-    if one_factor and not traced and structure != "dense":
+    if structure is None:
+        structure = "dense" if traced else "grouped" if one_factor else "crossed"
+    if structure == "grouped":
         columns = np.concatenate([columns for _, columns, _ in effects], axis=1)
         return GroupedBasis(effects[0][0], columns, effects[0][2])
+    if structure == "crossed":
+        return CrossedBasis(effects)
     total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
     order = n if traced else min(n, total)
     size = 8 * (3 * n * total + total * total + 4 * order * order)  # Z, Q and LAPACK's copy
     if size > MAX_DENSE_BYTES:
         raise DataError(
-            f"{total} random effects on several grouping factors and {n} rows would need about "
-            f"{size / 2**30:.1f} GiB in the dense structure, the only one for several factors so "
-            f"far; its limit is {MAX_DENSE_BYTES / 2**30:.0f} GiB"
+            f"{total} random effects and {n} rows would need about {size / 2**30:.1f} GiB in the "
+            f"dense structure, whose limit is {MAX_DENSE_BYTES / 2**30:.0f} GiB. The other "
+            "structures need less; they take concrete effects and weights only"
         )
     return DenseBasis(effects)
 

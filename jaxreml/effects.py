@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
@@ -24,11 +25,13 @@ class Inspection(NamedTuple):
         gradient: (m,), of the objective in theta (scaled effects) by reverse-mode autodiff.
         modes: per term (levels, effects), conditional modes of the random effects given y,
             Omega Z' V0^-1 (y - X beta) (best linear unbiased predictors).
+        posterior: what `conditional_variances` makes their variances from.
     """
 
     criterion: Array
     gradient: Array
     modes: tuple[Array, ...]
+    posterior: Any
 
 
 def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
@@ -45,9 +48,8 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
     sizes = design.sizes
     factors = covariance.split_triangles(estimate.theta, sizes)
-    theta = covariance.join_triangles(
-        tuple(f * s[:, None] for f, s in zip(factors, design.scales, strict=True))
-    )
+    factors = tuple(f * s[:, None] for f, s in zip(factors, design.scales, strict=True))
+    theta = covariance.join_triangles(factors)
 
     def criterion(theta: Array) -> Array:
         omega = covariance.omega_from_theta(theta, sizes)
@@ -55,7 +57,20 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
 
     value, gradient = jax.value_and_grad(criterion)(theta)
     omega = covariance.omega_from_theta(theta, sizes)
-    return Inspection(value, gradient, conditional_modes(omega, design))
+    posterior = design.structure.posterior(omega, factors)
+    return Inspection(value, gradient, conditional_modes(omega, design), posterior)
+
+
+def conditional_variances(
+    estimate: Estimate, inspection: Inspection, design: Design
+) -> tuple[np.ndarray, ...]:
+    """Per term (levels, effects, effects), Var(b | y) given the parameters. On the host."""
+    relative = design.structure.variances(inspection.posterior)
+    sigma2 = float(estimate.sigma) ** 2
+    return tuple(
+        sigma2 * variance / np.outer(scale, scale)
+        for variance, scale in zip(relative, design.scales, strict=True)
+    )
 
 
 def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:

@@ -178,9 +178,10 @@ class Point(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="reml")  # traced once for all its uses in a program
-def expand_root(root: Array, design: Design, *, reml: bool) -> Point:
-    """The profiled criterion with its derivatives in the root."""
-    expansion = expand(covariance.omega_from_root(root, design.sizes), design, reml=reml)
+def expand_root(root: Array, design: Design, *, reml: bool, exact: Array | bool = True) -> Point:
+    """The profiled criterion with its derivatives in the root; `exact` as in `expand`."""
+    omega = covariance.omega_from_root(root, design.sizes)
+    expansion = expand(omega, design, reml=reml, exact=exact)
     return Point(expansion.value, *_chain(root, design.sizes, expansion), expansion)
 
 
@@ -206,17 +207,40 @@ def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array
     return tuple(factors)
 
 
+def _kept_triangles(root: Array, sizes: covariance.Sizes) -> tuple[Array, ...]:
+    """Lower-triangular factors; what is set to zero is rounding error of a pivot set to zero."""
+    return _triangles(root, sizes, math.sqrt(50 * jnp.finfo(root.dtype).eps))
+
+
 def start_root(design: Design, reml: bool) -> Array:
-    """Roots to start from: minimum norm quadratic estimates of the variances (Rao 1971,
-    J. Multivariate Analysis 1:445), which are the REML estimates where the design is balanced.
+    """Roots to start from: the structure's moment estimates, or else `minimum_norm` ones.
+
+    Variances that come out too small start from START squared.
+
+    Returns:
+        (r,), or (r, lanes) for a batch whose lanes share everything but the response.
+    """
+    relative = design.structure.start()
+    if relative is None:
+        relative = minimum_norm(design, reml)
+    roots = []
+    k = 0
+    for q in design.sizes:
+        rows, columns = covariance.triangle(q)
+        entry = {pair: relative[k + s] for s, pair in enumerate(zip(rows, columns, strict=True))}
+        roots += _floored_root(entry, q)
+        k += rows.size
+    return jnp.stack(roots)
+
+
+def minimum_norm(design: Design, reml: bool) -> Array:
+    """Minimum norm quadratic estimates of omega (Rao 1971, J. Multivariate Analysis 1:445), which
+    are the REML estimates where the design is balanced; (m,) or (m, lanes).
 
     With q_i = y'P V_i P y and T_ij = tr(P V_i P V_j) at Omega = I, V_0 = I: T s = q for
     s = (sigma2 omega, sigma2). Everything follows from the derivatives of the criterion, as V is
     linear: q_i = -d_i rss, T_ij = -d_ij (log|V| + log|M|), and what belongs to V_0 from
-    V = V_0 + sum omega_i V_i. Variances that come out too small start from START squared.
-
-    Returns:
-        (r,), or (r, lanes) for a batch whose lanes share everything but the response.
+    V = V_0 + sum omega_i V_i.
     """
     sizes, p = design.sizes, design.p
     lanes = design.residual_ss.ndim
@@ -226,7 +250,8 @@ def start_root(design: Design, reml: bool) -> Array:
     blank: Any = replace(design, structure=None)  # pyright: ignore
     if lanes:
         blank = jax.tree.map(lambda leaf: leaf[..., :1], blank)
-    blank = replace(blank, structure=design.structure.without_response())
+    structure: Any = design.structure
+    blank = replace(blank, structure=structure.without_response())
     degrees = degrees_of_freedom(blank, reml=reml)
     expansion = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
     traces = -expansion.hessian.reshape(at.size, at.size)
@@ -241,15 +266,7 @@ def start_root(design: Design, reml: bool) -> Array:
     forms = jnp.concatenate([forms, (rss - jnp.sum(omega * forms, axis=0))[None]])
     solution = newton.solve_flat(traces, forms)  # confounded terms share what is theirs
     sigma2 = jnp.maximum(solution[-1], 0.1 * rss / degrees)
-    relative = solution[:-1] / sigma2
-    roots = []
-    k = 0
-    for q in sizes:
-        rows, columns = covariance.triangle(q)
-        entry = {pair: relative[k + s] for s, pair in enumerate(zip(rows, columns, strict=True))}
-        roots += _floored_root(entry, q)
-        k += rows.size
-    return jnp.stack(roots)
+    return solution[:-1] / sigma2
 
 
 def _floored_root(entry: dict[tuple[int, int], Array], q: int) -> list[Array]:
@@ -282,20 +299,22 @@ def search(
     `newton.minimise` says: not polished, and off saddle points only if `careful`.
     """
     lanes = start.ndim > 1
+    sizes = design.sizes
 
-    def at(root: Array) -> Point:
-        point = expand_root(root, design, reml=reml)
+    def at(root: Array, exact: Array | bool = True) -> Point:
+        point = expand_root(root, design, reml=reml, exact=exact)
         return point._replace(expansion=()) if lanes else point
 
     return newton.minimise(
         at,
         start,
-        partial(snap, sizes=design.sizes),
+        partial(snap, sizes=sizes),
         tolerance=tolerance,
         max_iterations=max_iterations,
-        flat=partial(covariance.rotations, sizes=design.sizes),
+        flat=partial(covariance.rotations, sizes=sizes),
         radius=radius,
         careful=careful,
+        settled=partial(is_settled, sizes=sizes) if design.structure.costly else None,
     )
 
 
@@ -303,6 +322,12 @@ def snap(root: Array, sizes: covariance.Sizes) -> Array:
     """The triangular root of the same covariances, variances next to zero at zero."""
     squares = [f.reshape(-1, *root.shape[1:]) for f in _triangles(root, sizes, ZERO)]
     return jnp.concatenate(squares)
+
+
+def is_settled(root: Array, sizes: covariance.Sizes) -> Array:
+    """Whether no variance is next to zero without being zero."""
+    pairs = zip(_triangles(root, sizes, ZERO), _kept_triangles(root, sizes), strict=True)
+    return jnp.all(jnp.stack([jnp.all(zeroed == kept) for zeroed, kept in pairs]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -331,8 +356,7 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     sizes = design.sizes
     p = design.p
     value, gradient, _, expansion = point
-    # A pivot that the search set to zero comes back as rounding error; any other is kept.
-    scaled = _triangles(root, sizes, math.sqrt(50 * jnp.finfo(root.dtype).eps))
+    scaled = _kept_triangles(root, sizes)
     theta = covariance.join_triangles(scaled)
     _, hessian_root = _chain(covariance.root_from_theta(theta, sizes), sizes, expansion)
     inside = covariance.root_of_theta(sizes)

@@ -10,9 +10,10 @@ A matrix that is not positive definite gives NaN, never an altered factor.
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
@@ -92,6 +93,41 @@ def solve_lower(factor: Array, right: Array) -> Array:
         rest = reduce(add, [-factor[i, j] * rows[j] for j in range(i)], right[i])
         rows.append(rest / factor[i, i])
     return jnp.stack(rows)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
+    """Inverses of (k, k, ...) and the logarithms of their positive determinants, (...).
+
+    Symmetric positive `definite`, by Cholesky factors, or not, by LU ones with pivots. The
+    derivatives are written out, which keeps programs that differentiate twice small.
+    """
+    if len(matrix) == 1:
+        return 1 / matrix, jnp.log(matrix[0, 0])
+    if definite:
+        factor = cholesky(matrix)
+        half = solve_lower(factor, jnp.broadcast_to(eye_like(factor), factor.shape))
+        logs = jnp.sum(jnp.log(diagonal(factor)), axis=0)
+        return matmul(transpose(half), half), 2 * logs
+    front = _to_front(matrix)
+    return _to_back(jnp.linalg.inv(front)), jnp.linalg.slogdet(front)[1]
+
+
+@inverse.defjvp
+def _inverse_jvp(definite, primals, tangents):
+    inverted, logs = inverse(primals[0], definite)
+    moved = matmul(inverted, tangents[0])
+    return (inverted, logs), (-matmul(moved, inverted), jnp.sum(diagonal(moved), axis=0))
+
+
+def conditional_variance(factors: Array, root: Array) -> Array:
+    """L (I + L'F'F L)^-1 L', (q, q, ...), for F (r, q, ...) and L (q, q)."""
+    root = root.reshape(*root.shape, *[1] * (factors.ndim - 2))
+    loadings = matmul(factors, root)
+    inner = matmul(transpose(loadings), loadings)
+    factor = cholesky(inner + eye_like(inner))
+    half = solve_lower(factor, jnp.broadcast_to(transpose(root), factor.shape))
+    return matmul(transpose(half), half)
 
 
 def _to_front(matrix: Array) -> Array:

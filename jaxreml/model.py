@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxreml.cache import quick_compilation
-from jaxreml.effects import inspect
+from jaxreml.effects import conditional_variances, inspect
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
 from jaxreml.frame import ModelFrame, model_frame
@@ -43,7 +43,8 @@ def fit(
         weights: column name or (n,) values: observation i has residual variance
             sigma2 / weights[i], as in lme4.
         offset: column name or (n,) values, a known part of the mean.
-        structure: how to factorise the covariance, "grouped" or "dense"; chosen if left out.
+        structure: how to factorise the covariance, "grouped", "crossed" or "dense"; chosen if
+            left out.
         context: names the formula may use besides columns, functions for example.
         max_iterations: evaluations of the criterion with its derivatives.
 
@@ -73,7 +74,9 @@ def fit(
         status = Status.NOT_CERTIFIED
     if status != Status.CONVERGED:
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=2)
-    return _results(frame, design, method, estimated, inspection, status, gradient_norm)
+    variances = conditional_variances(estimated, inspection, design)
+    effects = list(zip(inspection.modes, variances, strict=True))
+    return _results(frame, design, method, estimated, effects, status, gradient_norm)
 
 
 @lru_cache
@@ -90,7 +93,7 @@ def _results(
     design: Any,
     method: str,
     estimated: Any,
-    inspection: Any,
+    effects: list[tuple[np.ndarray, np.ndarray]],
     status: Status,
     gradient_norm: float,
 ) -> LMMResults:
@@ -98,9 +101,10 @@ def _results(
     fixed = frame.X @ estimated.beta
     fitted = fixed.copy()
     groupings = []
-    for term, modes in zip(frame.terms, inspection.modes, strict=True):
+    for term, (modes, variances) in zip(frame.terms, effects, strict=True):
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
-        groupings.append(Grouping(term.name, term.levels, term.effect_names, np.asarray(modes)))
+        names = term.effect_names
+        groupings.append(Grouping(term.name, term.levels, names, np.asarray(modes), variances))
     if frame.offset is not None:
         fixed, fitted = fixed + frame.offset, fitted + frame.offset
     converged = status == Status.CONVERGED

@@ -23,6 +23,10 @@ FLAT = 1e-10  # eigenvalues below this fraction of the largest count as zero
 NEGATIVE = 1e-8  # ... and below minus this fraction as negative
 ESCAPE = 0.3  # first step away from a saddle point, in units of the coordinates
 ROUNDING = 1e-13  # relative change of the function that rounding alone can make
+RESOLUTION = 1e-16  # a decrement below this fraction of the function is none
+NEAR = 1e-3  # below this decrement, an approximate Hessian that leaves more than
+SLOW = 0.03  # of it in one step is not worth it
+PATIENCE = 12  # steps with approximate Hessians at most
 SHIFT = 1e-8  # as NEGATIVE, for the Cholesky factorisation of a batch
 
 
@@ -51,10 +55,13 @@ class _State(NamedTuple):
     step: Array
     predicted: Array
     polish: Array
+    decrement: Array  # of the last step
+    exact: Array  # what is asked of the next expansion
+    is_exact: Array  # what the point has
 
 
 def minimise(
-    expand: Callable[[Array], Any],
+    expand: Callable[..., Any],
     start: Array,
     snap: Callable[[Array], Array],
     *,
@@ -63,6 +70,7 @@ def minimise(
     flat: Callable[[Array], Array | None] | None = None,
     radius: Array | None = None,
     careful: bool = False,
+    settled: Callable[[Array], Array] | None = None,
 ) -> Trace:
     """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
 
@@ -85,10 +93,19 @@ def minimise(
             which is no reason to leave Newton's step: steps keep out of them.
         radius: of the first step, (), to go on where another search stopped; 1 if left out.
         careful: see above; without lanes it changes nothing.
+        settled: given for a costly `expand`, which then takes a second argument: whether the
+            Hessian must be exact. Approximate ones lead to the neighbourhood of the optimum. A
+            converged point whose decrement is rounding error is not polished if `settled` there:
+            if `snap` would not change it.
     """
     lanes = start.shape[1:]
     false = jnp.zeros(lanes, bool)
-    shapes = jax.eval_shape(expand, start)
+    costly = settled is not None
+
+    def expansion(point: Array, exact: Array | bool) -> Any:
+        return expand(point, exact) if costly else expand(point)
+
+    shapes = jax.eval_shape(expansion, start, True)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     one = jnp.ones(lanes, start.dtype)
     initial = _State(
@@ -103,6 +120,9 @@ def minimise(
         step=jnp.zeros_like(start),
         predicted=one,
         polish=false,
+        decrement=one * jnp.inf,
+        exact=false if costly else ~false,
+        is_exact=false,
     )
 
     rule = _step
@@ -117,7 +137,7 @@ def minimise(
         trial = old.at + state.step
         if not lanes:
             trial = jnp.where(state.polish, snap(trial), trial)
-        new = expand(trial)
+        new = expansion(trial, state.exact)
         noise = ROUNDING * jnp.abs(new.value) + tolerance
         # A rejected polish leaves the converged point as it is.
         gain = old.point.value - new.value
@@ -136,20 +156,28 @@ def minimise(
 
         hessian = point.hessian if flat is None else _steepen(point.hessian, flat(at))
         step, decrement, escape, negative = rule(point.gradient, hessian)
-        near = decrement <= tolerance
+        is_exact = jnp.where(accept, state.exact, state.is_exact)
+        nothing_left = RESOLUTION * jnp.abs(point.value)
+        least = jnp.maximum(tolerance, nothing_left) if costly else tolerance
+        near = decrement <= least
         saddle = near & negative
         step = jnp.where(saddle, escape, step)
         step = step * jnp.minimum(1.0, radius / _norm(step).clip(1e-300))
         curving = jnp.sum(point.hessian * step[:, None] * step[None], axis=(0, 1))
         predicted = -(jnp.sum(point.gradient * step, axis=0) + curving / 2)
-        good = near & ~negative
+        good = near & ~negative & is_exact
         converged = good if lanes else state.polish & ~(accept & saddle)
+        rate = jnp.minimum(decrement / state.decrement, 1.0)
+        exact = state.exact | (decrement * rate <= least) | ((decrement < NEAR) & (rate > SLOW))
+        exact = exact | (old.iterations >= PATIENCE)
+        if settled is not None:
+            converged = converged | (good & (decrement <= nothing_left) & settled(at))
         stalled = ~converged & ~jnp.isfinite(point.value)
         stalled = stalled | (~converged & ~near & (radius < 1e-10))
         if lanes and not careful:
             stalled = stalled | saddle
         trace = Trace(at, point, old.iterations + 1, converged, stalled, radius)
-        moved = _State(trace, step, predicted, good & (not lanes))
+        moved = _State(trace, step, predicted, good & (not lanes), decrement, exact, is_exact)
         going = unfinished(old)
         return jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
 
@@ -163,7 +191,9 @@ def minimise(
         good = trace.converged
         if careful:
             value = trace.point.value
-            good = good & (expand(last).value <= value + ROUNDING * jnp.abs(value) + tolerance)
+            good = good & (
+                expansion(last, True).value <= value + ROUNDING * jnp.abs(value) + tolerance
+            )
         trace = trace._replace(at=jnp.where(good, last, trace.at))
     return trace
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -115,7 +116,7 @@ class Expansion(NamedTuple):
 
     Attributes:
         value: profiled criterion, ().
-        gradient, hessian: of the profiled criterion, (m,) and (m, m).
+        gradient, hessian: of the profiled criterion, (m,) and (m, m); see `expand`.
         log_sigma2: the profiled residual log-variance, ().
         joint_hessian: (m + 1, m + 1), of the criterion in (omega, log sigma2), sigma2 not
             profiled.
@@ -132,13 +133,17 @@ class Expansion(NamedTuple):
     gram_slopes: Array
 
 
-def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
-    r"""The profiled criterion with exact first and second derivatives, in closed form.
+def expand(omega: Array, design: Design, *, reml: bool, exact: Array | bool = True) -> Expansion:
+    r"""The profiled criterion with its first and second derivatives, in closed form.
 
     With W_i = R^-1 (d_i gram) R^-T and W_ij likewise, split into the X block and the y entry,
     d_i log|M| = tr_X W_i and d_i log rss = (W_i)_yy, and the second derivatives follow from
     log|gram| = log|M| + log rss. All weights (1 for X under REML, 0 under ML, the degrees of
     freedom for y) go into the contractions, so each is computed once.
+
+    Unless `exact`, a structure whose second derivatives are `costly` gives average information in
+    their place (Gilmour, Thompson and Cullis 1995, Biometrics 51:1440): with u the last row of
+    R^-1 [X y]', degrees times u'V_i P V_j u, P free of X and y.
     """
     structure = design.structure
     p = design.p
@@ -148,7 +153,6 @@ def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
     inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
     to_unit = linalg.transpose(inverse)
     slopes = -structure.form(projection.cross, to_unit)
-    counted = structure.repeat(projection.inner)
 
     # How much each entry of W counts: log|M| (REML) for X, degrees of freedom times log rss for y.
     k, lanes = p + 1, [1] * (factor.ndim - 2)
@@ -159,11 +163,20 @@ def expand(omega: Array, design: Design, *, reml: bool) -> Expansion:
     flat = slopes.reshape(slopes.shape[0], k * k, *slopes.shape[3:])
     flat_entries = entries.reshape(k * k, *entries.shape[2:])
     on_diagonal = flat_entries * linalg.eye_like(entries).reshape(k * k, *lanes)
-    gradient = structure.trace(counted) + jnp.sum(flat * on_diagonal, axis=1)
-    # d_ij = half + half', as pair_trace(B, B) is symmetric
-    right = structure.outer(projection.cross, to_unit, linalg.diagonal(entries)) - counted / 2
-    half = structure.pair_trace(projection.inner, right)
-    hessian = half + linalg.transpose(half) - linalg.row_products(flat * flat_entries, flat)
+    gradient = structure.slope(projection) + jnp.sum(flat * on_diagonal, axis=1)
+
+    def observed() -> Array:
+        curvature = structure.curvature(projection, to_unit, linalg.diagonal(entries))
+        return curvature - linalg.row_products(flat * flat_entries, flat)
+
+    def average() -> Array:
+        of_y = slopes[:, p]
+        return degrees * (structure.spread(projection, to_unit[:, p]) - of_y @ of_y.T)
+
+    if exact is True or not structure.costly:
+        hessian = observed()
+    else:
+        hessian = jax.lax.cond(exact, observed, average)
 
     pivots = jnp.log(linalg.diagonal(factor))
     value = _profiled(pivots, projection.logdet, design, reml=reml)

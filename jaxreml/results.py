@@ -18,12 +18,20 @@ RESIDUAL = "Residual"
 
 @dataclass(frozen=True)
 class Grouping:
-    """One random term of a fit: its labels and its conditional modes, (levels, effects)."""
+    """One random term of a fit.
+
+    Attributes:
+        name, levels, effects: labels of the grouping factor, its levels and the effects.
+        modes: (levels, effects), conditional modes of the random effects.
+        variances: (levels, effects, effects), their conditional covariances given the fixed
+            effects and variance parameters, as lme4's ``condVar``.
+    """
 
     name: str
     levels: tuple[Any, ...]
     effects: tuple[str, ...]
     modes: np.ndarray
+    variances: np.ndarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -225,10 +233,24 @@ class LMMResults:
     @property
     def random_effects(self) -> dict[str, pd.DataFrame]:
         """Conditional modes per grouping factor: a row per level, a column per effect."""
+        return self._by_level([grouping.modes for grouping in self.groupings])
+
+    @property
+    def random_effects_se(self) -> dict[str, pd.DataFrame]:
+        """Conditional standard deviations of `random_effects`, laid out likewise.
+
+        Given the fixed effects and variance parameters, as lme4's ``condVar`` and broom.mixed's
+        ``std.error``.
+        """
+        variances = [np.einsum("jaa->ja", grouping.variances) for grouping in self.groupings]
+        return self._by_level([np.sqrt(part) for part in variances])
+
+    def _by_level(self, values: list[np.ndarray]) -> dict[str, pd.DataFrame]:
+        """Frames of (levels, effects) arrays, one per grouping factor."""
         frames: dict[str, list[pd.DataFrame]] = {}
-        for grouping in self.groupings:
+        for grouping, part in zip(self.groupings, values, strict=True):
             index = pd.Index(grouping.levels, name=grouping.name)
-            frame = pd.DataFrame(grouping.modes, index, list(grouping.effects))
+            frame = pd.DataFrame(part, index, list(grouping.effects))
             frames.setdefault(grouping.name, []).append(frame)
         return {
             name: parts[0] if len(parts) == 1 else pd.concat(parts, axis=1)

@@ -314,6 +314,8 @@ def share(
         effects.append((codes, columns / scale, int(codes.max()) + 1))
         scales.append(scale)
     sizes = tuple(columns.shape[1] for _, columns in terms)
+    if structure is None and any(not np.array_equal(codes, terms[0][0]) for codes, _ in terms):
+        structure = "dense"  # the only one for several factors that takes many responses
     basis = structure_basis(effects, structure, n)
     rows = X if roots is None else X * roots[:, None]
     basis_rows, triangle = np.linalg.qr(rows)

@@ -28,13 +28,13 @@ def tidy(
             ``sd__Observation``), "fixed", "ran_vals" (conditional modes) and "ran_coefs"
             (coefficients per level: conditional mode plus fixed effect of the same name).
         conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
-            effects, from the log scale for SDs.
+            effects and conditional modes, from the log scale for SDs.
         conf_level: their level.
 
     Returns:
         Columns effect, group, level, term, estimate, std_error, statistic, df, p_value, those that
         apply to the effects asked for. Standard errors of SDs follow from those of the
-        log-variances.
+        log-variances; those of conditional modes are `LMMResults.random_effects_se`.
     """
     wanted = (effects,) if isinstance(effects, str) else tuple(effects)
     unknown = [effect for effect in wanted if effect not in EFFECTS]
@@ -43,8 +43,8 @@ def tidy(
     parts = {
         "fixed": _tidy_fixed,
         "ran_pars": _tidy_ran_pars,
-        "ran_vals": lambda fit, _: _tidy_levels(fit, coefficients=False),
-        "ran_coefs": lambda fit, _: _tidy_levels(fit, coefficients=True),
+        "ran_vals": _tidy_modes,
+        "ran_coefs": _tidy_coefficients,
     }
     frame = pd.concat([parts[effect](fit, conf_level) for effect in wanted], ignore_index=True)
     order = ["effect", "group", "level", "term", "estimate", "std_error", "statistic", "df"]
@@ -101,22 +101,34 @@ def _tidy_ran_pars(fit: LMMResults, conf_level: float) -> pd.DataFrame:
     return frame
 
 
-def _tidy_levels(fit: LMMResults, *, coefficients: bool) -> pd.DataFrame:
-    parts = []
-    for name, modes in fit.random_effects.items():
-        if coefficients:
-            modes = modes + fit.params.reindex(modes.columns, fill_value=0.0)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "effect": "ran_coefs" if coefficients else "ran_vals",
-                    "group": name,
-                    "level": np.repeat(modes.index.to_numpy(), modes.shape[1]),
-                    "term": list(modes.columns) * len(modes),
-                    "estimate": modes.to_numpy().ravel(),
-                }
-            )
+def _tidy_modes(fit: LMMResults, conf_level: float) -> pd.DataFrame:
+    from scipy.special import ndtri
+
+    frame = _by_level(fit.random_effects, "ran_vals")
+    frame["std_error"] = _by_level(fit.random_effects_se, "ran_vals")["estimate"]
+    half = ndtri((1 + conf_level) / 2) * frame["std_error"]
+    return frame.assign(conf_low=frame["estimate"] - half, conf_high=frame["estimate"] + half)
+
+
+def _tidy_coefficients(fit: LMMResults, _: float) -> pd.DataFrame:
+    modes = fit.random_effects
+    fixed = {name: fit.params.reindex(part.columns, fill_value=0.0) for name, part in modes.items()}
+    return _by_level({name: part + fixed[name] for name, part in modes.items()}, "ran_coefs")
+
+
+def _by_level(frames: dict[str, pd.DataFrame], effect: str) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(
+            {
+                "effect": effect,
+                "group": name,
+                "level": np.repeat(frame.index.to_numpy(), frame.shape[1]),
+                "term": list(frame.columns) * len(frame),
+                "estimate": frame.to_numpy().ravel(),
+            }
         )
+        for name, frame in frames.items()
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -160,7 +172,8 @@ def summary(fit: LMMResults) -> str:
     by = "REML" if fit.method == "REML" else "maximum likelihood"
     parts = [
         f"Linear mixed model fit by {by}. t-tests use Satterthwaite's method\n"
-        f"Formula: {fit.formula}",
+        f"Formula: {fit.formula}\n"
+        f"Structure: {fit.structure}",
         _criterion(fit),
         "Scaled residuals:\n" + _scaled_residuals(fit),
         "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),

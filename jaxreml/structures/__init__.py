@@ -5,7 +5,8 @@ factorise V is one new file here and one line in `designs`.
 """
 
 from jaxreml.structures.base import Marginal, Projection, Structure
+from jaxreml.structures.crossed import Crossed
 from jaxreml.structures.dense import Dense
 from jaxreml.structures.grouped import Grouped
 
-__all__ = ["Dense", "Grouped", "Marginal", "Projection", "Structure"]
+__all__ = ["Crossed", "Dense", "Grouped", "Marginal", "Projection", "Structure"]

@@ -21,7 +21,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from jaxreml import linalg
 
 
 class Marginal(NamedTuple):
@@ -36,20 +39,54 @@ class Projection(NamedTuple):
 
     logdet: Array
     gram: Array
-    inner: Array
-    cross: Array
+    inner: Any
+    cross: Any
+
+
+class Explicit:
+    """Derivatives of a structure that has B as an array: by contractions with it."""
+
+    costly = False
+
+    def slope(self: Any, projection: Projection) -> Array:
+        return self.trace(self.repeat(projection.inner))
+
+    def curvature(self: Any, projection: Projection, matrix: Array, weights: Array) -> Array:
+        counted = self.repeat(projection.inner)
+        # d_ij = half + half', as pair_trace(B, B) is symmetric
+        right = self.outer(projection.cross, matrix, weights) - counted / 2
+        half = self.pair_trace(projection.inner, right)
+        return half + linalg.transpose(half)
+
+    def spread(self: Any, projection: Projection, vector: Array) -> Array:
+        raise NotImplementedError  # second derivatives are cheap here
+
+    def repeat(self, inner: Array) -> Array:
+        """B with each part as often as it occurs in log|V0|, where equal parts are collapsed."""
+        return inner
+
+    def start(self) -> None:
+        return None
+
+    def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
+        return tuple(np.asarray(part) for part in posterior)
 
 
 class Structure(Protocol):
     """A pytree of the cross-products of one data set, with these contractions.
 
     `omega` is always the vector of `covariance`, length m. Effects are in scaled units
-    (`Design.scales`). `cross` is D in the structure's own layout, `inner` what has that of B.
+    (`Design.scales`). `cross` is D in the structure's own layout, `inner` what it makes B from.
     """
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Effects per term."""
+        ...
+
+    @property
+    def costly(self) -> bool:
+        """Whether `curvature` costs much more than `spread`."""
         ...
 
     def marginal(self, omega: Array) -> Marginal:
@@ -60,42 +97,54 @@ class Structure(Protocol):
         """The same with B and D."""
         ...
 
-    def repeat(self, inner: Array) -> Array:
-        """`inner` with each part as often as it occurs in log|V0| (structures that collapse equal
-        parts); elsewhere `inner` itself."""
+    def slope(self, projection: Projection) -> Array:
+        """Derivatives of log|V0| in omega, tr(B E_i), (m,)."""
         ...
 
-    def combine(self, cross: Array, matrix: Array) -> Array:
+    def curvature(self, projection: Projection, matrix: Array, weights: Array) -> Array:
+        """Second derivatives in omega of log|V0| + tr(W gram), (m, m), for the constant
+        W = matrix diag(weights) matrix', with (p + 1, p + 1) `matrix` and (p + 1,) `weights`."""
+        ...
+
+    def spread(self, projection: Projection, vector: Array) -> Array:
+        """d'E_i B E_j d for d = D vector, (m, m)."""
+        ...
+
+    def combine(self, cross: Any, matrix: Array) -> Any:
         """D @ matrix, for `matrix` of shape (p + 1, k)."""
         ...
 
-    def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
-        """D matrix diag(weights) matrix' D' in the layout of B, for `pair_trace`."""
-        ...
-
-    def trace(self, inner: Array) -> Array:
-        """tr(B E_i), shape (m,)."""
-        ...
-
-    def pair_trace(self, left: Array, right: Array) -> Array:
-        """tr(E_i left E_j right), shape (m, m)."""
-        ...
-
-    def form(self, cross: Array, matrix: Array) -> Array:
+    def form(self, cross: Any, matrix: Array) -> Array:
         """matrix' D' E_i D matrix, shape (m, k, k), for `matrix` of shape (p + 1, k)."""
         ...
 
-    def without_response(self) -> Any:
-        """The same with a response of length 1 that neither X nor Z explains; one lane."""
+    def start(self) -> Array | None:
+        """omega (m,) to start a search from, by cheap moment estimates. None where
+        `estimation.minimum_norm` costs little; it needs `without_response()`, the same structure
+        with a response of length 1 that neither X nor Z explains, in one lane."""
         ...
 
-    def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
+    def modes(self, omega: Array, cross: Any) -> tuple[Array, ...]:
         """Omega D for D of shape k = 1: per term (levels, effects), in scaled units."""
+        ...
+
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Any:
+        """What `variances` makes the conditional variances of the random effects from.
+
+        Args:
+            omega: (m,).
+            factors: per term (q, q), relative Cholesky factors that have it.
+        """
+        ...
+
+    def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
+        """Var(b | y) per term (levels, q, q), given the parameters, in units of the residual
+        variance and scaled effects. On the host, not traceable."""
         ...
 
 
 def blank_response(scores: Array, remainder: Array) -> tuple[Array, Array]:
-    """Scores (., p + 1, ...) and remainder (p + 1, p + 1) of `Structure.without_response`."""
+    """Scores (., p + 1, ...) and remainder (p + 1, p + 1) of a structure's `without_response`."""
     p = len(remainder) - 1
     scores, remainder = jnp.asarray(scores), jnp.asarray(remainder)
     return (

@@ -2,13 +2,12 @@
 
 Z is held as a matrix. Of order r = min(n, Q) for n rows and Q random effects, so it serves several
 grouping factors while min(n, Q) is at most a few thousand, and every other structure is tested
-against it. The random effects of a term are ordered level by level.
+against it. The random effects of a term are ordered effect by effect.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -18,17 +17,13 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from jaxreml import covariance
-from jaxreml.structures.base import Marginal, Projection, blank_response
-
-
-@lru_cache
-def _basis(q: int) -> np.ndarray:
-    return covariance.symmetric_basis((q,)).reshape(-1, q * q)
+from jaxreml.structures.base import Explicit, Marginal, Projection, blank_response
+from jaxreml.structures.layout import Layout
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Dense:
+class Dense(Explicit):
     """Cross-products of any random terms, Q random effects altogether.
 
     Attributes:
@@ -45,21 +40,16 @@ class Dense:
     sizes: tuple[int, ...] = field(metadata={"static": True})
     levels: tuple[int, ...] = field(metadata={"static": True})
 
-    def _split(self, array: Array, axis: int = 0) -> list[Array]:
-        """Cut the axis of all random effects into one (levels, effects) pair of axes per term."""
-        counts = [q * j for q, j in zip(self.sizes, self.levels, strict=True)]
-        parts = jnp.split(array, np.cumsum(counts)[:-1], axis=axis)
-        return [
-            part.reshape(*part.shape[:axis], j, q, *part.shape[axis + 1 :])
-            for part, q, j in zip(parts, self.sizes, self.levels, strict=True)
-        ]
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.sizes, self.levels)
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         matrices = covariance.symmetric_matrices(omega, self.sizes)
         inner = jnp.eye(self.factors.shape[0], dtype=omega.dtype)
-        for factor, matrix in zip(self._split(self.factors, axis=1), matrices, strict=True):
-            scaled = jnp.einsum("rja,ab->rjb", factor, matrix)
-            inner = inner + jnp.einsum("rjb,sjb->rs", scaled, factor)
+        for factor, matrix in zip(self.layout.split(self.factors, axis=1), matrices, strict=True):
+            scaled = jnp.einsum("raj,ab->rbj", factor, matrix)
+            inner = inner + jnp.einsum("rbj,sbj->rs", scaled, factor)
         factor = jnp.linalg.cholesky(inner)
         return factor, 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
 
@@ -75,9 +65,6 @@ class Dense:
         gram = self.remainder + scores.T @ scores
         return Projection(logdet, gram, loadings.T @ loadings, loadings.T @ scores)
 
-    def repeat(self, inner: Array) -> Array:
-        return inner
-
     def combine(self, cross: Array, matrix: Array) -> Array:
         return cross @ matrix
 
@@ -86,42 +73,32 @@ class Dense:
         return (cross * weights) @ cross.T
 
     def trace(self, inner: Array) -> Array:
-        traces = []
-        for k, block in enumerate(self._split(inner)):
-            q = self.sizes[k]
-            square = self._split(block, axis=2)[k]
-            traces.append(_basis(q) @ jnp.einsum("jajb->ab", square).reshape(q * q))
-        return jnp.concatenate(traces)
+        return self.layout.trace(inner)
 
     def pair_trace(self, left: Array, right: Array) -> Array:
-        lefts = [self._split(block, axis=2) for block in self._split(left)]
-        rights = [self._split(block, axis=2) for block in self._split(right)]
-        rows = []
-        for k, q in enumerate(self.sizes):
-            row = []
-            for j, s in enumerate(self.sizes):
-                products = jnp.einsum("ibjc,jdia->abcd", lefts[k][j], rights[j][k])
-                row.append(_basis(q) @ products.reshape(q * q, s * s) @ _basis(s).T)
-            rows.append(jnp.concatenate(row, axis=1))
-        return jnp.concatenate(rows)
+        return self.layout.pair_trace(left, right)
 
     def form(self, cross: Array, matrix: Array) -> Array:
         cross = cross @ matrix
-        k = cross.shape[1]
-        forms = []
-        for part, q in zip(self._split(cross), self.sizes, strict=True):
-            products = jnp.einsum("jau,jbv->abuv", part, part).reshape(q * q, k * k)
-            forms.append((_basis(q) @ products).reshape(-1, k, k))
-        return jnp.concatenate(forms)
+        return self.layout.form(cross, cross)
 
     def without_response(self) -> Dense:
         scores, remainder = blank_response(self.scores, self.remainder)
         return replace(self, scores=scores, remainder=remainder)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
-        matrices = covariance.symmetric_matrices(omega, self.sizes)
-        parts = self._split(cross[:, 0])
-        return tuple(part @ matrix for part, matrix in zip(parts, matrices, strict=True))
+        return self.layout.modes(omega, cross[:, 0])
+
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> tuple[Array, ...]:
+        loadings = self.layout.times(self.factors, factors)
+        inner = loadings.T @ loadings + jnp.eye(loadings.shape[1], dtype=loadings.dtype)
+        across = tuple(factor.T for factor in factors)
+        identity = jnp.eye(len(inner), dtype=inner.dtype)
+        half = self.layout.times(
+            solve_triangular(jnp.linalg.cholesky(inner), identity, lower=True), across
+        )
+        blocks = self.layout.diagonal_blocks(half.T, half)
+        return tuple(jnp.moveaxis(block, 2, 0) for block in blocks)
 
 
 class DenseBasis:
@@ -138,7 +115,7 @@ class DenseBasis:
         blocks = []
         for codes, columns, n_levels in effects:
             q = columns.shape[1]
-            where = (np.arange(n)[:, None], codes[:, None] * q + np.arange(q))
+            where = (np.arange(n)[:, None], codes[:, None] + n_levels * np.arange(q))
             if traced:
                 blocks.append(jnp.zeros((n, n_levels * q), columns.dtype).at[where].set(columns))
             else:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.scipy.linalg import block_diag
 
 from jaxreml import covariance, linalg
-from jaxreml.structures.base import Marginal, Projection, blank_response
+from jaxreml.structures.base import Explicit, Marginal, Projection, blank_response
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
 COLLINEAR = 1e-10
 
 
-class Levels:
+class Levels(Explicit):
     """What `Grouped` and `GroupedBatch` have in common; lanes may follow the levels' axis."""
 
     factors: Array
@@ -101,9 +103,6 @@ class Grouped(Levels):
         inner, cross = linalg.matmul(across, loadings), linalg.matmul(across, scores)
         return Projection(logdet, self._gram(scores), inner, cross)
 
-    def repeat(self, inner: Array) -> Array:
-        return inner
-
     def combine(self, cross: Array, matrix: Array) -> Array:
         return jnp.einsum("auJ,uv->avJ", cross, matrix)
 
@@ -128,6 +127,12 @@ class Grouped(Levels):
         modes = linalg.matmul(self._omega(omega), cross)[:, 0]
         parts = jnp.split(modes, np.cumsum(self.sizes)[:-1])
         return tuple(jnp.swapaxes(part, 0, 1) for part in parts)
+
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> tuple[Array, ...]:
+        whole = linalg.conditional_variance(self.factors, block_diag(*factors))
+        ends = np.cumsum((0, *self.sizes))
+        blocks = [whole[a:b, a:b] for a, b in pairwise(ends)]
+        return tuple(jnp.moveaxis(block, 2, 0) for block in blocks)
 
 
 @lru_cache

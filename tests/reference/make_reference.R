@@ -119,6 +119,19 @@ simulated("q4", y ~ x1 + x2 + x3 + (x1 + x2 + x3|g), 107, function() {
   data.frame(g = labels("g", g), x1 = x[, 1], x2 = x[, 2], x3 = x[, 3], y = round(y, 4))
 })
 
+simulated("crossed_nested", y ~ x + (x|item) + (1|site) + (1|subject) + (1|subject:session), 108,
+          function() {
+  # Sessions in subjects in sites, crossed with items; some items and sessions are rare.
+  n <- 700; subject <- unbalanced(30, n); session <- sample(1:3, n, TRUE)
+  item <- sample(12, n, TRUE, prob = rexp(12) + 0.1); site <- (subject - 1) %/% 5 + 1
+  both <- interaction(subject, session); x <- round(rnorm(n), 3)
+  b <- cbind(rnorm(12), 0.5 * rnorm(12))
+  y <- 1 + 0.4 * x + b[item, 1] + b[item, 2] * x + rnorm(6, sd = 0.9)[site] +
+    rnorm(30, sd = 0.8)[subject] + rnorm(90, sd = 0.5)[both] + rnorm(n)
+  data.frame(site = labels("s", site), subject = labels("p", subject), session = labels("t", session),
+             item = labels("i", item), x, y = round(y, 4))
+})
+
 # -- what is read off a fit -----------------------------------------------------------------------
 rows <- function(table) {
   frame <- as.data.frame(table, check.names = FALSE)

@@ -1,0 +1,96 @@
+"""Conditional variances of the random effects of a chain and its tail, on the host.
+
+Given y and the parameters, the tail's effects b_D have covariance R and those of a stage
+b_k = -G_k w_k + e_k, with w_k what its couplings make of b_D and of the effects of its later
+factors, and e_k of variance E_k, independent of them. The covariances are carried from the last
+stage to the first, only where a stage has couplings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+CHUNK = 10**8  # entries of a dense product at a time
+
+
+class Posterior(NamedTuple):
+    """What `variances` needs of each stage, and the tail.
+
+    Attributes:
+        gains: per stage G (q, q, J).
+        own: per stage E (q, q, J).
+        chains: per stage its couplings with the later stages, (q, q_k, J) each.
+        tails: per stage its couplings with the tail, (q, k).
+        inverse: R, (Q, Q).
+    """
+
+    gains: tuple[Any, ...]
+    own: tuple[Any, ...]
+    chains: tuple[tuple[Any, ...], ...]
+    tails: tuple[Any, ...]
+    inverse: Any
+
+
+def variances(stages: Any, given: Posterior) -> list[np.ndarray]:
+    """Per stage (q, q, J), in units of the residual variance."""
+    count = len(stages)
+    R = np.asarray(given.inverse)
+    found: list[Any] = [None] * count
+    with_tail: list[Any] = [None] * count  # Cov(b_k, b_D) where there are couplings, (q, k)
+    between: dict[tuple[int, int], np.ndarray] = {}  # Cov(b_k, b_i) of nested levels, (q, q_i, J)
+    for k in reversed(range(count)):
+        stage = stages[k]
+        gain, tail = np.asarray(given.gains[k]), np.asarray(given.tails[k])
+        chain = [np.asarray(part) for part in given.chains[k]]
+        level, effect = np.asarray(stage.level), np.asarray(stage.effect)
+        up = [np.asarray(part) for part in stage.up]
+        later = range(k + 1, count)
+        pulled = _at_couplings(tail, level, effect, stage.n_levels, R)  # Cov(w, b_D)
+        for i, across, places in zip(later, chain, stage.tail_up, strict=True):
+            own = with_tail[i][:, np.asarray(places)]
+            pulled += np.einsum("abk,bk->ak", across[:, :, level], own)
+        with_tail[k] = -np.einsum("abk,bk->ak", gain[:, :, level], pulled)
+        spread = _by_level(pulled, tail, level, stage.n_levels)  # Var(w)
+        for i, across, places in zip(later, chain, stage.tail_up, strict=True):
+            own = with_tail[i][:, np.asarray(places)]
+            joint = _by_level(tail, own, level, stage.n_levels)  # Cov(w, b_i)
+            for j, other in zip(later, chain, strict=True):
+                if j == i:
+                    pair = found[i][:, :, up[i - k - 1]]
+                elif j < i:
+                    pair = between[j, i][:, :, up[j - k - 1]]
+                else:
+                    pair = between[i, j][:, :, up[i - k - 1]].swapaxes(0, 1)
+                joint += np.einsum("abJ,bcJ->acJ", other, pair)
+            between[k, i] = -np.einsum("abJ,bcJ->acJ", gain, joint)
+            spread += np.einsum("abJ,cbJ->acJ", joint, across)
+        found[k] = np.asarray(given.own[k]) + np.einsum("abJ,bcJ,dcJ->adJ", gain, spread, gain)
+    return found
+
+
+def _by_level(left: np.ndarray, right: np.ndarray, level: np.ndarray, count: int) -> np.ndarray:
+    """Sums over the couplings of each level of left (q, k) times right (s, k), (q, s, J)."""
+    sums = [[np.bincount(level, a * b, count) for b in right] for a in left]
+    return np.array(sums, float).reshape(len(left), len(right), count)
+
+
+def _at_couplings(
+    tail: np.ndarray, level: np.ndarray, effect: np.ndarray, n_levels: int, R: np.ndarray
+) -> np.ndarray:
+    """Row by level of the couplings times R, where that level has couplings: (q, k)."""
+    result = np.zeros(tail.shape)
+    if not level.size:
+        return result
+    ends = np.searchsorted(level, np.arange(n_levels + 1))
+    step = max(1, CHUNK // len(R))
+    for start in range(0, n_levels, step):
+        stop = min(start + step, n_levels)
+        inside = slice(ends[start], ends[stop])
+        rows, columns = level[inside] - start, effect[inside]
+        for a, values in enumerate(tail):
+            sparse = sp.csr_matrix((values[inside], (rows, columns)), (stop - start, len(R)))
+            result[a, inside] = np.asarray(sparse @ R)[rows, columns]
+    return result
