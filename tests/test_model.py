@@ -62,6 +62,7 @@ def test_summary_has_lmertests_layout(fit):
     for line in (
         "Linear mixed model fit by REML. t-tests use Satterthwaite's method",
         "Formula: Reaction ~ Days + (Days | Subject)",
+        "Structure: grouped",
         "REML criterion at convergence: 1743.6",
         "Number of obs: 180, groups:  Subject, 18",
         "Days -0.138",
@@ -82,7 +83,12 @@ def test_tidy(fit):
         "conf_low", "conf_high",
     ]  # fmt: skip
     values = fit.tidy("ran_vals")
-    assert values.shape == (36, 5)
+    assert list(values.columns) == ["effect", "group", "level", "term", "estimate", "std_error"]
+    assert len(values) == 36 and len(fit.tidy("ran_coefs")) == 36
+    np.testing.assert_allclose(values["std_error"], fit.random_effects_se["Subject"].stack())
+    interval = fit.tidy("ran_vals", conf_int=True, conf_level=0.9).iloc[0]
+    half = 1.6448536 * interval["std_error"]
+    assert interval["conf_high"] - interval["estimate"] == pytest.approx(half)
     modes, coefficients = values["estimate"], fit.tidy("ran_coefs")["estimate"]
     np.testing.assert_allclose(coefficients - modes, np.tile(fit.params, 18))
     with pytest.raises(ValueError, match="ran_pars"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +12,8 @@ from jax import Array
 from jaxreml import covariance
 
 
-@lru_cache
-def _basis(q: int) -> np.ndarray:
-    return covariance.symmetric_basis((q,)).reshape(-1, q * q)
+def _basis(q: int, kind: Any) -> np.ndarray:
+    return covariance.symmetric_basis((q,)).reshape(-1, q * q).astype(kind)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Layout:
     def trace_blocks(self, blocks: list[Array]) -> Array:
         """The same from the diagonal blocks, per term (q, q, levels)."""
         traces = [
-            _basis(q) @ jnp.sum(block, axis=2).reshape(q * q)
+            _basis(q, block.dtype) @ jnp.sum(block, axis=2).reshape(q * q)
             for block, q in zip(blocks, self.sizes, strict=True)
         ]
         return jnp.concatenate(traces)
@@ -81,7 +80,9 @@ class Layout:
             row = []
             for j, s in enumerate(self.sizes):
                 products = jnp.einsum("bicj,djai->abcd", lefts[k][j], rights[j][k])
-                row.append(_basis(q) @ products.reshape(q * q, s * s) @ _basis(s).T)
+                row.append(
+                    _basis(q, left.dtype) @ products.reshape(q * q, s * s) @ _basis(s, left.dtype).T
+                )
             rows.append(jnp.concatenate(row, axis=1))
         return jnp.concatenate(rows)
 
@@ -93,7 +94,7 @@ class Layout:
             columns = part.shape[-1], other.shape[-1]
             products = jnp.einsum("aju,bjv->abuv", part, other)
             products = products.reshape(q * q, -1)
-            forms.append((_basis(q) @ products).reshape(-1, *columns))
+            forms.append((_basis(q, part.dtype) @ products).reshape(-1, *columns))
         return jnp.concatenate(forms)
 
     def moved(self, vector: Array) -> Array:
@@ -102,7 +103,7 @@ class Layout:
         columns = []
         start = 0
         for part, q in zip(self.split(vector), self.sizes, strict=True):
-            basis = _basis(q).reshape(-1, q, q)
+            basis = _basis(q, part.dtype).reshape(-1, q, q)
             own = jnp.einsum("iab,bj->aji", basis, part).reshape(part.size, -1)
             columns.append(jnp.pad(own, [(0, 0), (start, m - start - len(basis))]))
             start += len(basis)
