@@ -427,6 +427,15 @@ def _check_terms(terms: list[GroupingTerm], n: int) -> None:
                     "variance cannot be divided between them"
                 )
             seen.add((term.name, effect))
+        dependent = _dependent(term.effects)
+        if dependent is not None:
+            effect = term.effect_names[dependent]
+            before = ", ".join(term.effect_names[:dependent])
+            what = "is constant" if np.ptp(term.effects[:, dependent]) == 0 else "depends on them"
+            raise DataError(
+                f"the random effect {effect!r} of {term.name!r} {what} and cannot be told apart "
+                f"from {before}; take it out of the term"
+            )
     for first, second in combinations(terms, 2):
         shared = set(first.effect_names) & set(second.effect_names)
         if first.name != second.name and shared and _same_partition(first, second):
@@ -434,6 +443,13 @@ def _check_terms(terms: list[GroupingTerm], n: int) -> None:
                 f"the grouping factors {first.name!r} and {second.name!r} divide the rows alike; "
                 f"the variance of {min(shared)!r} cannot be shared out between them. Leave one out"
             )
+
+
+def _dependent(columns: np.ndarray) -> int | None:
+    """The first column that is a linear combination of those before it."""
+    triangle = np.linalg.qr(columns / np.linalg.norm(columns, axis=0), mode="r")
+    found = np.flatnonzero(np.abs(np.diagonal(triangle)) <= ALIASED)
+    return int(found[0]) if found.size else None
 
 
 def _same_partition(first: GroupingTerm, second: GroupingTerm) -> bool:

@@ -314,6 +314,11 @@ def share(
         effects.append((codes, columns / scale, int(codes.max()) + 1))
         scales.append(scale)
     sizes = tuple(columns.shape[1] for _, columns in terms)
+    if structure == "crossed":
+        raise DataError(
+            "many responses with several grouping factors go through the dense structure; the "
+            'crossed one takes single responses (`fit`). Leave structure out, or set it to "dense"'
+        )
     if structure is None and any(not np.array_equal(codes, terms[0][0]) for codes, _ in terms):
         structure = "dense"  # the only one for several factors that takes many responses
     basis = structure_basis(effects, structure, n)

@@ -118,7 +118,33 @@ def check_genes(figures: dict, text: str) -> None:
         assert (np.abs(half - colour).max(axis=-1) < 0.01).sum() > 500
 
 
-CHECKS = {"genes": check_genes, "optax_lbfgs": check_optax_lbfgs, "schools": check_schools}
+def check_insteval(figures: dict, text: str) -> None:
+    fit, table = figures["fit"], figures["lecturers"]
+    assert fit.converged and fit.structure == "crossed"
+    assert fit.criterion == pytest.approx(237733.83412752, abs=1e-5)  # lme4
+    assert len(table) == 1128 and table["effect"].is_monotonic_decreasing
+    assert table["n_ratings"].sum() == 73421
+    # A lecturer alone would have variance tau2 / (1 + n tau2 / sigma2); the students add to it.
+    variances = fit.variance_components.set_index("group")["variance"]
+    alone = variances["d"] / (1 + table["n_ratings"] * variances["d"] / variances["Residual"])
+    assert (table["se"] ** 2 > alone).all() and (table["se"] ** 2 < variances["d"]).all()
+    assert (table["rank_lower"] <= table["rank_upper"]).all()
+    assert figures["shares"].sum() == pytest.approx(1)
+    above, below = figures["apart"]
+    assert 150 < above < 350 and 150 < below < 350
+    assert figures["shrunk"][0] < 0.7 < figures["shrunk"][1] < 1.1
+    image = imread(figures["plot"])[..., :3]
+    assert image.shape == (675, 1350, 3)
+    for colour in ("C0", "C3"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 500
+
+
+CHECKS = {
+    "genes": check_genes,
+    "insteval": check_insteval,
+    "optax_lbfgs": check_optax_lbfgs,
+    "schools": check_schools,
+}
 
 
 def test_examples_and_checks_correspond():
@@ -135,7 +161,7 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    arguments = [tmp_path / "genes.png"] if name == "genes" else []
+    arguments = [tmp_path / f"{name}.png"] if name in ("genes", "insteval") else []
     module = load(name)
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing

@@ -135,7 +135,7 @@ class TestRefused:
     def test_model_too_large_for_the_dense_structure(self):
         data = jaxreml.datasets.load("insteval")
         with pytest.raises(DataError, match=r"4114 random effects.*73421 rows.*GiB"):
-            jaxreml.fit("y ~ service + (1 | s) + (1 | d) + (1 | dept)", data)
+            jaxreml.fit("y ~ service + (1 | s) + (1 | d) + (1 | dept)", data, structure="dense")
 
     @pytest.mark.parametrize(
         ("change", "formula", "message"),
@@ -208,3 +208,14 @@ class TestRefused:
     def test_weights(self, sleep, weights, message):
         with pytest.raises(DataError, match=message):
             model_frame(SLEEP, sleep, weights=weights)
+
+
+def test_random_effects_that_depend_on_others_are_refused():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    data = {"y": rng.normal(size=60), "x": x, "k": np.full(60, 2.0), "z": 1 + 3 * x, "g": x > 0}
+    with pytest.raises(DataError, match=r"'k' of 'g' is constant .* from \(Intercept\)"):
+        model_frame("y ~ x + (1 + k | g)", data)
+    with pytest.raises(DataError, match=r"'z' of 'g' depends on them .* from \(Intercept\), x"):
+        model_frame("y ~ x + (x + z | g)", data)
+    assert len(model_frame("y ~ x + (0 + k | g)", data).terms) == 1

@@ -351,3 +351,10 @@ def test_progress_on_a_terminal():
     assert process.stdout == b""
     assert "3/8" in shown
     assert "1 failed" in shown
+
+
+def test_crossed_structure_is_refused():
+    data = jaxreml.datasets.load("penicillin")
+    values = np.tile(data["diameter"].to_numpy()[:, None], 3)
+    with pytest.raises(jaxreml.DataError, match="single responses"):
+        jaxreml.fit_many("~ 1 + (1 | plate) + (1 | sample)", data, values, structure="crossed")
