@@ -287,7 +287,7 @@ class TestFromArrays:
             ({"terms": [g[:5]]}, r"must have shape \(6,\)"),
             ({"weights": np.zeros(6)}, "weights must be positive"),
             ({"weights": np.ones(5)}, r"weights must have shape \(6,\)"),
-            ({"structure": "sparse"}, '"grouped" or "dense"'),
+            ({"structure": "sparse"}, '"crossed" or "dense"'),
             ({"structure": "grouped", "terms": [g, g[::-1] % 2]}, "same factor"),
         ],
     )
