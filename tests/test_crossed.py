@@ -301,3 +301,15 @@ def test_single_precision_is_taken_when_asked_for():
     single = jax.jit(estimate)(Design.from_arrays(y, np.ones((300, 1)), [a, b], dtype="float32"))
     assert single.theta.dtype == np.float32 and int(single.status) == 0
     np.testing.assert_allclose(single.theta, exact.theta, rtol=1e-2)
+
+
+def test_effects_of_equal_squares_have_a_start():
+    """Moments cannot tell an intercept from an effect of 1 and -1; the fit can."""
+    rng = np.random.default_rng(0)
+    g, h, z = rng.integers(0, 20, 300), rng.integers(0, 10, 300), rng.choice([-1.0, 1.0], 300)
+    y = rng.normal(size=300) + rng.normal(size=20)[g] + 0.5 * z * rng.normal(size=20)[g]
+    data = {"y": y, "z": z, "g": g, "h": h}
+    formula = "y ~ z + (z || g) + (1 | h)"
+    ours, theirs = (jaxreml.fit(formula, data, structure=s) for s in ("crossed", "dense"))
+    assert ours.criterion == pytest.approx(theirs.criterion, abs=1e-8)
+    np.testing.assert_allclose(ours.theta, theirs.theta, atol=1e-5)

@@ -44,6 +44,24 @@ class Inner(NamedTuple):
     modes: Array
 
 
+class Moments(NamedTuple):
+    """What moment estimates need; see `Crossed.start`.
+
+    Attributes:
+        bases: per term (q, q), in the order of the stages and the tail: Z times these has
+            orthogonal columns.
+        shrinkage: per term (q, J), 1 / (1 + Z'Z) in these bases.
+        inverse: (v + 1, v + 1), of the expectations of the v sums of squares and of the mean
+            square, in the relative variances and sigma2.
+        n: rows.
+    """
+
+    bases: tuple[Array, ...]
+    shrinkage: tuple[Array, ...]
+    inverse: Array
+    n: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Crossed:
@@ -54,8 +72,7 @@ class Crossed:
         rest: (Q, Q), what the first factor leaves of Z_D'Z_D.
         columns: (Q, p + 1), likewise of Z_D'[X y].
         remainder: (p + 1, p + 1), likewise of [X y]'[X y].
-        shrunk: (v, v) and
-        shrinkage: per stage (q, J) and for the tail (Q,), for `start`.
+        moments: for `start`.
         sizes: effects per term, static, in the order of the terms.
         order: the terms in the order of the stages and then the tail, static.
         levels: levels per term of the tail, static.
@@ -65,8 +82,7 @@ class Crossed:
     rest: Array
     columns: Array
     remainder: Array
-    shrunk: Array
-    shrinkage: tuple[Array, ...]
+    moments: Moments
     sizes: tuple[int, ...] = field(metadata={"static": True})
     order: tuple[int, ...] = field(metadata={"static": True})
     levels: tuple[int, ...] = field(metadata={"static": True})
@@ -265,32 +281,38 @@ class Crossed:
         return replace(self, stages=tuple(stages), columns=tail, remainder=remainder)
 
     def start(self) -> Array:
-        """Moment estimates of the relative variances, correlations zero: omega, (m,).
+        """Moment estimates of omega, (m,).
 
-        Every effect as a term of its own has sums of squares of its shrunken sums Z'y / (1 + Z'Z);
-        their expectations are linear in the variances.
+        The effects of a term, in a basis in which its columns of Z are orthogonal and the effects
+        taken for uncorrelated, have sums of squares of Z'y / (1 + Z'Z); their expectations are
+        linear in the variances.
         """
         zeros = [np.zeros(covariance.count_theta(stage.sizes)) for stage in self.stages]
         done = self._eliminate(tuple(jnp.asarray(zero, self.remainder.dtype) for zero in zeros))
-        first, *later = (couplings.columns[:, -1] for couplings in done.couplings)
-        first = jnp.einsum("abJ,aJ->bJ", self.stages[0].matrix, first)
-        *chain, tail = self.shrinkage
-        forms = [
-            jnp.sum((sums * shrink) ** 2, axis=1)
-            for sums, shrink in zip([first, *later], chain, strict=True)
-        ]
+        sums: list[Array] = []
+        for k, (stage, couplings) in enumerate(zip(self.stages, done.couplings, strict=True)):
+            whole = couplings.columns[:, -1]
+            if k == 0:
+                whole = jnp.einsum("abJ,aJ->bJ", stage.matrix, whole)
+            sums += jnp.split(whole, np.cumsum(stage.sizes)[:-1])
         if self.levels:
-            squares = self.layout.split((done.C[:, -1] * tail) ** 2)
-            forms += [jnp.sum(square, axis=1) for square in squares]
-        total = done.T[-1, -1]
-        forms = jnp.concatenate([*forms, total[None]])
-        solution = jnp.linalg.solve(self.shrunk, forms)
-        n = self.shrunk[-1, -1]
-        relative = solution[:-1] / jnp.maximum(solution[-1], 0.1 * total / n)
-        sizes = [self.sizes[k] for k in self.order]
-        diagonal = np.concatenate([np.equal(*covariance.triangle(q)) for q in sizes])
-        omega = jnp.zeros(len(diagonal), relative.dtype).at[np.flatnonzero(diagonal)].set(relative)
-        return self._outside(omega, 0)
+            sums += self.layout.split(done.C[:, -1])
+        moments = self.moments
+        terms = zip(sums, moments.bases, moments.shrinkage, strict=True)
+        forms = [
+            jnp.sum((basis.T @ part * shrinkage) ** 2, axis=1) for part, basis, shrinkage in terms
+        ]
+        mean = done.T[-1, -1] / moments.n
+        solution = moments.inverse @ jnp.concatenate([*forms, mean[None]])
+        relative = jnp.maximum(solution[:-1], 0.0) / jnp.maximum(solution[-1], 0.1 * mean)
+        omegas = []
+        first = 0
+        for basis in moments.bases:
+            q = len(basis)
+            matrix = (basis * relative[first : first + q]) @ basis.T
+            omegas.append(matrix[covariance.triangle(q)])
+            first += q
+        return self._outside(jnp.concatenate(omegas), 0)
 
     def _forms(self, cross: tuple[Array, ...], matrix: Array) -> Array:
         """matrix' D' E_i D matrix in the order of the stages and the tail."""

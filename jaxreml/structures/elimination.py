@@ -23,6 +23,10 @@ from jax import Array
 
 from jaxreml import covariance, linalg
 
+DENSE = 5 * 10**7  # most entries of a matrix of couplings
+SUM = 8  # how many entries can be written in the time of one scattered sum, and
+GEMM = 40  # multiplied in the time that one is written
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -133,6 +137,9 @@ class Stage:
 
     def to_tail(self, tail: Array, columns: Array, total: int) -> Array:
         """Sums over levels of couplings (q, k) times columns (q, u, J), (Q, u)."""
+        if self._is_dense(total, columns.shape[1]):
+            matrices = self._matrices(tail, total)
+            return jnp.einsum("aJQ,auJ->Qu", matrices, columns)
         products = jnp.einsum("ak,auk->ku", tail, columns[:, :, self.level])
         return jax.ops.segment_sum(products, self.effect, total)
 
@@ -140,11 +147,23 @@ class Stage:
         """Sums over the tail of couplings (q, k), the own ones if left out, times values (Q, u),
         (q, u, J)."""
         tail = self.tail if tail is None else tail
+        if self._is_dense(*values.shape):
+            return jnp.einsum("aJQ,Qu->auJ", self._matrices(tail, len(values)), values)
         own = values[self.effect]
         rows = [
             jax.ops.segment_sum(row[:, None] * own, self.level, self.n_levels).T for row in tail
         ]
         return jnp.stack(rows)
+
+    def _is_dense(self, total: int, columns: int) -> bool:
+        """Whether products of the couplings, filled up to a matrix, take less time than sums."""
+        cells = self.n_levels * total
+        return cells < DENSE and cells * (1 + columns / GEMM) < SUM * self.level.size * columns
+
+    def _matrices(self, tail: Array, total: int) -> Array:
+        """Couplings (q, k) as matrices, (q, J, Q)."""
+        empty = jnp.zeros((len(tail), self.n_levels, total), tail.dtype)
+        return empty.at[:, self.level, self.effect].set(tail, unique_indices=True)
 
 
 class Couplings(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from jax import Array
 from jaxreml.covariance import INDEX, triangle
 from jaxreml.errors import DataError
 from jaxreml.structures.collapse import SAME
-from jaxreml.structures.crossed import Crossed
+from jaxreml.structures.crossed import Crossed, Moments
 from jaxreml.structures.elimination import Products, Stage, Weighted
 from jaxreml.structures.grouped import GroupedBasis
 
@@ -54,6 +54,10 @@ class Factor:
     def effects(self) -> int:
         """Random effects altogether."""
         return self.n_levels * self.q
+
+    def by_term(self) -> list[np.ndarray]:
+        """The columns of each term."""
+        return np.split(self.columns, np.cumsum(self.sizes)[:-1], axis=1)
 
     def contains(self, finer: Factor) -> bool:
         """Whether every level of `finer` lies in one level of this factor."""
@@ -123,6 +127,7 @@ class CrossedBasis:
         self._check_memory()
         self.directions = self.first.directions[np.argsort(self.first.order)]
         self.stages = self._couple()
+        self.moments = self._moments()
 
     def _check_memory(self) -> None:
         total, light = self.tail.total, int(self.plan.light.sum())
@@ -144,81 +149,93 @@ class CrossedBasis:
     def _couple(self) -> tuple[Stage, ...]:
         """All stages, without X and y."""
         first, *later = self.chain
-        q = first.q
-        weights = self.directions.T  # Q of the first factor
-        of_chain = [  # (q, q_k, J)
-            np.array(
-                [[first.sums(weight * column) for column in factor.columns.T] for weight in weights]
-            ).reshape(q, factor.q, first.n_levels)
+        directions = self.directions.T
+        of_chain = [
+            np.array([[first.sums(d * column) for column in factor.columns.T] for d in directions])
             for factor in later
         ]
-        of_tail = np.array([self.meetings[0].sums(weight) for weight in weights])
+        of_tail = np.array([self.meetings[0].sums(d) for d in directions])
         pairs, explained = _weighted(self.plan, self.meetings[0], of_tail, self.tail.total)
         self.rest = _cleaned(self.tail.gram(), explained)
-        ups = [factor.parents(first) for factor in later]
-        tail_ups = [
-            m.places(up, self.meetings[0]) for m, up in zip(self.meetings[1:], ups, strict=True)
-        ]
-        level = self.meetings[0].level
-        stages = [
-            _stage(
-                self.first.factors, of_chain, of_tail, ups, self.meetings[0], tail_ups, pairs, first
-            )
-        ]
-        squares = [np.array([first.sums(column**2) for column in first.columns.T])]
-        for k, factor in enumerate(later):
-            meetings = self.meetings[k + 1]
-            raw_own = _products(factor, factor)
-            matrix = _cleaned(raw_own, _by_parent(of_chain[k], of_chain[k], ups[k], factor))
-            chain = [
-                _cleaned(_products(factor, other), _by_parent(of_chain[k], across, ups[k], factor))
-                for other, across in zip(later[k + 1 :], of_chain[k + 1 :], strict=True)
-            ]
-            raw = np.array([meetings.sums(column) for column in factor.columns.T])
-            by_first = np.einsum("abk,ak->bk", of_chain[k][:, :, level], of_tail)
-            taken = np.array(
-                [np.bincount(tail_ups[k], row, meetings.level.size) for row in by_first]
-            ).reshape(raw.shape)
-            further = [other.parents(factor) for other in later[k + 1 :]]
-            onward = [
-                m.places(up, meetings)
-                for m, up in zip(self.meetings[k + 2 :], further, strict=True)
-            ]
-            stages.append(
-                _stage(
-                    matrix,
-                    chain,
-                    _cleaned(raw, taken),
-                    further,
-                    meetings,
-                    onward,
-                    _products_of(meetings, self.tail.total),
-                    factor,
-                )
-            )
-            squares.append(np.array([raw_own[a, a] for a in range(factor.q)]))
-        self._moments(squares)
-        return tuple(stages)
+        start = self._stage(0, self.first.factors, of_chain, of_tail, pairs)
+        return (start, *(self._later_stage(k, of_chain, of_tail) for k in range(1, 1 + len(later))))
 
-    def _moments(self, squares: list[np.ndarray]) -> None:
-        """What `Crossed.start` needs: see there."""
-        in_tail = np.asarray(self.tail.rows.power(2).sum(axis=0)).ravel()
-        self.shrinkage = (*(1 / (1 + s) for s in squares), 1 / (1 + in_tail))
-        all_factors = _Tail([*self.chain, *self.tail.factors], self.tail.rows.shape[0])
-        # (level, effect) to (effect, level): the owner of every random effect
-        owners = np.concatenate(all_factors.owners)
-        gram = abs(all_factors.rows.T @ all_factors.rows).power(2).tocsr()
-        sums = np.asarray(all_factors.rows.power(2).sum(axis=0)).ravel()
-        shrink = (1 / (1 + sums)) ** 2
+    def _later_stage(self, k: int, of_chain: list[np.ndarray], of_tail: np.ndarray) -> Stage:
+        """The k-th stage: cross-products less what the first factor explains of them.
+
+        Args:
+            k: from 1.
+            of_chain, of_tail: scores Q'Z of the later stages' effects and of the tail's.
+        """
+        first, factor = self.chain[0], self.chain[k]
+        up = factor.parents(first)
+        own = of_chain[k - 1]
+        matrix, *chain = (
+            _cleaned(_products(factor, other), _by_parent(own, scores, up, factor))
+            for other, scores in zip(self.chain[k:], of_chain[k - 1 :], strict=True)
+        )
+        meetings = self.meetings[k]
+        places = meetings.places(up, self.meetings[0])
+        whole = np.array([meetings.sums(column) for column in factor.columns.T])
+        products = np.einsum("abk,ak->bk", own[:, :, self.meetings[0].level], of_tail)
+        explained = [np.bincount(places, row, whole.shape[1]) for row in products]
+        tail = _cleaned(whole, np.reshape(explained, whole.shape))
+        pairs = _products_of(meetings, self.tail.total)
+        return self._stage(k, matrix, chain, tail, pairs)
+
+    def _stage(
+        self, k: int, matrix: np.ndarray, chain: list[np.ndarray], tail: np.ndarray, pairs: Any
+    ) -> Stage:
+        factor, meetings = self.chain[k], self.meetings[k]
+        ups = [other.parents(factor) for other in self.chain[k + 1 :]]
+        containing = zip(self.meetings[k + 1 :], ups, strict=True)
+        fields: Any = {
+            "matrix": matrix,
+            "chain": tuple(chain),
+            "tail": tail,
+            "columns": np.zeros((factor.q, 0, factor.n_levels)),
+            "up": tuple(ups),
+            "level": meetings.level,
+            "effect": meetings.effect,
+            "tail_up": tuple(other.places(up, meetings) for other, up in containing),
+            "pairs": pairs,
+            "sizes": factor.sizes,
+        }
+        return Stage(**fields)
+
+    def _moments(self) -> Moments:
+        factors = [*self.chain, *self.tail.factors]
+        bases, turned = [], []
+        for factor in factors:
+            own = [_orthogonal(columns) for columns in factor.by_term()]
+            bases += own
+            columns = np.concatenate(
+                [c @ basis for c, basis in zip(factor.by_term(), own, strict=True)], axis=1
+            )
+            turned.append(replace(factor, columns=columns))
+        n = self.tail.rows.shape[0]
+        every = _Tail(turned, n)
+        squares = np.asarray(every.rows.power(2).sum(axis=0)).ravel()
+        shrinkage = 1 / (1 + squares)
+        owners = np.concatenate(every.owners)
         v = owners.max() + 1
         indicator = sp.csr_matrix((np.ones(owners.size), (np.arange(owners.size), owners)))
-        shrunk = np.zeros((v + 1, v + 1))
-        weighted = indicator.T @ sp.diags(shrink)
-        shrunk[:v, :v] = (weighted @ gram @ indicator).toarray()
-        shrunk[:v, v] = weighted @ sums
-        shrunk[v, :v] = indicator.T @ sums
-        shrunk[v, v] = all_factors.rows.shape[0]
-        self.shrunk = shrunk
+        weighted = indicator.T @ sp.diags(shrinkage**2)
+        expected = np.zeros((v + 1, v + 1))
+        expected[:v, :v] = (weighted @ (every.rows.T @ every.rows).power(2) @ indicator).toarray()
+        expected[:v, v] = weighted @ squares
+        expected[v, :v] = indicator.T @ squares / n
+        expected[v, v] = 1.0
+        # Effects of equal squares, such as 1 and -1, share what is theirs.
+        unit = 1 / np.sqrt(np.diagonal(expected))
+        inverse = np.linalg.pinv(expected * unit[:, None] * unit, rcond=1e-8) * unit[:, None] * unit
+        ends = np.cumsum([len(part) for part in every.owners])[:-1]
+        by_term = [
+            part.reshape(len(basis), -1)
+            for part, basis in zip(np.split(shrinkage, ends), bases, strict=True)
+        ]
+        fields: Any = (tuple(bases), tuple(by_term), inverse, np.array(float(n)))
+        return Moments(*fields)
 
     def structure(self, columns: Any, sizes: tuple[int, ...]) -> Crossed:
         """Project [X y], (n, p + 1), NumPy or traced."""
@@ -233,7 +250,7 @@ class CrossedBasis:
         )
         order = [k for factor in (*self.chain, *self.tail.factors) for k in factor.terms]
         fields: Any = (stages, self.rest, self.tail.sums(rows), rest.T @ rest)
-        fields += (self.shrunk, self.shrinkage)
+        fields += (self.moments,)
         fields = jax.tree.map(partial(_to_type, kind=columns.dtype), fields)
         levels = tuple(factor.n_levels for factor in self.tail.factors for _ in factor.terms)
         return Crossed(*fields, sizes=sizes, order=tuple(order), levels=levels)
@@ -454,6 +471,15 @@ def _products_of(meetings: _Meetings, total: int) -> Products:
     return Products(*fields, total=total)
 
 
+def _orthogonal(columns: np.ndarray) -> np.ndarray:
+    """A basis (q, q) in which columns (n, q) are orthogonal: each less what the earlier explain."""
+    triangle = np.linalg.qr(columns, mode="r") / np.sqrt(len(columns))
+    lengths = np.linalg.norm(triangle, axis=0)
+    small = np.abs(np.diagonal(triangle)) < 1e-6 * lengths
+    triangle[small, small] = 1e-6 * lengths[small]  # any direction will do
+    return np.linalg.inv(triangle)
+
+
 def _to_type(array: Any, kind: Any) -> Any:
     """Floating arrays in the type of X and y, indices as they are."""
     is_float = np.issubdtype(array.dtype, np.floating)
@@ -488,31 +514,6 @@ def _sums(columns: np.ndarray, codes: np.ndarray, n_levels: int, rows: Any) -> A
             [jax.ops.segment_sum(c[:, None] * rows, codes, n_levels).T for c in columns.T]
         )
     return np.array([[np.bincount(codes, c * row, n_levels) for row in rows.T] for c in columns.T])
-
-
-def _stage(
-    matrix: np.ndarray,
-    chain: list[np.ndarray],
-    tail: np.ndarray,
-    ups: list[np.ndarray],
-    meetings: _Meetings,
-    tail_ups: list[np.ndarray],
-    pairs: Any,
-    factor: Factor,
-) -> Stage:
-    fields: Any = {
-        "matrix": matrix,
-        "chain": tuple(chain),
-        "tail": tail,
-        "columns": np.zeros((factor.q, 0, factor.n_levels)),
-        "up": tuple(ups),
-        "level": meetings.level,
-        "effect": meetings.effect,
-        "tail_up": tuple(tail_ups),
-        "pairs": pairs,
-        "sizes": factor.sizes,
-    }
-    return Stage(**fields)
 
 
 def _memory() -> float:
