@@ -58,6 +58,17 @@ def fit(
     """
     is_reml(method)
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    return fit_frame(frame, method, structure, context, max_iterations)
+
+
+def fit_frame(
+    frame: ModelFrame,
+    method: str,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+) -> LMMResults:
+    """`fit` of a model frame with a response."""
     with jax.enable_x64(True):
         design = frame.design(structure)
         bare = design.without_names()
@@ -73,10 +84,12 @@ def fit(
     if status == Status.CONVERGED and not (agrees and gradient_norm <= CERTIFIED * scale):
         status = Status.NOT_CERTIFIED
     if status != Status.CONVERGED:
-        warnings.warn(status.sentence, ConvergenceWarning, stacklevel=2)
+        warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     variances = conditional_variances(estimated, inspection, design)
     effects = list(zip(inspection.modes, variances, strict=True))
-    return _results(frame, design, method, estimated, effects, status, gradient_norm)
+    results = _results(frame, design, method, estimated, effects, status, gradient_norm, context)
+    vars(results).update(frame=frame, design=design)  # cached, as they are at hand
+    return results
 
 
 @lru_cache
@@ -96,6 +109,7 @@ def _results(
     effects: list[tuple[np.ndarray, np.ndarray]],
     status: Status,
     gradient_norm: float,
+    context: Mapping[str, Any] | None,
 ) -> LMMResults:
     assert frame.y is not None  # `model_frame` has one
     fixed = frame.X @ estimated.beta
@@ -138,4 +152,5 @@ def _results(
         weights=frame.weights,
         offset=frame.offset,
         table=frame.table,
+        context=context,
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 
 from jaxreml import covariance
+from jaxreml.designs import Design
 from jaxreml.estimation import Status
+from jaxreml.frame import ModelFrame, model_frame
 
 RESIDUAL = "Residual"
 
@@ -65,6 +69,7 @@ class LMMResults:
         y, fitted, fixed_fitted: (n,), response, fitted values, and those without random effects.
         weights, offset: (n,) or None.
         table: the columns used, complete rows only.
+        context: names the formula may use besides columns; not saved.
     """
 
     formula: str
@@ -95,6 +100,28 @@ class LMMResults:
     weights: np.ndarray | None
     offset: np.ndarray | None
     table: pd.DataFrame
+    context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
+
+    @cached_property
+    def frame(self) -> ModelFrame:
+        """The rows used as arrays with labels; made again from `table` where the fit was loaded.
+
+        Raises:
+            DataError: the formula of a loaded fit uses functions of its `context`, which are not
+                saved.
+        """
+        extras = {
+            role: self.table[f"({role})"].to_numpy() if f"({role})" in self.table else None
+            for role in ("weights", "offset")
+        }
+        table = self.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+        return model_frame(self.formula, table, **extras, context=self.context)
+
+    @cached_property
+    def design(self) -> Design:
+        """The cross-products of `frame`, in the structure of the fit."""
+        with jax.enable_x64(True):
+            return self.frame.design(self.structure)
 
     # Fixed effects
 
@@ -381,6 +408,11 @@ class LMMResults:
         labels = [components["group"], components["term"]]
         index = pd.MultiIndex.from_arrays(labels, names=["group", "term"])
         return pd.Series(components[column].to_numpy(), index, name=column)
+
+    @property
+    def term_sizes(self) -> tuple[tuple[str, int], ...]:
+        """Per random term its grouping factor and its number of effects."""
+        return tuple((grouping.name, len(grouping.effects)) for grouping in self.groupings)
 
     @property
     def _fixed_index(self) -> pd.Index:

@@ -25,8 +25,8 @@ VERSION = 1
 def save(fit: LMMResults, path: str | Path) -> None:
     """Write a fit to a JSON file."""
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-    for field in fields(fit):
-        record[field.name] = encode(getattr(fit, field.name))
+    for name in saved_fields(LMMResults):
+        record[name] = encode(getattr(fit, name))
     Path(path).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
 
 
@@ -55,9 +55,14 @@ def check_version(record: dict[str, Any], latest: int, what: str) -> None:
         raise DataError(f"{what} was written by a later version of jaxreml; upgrade to read it")
 
 
+def saved_fields(kind: type) -> list[str]:
+    """Names of the fields of a dataclass that are written."""
+    return [field.name for field in fields(kind) if field.metadata.get("saved", True)]
+
+
 def decode_fields(kind: type, record: Any, what: str) -> dict[str, Any]:
     """The fields of a dataclass from a record of encoded ones; DataError names what is missing."""
-    names = [field.name for field in fields(kind)]
+    names = saved_fields(kind)
     missing = [name for name in names if not isinstance(record, dict) or name not in record]
     if missing:
         raise DataError(f"{what} is incomplete: {', '.join(missing)} missing")

@@ -13,6 +13,8 @@ PACKAGE = Path(jaxreml.__file__).parent
 # From the top down; a module may import what stands below it.
 LAYERS = [
     {"cli"},
+    {"plots"},
+    {"inference", "diagnostics", "prediction"},
     {"many"},
     {"model", "parts", "processes"},
     {"batch_storage"},
