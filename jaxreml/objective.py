@@ -171,7 +171,8 @@ def expand(omega: Array, design: Design, *, reml: bool, exact: Array | bool = Tr
 
     def average() -> Array:
         of_y = slopes[:, p]
-        return degrees * (structure.spread(projection, to_unit[:, p]) - of_y @ of_y.T)
+        spread = structure.spread(projection, to_unit[:, p:])[:, 0, :, 0]
+        return degrees * (spread - of_y @ of_y.T)
 
     if exact is True or not structure.costly:
         hessian = observed()

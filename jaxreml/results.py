@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,10 +14,15 @@ import pandas as pd
 
 from jaxreml import covariance
 from jaxreml.designs import Design
+from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
 
+if TYPE_CHECKING:
+    from jaxreml.inference.tests import Approximation
+
 RESIDUAL = "Residual"
+DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
 
 
 @dataclass(frozen=True)
@@ -157,43 +162,91 @@ class LMMResults:
         parameters and A their asymptotic covariance (Giesbrecht and Burns 1985, Biometrics
         41:477); parameters on the boundary are held there.
         """
-        inside = np.isfinite(self.parameters)
-        slopes = np.diagonal(self.vcov_slopes, axis1=1, axis2=2)[inside]
-        spread = self.parameters_vcov[np.ix_(inside, inside)]
-        variance = np.einsum("ij,ik,kj->j", slopes, spread, slopes)
-        df = 2 * np.diagonal(self.vcov_array) ** 2 / variance
-        return pd.Series(df, self._fixed_index, name="df")
+        return pd.Series(self.coefficients()["df"])
+
+    @property
+    def vcov_kenward_roger(self) -> pd.DataFrame:
+        """Kenward and Roger's adjusted covariance matrix of the fixed effects; REML only."""
+        vcov = self.approximation("kenward-roger").vcov
+        return pd.DataFrame(vcov, self._fixed_index, self._fixed_index)
+
+    def approximation(self, df: str) -> Approximation:
+        """What the tests with degrees of freedom `df` are made from; see `inference.tests`."""
+        from jaxreml.inference.tests import approximation
+
+        df = "kenward-roger" if df == "kenward-roger-linear" else df
+        if df not in self._approximations:
+            self._approximations[df] = approximation(self, df)
+        return self._approximations[df]
+
+    @cached_property
+    def _approximations(self) -> dict[str, Any]:
+        return {}
+
+    def test(
+        self, L: Any, rhs: Any = 0.0, df: str = "satterthwaite", *, joint: bool = True
+    ) -> pd.DataFrame:
+        """Test linear hypotheses L beta = rhs about the fixed effects.
+
+        Args:
+            L: (k, p) or (p,) numbers; a dict from names of fixed effects to coefficients; or
+                equations such as ``"Days = 10"``, see `inference.tests.hypotheses`.
+            rhs: (k,) or a scalar.
+            df: "satterthwaite", "kenward-roger", "kenward-roger-linear", "residual" or "inf"; see
+                `inference.tests`.
+            joint: all rows together, one F test; or each by itself, with t tests.
+
+        Returns:
+            Columns statistic, num_df, den_df, p_value; or estimate, std_error, df, statistic and
+            p_value, a row per row of L.
+
+        Raises:
+            DataError: a hypothesis that is not one about this model, a fit without an optimum, or
+                a method that does not serve it.
+            ValueError: another `df`.
+        """
+        from jaxreml.inference import tests
+
+        if not self.converged:
+            raise DataError(f"there is nothing to test without an optimum: {self.message}")
+        return (tests.joint if joint else tests.each)(self, L, rhs, df)
 
     @cached_property
     def pvalues(self) -> pd.Series:
         """Two-sided p-values of t tests with Satterthwaite's degrees of freedom."""
-        from scipy.special import stdtr
+        return pd.Series(self.coefficients()["p_value"], name="pvalues")
 
-        values = 2 * stdtr(self.df_satterthwaite.to_numpy(), -np.abs(self.tvalues.to_numpy()))
-        return pd.Series(values, self._fixed_index, name="pvalues")
+    def coefficients(self, df: str = "satterthwaite") -> pd.DataFrame:
+        """The fixed effects with t tests of zero.
+
+        Args:
+            df: degrees of freedom, as for `test`; Kenward-Roger's come with adjusted standard
+                errors.
+
+        Returns:
+            Columns estimate, std_error, df, statistic, p_value.
+        """
+        from jaxreml.inference.tests import each
+
+        return each(self, np.eye(len(self.beta)), df=df).set_index(self._fixed_index)
 
     def conf_int(self, alpha: float = 0.05, df: str = "inf") -> pd.DataFrame:
         """Wald confidence intervals of the fixed effects.
 
         Args:
             alpha: one minus the confidence level.
-            df: "inf" for normal quantiles, as lme4 and statsmodels; "satterthwaite" for t ones.
+            df: "inf" for normal quantiles, as lme4 and statsmodels; t ones as for `test` else.
 
         Returns:
             Columns ``lower`` and ``upper``.
         """
-        from scipy.special import ndtri, stdtrit
+        from scipy.special import stdtrit
 
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
-        if df == "inf":
-            quantile = ndtri(1 - alpha / 2)
-        elif df == "satterthwaite":
-            quantile = stdtrit(self.df_satterthwaite.to_numpy(), 1 - alpha / 2)
-        else:
-            raise ValueError(f'df must be "inf" or "satterthwaite", not {df!r}')
-        half = quantile * self.bse
-        return pd.DataFrame({"lower": self.params - half, "upper": self.params + half})
+        table = self.coefficients(df)
+        half = stdtrit(table["df"], 1 - alpha / 2) * table["std_error"]
+        return pd.DataFrame({"lower": table["estimate"] - half, "upper": table["estimate"] + half})
 
     # Variance parameters
 
@@ -355,11 +408,11 @@ class LMMResults:
 
     # Tables and files
 
-    def summary(self) -> str:
-        """The fit as text, in the layout of lmerTest's summary."""
+    def summary(self, df: str = "satterthwaite") -> str:
+        """The fit as text, in the layout of lmerTest's summary; `df` as for `test`."""
         from jaxreml.tables import summary
 
-        return summary(self)
+        return summary(self, df)
 
     def __str__(self) -> str:
         return self.summary()
@@ -372,11 +425,12 @@ class LMMResults:
         effects: str | tuple[str, ...] = ("ran_pars", "fixed"),
         conf_int: bool = False,
         conf_level: float = 0.95,
+        df: str = "satterthwaite",
     ) -> pd.DataFrame:
         """Estimates as a long frame; see `tables.tidy`."""
         from jaxreml.tables import tidy
 
-        return tidy(self, effects, conf_int=conf_int, conf_level=conf_level)
+        return tidy(self, effects, conf_int=conf_int, conf_level=conf_level, df=df)
 
     def glance(self) -> pd.DataFrame:
         """One row of fit statistics; see `tables.glance`."""

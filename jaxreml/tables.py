@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ def tidy(
     *,
     conf_int: bool = False,
     conf_level: float = 0.95,
+    df: str = "satterthwaite",
 ) -> pd.DataFrame:
     """Estimates as a long frame, as broom.mixed's `tidy`.
 
@@ -30,6 +32,7 @@ def tidy(
         conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
             effects and conditional modes, from the log scale for SDs.
         conf_level: their level.
+        df: degrees of freedom of the tests of fixed effects, as for `LMMResults.test`.
 
     Returns:
         Columns effect, group, level, term, estimate, std_error, statistic, df, p_value, those that
@@ -41,7 +44,7 @@ def tidy(
     if unknown:
         raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {unknown[0]!r}")
     parts = {
-        "fixed": _tidy_fixed,
+        "fixed": partial(_tidy_fixed, df=df),
         "ran_pars": _tidy_ran_pars,
         "ran_vals": _tidy_modes,
         "ran_coefs": _tidy_coefficients,
@@ -52,21 +55,13 @@ def tidy(
     return frame.reindex(columns=[name for name in order if name in frame])
 
 
-def _tidy_fixed(fit: LMMResults, conf_level: float) -> pd.DataFrame:
+def _tidy_fixed(fit: LMMResults, conf_level: float, df: str) -> pd.DataFrame:
     interval = fit.conf_int(alpha=1 - conf_level)
-    return pd.DataFrame(
-        {
-            "effect": "fixed",
-            "group": None,
-            "term": list(fit.fixed_names),
-            "estimate": fit.params.to_numpy(),
-            "std_error": fit.bse.to_numpy(),
-            "statistic": fit.tvalues.to_numpy(),
-            "df": fit.df_satterthwaite.to_numpy(),
-            "p_value": fit.pvalues.to_numpy(),
-            "conf_low": interval["lower"].to_numpy(),
-            "conf_high": interval["upper"].to_numpy(),
-        }
+    table = fit.coefficients(df).reset_index(names="term")
+    table.insert(0, "effect", "fixed")
+    table.insert(1, "group", None)
+    return table.assign(
+        conf_low=interval["lower"].to_numpy(), conf_high=interval["upper"].to_numpy()
     )
 
 
@@ -167,11 +162,20 @@ def augment(fit: LMMResults) -> pd.DataFrame:
 # Text
 
 
-def summary(fit: LMMResults) -> str:
-    """The fit as text, in the layout of lmerTest's summary."""
+_METHODS = {
+    "satterthwaite": "t-tests use Satterthwaite's method",
+    "kenward-roger": "t-tests use Kenward-Roger's method",
+    "kenward-roger-linear": "t-tests use Kenward-Roger's method",
+    "residual": "t-tests use the residual degrees of freedom",
+    "inf": "Tests are normal",
+}
+
+
+def summary(fit: LMMResults, df: str = "satterthwaite") -> str:
+    """The fit as text, in the layout of lmerTest's summary; `df` as for `LMMResults.test`."""
     by = "REML" if fit.method == "REML" else "maximum likelihood"
     parts = [
-        f"Linear mixed model fit by {by}. t-tests use Satterthwaite's method\n"
+        f"Linear mixed model fit by {by}. {_METHODS[df]}\n"
         f"Formula: {fit.formula}\n"
         f"Structure: {fit.structure}",
         _criterion(fit),
@@ -179,7 +183,7 @@ def summary(fit: LMMResults) -> str:
         "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),
     ]
     if fit.fixed_names:
-        parts.append("Fixed effects:\n" + _fixed_effects(fit))
+        parts.append("Fixed effects:\n" + _fixed_effects(fit.coefficients(df)))
     if len(fit.fixed_names) > 1:
         parts.append("Correlation of Fixed Effects:\n" + _fixed_correlations(fit))
     notes = []
@@ -281,14 +285,14 @@ def _stars(value: float) -> str:
     return ""
 
 
-def _fixed_effects(fit: LMMResults) -> str:
-    p_values = fit.pvalues.to_numpy()
+def _fixed_effects(table: pd.DataFrame) -> str:
+    p_values = table["p_value"].to_numpy()
     columns = [
-        list(fit.fixed_names),
-        _digits(fit.beta),
-        _digits(fit.bse.to_numpy()),
-        [f"{value:.2f}" for value in fit.df_satterthwaite],
-        [f"{value:.3f}" for value in fit.tvalues],
+        list(table.index),
+        _digits(table["estimate"].to_numpy()),
+        _digits(table["std_error"].to_numpy()),
+        [f"{value:.2f}" for value in table["df"]],
+        [f"{value:.3f}" for value in table["statistic"]],
         [_p_value(value) for value in p_values],
         [_stars(value).ljust(3) for value in p_values],
     ]

@@ -58,9 +58,6 @@ class Explicit:
         half = self.pair_trace(projection.inner, right)
         return half + linalg.transpose(half)
 
-    def spread(self: Any, projection: Projection, vector: Array) -> Array:
-        raise NotImplementedError  # second derivatives are cheap here
-
     def repeat(self, inner: Array) -> Array:
         """B with each part as often as it occurs in log|V0|, where equal parts are collapsed."""
         return inner
@@ -106,8 +103,8 @@ class Structure(Protocol):
         W = matrix diag(weights) matrix', with (p + 1, p + 1) `matrix` and (p + 1,) `weights`."""
         ...
 
-    def spread(self, projection: Projection, vector: Array) -> Array:
-        """d'E_i B E_j d for d = D vector, (m, m)."""
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        """d_u'E_i B E_j d_v, (m, k, m, k), for the columns d of D matrix, `matrix` (p + 1, k)."""
         ...
 
     def combine(self, cross: Any, matrix: Array) -> Any:

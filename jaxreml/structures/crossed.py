@@ -216,10 +216,10 @@ class Crossed:
         whole = jnp.block([[block, across], [across.T, corner + corner.T]])
         return self._outside((whole + whole.T) / 2, 0, 1)
 
-    def spread(self, projection: Projection, vector: Array) -> Array:
+    def spread(self, projection: Projection, matrix: Array) -> Array:
         (chain, _), done, R, _ = projection.inner
-        chosen = self.combine(projection.cross, vector[:, None])
-        vectors = self._moved(chosen)
+        k = matrix.shape[1]
+        vectors = self._moved(self.combine(projection.cross, matrix))
         # B v = Z' V0^-1 Z v: the columns of Z v take the place of X and y.
         other = self._of_effects(vectors)
         eliminated = other._eliminate(chain)
@@ -234,25 +234,26 @@ class Crossed:
         )
         if self.levels:
             spread = spread + vectors[-1].T @ tail
-        return self._outside((spread + spread.T) / 2, 0, 1)
+        m = covariance.count_theta(self.sizes)
+        spread = ((spread + spread.T) / 2).reshape(m, k, m, k)
+        return self._outside(spread, 0, 2)
 
-    def _moved(self, vector: tuple[Array, ...]) -> tuple[Array, ...]:
-        """E_j v for each parameter j and v of k = 1: per stage (q, m, J), and (Q, m)."""
+    def _moved(self, vectors: tuple[Array, ...]) -> tuple[Array, ...]:
+        """E_j v for each parameter j and each of k vectors: per stage (q, m k, J), and (Q, m k)."""
         total = covariance.count_theta(self.sizes)
         moved = []
         start = 0
-        for stage, part in zip(self.stages, vector, strict=False):
+        for stage, part in zip(self.stages, vectors, strict=False):
             basis = jnp.asarray(covariance.symmetric_basis(stage.sizes), part.dtype)
-            own = jnp.einsum("jab,bJ->ajJ", basis, part[:, 0])
+            own = jnp.einsum("jab,bkJ->ajkJ", basis, part)
             after = total - start - len(basis)
-            moved.append(jnp.pad(own, [(0, 0), (start, after), (0, 0)]))
+            own = jnp.pad(own, [(0, 0), (start, after), (0, 0), (0, 0)])
+            moved.append(own.reshape(len(own), -1, stage.n_levels))
             start += len(basis)
+        tail = vectors[-1]
         if self.levels:
-            own = self.layout.moved(vector[-1][:, 0])
-            moved.append(jnp.pad(own, [(0, 0), (start, 0)]))
-        else:
-            moved.append(vector[-1])
-        return tuple(moved)
+            tail = jnp.pad(self.layout.moved(tail), [(0, 0), (start, 0), (0, 0)])
+        return (*moved, tail.reshape(len(tail), total * vectors[-1].shape[1]))
 
     def _of_effects(self, vectors: tuple[Array, ...]) -> Crossed:
         """This structure with the columns of Z v, k of them, in the place of X and y."""

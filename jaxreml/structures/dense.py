@@ -82,6 +82,11 @@ class Dense(Explicit):
         cross = cross @ matrix
         return self.layout.form(cross, cross)
 
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        moved = self.layout.moved(projection.cross @ matrix)
+        flat = moved.reshape(len(moved), -1)
+        return (flat.T @ projection.inner @ flat).reshape(*moved.shape[1:], *moved.shape[1:])
+
     def without_response(self) -> Dense:
         scores, remainder = blank_response(self.scores, self.remainder)
         return replace(self, scores=scores, remainder=remainder)

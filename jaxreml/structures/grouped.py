@@ -119,6 +119,14 @@ class Grouped(Levels):
             forms.append(product if a == b else product + linalg.transpose(product))
         return jnp.stack(forms)
 
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        chosen = self.combine(projection.cross, matrix)
+        basis = jnp.asarray(covariance.symmetric_basis(self.sizes), chosen.dtype)
+        moved = jnp.einsum("iab,bkJ->aikJ", basis, chosen)
+        flat = moved.reshape(len(moved), -1, moved.shape[-1])
+        images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
+        return jnp.einsum("aikJ,ajlJ->ikjl", moved, images)
+
     def without_response(self) -> Grouped:
         scores, remainder = blank_response(self.scores, self.remainder)
         return replace(self, scores=scores, remainder=remainder)

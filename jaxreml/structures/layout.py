@@ -97,15 +97,16 @@ class Layout:
             forms.append((_basis(q, part.dtype) @ products).reshape(-1, *columns))
         return jnp.concatenate(forms)
 
-    def moved(self, vector: Array) -> Array:
-        """E_i v for (Q,) v, (Q, m)."""
+    def moved(self, vectors: Array) -> Array:
+        """E_i v for the columns v of (Q, k), (Q, m, k)."""
         m = covariance.count_theta(self.sizes)
         columns = []
         start = 0
-        for part, q in zip(self.split(vector), self.sizes, strict=True):
+        for part, q in zip(self.split(vectors), self.sizes, strict=True):
             basis = _basis(q, part.dtype).reshape(-1, q, q)
-            own = jnp.einsum("iab,bj->aji", basis, part).reshape(part.size, -1)
-            columns.append(jnp.pad(own, [(0, 0), (start, m - start - len(basis))]))
+            own = jnp.einsum("iab,bjk->ajik", basis, part)
+            own = own.reshape(-1, *own.shape[2:])
+            columns.append(jnp.pad(own, [(0, 0), (start, m - start - len(basis)), (0, 0)]))
             start += len(basis)
         return jnp.concatenate(columns)
 

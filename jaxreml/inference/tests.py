@@ -1,0 +1,388 @@
+r"""Tests of fixed effects: t and F with approximate degrees of freedom.
+
+The approximations, by the names of the argument `df`:
+
+``"satterthwaite"``
+    Giesbrecht and Burns (1985, Biometrics 41:477) for one degree of freedom, Fai and Cornelius
+    (1996, J. Stat. Comput. Simul. 54:363) for several, as lmerTest. Parameters on the boundary are
+    held there.
+``"kenward-roger"``
+    Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear, variances
+    and covariances, as pbkrtest: with an adjusted covariance of the estimates. REML only.
+``"kenward-roger-linear"``
+    The same without the second derivatives of V, as mmrm calls it. They are zero in these
+    coordinates, so both names give the same figures.
+``"residual"``
+    n - p.
+``"inf"``
+    Normal and chi-square tests, as emmeans' "asymptotic".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from formulaic.utils.constraints import LinearConstraints
+from jax import Array
+from jax.scipy.linalg import solve_triangular
+
+from jaxreml import covariance
+from jaxreml.cache import quick_compilation
+from jaxreml.designs import Design
+from jaxreml.errors import DataError
+from jaxreml.objective import degrees_of_freedom, expand
+from jaxreml.results import DF_METHODS, LMMResults
+
+SINGULAR = 1e-12  # a unit-diagonal information matrix with a smaller eigenvalue is not inverted
+NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
+NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
+
+
+class Approximation(Protocol):
+    """Covariance of the fixed effects and degrees of freedom of tests of them."""
+
+    @property
+    def vcov(self) -> np.ndarray:
+        """Covariance (p, p) of the fixed effects."""
+        ...
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """Degrees of freedom (k,) of the t tests of (k, p) `rows`."""
+        ...
+
+    def several(self, rows: np.ndarray) -> tuple[float, float]:
+        """Denominator degrees of freedom and the factor of F of the joint test of (k, p) `rows`,
+        linearly independent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same degrees of freedom for every test."""
+
+    vcov: np.ndarray
+    df: float
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """See `Approximation`."""
+        return np.full(len(rows), self.df)
+
+    def several(self, rows: np.ndarray) -> tuple[float, float]:
+        """See `Approximation`."""
+        return self.df, 1.0
+
+
+@dataclass(frozen=True)
+class Satterthwaite:
+    """From the derivatives of the covariance, and the covariance of the variance parameters.
+
+    Attributes:
+        vcov: (p, p).
+        slopes: (m, p, p), derivatives of `vcov` in the parameters inside the parameter space.
+        spread: (m, m), asymptotic covariance of these.
+    """
+
+    vcov: np.ndarray
+    slopes: np.ndarray
+    spread: np.ndarray
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """See `Approximation`."""
+        variance = np.einsum("kp,pq,kq->k", rows, self.vcov, rows)
+        slopes = np.einsum("kp,mpq,kq->km", rows, self.slopes, rows)
+        return 2 * variance**2 / np.einsum("km,mn,kn->k", slopes, self.spread, slopes)
+
+    def several(self, rows: np.ndarray) -> tuple[float, float]:
+        """See `Approximation`."""
+        _, vectors = np.linalg.eigh(rows @ self.vcov @ rows.T)
+        df = self.single(vectors.T @ rows)
+        if np.ptp(df) < 1e-8 * df.max():  # balanced: exact
+            return float(df.mean()), 1.0
+        if np.any(df <= 2):  # the expectation of an F ratio does not exist there
+            return 2.0, 1.0
+        expectation = np.sum(df / (df - 2))
+        return float(2 * expectation / (expectation - len(df))), 1.0
+
+
+@dataclass(frozen=True)
+class KenwardRoger:
+    """Adjusted covariance, and what the degrees of freedom are made from.
+
+    In the basis in which the unadjusted covariance is K K':
+
+    Attributes:
+        vcov: (p, p), adjusted.
+        root: (p, p), K.
+        slopes: (m + 1, p, p), K'P_i K for the derivatives P_i of X'V^-1 X in coordinates in which V
+            is linear.
+        spread: (m + 1, m + 1), W, the inverse of the expected information in them.
+    """
+
+    vcov: np.ndarray
+    root: np.ndarray
+    slopes: np.ndarray
+    spread: np.ndarray
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """See `Approximation`."""
+        return np.array([self.several(row[None])[0] for row in rows])
+
+    def several(self, rows: np.ndarray) -> tuple[float, float]:
+        """See `Approximation`; the formulae of pbkrtest (Halekoh and Hojsgaard 2014, J. Stat.
+        Softw. 59(9), section 4.2)."""
+        half = np.linalg.qr((rows @ self.root).T)[0]  # its projection is Theta Phi
+        q = half.shape[1]
+        inner = np.einsum("pa,mpq,qb->mab", half, self.slopes, half)
+        traces = np.einsum("maa->m", inner)
+        a1 = float(traces @ self.spread @ traces)
+        a2 = float(np.einsum("mn,mab,nba->", self.spread, inner, inner))
+        if not (np.isfinite(a1) and a2 > 0):
+            return (np.inf, 1.0) if a2 == 0 else (np.nan, np.nan)
+        if q == 1:
+            return 2 / a2, 1.0  # what the rest comes to
+        b = (a1 + 6 * a2) / (2 * q)
+        g = ((q + 1) * a1 - (q + 4) * a2) / ((q + 2) * a2)
+        scale = 3 * q + 2 * (1 - g)
+        c1, c2, c3 = g / scale, (q - g) / scale, (q + 2 - g) / scale
+        v0, v1, v2 = (
+            np.where(abs(v) < 1e-10, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
+        )
+        rho = ((1 - a2 / q) / v1) ** 2 * v0 / v2 / q
+        df = 4 + (q + 2) / (q * rho - 1)
+        factor = 1.0 if abs(df - 2) < NEAR_TWO else df * (1 - a2 / q) / (df - 2)
+        return float(df), float(factor)
+
+
+class _Ingredients(NamedTuple):
+    """Arrays of `KenwardRoger`, and the smallest eigenvalue of the unit-diagonal information."""
+
+    vcov: Array
+    root: Array
+    slopes: Array
+    spread: Array
+    smallest: Array
+
+
+def kenward_roger(fit: LMMResults) -> KenwardRoger:
+    """The Kenward-Roger adjustment of a fit; `LMMResults.approximation` keeps it.
+
+    Raises:
+        DataError: a fit by ML, or variance parameters that cannot be told apart.
+    """
+    if fit.method != "REML":
+        raise DataError(
+            "Kenward-Roger's method is defined for REML: fit with method='REML', or use "
+            "df='satterthwaite'"
+        )
+    with jax.enable_x64(True):
+        found = jax.device_get(_adjust()(fit.theta, fit.sigma**2, fit.design.without_names()))
+    if not found.smallest > SINGULAR:
+        raise DataError(
+            "Kenward-Roger's method needs the expected information of the variance parameters, "
+            "which is singular here: they cannot be told apart"
+        )
+    return KenwardRoger(*found[:-1])
+
+
+@lru_cache
+def _adjust() -> Any:
+    return jax.jit(_ingredients, compiler_options=quick_compilation(jax.default_backend()))
+
+
+def _ingredients(theta: Array, sigma2: Array, design: Design) -> _Ingredients:
+    """With V_0 = V / sigma2 = I + sum omega_i V_i, which is linear in the directions V_0 and V_i.
+
+    tr(P V_i P V_j) are minus the second derivatives of log|V_0| + log|M|; what belongs to V_0
+    follows from V_0^-1 V_0 = I (see design.md, Kenward-Roger, and `objective.minimum_norm`).
+    """
+    p = design.p
+    factors = covariance.split_triangles(theta, design.sizes)
+    factors = [f * scale[:, None] for f, scale in zip(factors, design.scales, strict=True)]
+    omega = covariance.omega_from_theta(covariance.join_triangles(tuple(factors)), design.sizes)
+    degrees = degrees_of_freedom(design, reml=True)
+    # Without the part of y, which counts as often as there are degrees of freedom
+    found = expand(omega, replace(design, n=design.n - degrees), reml=True)
+
+    identity = jnp.eye(p, dtype=omega.dtype)
+    slopes = jnp.concatenate([-identity[None], found.gram_slopes[:, :p, :p]])
+    corner, side = jnp.reshape(degrees, (1, 1)), found.gradient[:, None]
+    information = jnp.block([[corner, side.T], [side, -found.hessian]]) / 2
+    unit = 1 / jnp.sqrt(jnp.diagonal(information))
+    scaled = information * unit[:, None] * unit
+    spread = jnp.linalg.inv(scaled) * unit[:, None] * unit
+
+    triangle = found.gram_factor[:p, :p]
+    to_unit = solve_triangular(triangle, identity, lower=True).T
+    projection = design.structure.project(omega)
+    within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
+    # sum of W_ij Q_ij: directions V_i among themselves, then those with V_0
+    second = jnp.einsum("ij,iujv->uv", spread[1:, 1:], within)
+    second = second - 2 * jnp.einsum("j,juv->uv", spread[0, 1:], slopes[1:])
+    second = second + spread[0, 0] * identity
+    first = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
+    root = solve_triangular(design.basis, to_unit) if p else to_unit
+    vcov = sigma2 * root @ (identity + 2 * (second - first)) @ root.T
+    smallest = jnp.linalg.eigvalsh(scaled)[0]
+    return _Ingredients((vcov + vcov.T) / 2, root, slopes, spread, smallest)
+
+
+def approximation(fit: LMMResults, df: str) -> Approximation:
+    """The approximation of that name for a fit.
+
+    Raises:
+        ValueError: another name.
+        DataError: a fit that the method does not serve.
+    """
+    if df not in DF_METHODS:
+        raise ValueError(f"df must be one of {', '.join(DF_METHODS)}, not {df!r}")
+    if df.startswith("kenward-roger"):
+        return kenward_roger(fit)
+    if df == "satterthwaite":
+        inside = np.isfinite(fit.parameters)
+        spread = fit.parameters_vcov[np.ix_(inside, inside)]
+        return Satterthwaite(fit.vcov_array, fit.vcov_slopes[inside], spread)
+    degrees = float(fit.nobs - len(fit.beta)) if df == "residual" else np.inf
+    return Fixed(fit.vcov_array, degrees)
+
+
+def each(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> pd.DataFrame:
+    """One t test per row of L.
+
+    Args:
+        fit: the fit.
+        L: linear functions of the fixed effects, see `hypotheses`.
+        rhs: (k,) or a scalar, what they are under the hypothesis.
+        df: name of the approximation, see the module.
+
+    Returns:
+        Columns estimate, std_error, df, statistic, p_value; a row per row of L.
+    """
+    from scipy.special import stdtr
+
+    rows, values, labels = hypotheses(fit, L, rhs)
+    method = fit.approximation(df)
+    estimate = rows @ fit.beta
+    error = np.sqrt(np.einsum("kp,pq,kq->k", rows, method.vcov, rows))
+    degrees = method.single(rows)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = (estimate - values) / error
+    columns = {
+        "estimate": estimate,
+        "std_error": error,
+        "df": degrees,
+        "statistic": statistic,
+        "p_value": 2 * stdtr(degrees, -np.abs(statistic)),
+    }
+    return pd.DataFrame(columns, labels)
+
+
+def joint(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> pd.DataFrame:
+    """One F test of all rows of L together; arguments as for `each`.
+
+    Rows that depend on others are left out, as the hypothesis is the same without them.
+
+    Returns:
+        Columns statistic, num_df, den_df, p_value; one row.
+
+    Raises:
+        DataError: rows that contradict each other.
+    """
+    from scipy.stats import f
+
+    rows, values, _ = hypotheses(fit, L, rhs)
+    rows, values = _independent(rows, values)
+    method = fit.approximation(df)
+    gap = rows @ fit.beta - values
+    degrees, factor = method.several(rows)
+    q = len(rows)
+    statistic = factor * float(gap @ np.linalg.solve(rows @ method.vcov @ rows.T, gap)) / q
+    p_value = float(f.sf(statistic, q, degrees))
+    if np.isposinf(degrees):  # scipy's F has no such limit
+        from scipy.stats import chi2
+
+        p_value = float(chi2.sf(q * statistic, q))
+    return pd.DataFrame(
+        {"statistic": [statistic], "num_df": [q], "den_df": [degrees], "p_value": [p_value]}
+    )
+
+
+def hypotheses(
+    fit: LMMResults, L: Any, rhs: Any = 0.0
+) -> tuple[np.ndarray, np.ndarray, list[str] | pd.RangeIndex]:
+    """Linear hypotheses L beta = rhs about the fixed effects.
+
+    Args:
+        fit: the fit.
+        L: (k, p) or (p,) numbers, columns in the order of `fit.fixed_names`; a dict from names to
+            coefficients; an equation in formulaic's language such as ``"Days = 10"`` or
+            ``"`Machine[T.B]` - `Machine[T.C]`"``; or a list of equations.
+        rhs: (k,) or a scalar; added to what stands right of the = in equations.
+
+    Returns:
+        L (k, p), rhs (k,) and labels of the rows.
+
+    Raises:
+        DataError: names that are not fixed effects, or shapes that do not match.
+    """
+    names = list(fit.fixed_names)
+    if isinstance(L, pd.DataFrame):
+        L = {name: column.to_numpy() for name, column in L.items()}
+    if isinstance(L, Mapping):
+        unknown = [name for name in L if name not in names]
+        if unknown:
+            raise DataError(f"{unknown[0]!r} is not a fixed effect: {', '.join(names)}")
+        shape = np.broadcast_shapes((1,), *(np.shape(value) for value in L.values()))
+        rows = np.zeros((*shape, len(names)))
+        for name, value in L.items():
+            rows[:, names.index(name)] = value
+        values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
+    elif isinstance(L, str) or (isinstance(L, list | tuple) and all(isinstance(x, str) for x in L)):
+        try:
+            constraints = LinearConstraints.from_spec(L, variable_names=names)
+        except Exception as error:  # of formulaic's parser
+            raise DataError(
+                f"{L!r} is not a hypothesis about {', '.join(names)}: {error}. Put names that are "
+                "not plain words in backticks"
+            ) from None
+        rows = np.asarray(constraints.constraint_matrix, float)
+        values = np.asarray(constraints.constraint_values, float)
+        labels = [L] if isinstance(L, str) else list(L)
+        labels = labels if len(labels) == len(rows) else pd.RangeIndex(len(rows))
+    else:
+        rows: Any = np.atleast_2d(np.asarray(L, float))
+        values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
+    if rows.ndim != 2 or rows.shape[1] != len(names):
+        raise DataError(
+            f"L must have {len(names)} columns, one per fixed effect ({', '.join(names)}), not "
+            f"shape {rows.shape}"
+        )
+    if not np.all(np.isfinite(rows)):
+        raise DataError("L has values that are not finite")
+    try:
+        values = values + np.broadcast_to(np.asarray(rhs, float), values.shape)
+    except ValueError:
+        raise DataError(f"rhs must be a number or {len(rows)} of them") from None
+    return rows, values, labels
+
+
+def _independent(rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of L that do not depend on those before them."""
+    kept: list[int] = []
+    lengths: Any = np.linalg.norm(rows, axis=1)
+    for k, row in enumerate(rows):
+        share = np.linalg.lstsq(rows[kept].T, row)[0] if kept else np.zeros(0)
+        rest = row - rows[kept].T @ share
+        if np.linalg.norm(rest) > NOT_ESTIMATED * lengths[k]:
+            kept.append(k)
+        elif abs(values[k] - share @ values[kept]) > 1e-8 * (1 + abs(values[k])):
+            raise DataError(f"row {k} of the hypothesis contradicts those before it")
+    if not kept:
+        raise DataError("the hypothesis is empty: all coefficients are zero")
+    return rows[kept], values[kept]
