@@ -1,0 +1,200 @@
+"""Tests of fixed effects against lmerTest, pbkrtest and definitions with n x n matrices."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+from references import data, reference
+
+import jaxreml
+from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.inference.tests import KenwardRoger, Satterthwaite
+
+MODELS = ["cake_factor", "machines", "machines_s", "sleep_corr", "pastes", "crossed_nested"]
+
+
+@cache
+def fitted(name, structure=None, method="REML"):
+    return jaxreml.fit(reference(name)["formula"], data(name), method, structure=structure)
+
+
+def column(rows, key):
+    return np.array([row[key] for row in rows])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_coefficients_match_lmertest_and_pbkrtest(name):
+    theirs = reference(name)["fits"]["REML"]
+    fit = fitted(name)
+    np.testing.assert_allclose(
+        fit.coefficients()["df"], column(theirs["satterthwaite"], "df"), rtol=1e-5
+    )
+    adjusted = fit.coefficients("kenward-roger")
+    np.testing.assert_allclose(adjusted["df"], column(theirs["kenward_roger"], "df"), rtol=2e-6)
+    np.testing.assert_allclose(
+        adjusted["p_value"], column(theirs["kenward_roger"], "Pr(>|t|)"), rtol=1e-4
+    )
+    scale = np.sqrt(np.diagonal(theirs["vcov_kr"]))
+    gap = (fit.vcov_kenward_roger.to_numpy() - theirs["vcov_kr"]) / np.outer(scale, scale)
+    assert np.abs(gap).max() < 2e-6
+
+
+def by_definition(fit):
+    """Kenward and Roger's covariance and W with n x n matrices, in variances and covariances."""
+    frame = fit.frame
+    n = len(frame.y)
+    R = np.eye(n) if frame.weights is None else np.diag(1 / frame.weights)
+    directions = [R]
+    V = fit.sigma**2 * R
+    for term, grouping, cov in zip(frame.terms, fit.groupings, fit._covariances, strict=True):
+        same = term.codes[:, None] == term.codes
+        V = V + same * (term.effects @ cov @ term.effects.T)
+        q = len(grouping.effects)
+        for b in range(q):
+            for a in range(b, q):
+                outer = np.outer(term.effects[:, a], term.effects[:, b])
+                directions.append(same * (outer if a == b else outer + outer.T))
+    inverse, X = np.linalg.inv(V), frame.X
+    phi = np.linalg.inv(X.T @ inverse @ X)
+    P = inverse - inverse @ X @ phi @ X.T @ inverse
+    moved = [P @ D for D in directions]
+    information = np.array([[np.sum(A * B.T) / 2 for B in moved] for A in moved])
+    W = np.linalg.inv(information)
+    left = [X.T @ inverse @ D @ inverse for D in directions]
+    total = np.zeros_like(phi)
+    for i, first in enumerate(left):
+        for j, second in enumerate(left):
+            Q = first @ directions[j] @ inverse @ X
+            total += W[i, j] * (Q - first @ X @ phi @ second @ X)
+    return phi + 2 * phi @ total @ phi
+
+
+@pytest.fixture(scope="module")
+def weighted():
+    rng = np.random.default_rng(3)
+    g, h = rng.integers(0, 8, 90), rng.integers(0, 6, 90)
+    x, w = rng.normal(size=90), rng.uniform(0.5, 2, 90)
+    y = x + rng.normal(size=8)[g] * (1 + x) + rng.normal(size=6)[h] + rng.normal(size=90)
+    return pd.DataFrame({"y": y, "x": x, "w": w, "g": g, "h": h})
+
+
+@pytest.mark.parametrize("structure", ["crossed", "dense"])
+def test_kenward_roger_by_definition(weighted, structure):
+    fit = jaxreml.fit("y ~ x + (x | g) + (1 | h)", weighted, weights="w", structure=structure)
+    np.testing.assert_allclose(fit.vcov_kenward_roger, by_definition(fit), rtol=1e-8, atol=1e-12)
+
+
+def test_kenward_roger_by_definition_grouped_and_singular(weighted):
+    noise = np.random.default_rng(5).normal(size=len(weighted))
+    data = weighted.assign(
+        y=noise - 0.9 * pd.Series(noise).groupby(weighted["h"]).transform("mean")
+    )
+    fit = jaxreml.fit("y ~ x + (1 | h)", data, weights="w")
+    assert fit.is_singular and fit.structure == "grouped"
+    np.testing.assert_allclose(fit.vcov_kenward_roger, by_definition(fit), rtol=1e-8, atol=1e-12)
+
+
+def test_structures_agree(weighted):
+    formula = "y ~ x + I(x**2) + (x | g)"
+    L = np.eye(3)[1:]
+    tables = []
+    for structure in ("grouped", "crossed", "dense"):
+        fit = jaxreml.fit(formula, weighted, structure=structure)
+        tables.append(
+            np.concatenate([fit.test(L, df=df) for df in ("satterthwaite", "kenward-roger")])
+        )
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-6)
+    np.testing.assert_allclose(tables[2], tables[0], rtol=1e-6)
+
+
+def test_one_row_is_the_t_test_squared():
+    fit = fitted("cake_factor")
+    row = np.arange(len(fit.beta)) / 10
+    for df in ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf"):
+        single, joint = fit.test(row, df=df, joint=False).iloc[0], fit.test(row, df=df).iloc[0]
+        assert joint["statistic"] == pytest.approx(single["statistic"] ** 2, rel=1e-10)
+        assert joint["p_value"] == pytest.approx(single["p_value"], rel=1e-8)
+        assert joint["den_df"] == pytest.approx(single["df"], rel=1e-10)
+
+
+def test_joint_tests_do_not_depend_on_the_rows_chosen():
+    fit = fitted("cake_factor")
+    L = np.eye(len(fit.beta))[3:8]
+    turned = np.random.default_rng(0).normal(size=(5, 5)) @ L
+    for df in ("satterthwaite", "kenward-roger"):
+        first, second = fit.test(L, df=df), fit.test(np.vstack([turned, L[:2]]), df=df)
+        np.testing.assert_allclose(first, second, rtol=1e-8)
+
+
+def test_equations():
+    fit = fitted("machines")
+    by_name = fit.test("`Machine[T.B]` - `Machine[T.C]` = 2", joint=False)
+    by_number = fit.test([0, 1, -1], rhs=2, joint=False)
+    by_dict = fit.test({"Machine[T.B]": 1, "Machine[T.C]": -1}, rhs=2, joint=False)
+    np.testing.assert_allclose(by_name, by_number)
+    np.testing.assert_allclose(by_dict, by_number)
+    assert by_name.index[0] == "`Machine[T.B]` - `Machine[T.C]` = 2"
+    both = fit.test(["`Machine[T.B]`", "`Machine[T.C]` = 1"])
+    np.testing.assert_allclose(both, fit.test([[0, 1, 0], [0, 0, 1]], rhs=[0, 1]))
+
+
+@pytest.mark.parametrize(
+    "L, rhs, message",
+    [
+        ({"Machine": 1}, 0, "'Machine' is not a fixed effect"),
+        ("Machine = 1", 0, "backticks"),
+        ([1, 0], 0, "one per fixed effect"),
+        ([[0, np.nan, 0]], 0, "not finite"),
+        ([0, 0, 0], 0, "empty"),
+        ([[0, 1, 0], [0, 2, 0]], [0, 1], "row 1 of the hypothesis contradicts"),
+        ([0, 1, 0], [1, 2, 3], "rhs"),
+    ],
+)
+def test_bad_hypotheses(L, rhs, message):
+    with pytest.raises(DataError, match=message):
+        fitted("machines").test(L, rhs)
+
+
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(DataError, match="defined for REML"):
+        fitted("machines", method="ML").coefficients("kenward-roger")
+    with pytest.raises(ValueError, match="df must be one of"):
+        fitted("machines").coefficients("kr")
+    with pytest.warns(ConvergenceWarning):
+        stopped = jaxreml.fit(
+            reference("sleep_corr")["formula"], data("sleep_corr"), max_iterations=1
+        )
+    with pytest.raises(DataError, match="without an optimum"):
+        stopped.test([0, 1])
+    assert "NOT CONVERGED" in stopped.summary()
+
+
+def test_tables_take_the_method():
+    fit = fitted("sleep_corr")
+    table = fit.tidy("fixed", conf_int=True, df="kenward-roger")
+    np.testing.assert_allclose(table["df"], [17, 17])
+    assert "Kenward-Roger" in fit.summary("kenward-roger")
+    interval = fit.conf_int(df="kenward-roger")
+    half = 2.109816 * fit.coefficients("kenward-roger")["std_error"]
+    np.testing.assert_allclose((interval["upper"] - interval["lower"]) / 2, half, rtol=1e-6)
+
+
+def test_joint_satterthwaite_is_fai_and_cornelius():
+    # Two independent contrasts with 10 and 4 degrees of freedom: E = 10/8 + 4/2
+    slopes = np.zeros((2, 2, 2))
+    slopes[0, 0, 0] = slopes[1, 1, 1] = 1.0
+    method = Satterthwaite(np.diag([1.0, 2.0]), slopes, np.diag([2 / 10, 2 * 4 / 4]))
+    np.testing.assert_allclose(method.single(np.eye(2)), [10, 4])
+    assert method.several(np.eye(2))[0] == pytest.approx(2 * 3.25 / (3.25 - 2))
+
+
+def test_without_correction_kenward_roger_is_a_chi_square():
+    method = KenwardRoger(np.eye(2), np.eye(2), np.zeros((1, 2, 2)), np.ones((1, 1)))
+    assert method.several(np.eye(2)) == (np.inf, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isinf(method.single(np.eye(2))).all()
