@@ -23,6 +23,7 @@ from jaxreml import covariance
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
+from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
@@ -38,7 +39,7 @@ class Fits(NamedTuple):
     NaN (False for `is_singular`, 0 for `iterations`) where `status` is not CONVERGED.
 
     Attributes:
-        beta, se, df: (b, p), fixed effects, standard errors, Satterthwaite's degrees of freedom.
+        beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
         sigma: (b,), residual standard deviations.
         theta: (b, m), relative Cholesky factors as in `Estimate`.
         parameters, parameters_se: (b, m + 1), `Estimate.params` and their standard errors.
@@ -46,6 +47,7 @@ class Fits(NamedTuple):
         iterations, nobs, missing: (b,) integers; `missing` counts rows without a value.
         is_singular: (b,) booleans.
         status: (b,) `Status` codes.
+        contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
         modes: per random term (b, levels, effects), or None.
     """
 
@@ -63,6 +65,9 @@ class Fits(NamedTuple):
     missing: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
+    contrast: np.ndarray
+    contrast_se: np.ndarray
+    contrast_df: np.ndarray
     modes: tuple[np.ndarray, ...] | None = None
 
 
@@ -74,6 +79,8 @@ class BatchFitter:
         method: "REML" or "ML".
         structure: as in `fit`.
         modes: whether to keep conditional modes.
+        df: degrees of freedom, as in `LMMResults.test`.
+        contrasts: (k, p), more linear functions of the fixed effects to give.
         max_iterations: as in `estimate`.
         lanes: responses in a chunk, for each device; chosen by the size of caches if left out.
         devices: JAX devices to spread chunks over; those of this process if left out.
@@ -89,12 +96,18 @@ class BatchFitter:
         *,
         structure: str | None = None,
         modes: bool = False,
+        df: str = "satterthwaite",
+        contrasts: np.ndarray | None = None,
         max_iterations: int = 100,
         lanes: int | None = None,
         devices: Any = None,
     ):
         self.frame, self.method, self.reml = frame, method, is_reml(method)
         self.modes, self.max_iterations = modes, max_iterations
+        check_df(df, method)
+        self.df = df
+        p = frame.X.shape[1]
+        self.contrasts = np.zeros((0, p)) if contrasts is None else np.asarray(contrasts, float)
         self.asked_structure, self.lanes = structure, lanes
         self.devices = list(jax.local_devices() if devices is None else devices)
         self.whole = self._share(None)
@@ -132,7 +145,7 @@ class BatchFitter:
         missing[doubtful] = np.isnan(some).sum(axis=0)
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
-        table = _Table(self.frame, b, self.modes)
+        table = _Table(self.frame, b, self.modes, self.contrasts)
         table.status[missing == n] = Status.TOO_FEW_ROWS
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
@@ -210,7 +223,9 @@ class _Pattern:
         self.shared = jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
         self.shifts = bool(np.any(shared.constant))
         self.first_row = 0 if kept is None else int(np.argmax(kept))
-        self.plan = Plan(fitter.reml, shared.codes is not None, shared.pairs is not None)
+        self.contrasts = fitter.contrasts[:, self.coefficients]
+        in_lanes = shared.pairs is not None
+        self.plan = Plan(fitter.reml, shared.codes is not None, in_lanes, fitter.df)
         self.lanes = self.size = 0  # of a device, and of all
 
     def run(self, columns: np.ndarray) -> None:
@@ -281,7 +296,7 @@ class _Pattern:
                 reduced, root, radius = jax.device_put(held, compiled.held)
                 before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
             found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
-            packed = compiled.conclude(self.shared, reduced, found, before)
+            packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
             if self.fitter.modes:
                 modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
@@ -336,14 +351,16 @@ class _Table:
 
     FIELDS = (
         "beta", "se", "df", "sigma", "theta", "parameters", "parameters_se", "criterion",
-        "gradient_norm", "iterations", "is_singular",
+        "gradient_norm", "iterations", "is_singular", "contrast", "contrast_se", "contrast_df",
     )  # fmt: skip
 
-    def __init__(self, frame: ModelFrame, b: int, modes: bool):
+    def __init__(self, frame: ModelFrame, b: int, modes: bool, contrasts: np.ndarray):
         p = len(frame.fixed_names)
         m = covariance.count_theta(tuple(len(term.effect_names) for term in frame.terms))
         self.p = p
-        self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1)
+        self.contrasts = contrasts
+        k = len(contrasts)
+        self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.modes = None
@@ -361,11 +378,17 @@ class _Table:
         status = packed[0].astype(int)
         good = status == Status.CONVERGED
         places = np.arange(self.numbers.shape[1])
+        whole = places.size
         if coefficients.size < self.p:
             fixed = [coefficients + k * self.p for k in range(3)]
             places = np.concatenate([*fixed, places[3 * self.p :]])
         self.status[columns] = status
         self.numbers[columns[good, None], places] = packed[1:, good].T
+        dropped = np.setdiff1d(np.arange(self.p), coefficients)
+        gone = np.flatnonzero(self.contrasts[:, dropped].any(axis=1))
+        for k in range(3):  # a contrast with a coefficient that these responses do not have
+            first = whole - (3 - k) * len(self.contrasts)
+            self.numbers[np.ix_(columns[good], first + gone)] = np.nan
         if modes is not None:
             for own, new in zip(self.modes, modes, strict=True):  # pyright: ignore
                 own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]

@@ -32,6 +32,8 @@ class BatchModel:
         groups: per random term its grouping factor and its effects, in lme4's order.
         levels: per random term the labels of its levels.
         n_dropped: rows left out because of missing values in the data (not in a response).
+        df: degrees of freedom of the tests, as in `LMMResults.test`.
+        contrasts: names of the contrasts asked for.
     """
 
     formula: str
@@ -42,6 +44,8 @@ class BatchModel:
     groups: tuple[tuple[str, tuple[str, ...]], ...]
     levels: tuple[tuple[Any, ...], ...]
     n_dropped: int
+    df: str = "satterthwaite"
+    contrasts: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -110,16 +114,58 @@ class BatchResults:
         return self._fixed(self.fits.beta / self.fits.se)
 
     @property
-    def df_satterthwaite(self) -> pd.DataFrame:
-        """Satterthwaite's degrees of freedom, as `LMMResults.df_satterthwaite`."""
+    def df(self) -> pd.DataFrame:
+        """Degrees of freedom of the fixed effects, by the method that `fit_many` was asked for."""
         return self._fixed(self.fits.df)
+
+    @property
+    def df_satterthwaite(self) -> pd.DataFrame:
+        """Satterthwaite's degrees of freedom, as `LMMResults.df_satterthwaite`.
+
+        Raises:
+            DataError: `fit_many` was asked for others.
+        """
+        if self.model.df != "satterthwaite":
+            raise DataError(f"the degrees of freedom are those of df={self.model.df!r}: use `df`")
+        return self.df
 
     @cached_property
     def pvalues(self) -> pd.DataFrame:
-        """Two-sided p-values of t tests with Satterthwaite's degrees of freedom."""
+        """Two-sided p-values of t tests with `df`."""
         from scipy.special import stdtr
 
         return self._fixed(2 * stdtr(self.fits.df, -np.abs(self.fits.beta / self.fits.se)))
+
+    @cached_property
+    def contrasts(self) -> pd.DataFrame:
+        """The contrasts that `fit_many` was asked for: a row per response, columns by contrast and
+        estimate, std_error, df, statistic, p_value, p_adjusted (as `pvalues_adjusted`)."""
+        from scipy.special import stdtr
+
+        fits = self.fits
+        statistic = fits.contrast / fits.contrast_se
+        p_value = 2 * stdtr(fits.contrast_df, -np.abs(statistic))
+        named = {
+            "estimate": fits.contrast,
+            "std_error": fits.contrast_se,
+            "df": fits.contrast_df,
+            "statistic": statistic,
+            "p_value": p_value,
+            "p_adjusted": _benjamini_hochberg(p_value),
+        }
+        parts = {
+            name: pd.DataFrame({key: part[:, k] for key, part in named.items()}, self.responses)
+            for k, name in enumerate(self.model.contrasts)
+        }
+        if not parts:
+            raise DataError("no contrasts were asked for: call fit_many(..., contrasts=...)")
+        return pd.concat(parts, axis=1)
+
+    @cached_property
+    def pvalues_adjusted(self) -> pd.DataFrame:
+        """`pvalues` adjusted over the responses for the false discovery rate, each coefficient by
+        itself (Benjamini and Hochberg 1995); responses without one stay out."""
+        return self._fixed(_benjamini_hochberg(self.pvalues.to_numpy()))
 
     # Variance parameters
 
@@ -341,3 +387,15 @@ class BatchResults:
             matrices.append(factor @ factor.transpose(0, 2, 1))
             start += rows.size
         return matrices
+
+
+def _benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+    """Adjusted p-values (b, k), column by column, NaN where there is none."""
+    from scipy.stats import false_discovery_control
+
+    adjusted = np.full_like(p_values, np.nan)
+    for own, column in zip(adjusted.T, p_values.T, strict=True):
+        known = np.flatnonzero(~np.isnan(column))
+        if known.size:
+            own[known] = false_discovery_control(column[known])
+    return adjusted

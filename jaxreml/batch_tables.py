@@ -16,7 +16,7 @@ from jaxreml.results import RESIDUAL
 if TYPE_CHECKING:
     from jaxreml.batch_results import BatchModel, BatchResults
 
-EFFECTS = ("fixed", "ran_pars")
+EFFECTS = ("fixed", "ran_pars", "contrasts")
 Labels = list[tuple[str, str | None, str]]  # effect, group, term
 SENTENCES = tuple(status.sentence for status in Status)  # a status code is its position
 
@@ -26,7 +26,7 @@ SENTENCES = tuple(status.sentence for status in Status)  # a status code is its 
 
 def tidy(
     results: BatchResults,
-    effects: str | tuple[str, ...] = EFFECTS,
+    effects: str | tuple[str, ...] = EFFECTS[:2],
     *,
     conf_int: bool = False,
     conf_level: float = 0.95,
@@ -40,14 +40,15 @@ def tidy(
     Args:
         results: B responses.
         effects: any of "fixed" and "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
-            residual SD ``sd__Observation``).
+            residual SD ``sd__Observation``) and "contrasts", those that `fit_many` was asked for.
         conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
-            effects, from the log scale for SDs.
+            effects and contrasts, from the log scale for SDs.
         conf_level: their level.
 
     Returns:
-        Columns response, effect, group, term, estimate, std_error and, for fixed effects,
-        statistic, df, p_value; B times the number of terms rows.
+        Columns response, effect, group, term, estimate, std_error and, for fixed effects and
+        contrasts, statistic, df, p_value and p_adjusted (Benjamini and Hochberg's, over the
+        responses, term by term); B times the number of terms rows.
 
     Raises:
         ValueError: other `effects`, or a level that is not between 0 and 1.
@@ -61,7 +62,7 @@ def tidy(
         raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {asked}")
     if not 0 < conf_level < 1:
         raise ValueError(f"conf_level must be between 0 and 1, not {conf_level}")
-    parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars}
+    parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars, "contrasts": _tidy_contrasts}
     quantile = ndtri((1 + conf_level) / 2)
     labels, values = zip(*(parts[effect](results, quantile) for effect in wanted), strict=True)
     rows = [row for part in labels for row in part]
@@ -69,7 +70,7 @@ def tidy(
     for k, name in enumerate(("effect", "group", "term")):
         columns[name] = np.tile(np.array([row[k] for row in rows], object), len(results))
     names = ["estimate", "std_error"]
-    names += ["statistic", "df", "p_value"] * ("fixed" in wanted)
+    names += ["statistic", "df", "p_value", "p_adjusted"] * (wanted != ("ran_pars",))
     names += ["conf_low", "conf_high"] * conf_int
     for name in names:
         matrices = [
@@ -89,8 +90,23 @@ def _tidy_fixed(results: BatchResults, quantile: float) -> tuple[Labels, dict[st
         "statistic": results.tvalues.to_numpy(),
         "df": fits.df,
         "p_value": results.pvalues.to_numpy(),
+        "p_adjusted": results.pvalues_adjusted.to_numpy(),
         "conf_low": fits.beta - quantile * fits.se,
         "conf_high": fits.beta + quantile * fits.se,
+    }
+
+
+def _tidy_contrasts(results: BatchResults, quantile: float) -> tuple[Labels, dict[str, np.ndarray]]:
+    fits = results.fits
+    table = results.contrasts.swaplevel(axis=1)
+    names = ("statistic", "df", "p_value", "p_adjusted")
+    labels: Labels = [("contrast", None, name) for name in results.model.contrasts]
+    return labels, {
+        "estimate": fits.contrast,
+        "std_error": fits.contrast_se,
+        **{name: table[name].to_numpy() for name in names},
+        "conf_low": fits.contrast - quantile * fits.contrast_se,
+        "conf_high": fits.contrast + quantile * fits.contrast_se,
     }
 
 
@@ -187,6 +203,9 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
         "iterations": "n_iter",
         "is_singular": "is_singular",
         "status": "status",
+        "contrast": [f"contrast[{name}]" for name in model.contrasts],
+        "contrast_se": [f"contrast_se[{name}]" for name in model.contrasts],
+        "contrast_df": [f"contrast_df[{name}]" for name in model.contrasts],
     }
 
 
@@ -194,11 +213,12 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
     """Everything but the modes as a wide frame, one row per response.
 
     Columns: response, nobs, n_missing; per fixed effect ``beta[x]``, ``se[x]``, ``t[x]``,
-    ``df[x]``, ``p[x]``; sigma; ``variance[g, x]`` with ``variance[Residual]``; ``correlation[g,
-    x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as
-    `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1,
-    x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion,
-    gradient_norm, n_iter, is_singular, converged, status, message.
+    ``df[x]``, ``p[x]``; per contrast ``contrast[c]``, ``contrast_se[c]``, ``contrast_df[c]``;
+    sigma; ``variance[g, x]`` with ``variance[Residual]``; ``correlation[g, x1, x2]``; the variance
+    parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as `Design.parameter_names`, with
+    standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1, x2]``; ``theta[g, x]`` and
+    ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion, gradient_norm, n_iter,
+    is_singular, converged, status, message.
 
     Raises:
         DataError: names of columns of the data with commas give two columns one name.
@@ -222,6 +242,7 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
     add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
     add_field("df")
     add([f"p[{name}]" for name in model.fixed_names], results.pvalues.to_numpy())
+    add_field("contrast", "contrast_se", "contrast_df")
     add_field("sigma")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]
@@ -255,7 +276,8 @@ def to_xarray(results: BatchResults) -> Any:
 
     Dimensions: ``response``; ``term``, the fixed effects; ``component``, the variances, labelled
     ``g, x`` (``Residual`` last), with coordinates ``component_group`` and ``component_term``;
-    ``pair``, the correlations, labelled ``g, x1, x2``; ``factor``, the entries of theta.
+    ``pair``, the correlations, labelled ``g, x1, x2``; ``factor``, the entries of theta;
+    ``contrast`` where there are any.
     Conditional modes, where kept, are ``modes_g`` per grouping factor g, with dimensions
     ``response``, ``level_g`` and ``effect_g``.
 
@@ -303,6 +325,12 @@ def to_xarray(results: BatchResults) -> Any:
             "status": fits.status,
         },
     }
+    if model.contrasts:
+        by_dimensions["response", "contrast"] = {
+            "contrast_estimate": fits.contrast,
+            "contrast_se": fits.contrast_se,
+            "contrast_df": fits.contrast_df,
+        }
     variables: dict[str, Any] = {
         name: (dimensions, values)
         for dimensions, named in by_dimensions.items()
@@ -317,6 +345,8 @@ def to_xarray(results: BatchResults) -> Any:
         "pair": np.array(pairs, str),  # text too where there are none
         "factor": [", ".join(label) for label in _theta_labels(model)],
     }
+    if model.contrasts:
+        coordinates["contrast"] = list(model.contrasts)
     for group, levels, effects, modes in _modes(results):
         dimensions = ("response", f"level_{group}", f"effect_{group}")
         variables[f"modes_{group}"] = (dimensions, modes)

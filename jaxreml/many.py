@@ -20,6 +20,7 @@ from jaxreml.batch_results import BatchModel, BatchResults
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, covariate_frame
+from jaxreml.hypotheses import hypotheses
 from jaxreml.model import fit
 from jaxreml.parts import Parts, StreamedResults, check_output, count_failures, describe_run
 from jaxreml.processes import Crew, gather, widths
@@ -45,6 +46,8 @@ def fit_many(
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     modes: bool = False,
+    df: str = "satterthwaite",
+    contrasts: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     batch_size: int | None = None,
     devices: Any = None,
@@ -67,6 +70,8 @@ def fit_many(
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     modes: Literal[False] = False,
+    df: str = "satterthwaite",
+    contrasts: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     batch_size: int | None = None,
     devices: Any = None,
@@ -88,6 +93,8 @@ def fit_many(
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     modes: bool = False,
+    df: str = "satterthwaite",
+    contrasts: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     batch_size: int | None = None,
     devices: Any = None,
@@ -110,6 +117,11 @@ def fit_many(
             may then differ. By position if left out.
         weights, offset, structure, context, max_iterations: as for `fit`.
         modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
+        df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
+            adjusted standard errors.
+        contrasts: linear functions of the fixed effects to test for every response, by name: each
+            a row of p numbers, a dict from names of fixed effects to coefficients, or an expression
+            such as ``"`group[T.b]` - `group[T.c]`"`` (`BatchResults.contrasts`).
         batch_size: responses to read, fit and write at a time; chosen by memory if left out.
         devices: JAX devices to share the responses between; this process's if left out.
         output: a .parquet file to write the results to, block by block, in bounded memory. A run
@@ -141,23 +153,34 @@ def fit_many(
         )
     path = None if output is None else check_output(output, overwrite)
     frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
+    rows = _contrast_rows(frame, contrasts or {})
     source = Responses(responses, data, frame.rows, id)
     fitter = BatchFitter(
         frame,
         method,
         structure=structure,
         modes=modes,
+        df=df,
+        contrasts=rows,
         max_iterations=max_iterations,
         devices=devices,
     )
     crew = Crew(jax.process_index(), jax.process_count())
     template = fitter.fit(np.empty((len(frame.X), 0)))
-    job = Job(fitter, source, _model(frame, method, fitter.structure), template, crew)
+    job = Job(fitter, source, _model(frame, fitter, contrasts or {}), template, crew)
     size = batch_size or _block_size(frame, template, source.names, crew)
     total = None if source.names is None else len(source.names)
     with _progress_bar(total, progress if crew.index == 0 else False) as advance:
         if path is not None:
-            run = describe_run(frame, source.names, method, fitter.structure, max_iterations, size)
+            run = describe_run(
+                frame,
+                source.names,
+                method,
+                fitter.structure,
+                max_iterations,
+                size,
+                (df, list(contrasts or {}), rows),
+            )
             return _fit_to_file(job, size, Parts(path, run), overwrite, advance)
         names, fits = _fit_in_memory(job, size, advance)
 
@@ -236,16 +259,32 @@ def _wait_for(futures: list[Future]) -> None:
         future.result()
 
 
-def _model(frame: ModelFrame, method: str, structure: str) -> BatchModel:
+def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarray:
+    """The contrasts as rows, (k, p)."""
+    rows = np.zeros((0, len(frame.fixed_names)))
+    for name, contrast in contrasts.items():
+        own, values, _ = hypotheses(frame.fixed_names, contrast)
+        if len(own) != 1 or values.any():
+            raise DataError(
+                f"the contrast {name!r} must be one linear function of the fixed effects, without "
+                "a right side"
+            )
+        rows = np.concatenate([rows, own])
+    return rows
+
+
+def _model(frame: ModelFrame, fitter: BatchFitter, contrasts: Mapping[str, Any]) -> BatchModel:
     return BatchModel(
         frame.formula.text,
-        method,
-        structure,
+        fitter.method,
+        fitter.structure,
         frame.fixed_names,
         frame.aliased,
         tuple((term.name, term.effect_names) for term in frame.terms),
         tuple(term.levels for term in frame.terms),
         frame.n_dropped,
+        fitter.df,
+        tuple(map(str, contrasts)),
     )
 
 

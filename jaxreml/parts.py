@@ -84,6 +84,7 @@ def describe_run(
     structure: str,
     max_iterations: int,
     block: int,
+    tests: tuple[str, list[str], np.ndarray],
 ) -> dict[str, Any]:
     """The manifest of a run: equal for runs that write the same parts, if the responses are equal.
 
@@ -99,6 +100,8 @@ def describe_run(
         "method": method,
         "structure": structure,
         "max_iterations": max_iterations,
+        "df": tests[0],
+        "contrasts": _digest([*tests[1:]]),
         "data": _digest(parts),
         "responses": None if names is None else _digest_names(names),
         "block size": block,

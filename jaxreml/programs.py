@@ -34,6 +34,7 @@ from jaxreml.estimation import (
     search,
     start_root,
 )
+from jaxreml.kenward_roger import SINGULAR, adjust, single_degrees
 from jaxreml.shared import Reduced, SharedDesign
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
         grouped: whether there is one grouping factor.
         in_lanes: whether lanes are one design with a trailing axis (`SharedDesign.batch`), or
             designs for `vmap`.
+        df: degrees of freedom of tests, as in `fit_many`.
         exact: as in `SharedDesign.reduce`.
         careful: as in `newton.minimise`.
     """
@@ -55,6 +57,7 @@ class Plan(NamedTuple):
     reml: bool
     grouped: bool
     in_lanes: bool
+    df: str = "satterthwaite"
     exact: bool = False
     careful: bool = False
 
@@ -117,18 +120,25 @@ def _climb(
 
 
 def _conclude(
-    shared: SharedDesign, reduced: Reduced, found: Found, before: Array, *, plan: Plan
+    shared: SharedDesign,
+    reduced: Reduced,
+    found: Found,
+    before: Array,
+    contrasts: Array,
+    *,
+    plan: Plan,
 ) -> Array:
     """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch._Table`.
 
-    `before` are expansions in earlier passes; the last one is the one here.
+    `before` are expansions in earlier passes; the last one is the one here. `contrasts` are (k, p).
     """
 
     def conclude(design: Design, found: Found, before: Array) -> Array:
         found = found._replace(iterations=before + found.iterations + 1)
         trace = newton.Trace(found.root, None, *found[2:])
         point = expand_root(found.root, design, reml=plan.reml)
-        return _pack(report(found.root, point, trace, design), found.value)
+        estimate = report(found.root, point, trace, design)
+        return _pack(estimate, found.value, _tests(shared, estimate, contrasts, plan))
 
     if plan.in_lanes:
         packed = conclude(shared.batch(reduced), found, before)
@@ -138,11 +148,57 @@ def _conclude(
     return packed.at[0].set(jnp.where(reduced.doubtful, Status.NOT_CERTIFIED, packed[0]))
 
 
+class _Tests(NamedTuple):
+    """Estimates, standard errors and degrees of freedom, (p + k, ...), of fixed effects and then
+    contrasts."""
+
+    estimates: Array
+    errors: Array
+    degrees: Array
+
+
+def _tests(shared: SharedDesign, estimate: Estimate, contrasts: Array, plan: Plan) -> _Tests:
+    rows = jnp.concatenate([jnp.eye(shared.p, dtype=contrasts.dtype), contrasts])
+    estimates = jnp.tensordot(rows, estimate.beta, axes=1)
+    if plan.df.startswith("kenward-roger"):
+        return _kenward_roger_tests(shared, estimate, rows, estimates)
+    variance = jnp.einsum("kp,pq...,kq->k...", rows, estimate.vcov, rows)
+    if plan.df == "satterthwaite":
+        slopes = jnp.einsum("kp,mpq...,kq->mk...", rows, estimate.vcov_slopes, rows)
+        # Parameters on the boundary are held there
+        free = jnp.isfinite(estimate.params)
+        spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
+        of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
+        degrees = 2 * variance**2 / of_variance
+    else:
+        count = shared.n - shared.p if plan.df == "residual" else jnp.inf
+        degrees = jnp.full_like(variance, count)
+    return _Tests(estimates, jnp.sqrt(variance), degrees)
+
+
+def _kenward_roger_tests(
+    shared: SharedDesign, estimate: Estimate, rows: Array, estimates: Array
+) -> _Tests:
+    blank = shared.blank()
+
+    def adjusted(theta: Array, sigma: Array) -> tuple[Array, Array, Array]:
+        adjustment = adjust(theta, sigma**2, blank)
+        variance = jnp.einsum("kp,pq,kq->k", rows, adjustment.vcov, rows)
+        return variance, single_degrees(adjustment, rows), adjustment.smallest
+
+    if estimate.theta.ndim == 2:
+        adjusted = _per_lane(adjusted)
+    variance, degrees, smallest = adjusted(estimate.theta, estimate.sigma)
+    exist = smallest > SINGULAR
+    variance, degrees = (jnp.where(exist, array, jnp.nan) for array in (variance, degrees))
+    return _Tests(estimates, jnp.sqrt(variance), degrees)
+
+
 def _per_lane(function: Any) -> Any:
     return jax.vmap(function, in_axes=-1, out_axes=-1)
 
 
-def _pack(estimate: Estimate, value: Array) -> Array:
+def _pack(estimate: Estimate, value: Array, tests: _Tests) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
     scale = 1 + jnp.abs(estimate.criterion)
     certified = (estimate.gradient_norm <= CERTIFIED * scale) & (
@@ -150,20 +206,12 @@ def _pack(estimate: Estimate, value: Array) -> Array:
     )
     converged = estimate.status == Status.CONVERGED
     status = jnp.where(converged & ~certified, Status.NOT_CERTIFIED, estimate.status)
-    # Satterthwaite's degrees of freedom, parameters on the boundary held there
-    variance = linalg.diagonal(estimate.vcov)
-    slopes = linalg.diagonal(jnp.moveaxis(estimate.vcov_slopes, 0, 2))
-    slopes = jnp.moveaxis(slopes, 0, 1)
-    free = jnp.isfinite(estimate.params)
-    spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
-    of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
+    p = len(estimate.beta)
     one = jnp.ones_like(value)[None]
     return jnp.concatenate(
         [
             status * one,
-            estimate.beta,
-            jnp.sqrt(variance),
-            2 * variance**2 / of_variance,
+            *(array[:p] for array in tests[:3]),
             estimate.sigma * one,
             estimate.theta,
             estimate.params,
@@ -172,6 +220,7 @@ def _pack(estimate: Estimate, value: Array) -> Array:
             estimate.gradient_norm * one,
             estimate.iterations * one,
             estimate.is_singular * one,
+            *(array[p:] for array in tests[:3]),
         ]
     )
 
@@ -218,7 +267,7 @@ class Programs:
         self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), known)
         self.begin = spread(_begin, (first, first), known)
         self.climb = spread(_climb, (*known, everywhere), found)
-        self.conclude = spread(_conclude, (reduced, found, last[0]), last[1])
+        self.conclude = spread(_conclude, (reduced, found, last[0], everywhere), last[1])
         self.modes = spread(_modes_of, (first, first, last[1]), last[2])
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from jaxreml.inference.tests import Approximation
 
 RESIDUAL = "Residual"
-DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class LMMResults:
 
         Args:
             L: (k, p) or (p,) numbers; a dict from names of fixed effects to coefficients; or
-                equations such as ``"Days = 10"``, see `inference.tests.hypotheses`.
+                equations such as ``"Days = 10"``, see `jaxreml.hypotheses`.
             rhs: (k,) or a scalar.
             df: "satterthwaite", "kenward-roger", "kenward-roger-linear", "residual" or "inf"; see
                 `inference.tests`.

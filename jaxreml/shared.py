@@ -213,6 +213,15 @@ class SharedDesign:
             structure = Grouped(self.factors, scores, remainder, self.sizes)
         return self._design(structure, reduced)
 
+    def blank(self) -> Design:
+        """The design with a response of length 1 that neither X nor Z explains."""
+        none = jnp.zeros((), self.dtype)
+        shape = self.scores_x.shape
+        scores = jnp.zeros((shape[0], *shape[2:]), self.dtype)  # without the axis of X
+        of_x, one = jnp.zeros(self.p, self.dtype), none + 1
+        reduced = Reduced(scores, of_x, one, of_x, one, one, one < 0)
+        return replace(self, collapse=None).each(reduced)
+
     def _remainder(self, reduced: Reduced) -> Array:
         lanes = reduced.remainder_yy.shape
         of_x = self.remainder_xx.reshape(self.p, self.p, *[1] * len(lanes))

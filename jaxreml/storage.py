@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,14 @@ def saved_fields(kind: type) -> list[str]:
 
 
 def decode_fields(kind: type, record: Any, what: str) -> dict[str, Any]:
-    """The fields of a dataclass from a record of encoded ones; DataError names what is missing."""
-    names = saved_fields(kind)
-    missing = [name for name in names if not isinstance(record, dict) or name not in record]
+    """The fields of a dataclass from a record of encoded ones; DataError names what is missing.
+
+    Fields with defaults may be: they came later than the record.
+    """
+    optional = [field.name for field in fields(kind) if field.default is not MISSING]
+    known = record if isinstance(record, dict) else {}
+    names = [name for name in saved_fields(kind) if name in known or name not in optional]
+    missing = [name for name in names if name not in known]
     if missing:
         raise DataError(f"{what} is incomplete: {', '.join(missing)} missing")
     return {name: decode(record[name]) for name in names}

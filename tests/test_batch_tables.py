@@ -85,6 +85,9 @@ def many_terms():
         missing=counts,
         is_singular=counts == 5,
         status=np.zeros(6, int),
+        contrast=rng.normal(size=(6, 0)),
+        contrast_se=rng.normal(size=(6, 0)),
+        contrast_df=rng.normal(size=(6, 0)),
         modes=tuple(rng.normal(size=(6, 12, q)) for q in model.sizes),
     )
     return BatchResults(model, pd.RangeIndex(6), fits)
@@ -98,7 +101,8 @@ def test_tidy_is_that_of_single_fits(data, responses, results, singles):
     assert together["response"].drop_duplicates().tolist() == NAMES
     assert len(together) == 4 * (2 + 4)  # two coefficients, two SDs, a correlation, the residual
     for i, fit in singles.items():
-        own = together[together["response"] == NAMES[i]].drop(columns="response")
+        own = together[together["response"] == NAMES[i]]
+        own = own.drop(columns=["response", "p_adjusted"])
         single = fit.tidy(("fixed", "ran_pars"), conf_int=True, conf_level=0.8)
         assert set(own) == set(single)
         own, single = (table.fillna({"group": ""}) for table in (own, single[list(own)]))
@@ -116,7 +120,7 @@ def test_tidy_is_that_of_single_fits(data, responses, results, singles):
 
 def test_tidy_of_some_effects(results):
     whole = results.tidy(("ran_pars", "fixed"))
-    for effect, names in (("fixed", 9), ("ran_pars", 6)):
+    for effect, names in (("fixed", 10), ("ran_pars", 6)):
         part = results.tidy(effect)
         assert part.shape[1] == names  # tests are for coefficients only
         expected = whole[whole["effect"] == effect][list(part)].reset_index(drop=True)

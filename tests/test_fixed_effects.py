@@ -198,3 +198,67 @@ def test_without_correction_kenward_roger_is_a_chi_square():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isinf(method.single(np.eye(2))).all()
+
+
+MANY = "~ Machine + (1 | Worker)"
+CONTRASTS = {"B - C": "`Machine[T.B]` - `Machine[T.C]`", "mean": [1, 1 / 3, 1 / 3]}
+
+
+@pytest.fixture(scope="module")
+def responses():
+    """Six, one with a missing value and one without any value on machine B."""
+    machines = data("machines")
+    values = machines["score"].to_numpy()[:, None]
+    values = values + np.random.default_rng(0).normal(size=(len(machines), 6))
+    values[3, 2] = np.nan
+    values[machines["Machine"] == "B", 4] = np.nan
+    return machines, values
+
+
+@pytest.mark.parametrize("df", ["satterthwaite", "kenward-roger", "residual", "inf"])
+def test_many_responses_are_tested_as_single_ones(responses, df):
+    machines, values = responses
+    results = jaxreml.fit_many(MANY, machines, values, df=df, contrasts=CONTRASTS)
+    assert results.converged.all()
+    for i in (0, 2, 5):
+        fit = results.estimate(i)
+        table = fit.coefficients(df)
+        np.testing.assert_allclose(results.bse.iloc[i], table["std_error"], rtol=1e-8)
+        np.testing.assert_allclose(results.df.iloc[i], table["df"], rtol=1e-7)
+        own = fit.test([[0, 1, -1], [1, 1 / 3, 1 / 3]], df=df, joint=False)
+        both = results.contrasts.iloc[i].unstack()[list(own.columns)]
+        np.testing.assert_allclose(both, own, rtol=1e-6)
+    # Without machine B its coefficient and the contrasts that need it do not exist
+    gone = results.contrasts.iloc[4]
+    assert gone.isna().all() and results.params.iloc[4].isna().tolist() == [False, True, False]
+
+
+def test_adjusted_p_values_and_tables_of_contrasts(responses, tmp_path):
+    machines, values = responses
+    results = jaxreml.fit_many(MANY, machines, values, df="residual", contrasts=CONTRASTS)
+    p_values = results.contrasts["B - C", "p_value"].dropna()
+    ranks = p_values.rank()
+    adjusted = [(p_values[ranks >= rank] * 5 / ranks[ranks >= rank]).min() for rank in ranks]
+    np.testing.assert_allclose(results.contrasts["B - C", "p_adjusted"].dropna(), adjusted)
+    long = results.tidy("contrasts").set_index(["response", "term"])
+    np.testing.assert_allclose(
+        long["p_adjusted"].unstack()["mean"], results.contrasts["mean", "p_adjusted"]
+    )
+    assert "contrast_se[B - C]" in results.to_frame()
+    results.to_parquet(tmp_path / "fits.parquet")
+    again = jaxreml.BatchResults.read_parquet(tmp_path / "fits.parquet")
+    pd.testing.assert_frame_equal(again.contrasts, results.contrasts)
+    with pytest.raises(DataError, match="df='residual'"):
+        again.df_satterthwaite  # noqa: B018
+
+
+def test_bad_contrasts_of_many_responses(responses):
+    machines, values = responses
+    with pytest.raises(DataError, match="one linear function"):
+        jaxreml.fit_many(MANY, machines, values, contrasts={"both": np.eye(3)})
+    with pytest.raises(DataError, match="without a right side"):
+        jaxreml.fit_many(MANY, machines, values, contrasts={"b": "`Machine[T.B]` = 1"})
+    with pytest.raises(DataError, match="defined for REML"):
+        jaxreml.fit_many(MANY, machines, values, "ML", df="kenward-roger")
+    with pytest.raises(DataError, match="no contrasts were asked for"):
+        jaxreml.fit_many(MANY, machines, values[:, :1]).contrasts  # noqa: B018

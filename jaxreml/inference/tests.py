@@ -20,27 +20,20 @@ The approximations, by the names of the argument `df`:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from formulaic.utils.constraints import LinearConstraints
-from jax import Array
-from jax.scipy.linalg import solve_triangular
 
-from jaxreml import covariance
 from jaxreml.cache import quick_compilation
-from jaxreml.designs import Design
 from jaxreml.errors import DataError
-from jaxreml.objective import degrees_of_freedom, expand
-from jaxreml.results import DF_METHODS, LMMResults
+from jaxreml.hypotheses import check_df, hypotheses
+from jaxreml.kenward_roger import SINGULAR, adjust
+from jaxreml.results import LMMResults
 
-SINGULAR = 1e-12  # a unit-diagonal information matrix with a smaller eigenvalue is not inverted
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
 NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
 
@@ -160,27 +153,12 @@ class KenwardRoger:
         return float(df), float(factor)
 
 
-class _Ingredients(NamedTuple):
-    """Arrays of `KenwardRoger`, and the smallest eigenvalue of the unit-diagonal information."""
-
-    vcov: Array
-    root: Array
-    slopes: Array
-    spread: Array
-    smallest: Array
-
-
 def kenward_roger(fit: LMMResults) -> KenwardRoger:
     """The Kenward-Roger adjustment of a fit; `LMMResults.approximation` keeps it.
 
     Raises:
-        DataError: a fit by ML, or variance parameters that cannot be told apart.
+        DataError: variance parameters that cannot be told apart.
     """
-    if fit.method != "REML":
-        raise DataError(
-            "Kenward-Roger's method is defined for REML: fit with method='REML', or use "
-            "df='satterthwaite'"
-        )
     with jax.enable_x64(True):
         found = jax.device_get(_adjust()(fit.theta, fit.sigma**2, fit.design.without_names()))
     if not found.smallest > SINGULAR:
@@ -193,44 +171,7 @@ def kenward_roger(fit: LMMResults) -> KenwardRoger:
 
 @lru_cache
 def _adjust() -> Any:
-    return jax.jit(_ingredients, compiler_options=quick_compilation(jax.default_backend()))
-
-
-def _ingredients(theta: Array, sigma2: Array, design: Design) -> _Ingredients:
-    """With V_0 = V / sigma2 = I + sum omega_i V_i, which is linear in the directions V_0 and V_i.
-
-    tr(P V_i P V_j) are minus the second derivatives of log|V_0| + log|M|; what belongs to V_0
-    follows from V_0^-1 V_0 = I (see design.md, Kenward-Roger, and `objective.minimum_norm`).
-    """
-    p = design.p
-    factors = covariance.split_triangles(theta, design.sizes)
-    factors = [f * scale[:, None] for f, scale in zip(factors, design.scales, strict=True)]
-    omega = covariance.omega_from_theta(covariance.join_triangles(tuple(factors)), design.sizes)
-    degrees = degrees_of_freedom(design, reml=True)
-    # Without the part of y, which counts as often as there are degrees of freedom
-    found = expand(omega, replace(design, n=design.n - degrees), reml=True)
-
-    identity = jnp.eye(p, dtype=omega.dtype)
-    slopes = jnp.concatenate([-identity[None], found.gram_slopes[:, :p, :p]])
-    corner, side = jnp.reshape(degrees, (1, 1)), found.gradient[:, None]
-    information = jnp.block([[corner, side.T], [side, -found.hessian]]) / 2
-    unit = 1 / jnp.sqrt(jnp.diagonal(information))
-    scaled = information * unit[:, None] * unit
-    spread = jnp.linalg.inv(scaled) * unit[:, None] * unit
-
-    triangle = found.gram_factor[:p, :p]
-    to_unit = solve_triangular(triangle, identity, lower=True).T
-    projection = design.structure.project(omega)
-    within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
-    # sum of W_ij Q_ij: directions V_i among themselves, then those with V_0
-    second = jnp.einsum("ij,iujv->uv", spread[1:, 1:], within)
-    second = second - 2 * jnp.einsum("j,juv->uv", spread[0, 1:], slopes[1:])
-    second = second + spread[0, 0] * identity
-    first = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
-    root = solve_triangular(design.basis, to_unit) if p else to_unit
-    vcov = sigma2 * root @ (identity + 2 * (second - first)) @ root.T
-    smallest = jnp.linalg.eigvalsh(scaled)[0]
-    return _Ingredients((vcov + vcov.T) / 2, root, slopes, spread, smallest)
+    return jax.jit(adjust, compiler_options=quick_compilation(jax.default_backend()))
 
 
 def approximation(fit: LMMResults, df: str) -> Approximation:
@@ -240,8 +181,7 @@ def approximation(fit: LMMResults, df: str) -> Approximation:
         ValueError: another name.
         DataError: a fit that the method does not serve.
     """
-    if df not in DF_METHODS:
-        raise ValueError(f"df must be one of {', '.join(DF_METHODS)}, not {df!r}")
+    check_df(df, fit.method)
     if df.startswith("kenward-roger"):
         return kenward_roger(fit)
     if df == "satterthwaite":
@@ -257,7 +197,7 @@ def each(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> 
 
     Args:
         fit: the fit.
-        L: linear functions of the fixed effects, see `hypotheses`.
+        L: linear functions of the fixed effects, see `jaxreml.hypotheses`.
         rhs: (k,) or a scalar, what they are under the hypothesis.
         df: name of the approximation, see the module.
 
@@ -266,7 +206,7 @@ def each(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> 
     """
     from scipy.special import stdtr
 
-    rows, values, labels = hypotheses(fit, L, rhs)
+    rows, values, labels = hypotheses(fit.fixed_names, L, rhs)
     method = fit.approximation(df)
     estimate = rows @ fit.beta
     error = np.sqrt(np.einsum("kp,pq,kq->k", rows, method.vcov, rows))
@@ -296,7 +236,7 @@ def joint(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
     """
     from scipy.stats import f
 
-    rows, values, _ = hypotheses(fit, L, rhs)
+    rows, values, _ = hypotheses(fit.fixed_names, L, rhs)
     rows, values = _independent(rows, values)
     method = fit.approximation(df)
     gap = rows @ fit.beta - values
@@ -311,65 +251,6 @@ def joint(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
     return pd.DataFrame(
         {"statistic": [statistic], "num_df": [q], "den_df": [degrees], "p_value": [p_value]}
     )
-
-
-def hypotheses(
-    fit: LMMResults, L: Any, rhs: Any = 0.0
-) -> tuple[np.ndarray, np.ndarray, list[str] | pd.RangeIndex]:
-    """Linear hypotheses L beta = rhs about the fixed effects.
-
-    Args:
-        fit: the fit.
-        L: (k, p) or (p,) numbers, columns in the order of `fit.fixed_names`; a dict from names to
-            coefficients; an equation in formulaic's language such as ``"Days = 10"`` or
-            ``"`Machine[T.B]` - `Machine[T.C]`"``; or a list of equations.
-        rhs: (k,) or a scalar; added to what stands right of the = in equations.
-
-    Returns:
-        L (k, p), rhs (k,) and labels of the rows.
-
-    Raises:
-        DataError: names that are not fixed effects, or shapes that do not match.
-    """
-    names = list(fit.fixed_names)
-    if isinstance(L, pd.DataFrame):
-        L = {name: column.to_numpy() for name, column in L.items()}
-    if isinstance(L, Mapping):
-        unknown = [name for name in L if name not in names]
-        if unknown:
-            raise DataError(f"{unknown[0]!r} is not a fixed effect: {', '.join(names)}")
-        shape = np.broadcast_shapes((1,), *(np.shape(value) for value in L.values()))
-        rows = np.zeros((*shape, len(names)))
-        for name, value in L.items():
-            rows[:, names.index(name)] = value
-        values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
-    elif isinstance(L, str) or (isinstance(L, list | tuple) and all(isinstance(x, str) for x in L)):
-        try:
-            constraints = LinearConstraints.from_spec(L, variable_names=names)
-        except Exception as error:  # of formulaic's parser
-            raise DataError(
-                f"{L!r} is not a hypothesis about {', '.join(names)}: {error}. Put names that are "
-                "not plain words in backticks"
-            ) from None
-        rows = np.asarray(constraints.constraint_matrix, float)
-        values = np.asarray(constraints.constraint_values, float)
-        labels = [L] if isinstance(L, str) else list(L)
-        labels = labels if len(labels) == len(rows) else pd.RangeIndex(len(rows))
-    else:
-        rows: Any = np.atleast_2d(np.asarray(L, float))
-        values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
-    if rows.ndim != 2 or rows.shape[1] != len(names):
-        raise DataError(
-            f"L must have {len(names)} columns, one per fixed effect ({', '.join(names)}), not "
-            f"shape {rows.shape}"
-        )
-    if not np.all(np.isfinite(rows)):
-        raise DataError("L has values that are not finite")
-    try:
-        values = values + np.broadcast_to(np.asarray(rhs, float), values.shape)
-    except ValueError:
-        raise DataError(f"rhs must be a number or {len(rows)} of them") from None
-    return rows, values, labels
 
 
 def _independent(rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,89 @@
+"""Linear hypotheses about fixed effects, in words or numbers, and how they can be tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from formulaic.utils.constraints import LinearConstraints
+
+from jaxreml.errors import DataError
+
+DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
+
+
+def check_df(df: str, method: str) -> None:
+    """Raise unless tests with degrees of freedom `df` serve fits by `method`.
+
+    Raises:
+        ValueError: another name than DF_METHODS.
+        DataError: Kenward-Roger's method for a fit by ML.
+    """
+    if df not in DF_METHODS:
+        raise ValueError(f"df must be one of {', '.join(DF_METHODS)}, not {df!r}")
+    if df.startswith("kenward-roger") and method != "REML":
+        raise DataError(
+            "Kenward-Roger's method is defined for REML: fit with method='REML', or use "
+            "df='satterthwaite'"
+        )
+
+
+def hypotheses(
+    fixed_names: Sequence[str], L: Any, rhs: Any = 0.0
+) -> tuple[np.ndarray, np.ndarray, list[str] | pd.RangeIndex]:
+    """Linear hypotheses L beta = rhs about the fixed effects.
+
+    Args:
+        fixed_names: names of the p fixed effects.
+        L: (k, p) or (p,) numbers, columns in the order of `fixed_names`; a dict from names to
+            coefficients; an equation in formulaic's language such as ``"Days = 10"`` or
+            ``"`Machine[T.B]` - `Machine[T.C]`"``; or a list of equations.
+        rhs: (k,) or a scalar; added to what stands right of the = in equations.
+
+    Returns:
+        L (k, p), rhs (k,) and labels of the rows.
+
+    Raises:
+        DataError: names that are not fixed effects, or shapes that do not match.
+    """
+    names = list(fixed_names)
+    if isinstance(L, pd.DataFrame):
+        L = {name: column.to_numpy() for name, column in L.items()}
+    if isinstance(L, Mapping):
+        unknown = [name for name in L if name not in names]
+        if unknown:
+            raise DataError(f"{unknown[0]!r} is not a fixed effect: {', '.join(names)}")
+        shape = np.broadcast_shapes((1,), *(np.shape(value) for value in L.values()))
+        rows = np.zeros((*shape, len(names)))
+        for name, value in L.items():
+            rows[:, names.index(name)] = value
+        values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
+    elif isinstance(L, str) or (isinstance(L, list | tuple) and all(isinstance(x, str) for x in L)):
+        try:
+            constraints = LinearConstraints.from_spec(L, variable_names=names)
+        except Exception as error:  # of formulaic's parser
+            raise DataError(
+                f"{L!r} is not a hypothesis about {', '.join(names)}: {error}. Put names that are "
+                "not plain words in backticks"
+            ) from None
+        rows = np.asarray(constraints.constraint_matrix, float)
+        values = np.asarray(constraints.constraint_values, float)
+        labels = [L] if isinstance(L, str) else list(L)
+        labels = labels if len(labels) == len(rows) else pd.RangeIndex(len(rows))
+    else:
+        rows: Any = np.atleast_2d(np.asarray(L, float))
+        values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
+    if rows.ndim != 2 or rows.shape[1] != len(names):
+        raise DataError(
+            f"L must have {len(names)} columns, one per fixed effect ({', '.join(names)}), not "
+            f"shape {rows.shape}"
+        )
+    if not np.all(np.isfinite(rows)):
+        raise DataError("L has values that are not finite")
+    try:
+        values = values + np.broadcast_to(np.asarray(rhs, float), values.shape)
+    except ValueError:
+        raise DataError(f"rhs must be a number or {len(rows)} of them") from None
+    return rows, values, labels

@@ -1,0 +1,91 @@
+"""Kenward and Roger's adjusted covariance of the fixed effects, in arrays.
+
+Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear: with P_i and
+Q_ij the first and halves of the second derivatives of X'V^-1 X in variances and covariances, W the
+inverse of the expected information in them and Phi the covariance of the estimates, the adjusted
+one is Phi + 2 Phi [sum W_ij (Q_ij - P_i Phi P_j)] Phi. No n x n matrix occurs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.linalg import solve_triangular
+
+from jaxreml import covariance
+from jaxreml.designs import Design
+from jaxreml.objective import degrees_of_freedom, expand
+
+SINGULAR = 1e-12  # a unit-diagonal information matrix with a smaller eigenvalue is not inverted
+
+
+class Adjustment(NamedTuple):
+    """The adjusted covariance, and what degrees of freedom are made from.
+
+    Attributes:
+        vcov: (p, p), adjusted.
+        root: (p, p), K, with K K' the covariance that is not adjusted, over sigma2.
+        slopes: (m + 1, p, p), K'P_i K in units of sigma2.
+        spread: (m + 1, m + 1), W in the same.
+        smallest: (), smallest eigenvalue of the information with unit diagonal.
+    """
+
+    vcov: Array
+    root: Array
+    slopes: Array
+    spread: Array
+    smallest: Array
+
+
+def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
+    """The adjustment of a REML fit.
+
+    V_0 = V / sigma2 = I + sum omega_i V_i is linear in its directions V_0 and V_i, and the
+    adjustment is the same for every basis of them. tr(P V_i P V_j) are minus the second derivatives
+    of log|V_0| + log|M|; what belongs to V_0 follows from V_0^-1 V_0 = I.
+
+    Args:
+        theta: (m,), relative Cholesky factors.
+        sigma2: (), residual variance.
+        design: the data; the response does not matter.
+    """
+    p = design.p
+    factors = covariance.split_triangles(theta, design.sizes)
+    factors = tuple(f * scale[:, None] for f, scale in zip(factors, design.scales, strict=True))
+    omega = covariance.omega_from_theta(covariance.join_triangles(factors), design.sizes)
+    degrees = degrees_of_freedom(design, reml=True)
+    # Without the part of y, which counts as often as there are degrees of freedom
+    found = expand(omega, replace(design, n=design.n - degrees), reml=True)
+
+    identity = jnp.eye(p, dtype=omega.dtype)
+    slopes = jnp.concatenate([-identity[None], found.gram_slopes[:, :p, :p]])
+    corner, side = jnp.reshape(degrees, (1, 1)), found.gradient[:, None]
+    information = jnp.block([[corner, side.T], [side, -found.hessian]]) / 2
+    unit = 1 / jnp.sqrt(jnp.diagonal(information))
+    scaled = information * unit[:, None] * unit
+    spread = jnp.linalg.inv(scaled) * unit[:, None] * unit
+
+    triangle = found.gram_factor[:p, :p]
+    to_unit = solve_triangular(triangle, identity, lower=True).T
+    projection = design.structure.project(omega)
+    within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
+    # sum of W_ij Q_ij: directions V_i among themselves, then those with V_0
+    second = jnp.einsum("ij,iujv->uv", spread[1:, 1:], within)
+    second = second - 2 * jnp.einsum("j,juv->uv", spread[0, 1:], slopes[1:])
+    second = second + spread[0, 0] * identity
+    first = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
+    root = solve_triangular(design.basis, to_unit) if p else to_unit
+    vcov = sigma2 * root @ (identity + 2 * (second - first)) @ root.T
+    smallest = jnp.linalg.eigvalsh(scaled)[0]
+    return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, smallest)
+
+
+def single_degrees(adjustment: Adjustment, rows: Array) -> Array:
+    """Denominator degrees of freedom (k,) of the t tests of (k, p) `rows`."""
+    half = rows @ adjustment.root
+    half = half / jnp.linalg.norm(half, axis=1, keepdims=True)
+    inner = jnp.einsum("kp,mpq,kq->mk", half, adjustment.slopes, half)
+    return 2 / jnp.einsum("mn,mk,nk->k", adjustment.spread, inner, inner)
