@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
-from references import data, reference
+from references import HERE, data, reference
 
 import jaxreml
 from jaxreml.errors import ConvergenceWarning, DataError
@@ -41,6 +42,24 @@ def test_coefficients_match_lmertest_and_pbkrtest(name):
     scale = np.sqrt(np.diagonal(theirs["vcov_kr"]))
     gap = (fit.vcov_kenward_roger.to_numpy() - theirs["vcov_kr"]) / np.outer(scale, scale)
     assert np.abs(gap).max() < 2e-6
+
+
+@pytest.mark.parametrize("name", ["cake_factor", "machines", "orthodont", "unbalanced"])
+def test_several_hypotheses_match_lmertest_and_pbkrtest(name):
+    figures = json.loads((HERE / "inference" / f"{name}.json").read_text())
+    csv = HERE / "inference" / f"{name}.csv.gz"
+    fit = jaxreml.fit(figures["formula"], pd.read_csv(csv) if csv.exists() else data(name))
+    for contest in figures["contests"]:
+        for df in ("satterthwaite", "kenward_roger"):
+            (theirs,) = contest[df]["joint"]
+            ours = fit.test(contest["L"], df=df.replace("_", "-")).iloc[0]
+            assert ours["num_df"] == theirs["NumDF"]
+            assert ours["den_df"] == pytest.approx(theirs["DenDF"], rel=2e-5)
+            assert ours["statistic"] == pytest.approx(theirs["F value"], rel=1e-5)
+    test = figures["kr_drop"]["test"][0]  # by pbkrtest itself, with its scaling of F
+    ours = fit.test(figures["kr_drop"]["L"], df="kenward-roger").iloc[0]
+    assert ours["statistic"] == pytest.approx(test["stat"], rel=1e-5)
+    assert ours["den_df"] == pytest.approx(test["ddf"], rel=2e-6)
 
 
 def by_definition(fit):
