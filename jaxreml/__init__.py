@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxreml import datasets as datasets
+    from jaxreml import plots as plots
     from jaxreml.batch_results import BatchResults as BatchResults
     from jaxreml.cache import enable_compilation_cache as enable_compilation_cache
     from jaxreml.designs import Design as Design
@@ -60,12 +61,14 @@ _HOMES = {
     "stack": "designs",
 }
 
-__all__ = ["__version__", "datasets", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+_MODULES = ("datasets", "plots")
+
+__all__ = ["__version__", *_MODULES, *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "datasets":
-        return importlib.import_module("jaxreml.datasets")
+    if name in _MODULES:
+        return importlib.import_module(f"jaxreml.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxreml' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"jaxreml.{_HOMES[name]}"), name)
