@@ -12,9 +12,12 @@ Type II
     A term is tested after all that do not contain it: as type I with the columns of the others
     first, then its own, then those of the terms that contain it.
 Type III
-    With E the matrix that takes the overparameterised model matrix (a column for every level) to
-    X, X E = X_full, the rows of E of a term are estimable functions, made orthogonal to those of
-    the terms that contain it. It does not depend on the contrasts that code the factors.
+    With F the overparameterised model matrix (a column for every level) and F = XE, rows of E are
+    estimable functions. Those of a term are made orthogonal to those of the terms that contain it,
+    which makes them the same whatever contrasts code the factors.
+
+Two rules of lmerTest are not followed: there, `a` is not contained in `a:b` if `b` is not in the
+model, and columns such as ``poly(x, 2)`` count as factors.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Functions:
         table.insert(4, "conf_high", high)
         table["p_value"] = p_value
         if not estimable.all():
-            why = "not estimable: there are no rows from which to tell it"
+            why = "not estimable: outside the row space of X"
             table["reason"] = np.where(estimable, "", why)
         return pd.concat([self.labels, table], axis=1)
 
@@ -315,7 +315,7 @@ def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> Refe
             )
     levels, counted = {}, []
     for name in terms.variables:
-        column = terms.table[name]
+        column = pd.Series(terms.table[name])
         found = _distinct(column)
         factor = name in terms.factors or not _is_numeric(column.dtype)
         if name in at:
@@ -323,7 +323,7 @@ def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> Refe
         elif factor or len(found) <= TWO_VALUES:
             levels[name] = found
         else:
-            levels[name] = [float(column.mean())]
+            levels[name] = [float(np.mean(column.to_numpy(float)))]
         if factor or (name not in at and len(found) <= TWO_VALUES):
             counted.append(name)
     given = fit.table["(offset)"] if "(offset)" in fit.table else np.zeros(1)
