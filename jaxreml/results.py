@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
 
 if TYPE_CHECKING:
+    from jaxreml.inference.means import MarginalMeans
     from jaxreml.inference.tests import Approximation
 
 RESIDUAL = "Residual"
@@ -442,6 +443,87 @@ class LMMResults:
         from jaxreml.tables import augment
 
         return augment(self)
+
+    # Means and tables of tests
+
+    def anova(self, type: str | int = "III", df: str = "satterthwaite") -> pd.DataFrame:
+        """F tests of the terms of the fixed effects, of type "I", "II" or "III".
+
+        As lmerTest's; see `inference.anova.anova`.
+
+        Returns:
+            Columns sum_sq, mean_sq, num_df, den_df, statistic, p_value; a row per term.
+        """
+        from jaxreml.inference.anova import anova
+
+        return anova(self, type, df)
+
+    def emmeans(
+        self,
+        specs: str | Sequence[str],
+        by: str | Sequence[str] | None = None,
+        at: Mapping[str, Any] | None = None,
+        *,
+        pairwise: bool = False,
+        contrast: str | Mapping[str, Any] | None = None,
+        adjust: str | None = None,
+        df: str = "satterthwaite",
+        weights: str = "equal",
+        level: float = 0.95,
+    ) -> MarginalMeans:
+        """Estimated marginal means of the levels of `specs`, within those of `by`.
+
+        ``fit.emmeans("Machine", pairwise=True, adjust="holm")`` has ``table``, the means, and
+        ``contrasts``. The reference grid is emmeans'; see `inference.means.emmeans`.
+        """
+        from jaxreml.inference.means import emmeans
+
+        return emmeans(
+            self, specs, by, at, pairwise=pairwise, contrast=contrast, adjust=adjust, df=df,
+            weights=weights, level=level,
+        )  # fmt: skip
+
+    def contrasts(
+        self,
+        specs: str | Sequence[str],
+        method: str | Mapping[str, Any] = "pairwise",
+        by: str | Sequence[str] | None = None,
+        at: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> pd.DataFrame:
+        """Contrasts between marginal means; `options` as for `emmeans`.
+
+        `method` is "pairwise", "revpairwise", "trt.vs.ctrl", "trt.vs.ctrlk", "eff", "poly" or a
+        dict from labels to coefficients; see `inference.contrasts.family`.
+        """
+        from jaxreml.inference.means import contrasts
+
+        return contrasts(self, specs, method, by, at, **options)
+
+    def emtrends(
+        self,
+        specs: str | Sequence[str],
+        var: str,
+        by: str | Sequence[str] | None = None,
+        at: Mapping[str, Any] | None = None,
+        *,
+        pairwise: bool = False,
+        contrast: str | Mapping[str, Any] | None = None,
+        adjust: str | None = None,
+        df: str = "satterthwaite",
+        weights: str = "equal",
+        level: float = 0.95,
+    ) -> MarginalMeans:
+        """Slopes in the covariate `var` at the levels of `specs`; else as `emmeans`.
+
+        See `inference.means.emtrends`.
+        """
+        from jaxreml.inference.means import emtrends
+
+        return emtrends(
+            self, specs, var, by, at, pairwise=pairwise, contrast=contrast, adjust=adjust, df=df,
+            weights=weights, level=level,
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Write the fit to a JSON file; `load` reads it back."""

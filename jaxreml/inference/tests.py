@@ -147,7 +147,8 @@ class KenwardRoger:
         v0, v1, v2 = (
             np.where(abs(v) < 1e-10, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
         )
-        rho = ((1 - a2 / q) / v1) ** 2 * v0 / v2 / q
+        with np.errstate(divide="ignore"):
+            rho = ((1 - a2 / q) / v1) ** 2 * v0 / v2 / q
         df = 4 + (q + 2) / (q * rho - 1)
         factor = 1.0 if abs(df - 2) < NEAR_TWO else df * (1 - a2 / q) / (df - 2)
         return float(df), float(factor)

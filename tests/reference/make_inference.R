@@ -80,9 +80,10 @@ models <- list(
     trends = list(trends("x", "a"))),
   empty_cell = model(y ~ a*b + x + (1|g), empty, L = list(unit(6, 6)),
     means = list(means("a"), means("a", by = "b"), means(c("a", "b")), means("b"))),
-  weighted = model(y ~ a + x + offset(o) + (1|g), unbalanced, weights = "w", kr = FALSE,
-    L = list(unit(4, 2, 3)),
-    means = list(means("a"), means("a", at = list(o = 0)))))
+  weighted = model(y ~ a + b + x + offset(o) + (1|g), unbalanced, weights = "w", kr = FALSE,
+    L = list(unit(5, 2, 3)),
+    means = list(means("a"), means("a", weights = "proportional"), means("1", contrasts = NULL),
+                 means("b", weights = "proportional"))))
 
 # -- what is read off a fit -----------------------------------------------------------------------
 rows <- function(table) {

@@ -1,0 +1,518 @@
+"""Estimated marginal means, their contrasts and slopes, as emmeans defines them.
+
+The reference grid has all levels of the factors, and every covariate at its mean over the rows
+used. Factors are text, categories, Booleans, what ``C()`` makes a factor, and covariates of at
+most two values. A marginal mean is the average of the fixed effects' predictions over the cells
+of the grid that the other factors make (Searle, Speed and Milliken 1980, Am. Stat. 34:216).
+Factors nested in others are not looked for: means of cells without rows that the model cannot
+predict are NaN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.errors import DataError
+from jaxreml.inference.adjustments import check_adjustment, critical_values, p_values
+from jaxreml.inference.contrasts import Contrasts, family
+from jaxreml.inference.terms import FixedTerms, fixed_terms
+from jaxreml.inference.tests import each
+from jaxreml.results import LMMResults
+from jaxreml.tabular import nearest
+
+TWO_VALUES = 2  # covariates of no more distinct values are taken as factors, as in emmeans
+LARGEST = 50_000_000  # entries of the grid's model matrix
+STEP = 1e-4  # of a covariate's range, for slopes of curves
+WEIGHTS = ("equal", "proportional")
+OVERALL = "1"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MarginalMeans:
+    """Marginal means, or slopes, and contrasts between them.
+
+    Attributes:
+        table: a row per mean: its levels, then estimate, std_error, df, conf_low, conf_high,
+            statistic, p_value (of the hypothesis that it is zero). What the data cannot estimate
+            is NaN, and there is a column ``reason`` then.
+        contrasts: the contrasts asked for, laid out likewise, or None.
+        averaged_over: factors averaged over.
+    """
+
+    table: pd.DataFrame
+    contrasts: pd.DataFrame | None
+    averaged_over: tuple[str, ...]
+    _functions: Functions
+
+    def contrast(
+        self,
+        method: str | Mapping[str, Any] = "pairwise",
+        *,
+        by: str | Sequence[str] | None = None,
+        adjust: str | None = None,
+    ) -> pd.DataFrame:
+        """Contrasts between the means.
+
+        Args:
+            method: see `jaxreml.inference.contrasts.family`.
+            by: compare within the levels of these; those of the means if None, () for none.
+            adjust: "none", "tukey", "bonferroni", "holm", "sidak" or "BH", within each level of
+                `by`; None for the usual one: Tukey's for pairwise contrasts, Sidak's for those with
+                a control, BH for "eff", none for others.
+
+        Returns:
+            A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
+            interval is simultaneous (Bonferroni's for "holm" and "BH").
+        """
+        return self._functions.contrasted(method, _names(by, self._functions.by), adjust)
+
+    def __str__(self) -> str:
+        parts = [self.table.to_string(index=False)]
+        if self.contrasts is not None:
+            parts.append(self.contrasts.to_string(index=False))
+        if self.averaged_over:
+            parts.append(f"averaged over the levels of: {', '.join(self.averaged_over)}")
+        return "\n\n".join(parts)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Functions:
+    """Labelled linear functions L beta + offset of the fixed effects.
+
+    Attributes:
+        fit, terms, df, level: of what, and how they are tested.
+        labels: a row per function.
+        by: columns of `labels` within whose levels functions are compared.
+        L: (k, P), columns of X, the aliased ones too.
+        offset: (k,).
+    """
+
+    fit: LMMResults
+    terms: FixedTerms
+    df: str
+    level: float
+    labels: pd.DataFrame
+    by: tuple[str, ...]
+    L: np.ndarray
+    offset: np.ndarray
+
+    def tabulated(self, adjust: str, kind: Contrasts | None = None, means: int = 0) -> pd.DataFrame:
+        """Labels, estimates, tests and intervals; p-values are adjusted within `by`."""
+        check_adjustment(adjust, kind is not None and kind.pairs)
+        estimable = self.terms.estimable(self.L)
+        table = self._tests(estimable)
+        low, high = np.empty((2, len(table)))
+        p_value = np.empty(len(table))
+        for rows in self.groups().values():
+            part = table.iloc[rows]
+            df = part["df"].to_numpy()
+            p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means)
+            half = critical_values(self.level, df, adjust, len(rows), means) * part["std_error"]
+            low[rows] = part["estimate"] - half
+            high[rows] = part["estimate"] + half
+        table.insert(3, "conf_low", low)
+        table.insert(4, "conf_high", high)
+        table["p_value"] = p_value
+        if not estimable.all():
+            why = "not estimable: outside the row space of X"
+            table["reason"] = np.where(estimable, "", why)
+        return pd.concat([self.labels, table], axis=1)
+
+    def _tests(self, estimable: np.ndarray) -> pd.DataFrame:
+        columns = ["estimate", "std_error", "df", "statistic", "p_value"]
+        table = pd.DataFrame(np.nan, index=range(len(self.L)), columns=columns)
+        if estimable.any():
+            L = self.L[estimable][:, self.terms.kept]
+            offset = self.offset[estimable]
+            found = each(self.fit, L, rhs=-offset, df=self.df)[columns]
+            found["estimate"] += offset
+            table.loc[estimable] = found.to_numpy()
+        return table
+
+    def groups(self) -> dict[Any, np.ndarray]:
+        """Rows of each combination of the levels of `by`, in the order of the rows."""
+        if not self.by:
+            return {(): np.arange(len(self.labels))}
+        found: dict[Any, list[int]] = {}
+        for row, key in enumerate(self.labels[list(self.by)].itertuples(index=False, name=None)):
+            found.setdefault(key, []).append(row)
+        return {key: np.array(rows) for key, rows in found.items()}
+
+    def contrasted(
+        self, method: str | Mapping[str, Any], by: tuple[str, ...], adjust: str | None
+    ) -> pd.DataFrame:
+        """The table of a family of contrasts within the levels of `by`."""
+        for name in by:
+            if name not in self.labels:
+                raise DataError(f"by={name!r} is not among the means' {', '.join(self.labels)}")
+        compared = [name for name in self.labels if name not in by]
+        if not compared:
+            raise DataError("by takes all the factors of the means: there is nothing to compare")
+        within = Functions(
+            self.fit, self.terms, self.df, self.level, self.labels, by, self.L, self.offset
+        )
+        names: list[str] = []
+        parts, keys = [], []
+        kind, size = None, 0
+        for key, rows in within.groups().items():
+            texts = _texts(self.labels.loc[rows, compared])
+            kind, size = family(method, texts), len(rows)
+            names += kind.names
+            keys += [key] * len(kind.names)
+            parts.append((kind.coefficients, rows))
+        L = np.concatenate([weights @ self.L[rows] for weights, rows in parts])
+        offset = np.concatenate([weights @ self.offset[rows] for weights, rows in parts])
+        labels = pd.DataFrame({"contrast": names})
+        for k, name in enumerate(by):
+            labels[name] = [key[k] for key in keys]
+        assert kind is not None
+        result = Functions(self.fit, self.terms, self.df, self.level, labels, by, L, offset)
+        return result.tabulated(adjust or kind.adjust, kind, size)
+
+
+def _texts(labels: pd.DataFrame) -> list[str]:
+    """Levels as text: numbers after their factor's name, several factors one after another."""
+    columns = []
+    for name in labels:
+        texts = [f"{v:.15g}" if isinstance(v, float) else str(v) for v in labels[name]]
+        if all(_is_number(text) for text in texts):
+            texts = [f"{name}{text}" for text in texts]
+        columns.append(texts)
+    joined = [" ".join(parts) for parts in zip(*columns, strict=True)]
+    return [f"({text})" if re.search(r"[-+*/]", text) else text for text in joined]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceGrid:
+    """Values of the variables at which predictions are averaged.
+
+    Attributes:
+        terms: of the fit.
+        levels: per variable its values, the first varies fastest over the grid.
+        counted: the factors whose combinations of levels are counted in the data.
+        constant: added to all predictions: the mean of an offset given as an argument.
+    """
+
+    terms: FixedTerms
+    levels: dict[str, list[Any]]
+    counted: tuple[str, ...]
+    constant: float
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The grid, in the types of the data's columns."""
+        columns = {}
+        for name, place in zip(self.levels, self.places, strict=True):
+            values = [self.levels[name][k] for k in place]
+            dtype = self.terms.table[name].dtype
+            keep = isinstance(dtype, pd.CategoricalDtype) or not _is_numeric(dtype)
+            columns[name] = pd.Series(values, dtype=dtype if keep else None)
+        return pd.DataFrame(columns, index=range(self.size))
+
+    @property
+    def size(self) -> int:
+        """Rows of the grid."""
+        return int(np.prod([len(values) for values in self.levels.values()], dtype=float))
+
+    @cached_property
+    def places(self) -> list[np.ndarray]:
+        """Per variable the position of its value in each row of the grid."""
+        shape = tuple(len(values) for values in self.levels.values())
+        if not shape:
+            return []
+        return [np.asarray(k) for k in np.unravel_index(np.arange(self.size), shape, order="F")]
+
+    @cached_property
+    def frequencies(self) -> np.ndarray:
+        """How many of the data's rows are in the cell of each row of the grid."""
+        names = list(self.counted)
+        if not names:
+            return np.ones(self.size)
+        found = Counter(self.terms.table[names].itertuples(index=False, name=None))
+        cells = self.table[names].itertuples(index=False, name=None)
+        return np.array([float(found[cell]) for cell in cells])
+
+    def averaging(self, names: Sequence[str], weights: str) -> np.ndarray:
+        """Weights (means, rows of the grid) that average over the variables not in `names`."""
+        kept = [list(self.levels).index(name) for name in names]
+        cell = _positions([self.places[k] for k in kept], [len(self.levels[n]) for n in names])
+        means = int(np.prod([len(self.levels[name]) for name in names], dtype=float))
+        share = np.ones(self.size)
+        if weights == "proportional":
+            others = [k for k in range(len(self.levels)) if k not in kept]
+            sizes = [len(values) for values in self.levels.values()]
+            other = _positions([self.places[k] for k in others], [sizes[k] for k in others])
+            share = np.bincount(other, self.frequencies)[other]
+            if not share.any():
+                raise DataError(
+                    "no rows have these levels, so weights='proportional' has nothing to go by: "
+                    "use weights='equal'"
+                )
+        matrix = np.zeros((means, self.size))
+        matrix[cell, np.arange(self.size)] = share
+        return matrix / matrix.sum(axis=1, keepdims=True)
+
+    def labels(self, names: Sequence[str]) -> pd.DataFrame:
+        """A row per combination of the levels of `names`, the first varies fastest."""
+        if not names:
+            return pd.DataFrame({OVERALL: ["overall"]})
+        shape = [len(self.levels[name]) for name in names]
+        places = np.unravel_index(np.arange(int(np.prod(shape))), shape, order="F")
+        return pd.DataFrame(
+            {n: [self.levels[n][i] for i in k] for n, k in zip(names, places, strict=True)}
+        )
+
+
+def _positions(places: list[np.ndarray], sizes: list[int]) -> np.ndarray:
+    if not places:
+        return np.zeros(1, dtype=int)
+    return np.ravel_multi_index(places, sizes, order="F")
+
+
+def _is_numeric(dtype: Any) -> bool:
+    return pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype)
+
+
+def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> ReferenceGrid:
+    """The reference grid of a fit.
+
+    Args:
+        fit: the fit.
+        at: per variable the values to take instead: levels of a factor, any numbers for a
+            covariate.
+
+    Raises:
+        DataError: no such variable or level, or a grid too large.
+    """
+    if not len(fit.beta):
+        raise DataError("the model has no fixed effects, so there are no means to estimate")
+    terms = fixed_terms(fit)
+    at = dict(at or {})
+    for name in at:
+        if name not in terms.variables:
+            raise DataError(
+                f"at: {name!r} is not a variable of the fixed effects"
+                f"{nearest(name, terms.variables)}"
+            )
+    levels, counted = {}, []
+    for name in terms.variables:
+        column = pd.Series(terms.table[name])
+        found = _distinct(column)
+        factor = name in terms.factors or not _is_numeric(column.dtype)
+        if name in at:
+            levels[name] = _chosen(name, at[name], found if factor else None)
+        elif factor or len(found) <= TWO_VALUES:
+            levels[name] = found
+        else:
+            levels[name] = [float(np.mean(column.to_numpy(float)))]
+        if factor or (name not in at and len(found) <= TWO_VALUES):
+            counted.append(name)
+    given = fit.table["(offset)"] if "(offset)" in fit.table else np.zeros(1)
+    grid = ReferenceGrid(terms, levels, tuple(counted), float(np.mean(given)))
+    if grid.size * terms.full.shape[1] > LARGEST:
+        most = max(levels, key=lambda name: len(levels[name]))
+        raise DataError(
+            f"the reference grid has {grid.size} rows; take fewer levels of {most!r} by at={{...}}"
+        )
+    return grid
+
+
+def _distinct(column: pd.Series) -> list[Any]:
+    """Levels in their order."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.remove_unused_categories().cat.categories.tolist()
+    return sorted(column.unique().tolist())
+
+
+def _chosen(name: str, values: Any, levels: list[Any] | None) -> list[Any]:
+    """Values given by `at`, which must be among the levels of a factor."""
+    scalar = isinstance(values, str) or np.ndim(values) == 0
+    chosen = [values] if scalar else list(values)
+    if not chosen:
+        raise DataError(f"at: no values for {name!r}")
+    if levels is None:
+        try:
+            return [float(value) for value in chosen]
+        except (TypeError, ValueError):
+            raise DataError(f"at: the values of {name!r} must be numbers, not {values!r}") from None
+    for value in chosen:
+        if value not in levels:
+            shown = ", ".join(map(repr, levels[:10])) + (", ..." if len(levels) > 10 else "")
+            raise DataError(f"at: {name!r} has no level {value!r}; it has {shown}")
+    return chosen
+
+
+def emmeans(
+    fit: LMMResults,
+    specs: str | Sequence[str],
+    by: str | Sequence[str] | None = None,
+    at: Mapping[str, Any] | None = None,
+    *,
+    pairwise: bool = False,
+    contrast: str | Mapping[str, Any] | None = None,
+    adjust: str | None = None,
+    df: str = "satterthwaite",
+    weights: str = "equal",
+    level: float = 0.95,
+) -> MarginalMeans:
+    """Estimated marginal means of a fit, with the figures of R's emmeans.
+
+    Args:
+        fit: the fit.
+        specs: variables to whose levels the means belong; "1" for the overall mean.
+        by: further ones, within whose levels means are compared.
+        at: values of variables, see `reference_grid`.
+        pairwise: also all pairwise differences.
+        contrast: also these contrasts, see `MarginalMeans.contrast`.
+        adjust: for the p-values and intervals of the contrasts, see there; without contrasts for
+            those of the means, None for none.
+        df: method for the degrees of freedom, see `jaxreml.inference.tests`; "inf" is emmeans'
+            "asymptotic".
+        weights: of the cells averaged over: "equal", or "proportional" to their numbers of rows.
+        level: confidence level.
+
+    Raises:
+        ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
+        DataError: names or levels that are not the model's; a fit that did not converge.
+    """
+    _check(weights, level, pairwise, contrast)
+    grid = reference_grid(fit, at)
+    L, offset = grid.terms.rows(grid.table), grid.terms.offsets(grid.table) + grid.constant
+    return _summarised(
+        fit, grid, L, offset, specs, by, df, weights, level, _method(pairwise, contrast), adjust
+    )
+
+
+def emtrends(
+    fit: LMMResults,
+    specs: str | Sequence[str],
+    var: str,
+    by: str | Sequence[str] | None = None,
+    at: Mapping[str, Any] | None = None,
+    *,
+    pairwise: bool = False,
+    contrast: str | Mapping[str, Any] | None = None,
+    adjust: str | None = None,
+    df: str = "satterthwaite",
+    weights: str = "equal",
+    level: float = 0.95,
+) -> MarginalMeans:
+    """Slopes of the predictions in a covariate at the levels of factors.
+
+    The derivative at the values of the reference grid, by central differences (of 1e-4 of the
+    covariate's range): that of a straight line is exact.
+
+    Args:
+        fit, specs, by, at, pairwise, contrast, adjust, df, weights, level: as for `emmeans`.
+        var: the covariate.
+
+    Raises:
+        DataError: also a variable that is not a covariate of the fixed effects.
+    """
+    _check(weights, level, pairwise, contrast)
+    grid = reference_grid(fit, at)
+    if (
+        var not in grid.levels
+        or var in grid.terms.factors
+        or not _is_numeric(grid.table[var].dtype)
+    ):
+        covariates = [n for n in grid.levels if _is_numeric(grid.table[n].dtype)]
+        covariates = [n for n in covariates if n not in grid.terms.factors]
+        raise DataError(
+            f"var={var!r} is not a covariate of the fixed effects; these are: "
+            f"{', '.join(covariates) or 'none'}"
+        )
+    step = STEP * float(np.ptp(grid.terms.table[var].to_numpy(float)))
+    ahead, behind = (
+        grid.terms.rows(grid.table.assign(**{var: grid.table[var].astype(float) + sign * step}))
+        for sign in (1, -1)
+    )
+    L = (ahead - behind) / (2 * step)
+    return _summarised(
+        fit, grid, L, np.zeros(len(L)), specs, by, df, weights, level,
+        _method(pairwise, contrast), adjust,
+    )  # fmt: skip
+
+
+def contrasts(
+    fit: LMMResults,
+    specs: str | Sequence[str],
+    method: str | Mapping[str, Any] = "pairwise",
+    by: str | Sequence[str] | None = None,
+    at: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Contrasts between marginal means: `emmeans(..., contrast=method).contrasts`."""
+    found = emmeans(fit, specs, by, at, contrast=method, **options).contrasts
+    assert found is not None
+    return found
+
+
+def _summarised(
+    fit: LMMResults,
+    grid: ReferenceGrid,
+    L: np.ndarray,
+    offset: np.ndarray,
+    specs: str | Sequence[str],
+    by: str | Sequence[str] | None,
+    df: str,
+    weights: str,
+    level: float,
+    method: str | Mapping[str, Any] | None,
+    adjust: str | None,
+) -> MarginalMeans:
+    """Average the functions of the grid's rows over the variables not named, and compare."""
+    within = _names(by, ())
+    names = [name for name in _names(specs, ()) if name != OVERALL]
+    names = list(dict.fromkeys([*(name for name in names if name not in within), *within]))
+    for name in names:
+        if name not in grid.levels:
+            raise DataError(
+                f"{name!r} is not a variable of the fixed effects{nearest(name, list(grid.levels))}"
+            )
+    average = grid.averaging(names, weights)
+    functions = Functions(
+        fit, grid.terms, df, level, grid.labels(names), within, average @ L, average @ offset
+    )
+    table = functions.tabulated("none" if method is not None else adjust or "none")
+    compared = functions.contrasted(method, within, adjust) if method is not None else None
+    over = tuple(n for n, v in grid.levels.items() if n not in names and len(v) > 1)
+    return MarginalMeans(table, compared, over, functions)
+
+
+def _names(value: str | Sequence[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    if value is None:
+        return default
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _method(pairwise: bool, contrast: Any) -> Any:
+    return "pairwise" if pairwise else contrast
+
+
+def _check(weights: str, level: float, pairwise: bool, contrast: Any) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f'weights must be "equal" or "proportional", not {weights!r}')
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, not {level}")
+    if pairwise and contrast is not None:
+        raise ValueError("give pairwise=True or contrast=, not both")
