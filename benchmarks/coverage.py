@@ -22,7 +22,6 @@ from common import header, machine, row
 from scipy.special import ndtri, stdtrit
 
 import jaxreml
-from jaxreml.batch import BatchFitter
 from jaxreml.frame import covariate_frame
 
 LEVEL = 0.95
@@ -99,14 +98,19 @@ def covered(lower: Any, upper: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]
 
 def fast(truth: Truth, values: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Wald intervals of all parameters; those of fixed effects by each df."""
-    frame = covariate_frame(truth.formula, truth.table)
     found = {}
-    for df in DF:
-        fits = BatchFitter(frame, df=df).fit(values)
-        half = stdtrit(fits.df, (1 + LEVEL) / 2) * fits.se
-        found[f"beta, {df}"] = covered(fits.beta - half, fits.beta + half, truth.beta)
-    model = jaxreml.fit_many(truth.formula, truth.table, values)
-    at, error = model.log_variances.to_numpy(), model.log_variance_se.to_numpy()
+    adjusted = jaxreml.fit_many(truth.formula, truth.table, values, df="kenward-roger")
+    plain = jaxreml.fit_many(truth.formula, truth.table, values)
+    residual = plain.nobs.to_numpy()[:, None] - len(truth.beta)
+    for name, results, df in (
+        ("satterthwaite", plain, plain.df.to_numpy()),
+        ("kenward-roger", adjusted, adjusted.df.to_numpy()),
+        ("residual", plain, residual),
+        ("inf", plain, np.inf),
+    ):
+        at, half = results.fits.beta, stdtrit(df, (1 + LEVEL) / 2) * results.fits.se
+        found[f"beta, {name}"] = covered(at - half, at + half, truth.beta)
+    at, error = plain.log_variances.to_numpy(), plain.log_variance_se.to_numpy()
     half = ndtri((1 + LEVEL) / 2) * error
     found["log-variances, Wald"] = covered(at - half, at + half, truth.log_variances)
     return found
@@ -121,7 +125,10 @@ def slow(truth: Truth, values: np.ndarray, draws: int) -> dict[str, Any]:
         fit = jaxreml.fit(f"y {truth.formula}", truth.table.assign(y=y))
         if not fit.converged:
             continue
-        intervals = {"profile": profile_limits(fit)}
+        intervals = {
+            "profile, ML": profile_limits(fit, "ML"),
+            "profile, REML": profile_limits(fit, "REML"),
+        }
         boot = fit.bootstrap(n=draws, seed=k)
         for method in ("percentile", "basic", "bca", "studentized"):
             intervals[f"bootstrap, {method}"] = bootstrap_limits(boot, method)
@@ -137,14 +144,19 @@ def slow(truth: Truth, values: np.ndarray, draws: int) -> dict[str, Any]:
     return found
 
 
-def profile_limits(fit: jaxreml.LMMResults) -> np.ndarray:
+def profile_limits(fit: jaxreml.LMMResults, likelihood: str) -> np.ndarray:
     """Of the log-variances, from those of the SDs; (v, 2)."""
-    raise NotImplementedError
+    table = fit.profile("theta_", likelihood=likelihood).conf_int(LEVEL)
+    sd = table[table.index.str.startswith("sd_") | (table.index == "sigma")]
+    with np.errstate(divide="ignore"):
+        return 2 * np.log(sd[["lower", "upper"]].to_numpy(float))
 
 
 def bootstrap_limits(boot: Any, method: str) -> np.ndarray:
     """Of the log-variances, (v, 2)."""
-    raise NotImplementedError
+    table = boot.conf_int(LEVEL, method)
+    chosen = table[table.index.str.startswith("log_variance[")]
+    return chosen[["lower", "upper"]].to_numpy(float)
 
 
 def main() -> None:

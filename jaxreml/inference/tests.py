@@ -35,6 +35,7 @@ from jaxreml.kenward_roger import SINGULAR, adjust
 from jaxreml.results import LMMResults
 
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
+NONE = 1e-14  # pbkrtest: 0 / 0 is 1 there
 NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
 
 
@@ -147,8 +148,10 @@ class KenwardRoger:
         v0, v1, v2 = (
             np.where(abs(v) < 1e-10, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
         )
+        rest = 1 - a2 / q
+        ratio = 1.0 if max(abs(rest), abs(v1)) < NONE else rest / v1
         with np.errstate(divide="ignore"):
-            rho = ((1 - a2 / q) / v1) ** 2 * v0 / v2 / q
+            rho = ratio**2 * v0 / v2 / q
         df = 4 + (q + 2) / (q * rho - 1)
         factor = 1.0 if abs(df - 2) < NEAR_TWO else df * (1 - a2 / q) / (df - 2)
         return float(df), float(factor)
