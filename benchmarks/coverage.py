@@ -1,8 +1,8 @@
 """Do 95% intervals cover? Simulated data sets from known parameters, on three designs.
 
-Wald, profile and bootstrap intervals of the log-variances, and t intervals of the fixed effects with
-each kind of degrees of freedom. Coverage is given over the data sets where an interval exists, with
-the share of those where it does not, and its Monte Carlo standard error.
+Wald, profile and bootstrap intervals of the log-variances, and t intervals of the fixed effects
+with each kind of degrees of freedom. Coverage is given over the data sets where an interval exists,
+with the share of those where it does not, and its Monte Carlo standard error.
 
 Run: python benchmarks/coverage.py [--sets 2000] [--slow 2000] [--draws 999] [--json FILE]
 """
