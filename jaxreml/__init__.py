@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxreml.estimation import Status as Status
     from jaxreml.estimation import estimate as estimate
     from jaxreml.frame import design as design
+    from jaxreml.inference.comparison import compare as compare
     from jaxreml.many import fit_many as fit_many
     from jaxreml.model import fit as fit
     from jaxreml.objective import ml_objective as ml_objective
@@ -51,6 +52,7 @@ _HOMES = {
     "Status": "estimation",
     "StreamedResults": "parts",
     "Term": "designs",
+    "compare": "inference.comparison",
     "design": "frame",
     "enable_compilation_cache": "cache",
     "estimate": "estimation",

@@ -42,13 +42,15 @@ def tidy(
         effects: any of "fixed" and "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
             residual SD ``sd__Observation``) and "contrasts", those that `fit_many` was asked for.
         conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
-            effects and contrasts, from the log scale for SDs.
+            effects and contrasts, from the log scale for SDs, from Fisher's z for correlations.
         conf_level: their level.
 
     Returns:
         Columns response, effect, group, term, estimate, std_error and, for fixed effects and
         contrasts, statistic, df, p_value and p_adjusted (Benjamini and Hochberg's, over the
-        responses, term by term); B times the number of terms rows.
+        responses, term by term); B times the number of terms rows. Correlations have standard
+        errors where one of the two is the first effect of its term; the others depend on several
+        coordinates, whose covariances a batch does not keep.
 
     Raises:
         ValueError: other `effects`, or a level that is not between 0 and 1.
@@ -114,7 +116,7 @@ def _tidy_ran_pars(results: BatchResults, quantile: float) -> tuple[Labels, dict
     model = results.model
     sd = np.sqrt(results.variances.to_numpy())
     correlations = results.correlations.to_numpy()
-    unknown = np.full_like(correlations, np.nan)
+    z, z_se = _fisher(results)
     spread = results.log_variance_se.to_numpy() / 2
     with np.errstate(over="ignore", invalid="ignore"):  # an SD next to zero has any upper limit
         low, high = sd * np.exp(-quantile * spread), sd * np.exp(quantile * spread)
@@ -134,10 +136,26 @@ def _tidy_ran_pars(results: BatchResults, quantile: float) -> tuple[Labels, dict
     order.append(next(sds))
     return labels, {
         "estimate": np.concatenate([sd, correlations], axis=1)[:, order],
-        "std_error": np.concatenate([sd * spread, unknown], axis=1)[:, order],
-        "conf_low": np.concatenate([low, unknown], axis=1)[:, order],
-        "conf_high": np.concatenate([high, unknown], axis=1)[:, order],
+        "std_error": np.concatenate([sd * spread, z_se / np.cosh(z) ** 2], axis=1)[:, order],
+        "conf_low": np.concatenate([low, np.tanh(z - quantile * z_se)], axis=1)[:, order],
+        "conf_high": np.concatenate([high, np.tanh(z + quantile * z_se)], axis=1)[:, order],
     }
+
+
+def _fisher(results: BatchResults) -> tuple[np.ndarray, np.ndarray]:
+    """Fisher's z of each correlation with its standard error; NaN where it is no coordinate."""
+    fits, sizes = results.fits, results.model.sizes
+    z, z_se = (np.full(results.correlations.shape, np.nan) for _ in range(2))
+    start = at = 0
+    for q in sizes:
+        for i in range(1, q):  # tanh of the first coordinate of row i is its correlation with 0
+            place = start + q + i * (i - 1) // 2
+            known = np.isfinite(fits.parameters_se[:, place])
+            z[known, at + i - 1] = fits.parameters[known, place]
+            z_se[known, at + i - 1] = fits.parameters_se[known, place]
+        start += q * (q + 1) // 2
+        at += q * (q - 1) // 2
+    return z, z_se
 
 
 def glance(results: BatchResults) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -524,6 +524,79 @@ class LMMResults:
             self, specs, var, by, at, pairwise=pairwise, contrast=contrast, adjust=adjust, df=df,
             weights=weights, level=level,
         )  # fmt: skip
+
+    # Functions of the parameters
+
+    def delta(
+        self,
+        g: Callable[..., Any],
+        *,
+        conf_level: float = 0.95,
+        names: str | Sequence[str] | None = None,
+        transform: str | Sequence[str | None] | None = None,
+    ) -> pd.DataFrame:
+        """Estimate, standard error and interval of g(beta, components); see `delta.delta`."""
+        from jaxreml.inference.delta import delta
+
+        return delta(self, g, conf_level=conf_level, names=names, transform=transform)
+
+    def variance_parameters(self, scale: str = "sd", conf_level: float = 0.95) -> pd.DataFrame:
+        """SDs and correlations with intervals, in lme4's order; see `delta.variance_parameters`."""
+        from jaxreml.inference.delta import variance_parameters
+
+        return variance_parameters(self, scale, conf_level)
+
+    def vcov_parameters(self, scale: str = "log") -> pd.DataFrame:
+        """Covariance matrix of the variance parameters; see `delta.vcov_parameters`."""
+        from jaxreml.inference.delta import vcov_parameters
+
+        return vcov_parameters(self, scale)
+
+    def icc(self, group: str | None = None, conf_level: float = 0.95) -> pd.DataFrame:
+        """Intraclass correlation with its interval; see `shares.icc`."""
+        from jaxreml.inference.shares import icc
+
+        return icc(self, group, conf_level)
+
+    def variance_shares(self, *, fixed: bool = False, conf_level: float = 0.95) -> pd.DataFrame:
+        """Shares of the variance, by grouping factor; see `shares.variance_shares`."""
+        from jaxreml.inference.shares import variance_shares
+
+        return variance_shares(self, fixed=fixed, conf_level=conf_level)
+
+    def repeatability(
+        self,
+        group: str,
+        *,
+        measurements: float = 1,
+        adjusted: bool = True,
+        conf_level: float = 0.95,
+    ) -> pd.DataFrame:
+        """Repeatability of measurements of a level of `group`; see `shares.repeatability`."""
+        from jaxreml.inference.shares import repeatability
+
+        return repeatability(
+            self, group, measurements=measurements, adjusted=adjusted, conf_level=conf_level
+        )
+
+    def heritability(
+        self,
+        group: str,
+        per: Mapping[str, float] | None = None,
+        *,
+        multiple: float = 1.0,
+        conf_level: float = 0.95,
+    ) -> pd.DataFrame:
+        """Heritability on the basis of a plot or of an entry's mean; see `shares.heritability`."""
+        from jaxreml.inference.shares import heritability
+
+        return heritability(self, group, per, multiple=multiple, conf_level=conf_level)
+
+    def r2(self, conf_level: float = 0.95) -> pd.DataFrame:
+        """Nakagawa's marginal and conditional R2 with intervals; see `shares.r2`."""
+        from jaxreml.inference.shares import r2
+
+        return r2(self, conf_level)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to a JSON file; `load` reads it back."""

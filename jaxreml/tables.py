@@ -30,14 +30,15 @@ def tidy(
             ``sd__Observation``), "fixed", "ran_vals" (conditional modes) and "ran_coefs"
             (coefficients per level: conditional mode plus fixed effect of the same name).
         conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
-            effects and conditional modes, from the log scale for SDs.
+            effects and conditional modes, from the log scale for SDs, from Fisher's z for
+            correlations.
         conf_level: their level.
         df: degrees of freedom of the tests of fixed effects, as for `LMMResults.test`.
 
     Returns:
         Columns effect, group, level, term, estimate, std_error, statistic, df, p_value, those that
-        apply to the effects asked for. Standard errors of SDs follow from those of the
-        log-variances; those of conditional modes are `LMMResults.random_effects_se`.
+        apply to the effects asked for. Standard errors of SDs and correlations are the delta
+        method's; those of conditional modes are `LMMResults.random_effects_se`.
     """
     wanted = (effects,) if isinstance(effects, str) else tuple(effects)
     unknown = [effect for effect in wanted if effect not in EFFECTS]
@@ -79,6 +80,11 @@ def _tidy_ran_pars(fit: LMMResults, conf_level: float) -> pd.DataFrame:
         rows.append((component.group, term, component.sd, component.sd * spread, low, high))
 
     correlations = fit.correlations
+    uncertainty: dict[str, tuple[float, float, float]] = {}
+    if len(correlations) and fit.converged:
+        table = fit.variance_parameters(conf_level=conf_level)
+        columns = table[["std_error", "conf_low", "conf_high"]].itertuples(index=False, name=None)
+        uncertainty = dict(zip(table.index, columns, strict=True))
     start = 0
     for grouping in fit.groupings:
         q = len(grouping.effects)
@@ -87,7 +93,9 @@ def _tidy_ran_pars(fit: LMMResults, conf_level: float) -> pd.DataFrame:
         stop = start + q * (q - 1) // 2
         for pair in correlations.iloc[start:stop].itertuples(index=False):
             term = f"cor__{pair.term1}.{pair.term2}"
-            rows.append((pair.group, term, pair.correlation, np.nan, np.nan, np.nan))
+            name = f"cor_{pair.term2}.{pair.term1}|{pair.group}"
+            spread, low, high = uncertainty.get(name, (np.nan, np.nan, np.nan))
+            rows.append((pair.group, term, pair.correlation, spread, low, high))
         start = stop
     add_sd("sd__Observation")
     columns = ["group", "term", "estimate", "std_error", "conf_low", "conf_high"]
