@@ -1,0 +1,207 @@
+r"""Optima of the criterion with parameters held at values that people read: SDs, correlations,
+the residual SD, fixed effects.
+
+`Coordinates` give each such parameter an axis of its own, so that holding it is leaving its axis
+out. With the effects of a term reordered, the absolute covariance matrix of the term is T T' for
+a triangular T whose first row is the SD of the first effect; of a correlation's two effects, put
+first, the second row of T is d (cos a, sin a), and the correlation is cos a. All other entries of
+T are free and have no bounds: the criterion is even in each diagonal entry, so that a zero variance
+is an ordinary stationary point, and so is a correlation of +-1. A fixed effect moves the response
+(`Combined`). So one program serves every parameter and every value: they differ in numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml import covariance, newton
+from jaxreml.cache import quick_compilation
+from jaxreml.designs import Design
+from jaxreml.estimation import CERTIFIED, ZERO
+from jaxreml.objective import expand, neg2_loglik
+from jaxreml.structures.combined import Combined
+
+TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
+AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
+MAX_ITERATIONS = 100
+LANES = 32  # optima sought together
+ALONE = 2**16  # numbers in a structure from which on they are sought one by one
+
+
+class Coordinates(NamedTuple):
+    """Axes of the parameters x of one optimum, (m + 2,): entries of T for all terms, column by
+    column, log sigma, and the distance that held fixed effects are from least squares.
+
+    All arrays are of floats.
+
+    Attributes:
+        order: (m, m), permutation to the entries of omega from those of T T'.
+        radius, angle: (m,), 1 where x has d and a of a correlation, 0 elsewhere.
+        pivots: (m + 2,), 1 for entries on the diagonal of T that are free.
+        free: (m + 2,), 1 for what is optimised, 0 for what is held.
+        columns: (p + 1, p + 1), combinations of [X y] for the columns of X that are free and y.
+        shift: (p,), the combination of X that the response gains per unit of the last entry of x.
+        absent: (p + 1,), 1 for columns that there are none of.
+        log_unit: (), logarithm of the residual SD to which T and sigma are relative.
+    """
+
+    order: Any
+    radius: Any
+    angle: Any
+    pivots: Any
+    free: Any
+    columns: Any
+    shift: Any
+    absent: Any
+    log_unit: Any
+
+
+class Optimum(NamedTuple):
+    """An optimum found; arrays with as many on the first axis as were sought.
+
+    Attributes:
+        x: (m + 2,).
+        value: (), the criterion.
+        gradient: (m + 2,), of the criterion in x, what is held included.
+        hessian: (m + 2, m + 2), without the last entry of x.
+        beta: (p,), all fixed effects.
+        certified: (), whether the search ended and a separately compiled gradient agrees.
+    """
+
+    x: np.ndarray
+    value: np.ndarray
+    gradient: np.ndarray
+    hessian: np.ndarray
+    beta: np.ndarray
+    certified: np.ndarray
+
+
+class _Point(NamedTuple):
+    value: Array
+    gradient: Array
+    hessian: Array
+    full: Array
+
+
+def triangle(x: Array, radius: Array, angle: Array) -> Array:
+    """Entries of T, (m,), at x (m,); NumPy or JAX."""
+    xp = jnp if isinstance(x, Array) else np
+    length, turn = radius @ x, angle @ x
+    polar = length * (radius * xp.cos(turn) + angle * xp.sin(turn))
+    return x * (1 - radius - angle) + polar
+
+
+def _omega(x: Array, axes: Coordinates, sizes: covariance.Sizes) -> tuple[Array, Array]:
+    """Relative covariances and residual log-variance at x (m + 1,)."""
+    entries = triangle(x[:-1], axes.radius, axes.angle)
+    absolute = axes.order @ covariance.omega_from_theta(entries, sizes)
+    return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
+
+
+def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
+    columns = axes.columns.at[:-1, -1].add(shift * axes.shift)
+    return replace(design, structure=Combined(design.structure, columns, axes.absent))  # pyright: ignore
+
+
+def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton.Trace:
+    """The optimum from x (m + 2,)."""
+    sizes = design.sizes
+    held = _combined(x[-1], axes, design)
+    both = axes.free[:, None] * axes.free
+
+    def at(x: Array) -> _Point:
+        inner = x[:-1]
+        omega, log_sigma2 = _omega(inner, axes, sizes)
+        expansion = expand(omega, held, reml=reml, log_sigma2=log_sigma2)
+        slope = expansion.joint_gradient
+
+        def joint(inner: Array) -> Array:
+            return jnp.append(*_omega(inner, axes, sizes))
+
+        jacobian = jax.jacfwd(joint)(inner)
+        bend = jax.hessian(lambda inner: slope @ joint(inner))(inner)
+        full = jnp.pad(jacobian.T @ expansion.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
+        gradient = jnp.append(slope @ jacobian, 0.0)
+        return _Point(expansion.value, gradient * axes.free, full * both, full)
+
+    def snap(x: Array) -> Array:
+        return jnp.where((axes.pivots > 0) & (jnp.abs(x) < ZERO), 0.0, x)
+
+    return newton.minimise(
+        at, x, snap, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS
+    )
+
+
+def _look(
+    x: Array, axes: Coordinates, design: Design, *, reml: bool
+) -> tuple[Array, Array, Array]:
+    """Criterion, its gradient and the fixed effects at x, by reverse-mode autodiff."""
+
+    def value(x: Array) -> Array:
+        held = _combined(x[-1], axes, design)
+        return neg2_loglik(*_omega(x[:-1], axes, design.sizes), held, reml=reml)
+
+    held = _combined(x[-1], axes, design)
+    omega, _ = _omega(x[:-1], axes, design.sizes)
+    gram = held.structure.marginal(omega).gram
+    p = design.p
+    slopes = jnp.append(-jnp.linalg.solve(gram[:p, :p], gram[:p, p]), 1.0)
+    columns = jnp.asarray(held.structure.columns)  # pyright: ignore
+    beta = design.beta_ols - jnp.linalg.solve(design.basis, (columns @ slopes)[:p])
+    return *jax.value_and_grad(value)(x), beta
+
+
+@lru_cache
+def _programs(reml: bool, together: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def program(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Array, axes: Coordinates, design: Design) -> Any:
+            return function(x, axes, design, reml=reml)
+
+        run = jax.vmap(run, in_axes=(0, 0, None)) if together else run
+        return jax.jit(run, compiler_options=quick_compilation(jax.default_backend()))
+
+    return program(_climb), program(_look)
+
+
+def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml: bool) -> Optimum:
+    """The optima nearest to `starts`, (b, m + 2), each in axes of its own.
+
+    They are sought `LANES` at a time, in step; in large structures one by one.
+    """
+    numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(design.structure))
+    together = numbers < ALONE
+    size = LANES if together else 1
+    climb, look = _programs(reml, together)
+    found = []
+    with jax.enable_x64(True):
+        bare = design.without_names()
+        for first in range(0, len(starts), size):
+            chosen = np.arange(first, min(first + size, len(starts)))
+            padded = np.resize(chosen, size)
+            x = starts[padded]
+            lanes = jax.tree.map(lambda *leaves: np.stack(leaves), *[axes[k] for k in padded])
+            if not together:
+                x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
+            trace = climb(x, lanes, bare)
+            looked = look(trace.at, lanes, bare)
+            result = jax.device_get((trace.at, trace.point, trace.converged, looked))
+            if not together:
+                result = jax.tree.map(lambda leaf: np.asarray(leaf)[None], result)
+            x, point, converged, (value, gradient, beta) = result
+            scale = 1 + np.abs(value)
+            norm = np.linalg.norm(gradient * np.stack([axes[k].free for k in padded]), axis=1)
+            with np.errstate(invalid="ignore"):
+                certified = (norm <= CERTIFIED * scale) & (
+                    np.abs(value - point.value) <= AGREES * scale
+                )
+            whole = Optimum(x, value, gradient, point.full, beta, converged & certified)
+            found.append(jax.tree.map(lambda leaf: leaf[: len(chosen)], whole))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
