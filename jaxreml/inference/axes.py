@@ -18,6 +18,8 @@ from jaxreml.results import RESIDUAL
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults
 
+ROUNDING = 1e-6  # a relative SD below this changes no digit of the criterion
+
 
 class Values(NamedTuple):
     """Variance parameters as matrices, relative to the fit's sigma and in scaled effects.
@@ -83,7 +85,9 @@ class Parameter:
             if k == self.place and self.kind == "cor":
                 length = np.hypot(lower[1, 0], lower[1, 1])
                 defined = lower[0, 0] > 0 and length > 0
-                angle = -math.acos(np.clip(lower[1, 0] / length, -1, 1)) if defined else -math.pi / 2
+                angle = (
+                    -math.acos(np.clip(lower[1, 0] / length, -1, 1)) if defined else -math.pi / 2
+                )
                 lower[1, :2] = length, angle
             parts.append(lower[covariance.triangle(len(root))])
         moved = 0.0
@@ -144,6 +148,11 @@ def readings(values: Values, fit: LMMResults) -> list[float]:
             found.append(fit.sigma * sd[j] / float(scale[j]))
             found += [float(unit[i] @ unit[j]) for i in range(j + 1, len(root))]
     return [*found, fit.sigma * math.exp(values.log_sigma)]
+
+
+def without_rounding(root: np.ndarray) -> np.ndarray:
+    """A root (q, q) with zeros for effects whose SD is rounding error."""
+    return np.where(np.linalg.norm(root, axis=1, keepdims=True) < ROUNDING, 0.0, root)
 
 
 class _Builder:

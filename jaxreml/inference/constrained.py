@@ -12,10 +12,10 @@ is an ordinary stationary point, and so is a correlation of +-1. A fixed effect 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ class _Point(NamedTuple):
     full: Array
 
 
-def triangle(x: Array, radius: Array, angle: Array) -> Array:
+def triangle(x: Any, radius: Any, angle: Any) -> Any:
     """Entries of T, (m,), at x (m,); NumPy or JAX."""
     xp = jnp if isinstance(x, Array) else np
     length, turn = radius @ x, angle @ x
@@ -99,10 +99,25 @@ def triangle(x: Array, radius: Array, angle: Array) -> Array:
     return x * (1 - radius - angle) + polar
 
 
+@lru_cache
+def _products(sizes: covariance.Sizes) -> np.ndarray:
+    """The entries of T T' as quadratic forms in those of T, (m, m, m)."""
+    m = covariance.count_theta(sizes)
+    forms = np.zeros((m, m, m))
+    start = 0
+    for q in sizes:
+        rows, columns = covariance.triangle(q)
+        for i, j in np.argwhere((columns[:, None] == columns) & (rows[:, None] >= rows)):
+            product = covariance.places(q)[rows[i], rows[j]]
+            forms[start + product, start + i, start + j] = 1.0
+        start += rows.size
+    return forms
+
+
 def _omega(x: Array, axes: Coordinates, sizes: covariance.Sizes) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
     entries = triangle(x[:-1], axes.radius, axes.angle)
-    absolute = axes.order @ covariance.omega_from_theta(entries, sizes)
+    absolute = axes.order @ (_products(sizes) @ entries @ entries)
     return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
 
 
@@ -135,14 +150,10 @@ def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton
     def snap(x: Array) -> Array:
         return jnp.where((axes.pivots > 0) & (jnp.abs(x) < ZERO), 0.0, x)
 
-    return newton.minimise(
-        at, x, snap, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS
-    )
+    return newton.minimise(at, x, snap, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
 
 
-def _look(
-    x: Array, axes: Coordinates, design: Design, *, reml: bool
-) -> tuple[Array, Array, Array]:
+def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[Array, Array, Array]:
     """Criterion, its gradient and the fixed effects at x, by reverse-mode autodiff."""
 
     def value(x: Array) -> Array:
@@ -159,49 +170,68 @@ def _look(
     return *jax.value_and_grad(value)(x), beta
 
 
-@lru_cache
-def _programs(reml: bool, together: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def program(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(x: Array, axes: Coordinates, design: Design) -> Any:
-            return function(x, axes, design, reml=reml)
+class _Programs:
+    """The search and the certificate for arguments of one shape, compiled at the same time."""
 
-        run = jax.vmap(run, in_axes=(0, 0, None)) if together else run
-        return jax.jit(run, compiler_options=quick_compilation(jax.default_backend()))
+    compiled: ClassVar[dict[Any, tuple[Any, Any]]] = {}
 
-    return program(_climb), program(_look)
+    @classmethod
+    def of(cls, arguments: tuple[Any, Any, Any], reml: bool, together: bool) -> tuple[Any, Any]:
+        """Both, for x, axes and design."""
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple((np.shape(leaf), np.result_type(leaf).name) for leaf in leaves)
+        key = reml, together, structure, shapes
+        if key not in cls.compiled:
+            traced = [cls._lower(f, arguments, reml, together) for f in (_climb, _look)]
+            with ThreadPoolExecutor(len(traced)) as pool:
+                climb, look = pool.map(lambda program: program.compile(), traced)
+            cls.compiled[key] = climb, look
+        return cls.compiled[key]
+
+    @staticmethod
+    def _lower(function: Any, arguments: tuple[Any, Any, Any], reml: bool, together: bool) -> Any:
+        program = partial(function, reml=reml)
+        if together:
+            program = jax.vmap(program, in_axes=(0, 0, None))
+        options = quick_compilation(jax.default_backend())
+        return jax.jit(program, compiler_options=options).lower(*arguments)
 
 
 def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml: bool) -> Optimum:
     """The optima nearest to `starts`, (b, m + 2), each in axes of its own.
 
-    They are sought `LANES` at a time, in step; in large structures one by one.
+    They are sought `LANES` at a time, in step; in large structures one by one. `design` is one
+    `without_names`, on the device.
     """
     numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(design.structure))
-    together = numbers < ALONE
-    size = LANES if together else 1
-    climb, look = _programs(reml, together)
-    found = []
-    with jax.enable_x64(True):
-        bare = design.without_names()
-        for first in range(0, len(starts), size):
-            chosen = np.arange(first, min(first + size, len(starts)))
-            padded = np.resize(chosen, size)
-            x = starts[padded]
-            lanes = jax.tree.map(lambda *leaves: np.stack(leaves), *[axes[k] for k in padded])
-            if not together:
-                x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
-            trace = climb(x, lanes, bare)
-            looked = look(trace.at, lanes, bare)
-            result = jax.device_get((trace.at, trace.point, trace.converged, looked))
-            if not together:
-                result = jax.tree.map(lambda leaf: np.asarray(leaf)[None], result)
-            x, point, converged, (value, gradient, beta) = result
-            scale = 1 + np.abs(value)
-            norm = np.linalg.norm(gradient * np.stack([axes[k].free for k in padded]), axis=1)
-            with np.errstate(invalid="ignore"):
-                certified = (norm <= CERTIFIED * scale) & (
-                    np.abs(value - point.value) <= AGREES * scale
-                )
-            whole = Optimum(x, value, gradient, point.full, beta, converged & certified)
-            found.append(jax.tree.map(lambda leaf: leaf[: len(chosen)], whole))
+    size = LANES if numbers < ALONE else 1
+    chunks = range(0, len(starts), size)
+    found = [_chunk(starts[k : k + size], axes[k : k + size], design, reml, size) for k in chunks]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+
+def _chunk(
+    starts: np.ndarray, axes: list[Coordinates], design: Design, reml: bool, size: int
+) -> Optimum:
+    """Optima of at most `size` lanes."""
+    count = len(starts)
+    padded = np.resize(np.arange(count), size)  # repeats
+    x = starts[padded]
+    lanes = jax.tree.map(lambda *leaves: np.stack(leaves), *[axes[k] for k in padded])
+    together = size > 1
+    if not together:
+        x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
+    with jax.enable_x64(True):
+        climb, look = _Programs.of((x, lanes, design), reml, together)
+        trace = climb(x, lanes, design)
+        looked = look(trace.at, lanes, design)
+        result = jax.device_get((trace.at, trace.point, trace.converged, looked))
+    if not together:
+        result = jax.tree.map(lambda leaf: np.asarray(leaf)[None], result)
+    x, point, converged, (value, gradient, beta) = jax.tree.map(lambda leaf: leaf[:count], result)
+    scale = 1 + np.abs(value)
+    norm = np.linalg.norm(gradient * np.array([own.free for own in axes]), axis=1)
+    with np.errstate(invalid="ignore"):
+        agrees = np.abs(value - point.value) <= AGREES * scale
+    certified = converged & agrees & (norm <= CERTIFIED * scale)
+    return Optimum(x, value, gradient, point.full, beta, certified)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -21,8 +23,9 @@ import pandas as pd
 
 from jaxreml.errors import ConvergenceWarning, JaxremlError
 from jaxreml.estimation import START, is_reml
-from jaxreml.inference.axes import Parameter, estimates, parameters, readings
-from jaxreml.inference.constrained import optima
+from jaxreml.inference.axes import Parameter, estimates, readings, without_rounding
+from jaxreml.inference.axes import parameters as known_parameters
+from jaxreml.inference.constrained import Optimum, optima
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults
@@ -35,6 +38,8 @@ BISECT = 6  # rounds from which on every other one halves the bracket
 FARTHEST = 4.0  # a round goes at most so many times as far from the estimate as those before
 FAILURES = 4  # optima not found, after which a target is given up
 LOWER = 1e-9  # per unit of the criterion: the fit was not the optimum
+KINK = 1e-5  # by how much zeta may fall
+MENDINGS = 3  # times that a search goes on after an optimum was mended
 FLAT = 1e-8  # eigenvalues below this fraction of the largest count as zero in tangents
 
 
@@ -57,7 +62,7 @@ class Point(NamedTuple):
     criterion: float
 
 
-_Target = tuple[str, float]  # name of a parameter, value of zeta
+_Target = tuple[Parameter, float]  # and value of zeta
 
 
 class Limit(NamedTuple):
@@ -85,16 +90,26 @@ class Track:
         """The points by their place on the axis."""
         return [self.points[at] for at in sorted(self.points)]
 
+    def nearest(self, at: float) -> Point:
+        """The point nearest to a place on the axis."""
+        return min(self.points.values(), key=lambda point: abs(point.at - at))
+
     def x(self, at: float) -> np.ndarray:
         """Where to start the search for the optimum at `at`."""
         if not self.points:
             x = self.start.copy()
         else:
-            near = min(self.points.values(), key=lambda point: abs(point.at - at))
+            near = self.nearest(at)
             step = near.tangent * (at - near.at)
             x = near.x + step / max(1.0, float(np.linalg.norm(step)))
         x[self.parameter.axis] = at
         return x
+
+    @property
+    def kinks(self) -> list[tuple[Point, Point]]:
+        """Neighbours between which zeta falls."""
+        pairs = pairwise(self.sorted)
+        return [(one, other) for one, other in pairs if other.zeta < one.zeta - KINK]
 
     def propose(self, target: float, turn: int) -> float | Limit:
         """Where to look next for a value of zeta, or where it is."""
@@ -111,9 +126,10 @@ class Track:
         right = min([point.at for point in known if point.zeta > target], default=high)
         if bound not in self.points and not low < newton < high:
             newton = bound if math.isfinite(bound) else math.nan
-        elif math.isfinite(left) and math.isfinite(right):
-            if not left < newton < right or (turn >= BISECT and turn % 2):
-                newton = (left + right) / 2
+        elif math.isfinite(right - left) and (
+            not left < newton < right or (turn >= BISECT and turn % 2)
+        ):
+            newton = (left + right) / 2
         reached = max(abs(point.at - self.centre) for point in known)
         farthest = FARTHEST * max(reached, 1.0, abs(self.centre) / 2)
         outward = math.copysign(farthest, target)
@@ -127,213 +143,279 @@ class Search:
 
     Args:
         fit: the fit.
-        chosen: the parameters.
+        known: all its parameters.
+        chosen: those to profile.
         reml: the criterion.
 
     Raises:
-        JaxremlError: its optimum is not found, or it is not what the fit has.
+        JaxremlError: the optimum of the criterion is not found, or is not the one that the fit has.
     """
 
-    def __init__(self, fit: LMMResults, chosen: Sequence[Parameter], reml: bool):
-        self.fit, self.reml = fit, reml
-        self.tracks: dict[str, Track] = {}
+    def __init__(
+        self, fit: LMMResults, known: list[Parameter], chosen: list[Parameter], reml: bool
+    ):
+        self.reml = reml
+        self.name = "restricted likelihood" if reml else "likelihood"
         with jax.enable_x64(True):
             self.design = jax.device_put(fit.design.without_names())
-        sigma = next(p for p in parameters(fit) if p.kind == "sigma")
+        sigma = next(parameter for parameter in known if parameter.kind == "sigma")
         free = sigma.axes.free.copy()
         free[sigma.axis] = 1.0
-        axes = sigma.axes._replace(free=free)
         start = sigma.x(estimates(fit), fit.beta, floor=START)
-        found = optima(start[None], [axes], self.design, reml=reml)
-        if not found.certified[0]:
-            raise JaxremlError(f"the optimum of the {self._name} was not found")
-        self.minimum = float(found.value[0])
-        self.values = sigma.values(found.x[0])
-        self.beta = found.beta[0]
+        axes = sigma.axes._replace(free=free, pivots=sigma.axes.pivots)
+        best = optima(start[None], [axes], self.design, reml=reml)
+        if not best.certified[0]:
+            raise JaxremlError(f"the optimum of the {self.name} was not found")
+        self.minimum = float(best.value[0])
         if reml == is_reml(fit.method):
-            self._require_optimum(fit.criterion, self.minimum, "another start")
-        self.tracks = {p.name: Track(p, p.x(self.values, self.beta)) for p in chosen}
-        tracks = list(self.tracks.values())
-        self._solve([(track, track.centre) for track in tracks])
-        lost = [track.parameter.name for track in tracks if not track.points]
-        if lost:
-            raise JaxremlError(f"the optimum of the {self._name} is not certified for {lost[0]}")
-
-    @property
-    def _name(self) -> str:
-        return "restricted likelihood" if self.reml else "likelihood"
+            self._require_optimum(fit.criterion, self.minimum, "an optimum from another start")
+        values = sigma.values(best.x[0])
+        values = values._replace(roots=tuple(without_rounding(root) for root in values.roots))
+        self.estimates = [*readings(values, fit), *best.beta[0]]
+        self.tracks = {own: Track(own, own.x(values, best.beta[0])) for own in chosen}
+        self._solve([(track, track.centre) for track in self.tracks.values()])
+        for parameter, track in self.tracks.items():
+            if not track.points:
+                raise JaxremlError(
+                    f"the optimum of the {self.name} is not certified with {parameter.name} held"
+                )
 
     def _require_optimum(self, criterion: float, found: float, where: str) -> None:
         if found < criterion - LOWER * (1 + abs(criterion)):
             raise JaxremlError(
-                f"the fit is not the optimum of the {self._name}: the criterion is "
+                f"the estimates are not the optimum of the {self.name}: the criterion is "
                 f"{criterion:.6f} there and {found:.6f} at {where}. The likelihood has several "
-                "optima; profiles from one that is not the lowest mean nothing. Simplify the model"
+                "optima, and a profile from one that is not the lowest means nothing; simplify the "
+                "model"
             )
 
     def _solve(self, asked: list[tuple[Track, float]]) -> None:
-        """Add these points to the tracks, those whose optimum is found."""
-        for again in (False, True):  # the second time from the estimates
-            asked = [(track, at) for track, at in asked if at not in track.points]
-            if not asked:
-                return
-            starts = []
-            for track, at in asked:
-                x = track.start.copy() if again else track.x(at)
-                x[track.parameter.axis] = at
-                starts.append(x)
-            axes = [track.parameter.axes for track, _ in asked]
-            found = optima(np.array(starts), axes, self.design, reml=self.reml)
-            for k in np.flatnonzero(found.certified):
-                track, at = asked[k]
-                one = [leaf[k] for leaf in found[:5]]
-                track.points[at] = self._point(track, at, *one)
+        """Add these points to their tracks, where the optimum is found."""
+        self._add([(track, at, track.x(at)) for track, at in asked])
+        self._add([(track, at, track.start) for track, at in asked if at not in track.points])
 
-    def _point(
-        self,
-        track: Track,
-        at: float,
-        x: np.ndarray,
-        criterion: np.ndarray,
-        gradient: np.ndarray,
-        hessian: np.ndarray,
-        beta: np.ndarray,
-    ) -> Point:
-        parameter = track.parameter
+    def _add(self, asked: list[tuple[Track, float, np.ndarray]]) -> None:
+        """Seek optima from these starts; those found that are lower than what is known."""
+        if not asked:
+            return
+        starts = np.array([x for *_, x in asked])
+        for start, (track, at, _) in zip(starts, asked, strict=True):
+            start[track.parameter.axis] = at
+        axes = [track.parameter.axes for track, *_ in asked]
+        found = optima(starts, axes, self.design, reml=self.reml)
+        for k in np.flatnonzero(found.certified):
+            track, at, _ = asked[k]
+            point = self._point(track, at, jax.tree.map(lambda leaf: leaf[k], found))  # noqa: B023
+            if at not in track.points or point.criterion < track.points[at].criterion:
+                track.points[at] = point
+
+    def _point(self, track: Track, at: float, found: Optimum) -> Point:
+        parameter, criterion = track.parameter, float(found.value)
         where = f"{parameter.name} = {parameter.value(at):g}"
-        self._require_optimum(self.minimum, float(criterion), where)
+        self._require_optimum(self.minimum, criterion, where)
         free, axis = parameter.axes.free > 0, parameter.axis
-        tangent = np.zeros(len(x))
+        tangent = np.zeros(len(found.x))
         if parameter.kind != "fixed":
-            inside = hessian[np.ix_(free, free)]
-            tangent[free] = -np.linalg.lstsq(inside, hessian[free, axis], rcond=FLAT)[0]
+            inside = found.hessian[np.ix_(free, free)]
+            tangent[free] = -np.linalg.lstsq(inside, found.hessian[free, axis], rcond=FLAT)[0]
+        zeta = math.copysign(math.sqrt(max(criterion - self.minimum, 0.0)), at - track.centre)
         if at == track.centre:
-            curvature = hessian[axis, axis] + hessian[axis] @ tangent
-            # The axis of a fixed effect is in units of its standard error.
-            slope = math.sqrt(max(curvature, 0.0) / 2) if parameter.kind != "fixed" else 1.0
-            return Point(at, 0.0, slope, x, tangent, beta, float(criterion))
-        rise = math.sqrt(max(float(criterion) - self.minimum, 0.0))
-        zeta = math.copysign(rise, at - track.centre)
-        slope = float(gradient[axis]) / (2 * zeta) if zeta else 0.0
-        return Point(at, zeta, slope, x, tangent, beta, float(criterion))
+            zeta, slope = 0.0, 1.0  # the axis of a fixed effect is in units of its standard error
+            if parameter.kind != "fixed":
+                curvature = float(found.hessian[axis, axis] + found.hessian[axis] @ tangent)
+                slope = math.sqrt(max(curvature, 0.0) / 2)
+        else:
+            slope = float(found.gradient[axis]) / (2 * zeta) if zeta else 0.0
+        return Point(at, zeta, slope, found.x, tangent, found.beta, criterion)
 
-    def reach(self, names: Iterable[str], targets: Iterable[float]) -> dict[_Target, Limit]:
-        """Where zeta of each of `names` has each of `targets`: all are sought together."""
-        failures = {(name, target): 0 for name in names for target in targets}
+    def reach(self, targets: Iterable[float]) -> dict[_Target, Limit]:
+        """Where zeta of each parameter has each of `targets`: all are sought together."""
+        wanted = [(own, target) for own in self.tracks for target in targets]
+        for _ in range(MENDINGS):
+            limits = self._reach(wanted)
+            if not self._mend():
+                break
+        return limits
+
+    def _reach(self, wanted: list[_Target]) -> dict[_Target, Limit]:
+        failures = dict.fromkeys(wanted, 0)
         limits: dict[_Target, Limit] = {}
         for turn in range(ROUNDS):
             asked = {}
-            for (name, target), failed in failures.items():
-                if (name, target) in limits:
+            for (own, target), failed in failures.items():
+                if (own, target) in limits:
                     continue
-                track = self.tracks[name]
+                track = self.tracks[own]
                 proposal = track.propose(target, turn)
                 if isinstance(proposal, Limit):
-                    limits[name, target] = proposal
+                    limits[own, target] = proposal
                 elif failed == FAILURES:
-                    value = track.parameter.value(proposal)
-                    reason = f"no optimum was found with {name} held near {value:.4g}"
-                    limits[name, target] = Limit(math.nan, reason)
+                    value = own.value(proposal)
+                    reason = f"no optimum was found with {own.name} held near {value:.4g}"
+                    limits[own, target] = Limit(math.nan, reason)
                 else:
-                    near = min(track.points, key=lambda at: abs(at - proposal))
-                    asked[name, target] = track, near + (proposal - near) / 2**failed
+                    near = track.nearest(proposal).at
+                    asked[own, target] = track, near + (proposal - near) / 2**failed
             if not asked:
                 break
             self._solve(list(asked.values()))
-            for wanted, (track, at) in asked.items():
-                failures[wanted] += at not in track.points
-        for name, target in failures:
-            reason = f"zeta of {name} does not reach {target:.3g}"
-            limits.setdefault((name, target), Limit(math.nan, reason))
+            for target, (track, at) in asked.items():
+                failures[target] += at not in track.points
+        for own, target in wanted:
+            reason = f"zeta of {own.name} was not brought to {target:.3g} in {ROUNDS} rounds"
+            limits.setdefault((own, target), Limit(math.nan, reason))
         return limits
+
+    def _mend(self) -> bool:
+        """Seek again, from their neighbours, the optima at which zeta is not monotone.
+
+        Returns:
+            Whether a lower one was found.
+        """
+        asked = []
+        for track in self.tracks.values():
+            for one, other in track.kinks:
+                asked += [(track, one.at, other.x), (track, other.at, one.x)]
+        before = [track.points[at].criterion for track, at, _ in asked]
+        self._add(asked)
+        after = [track.points[at].criterion for track, at, _ in asked]
+        return any(
+            new < old - LOWER * (1 + abs(old)) for new, old in zip(after, before, strict=True)
+        )
 
     def spread(self, limits: dict[_Target, Limit]) -> None:
         """Points between the estimates and `limits`, about equally far apart in zeta."""
         asked = []
-        for (name, target), limit in limits.items():
-            track = self.tracks[name]
+        for (own, target), limit in limits.items():
+            track = self.tracks[own]
+            if not math.isfinite(limit.at) or limit.at == track.centre:
+                continue
             points = track.sorted
-            zeta, at = [point.zeta for point in points], [point.at for point in points]
-            ends = track.parameter.bounds
-            last = track.points[limit.at].zeta if limit.at in ends else target
-            if math.isfinite(limit.at) and limit.at != track.centre:
-                places = np.interp(last * np.arange(1, POINTS) / POINTS, zeta, at)
-                asked += [(track, float(place)) for place in places]
+            last = track.points[limit.at].zeta if limit.at in own.bounds else target
+            places = np.interp(
+                last * np.arange(1, POINTS) / POINTS,
+                [point.zeta for point in points],
+                [point.at for point in points],
+            )
+            asked += [(track, float(place)) for place in places]
         self._solve(asked)
+        self._mend()
 
 
 class Profile:
-    """Profile likelihoods of parameters of a fit; made by `LMMResults.profile`.
+    """Profile likelihoods of parameters of a fit; `LMMResults.profile` makes one.
 
     Attributes:
-        parameters: names of the parameters profiled.
+        parameters: names of the parameters profiled, lme4's.
         likelihood: the criterion of variance parameters, "ML" or "REML"; that of fixed effects is
             ML.
-        conf_level: level of the intervals that the points cover, 0.99 or more.
+        conf_level: level of the intervals that `frame` covers.
     """
 
-    def __init__(self, fit: LMMResults, names: Sequence[str] | None, level: float, likelihood: str):
+    def __init__(
+        self,
+        fit: LMMResults,
+        parameters: str | Sequence[str] | None = None,
+        conf_level: float = 0.95,
+        likelihood: str = "ML",
+    ):
         reml = is_reml(likelihood)
-        _check_level(level)
+        _check_level(conf_level)
         if not fit.converged:
-            raise JaxremlError(f"the fit has no optimum to profile from: {fit.message}")
+            raise JaxremlError(f"there is no optimum to profile from: {fit.message}")
         self._fit = fit
-        self._all = parameters(fit)
-        chosen = _choose(self._all, names)
-        self.parameters = tuple(parameter.name for parameter in chosen)
+        self._known = known_parameters(fit)
+        self._chosen = _choose(self._known, parameters)
+        self.parameters = tuple(own.name for own in self._chosen)
         self.likelihood = likelihood
-        self.conf_level = max(level, RANGE_LEVEL)
-        self._chosen = chosen
-        by_reml = [p for p in chosen if reml and p.kind != "fixed"]
-        by_ml = [p for p in chosen if p not in by_reml]
+        self.conf_level = max(conf_level, RANGE_LEVEL)
+        by_reml = [own for own in self._chosen if reml and own.kind != "fixed"]
+        by_ml = [own for own in self._chosen if own not in by_reml]
         self._searches = [
-            Search(fit, part, of) for part, of in ((by_reml, True), (by_ml, False)) if part
+            Search(fit, self._known, part, of)
+            for part, of in ((by_reml, True), (by_ml, False))
+            if part
         ]
 
     def conf_int(self, level: float = 0.95) -> pd.DataFrame:
         """Profile likelihood intervals.
 
-        The lower limit of an SD is 0, and a limit of a correlation -1 or 1, where the profile does
-        not reach the quantile before.
+        The lower limit of an SD is 0, and a limit of a correlation -1 or 1, where zeta does not
+        reach the quantile before.
 
         Args:
             level: confidence level.
 
         Returns:
-            A row per parameter, by lme4's names, in its order; columns group (None for fixed
-            effects), term, estimate (of the likelihood profiled), lower, upper. NaN, with a
+            A row per parameter, by lme4's names and in its order; columns group (None for fixed
+            effects), term, estimate (of the likelihood profiled), lower and upper. NaN, with a
             ConvergenceWarning that says why, where a limit was not found.
         """
         _check_level(level)
         limits = self._limits(level)
-        rows = {}
-        for parameter in self._chosen:
-            ends = [limits[parameter.name, side] for side in (-1, 1)]
-            for reason in [end.reason for end in ends if end.reason]:
-                warnings.warn(reason, ConvergenceWarning, stacklevel=2)
-            estimate = self._track(parameter.name).centre
-            rows[parameter.name] = (
-                parameter.group,
-                parameter.term,
-                *(parameter.value(at) for at in (estimate, ends[0].at, ends[1].at)),
-            )
-        columns = ["group", "term", "estimate", "lower", "upper"]
-        frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-        return frame.rename_axis("parameter")
+        estimated = dict(zip(self._known, self._searches[-1].estimates, strict=True))
+        for search in self._searches:
+            of_search = dict(zip(self._known, search.estimates, strict=True))
+            estimated |= {own: of_search[own] for own in search.tracks}
+        rows = []
+        for own in self._chosen:
+            ends = [limits[own, side] for side in (-1, 1)]
+            values = [own.value(end.at) for end in ends]
+            rows.append((own.group, own.term, estimated[own], *values))
+        index = pd.Index(self.parameters, name="parameter")
+        return pd.DataFrame(rows, index, ["group", "term", "estimate", "lower", "upper"])
 
-    def _limits(self, level: float) -> dict[tuple[str, int], Limit]:
-        """Of each parameter, side -1 and 1."""
-        from scipy.special import ndtri
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The points of all profiles, computed when first asked for.
 
-        quantile = float(ndtri((1 + level) / 2))
+        Returns:
+            Columns parameter, value, zeta and criterion (its minimum with the parameter held), and
+            one for each parameter of the fit with its value there. Rows of one parameter are
+            sorted by value; they reach from one end of the interval of level `conf_level` to the
+            other.
+        """
+        quantile = _quantile(self.conf_level)
+        self._limits(self.conf_level, points=True)
+        rows = []
+        for own in self._chosen:
+            search = next(search for search in self._searches if own in search.tracks)
+            for point in search.tracks[own].sorted:
+                if abs(point.zeta) <= quantile + 2 * EXACT:
+                    others = readings(own.values(point.x), self._fit)
+                    row = own.name, own.value(point.at), point.zeta, point.criterion
+                    rows.append((*row, *others, *point.beta))
+        names = [own.name for own in self._known]
+        return pd.DataFrame(rows, columns=["parameter", "value", "zeta", "criterion", *names])
+
+    def _limits(self, level: float, points: bool = False) -> dict[tuple[Parameter, int], Limit]:
+        """Of each parameter, side -1 and 1; and the points between."""
+        quantile = _quantile(level)
         found = {}
         for search in self._searches:
-            reached = search.reach(search.tracks, (-quantile, quantile))
-            found |= {(name, int(math.copysign(1, z))): limit for (name, z), limit in reached.items()}
+            limits = search.reach((-quantile, quantile))
+            if points:
+                search.spread(limits)
+            for own, track in search.tracks.items():
+                sides = {side: limits[own, side * quantile] for side in (-1, 1)}
+                reasons = [limit.reason for limit in sides.values() if limit.reason]
+                if track.kinks:
+                    reasons.append(
+                        f"zeta of {own.name} is not monotone: the likelihood has several optima"
+                    )
+                for reason in reasons:
+                    warnings.warn(reason, ConvergenceWarning, stacklevel=3)
+                found |= {(own, side): limit for side, limit in sides.items()}
         return found
 
-    def _track(self, name: str) -> Track:
-        return next(search.tracks[name] for search in self._searches if name in search.tracks)
+    def __repr__(self) -> str:
+        return f"<Profile of {', '.join(self.parameters)}>"
+
+
+def _quantile(level: float) -> float:
+    from scipy.special import ndtri
+
+    return float(ndtri((1 + level) / 2))
 
 
 def _check_level(level: float) -> None:
@@ -341,5 +423,18 @@ def _check_level(level: float) -> None:
         raise ValueError(f"a confidence level must be between 0 and 1, not {level}")
 
 
-def _choose(known: list[Parameter], names: Sequence[str] | None) -> list[Parameter]:
-    return known
+def _choose(known: list[Parameter], names: str | Sequence[str] | None) -> list[Parameter]:
+    """Parameters by name, in lme4's order."""
+    if names is None:
+        return known
+    wanted = [names] if isinstance(names, str) else list(names)
+    kinds = {"theta_": ("sd", "cor", "sigma"), "beta_": ("fixed",)}
+    all_names = [own.name for own in known]
+    for name in wanted:
+        if name not in kinds and name not in all_names:
+            raise ValueError(
+                f"{name!r} is not a parameter of the fit; there are {', '.join(all_names)}, and "
+                "'theta_' and 'beta_' for all variance parameters and all fixed effects"
+            )
+    kept = {kind for name in wanted for kind in kinds.get(name, ())}
+    return [own for own in known if own.name in wanted or own.kind in kept]
