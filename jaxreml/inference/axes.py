@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxreml import covariance
+from jaxreml.estimation import START
 from jaxreml.inference.constrained import Coordinates, triangle
 from jaxreml.results import RESIDUAL
 
@@ -153,6 +154,21 @@ def readings(values: Values, fit: LMMResults) -> list[float]:
 def without_rounding(root: np.ndarray) -> np.ndarray:
     """A root (q, q) with zeros for effects whose SD is rounding error."""
     return np.where(np.linalg.norm(root, axis=1, keepdims=True) < ROUNDING, 0.0, root)
+
+
+def other_values(values: Values, count: int) -> list[Values]:
+    """Values with SDs of the same order and any correlations; the same at every call."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        roots = []
+        for root in values.roots:
+            directions = rng.normal(size=root.shape)
+            sd = np.maximum(np.linalg.norm(root, axis=1, keepdims=True), START)
+            sd = sd * np.exp(rng.normal(size=sd.shape) / 2)
+            roots.append(sd * directions / np.linalg.norm(directions, axis=1, keepdims=True))
+        found.append(values._replace(roots=tuple(roots)))
+    return found
 
 
 class _Builder:

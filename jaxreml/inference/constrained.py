@@ -84,7 +84,14 @@ class Optimum(NamedTuple):
     certified: np.ndarray
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
+    """The criterion around x.
+
+    Attributes:
+        value, gradient, hessian: (), (m + 2,) and (m + 2, m + 2), zero for what is held.
+        full: the Hessian with what is held, but for the last entry of x.
+    """
+
     value: Array
     gradient: Array
     hessian: Array
@@ -126,31 +133,43 @@ def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
     return replace(design, structure=Combined(design.structure, columns, axes.absent))  # pyright: ignore
 
 
+def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
+    """The criterion at x (m + 2,) with its derivatives, the response of `design` moved."""
+    inner = x[:-1]
+
+    def slopes(inner: Array) -> tuple[Array, Array]:
+        jacobian = jax.jacfwd(lambda inner: jnp.append(*_omega(inner, axes, design.sizes)))(inner)
+        return jacobian, jacobian
+
+    omega, log_sigma2 = _omega(inner, axes, design.sizes)
+    outer = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
+    bends, jacobian = jax.jacfwd(slopes, has_aux=True)(inner)
+    bend = jnp.tensordot(outer.joint_gradient, bends, axes=1)
+    full = jnp.pad(jacobian.T @ outer.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
+    gradient = jnp.append(outer.joint_gradient @ jacobian, 0.0) * axes.free
+    return Point(outer.value, gradient, full * axes.free[:, None] * axes.free, full)
+
+
 def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton.Trace:
     """The optimum from x (m + 2,)."""
-    sizes = design.sizes
+    start = x
     held = _combined(x[-1], axes, design)
-    both = axes.free[:, None] * axes.free
 
-    def at(x: Array) -> _Point:
-        inner = x[:-1]
-        omega, log_sigma2 = _omega(inner, axes, sizes)
-        expansion = expand(omega, held, reml=reml, log_sigma2=log_sigma2)
-        slope = expansion.joint_gradient
-
-        def joint(inner: Array) -> Array:
-            return jnp.append(*_omega(inner, axes, sizes))
-
-        jacobian = jax.jacfwd(joint)(inner)
-        bend = jax.hessian(lambda inner: slope @ joint(inner))(inner)
-        full = jnp.pad(jacobian.T @ expansion.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
-        gradient = jnp.append(slope @ jacobian, 0.0)
-        return _Point(expansion.value, gradient * axes.free, full * both, full)
+    def at(x: Array) -> Array:
+        """Rounding must not move what is held."""
+        return jnp.where(axes.free > 0, x, start)
 
     def snap(x: Array) -> Array:
         return jnp.where((axes.pivots > 0) & (jnp.abs(x) < ZERO), 0.0, x)
 
-    return newton.minimise(at, x, snap, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
+    trace = newton.minimise(
+        lambda x: expansion(at(x), axes, held, reml=reml),
+        start,
+        snap,
+        tolerance=TOLERANCE,
+        max_iterations=MAX_ITERATIONS,
+    )
+    return trace._replace(at=at(trace.at))
 
 
 def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[Array, Array, Array]:
@@ -179,7 +198,7 @@ class _Programs:
     def of(cls, arguments: tuple[Any, Any, Any], reml: bool, together: bool) -> tuple[Any, Any]:
         """Both, for x, axes and design."""
         leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((np.shape(leaf), np.result_type(leaf).name) for leaf in leaves)
+        shapes = tuple((np.shape(leaf), leaf.dtype.name) for leaf in leaves)
         key = reml, together, structure, shapes
         if key not in cls.compiled:
             traced = [cls._lower(f, arguments, reml, together) for f in (_climb, _look)]

@@ -6,6 +6,10 @@ which is standard normal to a good approximation (Bates et al. 2015, J. Stat. So
 section 5.1). An interval of level c ends where |zeta| is the normal quantile of (1 + c) / 2. That
 point is found by Newton's method on zeta itself, whose slope is the criterion's own derivative in
 the parameter held over 2 zeta; nothing is interpolated.
+
+With a parameter held far from its estimate the others often have several optima: a correlation held
+near 1 lets those of its two effects with a third have either sign. What is followed outwards from
+the estimates may then not be the lowest, so the ends are sought again from other starts.
 """
 
 from __future__ import annotations
@@ -23,7 +27,13 @@ import pandas as pd
 
 from jaxreml.errors import ConvergenceWarning, JaxremlError
 from jaxreml.estimation import START, is_reml
-from jaxreml.inference.axes import Parameter, estimates, readings, without_rounding
+from jaxreml.inference.axes import (
+    Parameter,
+    estimates,
+    other_values,
+    readings,
+    without_rounding,
+)
 from jaxreml.inference.axes import parameters as known_parameters
 from jaxreml.inference.constrained import Optimum, optima
 
@@ -39,7 +49,8 @@ FARTHEST = 4.0  # a round goes at most so many times as far from the estimate as
 FAILURES = 4  # optima not found, after which a target is given up
 LOWER = 1e-9  # per unit of the criterion: the fit was not the optimum
 KINK = 1e-5  # by how much zeta may fall
-MENDINGS = 3  # times that a search goes on after an optimum was mended
+MENDINGS = 5  # times that a search goes on after a lower optimum was found
+RESTARTS = 4  # other starts, for each effect of the largest term beyond the first
 FLAT = 1e-8  # eigenvalues below this fraction of the largest count as zero in tangents
 
 
@@ -73,12 +84,24 @@ class Limit(NamedTuple):
 
 
 class Track:
-    """What is known of the profile of one parameter."""
+    """What is known of the profile of one parameter.
 
-    def __init__(self, parameter: Parameter, start: np.ndarray):
+    Args:
+        parameter: the parameter.
+        start: coordinates of the estimates, (m + 2,).
+        others: coordinates to start from as well, to find other optima.
+
+    Attributes:
+        points: by their place on the axis.
+        checked: those sought from all starts.
+    """
+
+    def __init__(self, parameter: Parameter, start: np.ndarray, others: list[np.ndarray]):
         self.parameter = parameter
         self.start = start
+        self.others = others
         self.points: dict[float, Point] = {}
+        self.checked: set[float] = set()
 
     @property
     def centre(self) -> float:
@@ -93,6 +116,11 @@ class Track:
     def nearest(self, at: float) -> Point:
         """The point nearest to a place on the axis."""
         return min(self.points.values(), key=lambda point: abs(point.at - at))
+
+    def forget(self) -> None:
+        """Drop the points that may be other optima than the lowest."""
+        kept = {*self.checked, self.centre}
+        self.points = {at: point for at, point in self.points.items() if at in kept}
 
     def x(self, at: float) -> np.ndarray:
         """Where to start the search for the optimum at `at`."""
@@ -172,7 +200,11 @@ class Search:
         values = sigma.values(best.x[0])
         values = values._replace(roots=tuple(without_rounding(root) for root in values.roots))
         self.estimates = [*readings(values, fit), *best.beta[0]]
-        self.tracks = {own: Track(own, own.x(values, best.beta[0])) for own in chosen}
+        elsewhere = other_values(values, RESTARTS * (max(fit.design.sizes) - 1))
+        self.tracks = {}
+        for own in chosen:
+            start, *others = [own.x(each, best.beta[0]) for each in (values, *elsewhere)]
+            self.tracks[own] = Track(own, start, others)
         self._solve([(track, track.centre) for track in self.tracks.values()])
         for parameter, track in self.tracks.items():
             if not track.points:
@@ -192,7 +224,8 @@ class Search:
     def _solve(self, asked: list[tuple[Track, float]]) -> None:
         """Add these points to their tracks, where the optimum is found."""
         self._add([(track, at, track.x(at)) for track, at in asked])
-        self._add([(track, at, track.start) for track, at in asked if at not in track.points])
+        lost = [(track, at) for track, at in asked if at not in track.points]
+        self._add([(track, at, track.start.copy()) for track, at in lost])
 
     def _add(self, asked: list[tuple[Track, float, np.ndarray]]) -> None:
         """Seek optima from these starts; those found that are lower than what is known."""
@@ -233,9 +266,15 @@ class Search:
         wanted = [(own, target) for own in self.tracks for target in targets]
         for _ in range(MENDINGS):
             limits = self._reach(wanted)
-            if not self._mend():
-                break
-        return limits
+            ends = [
+                (self.tracks[own], self.tracks[own].nearest(limit.at).at)
+                for (own, _), limit in limits.items()
+                if math.isfinite(limit.at) and limit.at not in own.bounds
+            ]
+            if not self._check(ends):
+                return limits
+        reason = "lower optima were found again and again from other starts"
+        return {(own, z): Limit(math.nan, f"{own.name}: {reason}") for own, z in wanted}
 
     def _reach(self, wanted: list[_Target]) -> dict[_Target, Limit]:
         failures = dict.fromkeys(wanted, 0)
@@ -266,25 +305,34 @@ class Search:
             limits.setdefault((own, target), Limit(math.nan, reason))
         return limits
 
-    def _mend(self) -> bool:
-        """Seek again, from their neighbours, the optima at which zeta is not monotone.
-
-        Returns:
-            Whether a lower one was found.
-        """
+    def _check(self, points: list[tuple[Track, float]]) -> bool:
+        """Seek these optima again from other starts, once, and those where zeta falls from their
+        neighbours; whether a lower one was found."""
         asked = []
+        for track, at in points:
+            if at not in track.checked and at != track.centre:
+                track.checked.add(at)
+                asked += [(track, at, x.copy()) for x in (track.start, *track.others)]
         for track in self.tracks.values():
             for one, other in track.kinks:
-                asked += [(track, one.at, other.x), (track, other.at, one.x)]
+                asked += [(track, one.at, other.x.copy()), (track, other.at, one.x.copy())]
         before = [track.points[at].criterion for track, at, _ in asked]
         self._add(asked)
-        after = [track.points[at].criterion for track, at, _ in asked]
-        return any(
-            new < old - LOWER * (1 + abs(old)) for new, old in zip(after, before, strict=True)
-        )
+        improved = {
+            track
+            for (track, at, _), old in zip(asked, before, strict=True)
+            if track.points[at].criterion < old - LOWER * (1 + abs(old))
+        }
+        for track in improved:
+            track.forget()
+        return bool(improved)
 
-    def spread(self, limits: dict[_Target, Limit]) -> None:
-        """Points between the estimates and `limits`, about equally far apart in zeta."""
+    def spread(self, limits: dict[_Target, Limit]) -> bool:
+        """Points between the estimates and `limits`, about equally far apart in zeta.
+
+        Returns:
+            Whether a lower optimum was found, so that `limits` may have moved.
+        """
         asked = []
         for (own, target), limit in limits.items():
             track = self.tracks[own]
@@ -299,7 +347,8 @@ class Search:
             )
             asked += [(track, float(place)) for place in places]
         self._solve(asked)
-        self._mend()
+        every = [(track, at) for track in self.tracks.values() for at in track.points]
+        return self._check(every)
 
 
 class Profile:
@@ -393,9 +442,10 @@ class Profile:
         quantile = _quantile(level)
         found = {}
         for search in self._searches:
-            limits = search.reach((-quantile, quantile))
-            if points:
-                search.spread(limits)
+            for _ in range(MENDINGS):
+                limits = search.reach((-quantile, quantile))
+                if not points or not search.spread(limits):
+                    break
             for own, track in search.tracks.items():
                 sides = {side: limits[own, side * quantile] for side in (-1, 1)}
                 reasons = [limit.reason for limit in sides.values() if limit.reason]
