@@ -16,7 +16,7 @@ log|X'X|; the constants of lme4, Bates et al. 2015, J. Stat. Softw. 67(1), eqs 3
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +70,14 @@ def _objective(params: Array, design: Design, *, reml: bool) -> Array:
 def neg2_loglik(omega: Array, log_sigma2: Array, design: Design, *, reml: bool) -> Array:
     """-2 log (restricted) likelihood at relative covariances in scaled units."""
     marginal = design.structure.marginal(omega)
-    pivots = log_pivots(marginal)
-    rss = jnp.exp(2 * pivots[-1] - log_sigma2)
+    return _at_sigma2(log_pivots(marginal), marginal.logdet, log_sigma2, design, reml=reml)
+
+
+def _at_sigma2(
+    pivots: Array, logdet: Array, log_sigma2: Array, design: Design, *, reml: bool
+) -> Array:
     degrees = degrees_of_freedom(design, reml=reml)
-    value = degrees * log_sigma2 + marginal.logdet + rss
+    value = degrees * log_sigma2 + logdet + jnp.exp(2 * pivots[-1] - log_sigma2)
     if reml:
         value = value + 2 * jnp.sum(pivots[:-1], axis=0)
     return value + constant(design, reml=reml)
@@ -115,11 +119,11 @@ class Expansion(NamedTuple):
     """Value and derivatives of the criterion in omega (m,), with what they were made from.
 
     Attributes:
-        value: profiled criterion, ().
+        value: of the criterion, ().
         gradient, hessian: of the profiled criterion, (m,) and (m, m); see `expand`.
-        log_sigma2: the profiled residual log-variance, ().
-        joint_hessian: (m + 1, m + 1), of the criterion in (omega, log sigma2), sigma2 not
-            profiled.
+        log_sigma2: the residual log-variance, (), profiled or given.
+        joint_gradient, joint_hessian: (m + 1,) and (m + 1, m + 1), of the criterion in
+            (omega, log sigma2), sigma2 not profiled.
         gram_factor: (p + 1, p + 1), lower Cholesky factor R of the gram matrix.
         gram_slopes: (m, p + 1, p + 1), R^-1 (d_i gram) R^-T.
     """
@@ -128,12 +132,20 @@ class Expansion(NamedTuple):
     gradient: Array
     hessian: Array
     log_sigma2: Array
+    joint_gradient: Array
     joint_hessian: Array
     gram_factor: Array
     gram_slopes: Array
 
 
-def expand(omega: Array, design: Design, *, reml: bool, exact: Array | bool = True) -> Expansion:
+def expand(
+    omega: Array,
+    design: Design,
+    *,
+    reml: bool,
+    exact: Array | bool = True,
+    log_sigma2: Array | None = None,
+) -> Expansion:
     r"""The profiled criterion with its first and second derivatives, in closed form.
 
     With W_i = R^-1 (d_i gram) R^-T and W_ij likewise, split into the X block and the y entry,
@@ -141,9 +153,13 @@ def expand(omega: Array, design: Design, *, reml: bool, exact: Array | bool = Tr
     log|gram| = log|M| + log rss. All weights (1 for X under REML, 0 under ML, the degrees of
     freedom for y) go into the contractions, so each is computed once.
 
+    At a given `log_sigma2` the value is `neg2_loglik`, and rss / sigma2 takes the place of the
+    degrees of freedom in the weight of y: `gradient` is then the first part of `joint_gradient`,
+    while `hessian` lacks the term in (d_i log rss) (d_j log rss) that `joint_hessian` has.
+
     Unless `exact`, a structure whose second derivatives are `costly` gives average information in
     their place (Gilmour, Thompson and Cullis 1995, Biometrics 51:1440): with u the last row of
-    R^-1 [X y]', degrees times u'V_i P V_j u, P free of X and y.
+    R^-1 [X y]', the weight of y times u'V_i P V_j u, P free of X and y.
     """
     structure = design.structure
     p = design.p
@@ -153,13 +169,21 @@ def expand(omega: Array, design: Design, *, reml: bool, exact: Array | bool = Tr
     inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
     to_unit = linalg.transpose(inverse)
     slopes = -structure.form(projection.cross, to_unit)
+    pivots = jnp.log(linalg.diagonal(factor))
+    if log_sigma2 is None:
+        of_y: Any = degrees
+        value = _profiled(pivots, projection.logdet, design, reml=reml)
+        log_sigma2 = 2 * pivots[-1] - jnp.log(degrees)
+    else:
+        of_y = jnp.exp(2 * pivots[-1] - log_sigma2)
+        value = _at_sigma2(pivots, projection.logdet, log_sigma2, design, reml=reml)
 
-    # How much each entry of W counts: log|M| (REML) for X, degrees of freedom times log rss for y.
+    # How much each entry of W counts: log|M| (REML) for X, `of_y` times log rss for y.
     k, lanes = p + 1, [1] * (factor.ndim - 2)
     in_x = np.zeros((k, k))
     in_x[:p, :p] = 1.0
     in_x = jnp.asarray(in_x.reshape(k, k, *lanes), factor.dtype)
-    entries = float(reml) * in_x + (1 - in_x) * degrees
+    entries = float(reml) * in_x + (1 - in_x) * of_y
     flat = slopes.reshape(slopes.shape[0], k * k, *slopes.shape[3:])
     flat_entries = entries.reshape(k * k, *entries.shape[2:])
     on_diagonal = flat_entries * linalg.eye_like(entries).reshape(k * k, *lanes)
@@ -170,21 +194,20 @@ def expand(omega: Array, design: Design, *, reml: bool, exact: Array | bool = Tr
         return curvature - linalg.row_products(flat * flat_entries, flat)
 
     def average() -> Array:
-        of_y = slopes[:, p]
+        rows = slopes[:, p]
         spread = structure.spread(projection, to_unit[:, p:])[:, 0, :, 0]
-        return degrees * (spread - of_y @ of_y.T)
+        return of_y * (spread - rows @ rows.T)
 
     if exact is True or not structure.costly:
         hessian = observed()
     else:
         hessian = jax.lax.cond(exact, observed, average)
 
-    pivots = jnp.log(linalg.diagonal(factor))
-    value = _profiled(pivots, projection.logdet, design, reml=reml)
-    # d2 rss / rss = d2 log rss + (d log rss)^2, and sigma2 = rss / degrees
+    # d2 rss / rss = d2 log rss + (d log rss)^2
     slope_y = slopes[:, p, p]
     slope_y = jnp.concatenate([slope_y, -jnp.ones_like(slope_y[:1])])
     joint = jnp.pad(hessian, [(0, 1), (0, 1)] + [(0, 0)] * len(lanes))
-    joint = joint + degrees * slope_y[:, None] * slope_y[None]
-    log_sigma2 = 2 * pivots[-1] - jnp.log(degrees)
-    return Expansion(value, gradient, hessian, log_sigma2, joint, factor, slopes)
+    joint = joint + of_y * slope_y[:, None] * slope_y[None]
+    in_sigma2 = jnp.broadcast_to(jnp.asarray(degrees - of_y, gradient.dtype), gradient.shape[1:])
+    slope = jnp.concatenate([gradient, in_sigma2[None]])
+    return Expansion(value, gradient, hessian, log_sigma2, slope, joint, factor, slopes)

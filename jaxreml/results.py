@@ -20,6 +20,7 @@ from jaxreml.frame import ModelFrame, model_frame
 
 if TYPE_CHECKING:
     from jaxreml.inference.means import MarginalMeans
+    from jaxreml.inference.profile import Profile
     from jaxreml.inference.tests import Approximation
 
 RESIDUAL = "Residual"
@@ -230,20 +231,27 @@ class LMMResults:
 
         return each(self, np.eye(len(self.beta)), df=df).set_index(self._fixed_index)
 
-    def conf_int(self, alpha: float = 0.05, df: str = "inf") -> pd.DataFrame:
-        """Wald confidence intervals of the fixed effects.
+    def conf_int(self, alpha: float = 0.05, df: str = "inf", method: str = "wald") -> pd.DataFrame:
+        """Confidence intervals.
 
         Args:
             alpha: one minus the confidence level.
-            df: "inf" for normal quantiles, as lme4 and statsmodels; t ones as for `test` else.
+            df: of Wald intervals: "inf" for normal quantiles, as lme4 and statsmodels; t ones as
+                for `test` else.
+            method: "wald" for Wald intervals of the fixed effects; "profile" for profile likelihood
+                intervals of all parameters, ML as lme4's (`profile` has more options).
 
         Returns:
-            Columns ``lower`` and ``upper``.
+            Columns ``lower`` and ``upper``; with "profile" those of `Profile.conf_int`.
         """
         from scipy.special import stdtrit
 
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+        if method == "profile":
+            return self.profile().conf_int(1 - alpha)
+        if method != "wald":
+            raise ValueError(f'method must be "wald" or "profile", not {method!r}')
         table = self.coefficients(df)
         half = stdtrit(table["df"], 1 - alpha / 2) * table["std_error"]
         return pd.DataFrame({"lower": table["estimate"] - half, "upper": table["estimate"] + half})
@@ -597,6 +605,34 @@ class LMMResults:
         from jaxreml.inference.shares import r2
 
         return r2(self, conf_level)
+
+    def profile(
+        self,
+        parameters: str | Sequence[str] | None = None,
+        conf_level: float = 0.95,
+        likelihood: str = "ML",
+    ) -> Profile:
+        """Profile likelihoods of SDs, correlations, sigma and fixed effects.
+
+        Args:
+            parameters: names as in ``profile().parameters``, lme4's: ``sd_(Intercept)|g``,
+                ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; "theta_" and
+                "beta_" for all variance parameters and all fixed effects. All if left out.
+            conf_level: level of the intervals to cover, 0.99 at least.
+            likelihood: "ML", for any fit as lme4 does, or "REML" to profile the variance parameters
+                by the restricted likelihood. Fixed effects have no restricted likelihood: their
+                profile is always ML.
+
+        Returns:
+            A `Profile`: ``conf_int(level)`` and ``frame``.
+
+        Raises:
+            JaxremlError: the fit has not converged, or the profile finds a better optimum.
+            ValueError: a parameter that the fit does not have, a level outside (0, 1).
+        """
+        from jaxreml.inference.profile import Profile
+
+        return Profile(self, parameters, conf_level, likelihood)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to a JSON file; `load` reads it back."""

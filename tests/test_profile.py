@@ -1,0 +1,300 @@
+"""Profile likelihood: against lme4, against brute force, at boundaries, and its refusals."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+import scipy.optimize
+from scipy.stats import chi2, norm
+
+import jaxreml
+from jaxreml.errors import JaxremlError
+from jaxreml.estimation import Status
+from jaxreml.inference import axes, constrained
+from jaxreml.objective import expand, neg2_loglik
+
+# The reference is read off splines through points of a bobyqa search; ours are exact (see below).
+LME4 = {"orthodont": 3e-3}  # of the profile of an SD that is flat there
+PINNED = chi2.ppf(0.95, 1)
+
+
+@functools.cache
+def fitted(name: str, method: str = "ML", **options) -> jaxreml.LMMResults:
+    model = references.reference(name)
+    return jaxreml.fit(
+        model["formula"], references.data(name), method, weights=model.get("weights"), **options
+    )
+
+
+@functools.cache
+def profiled(name: str, method: str = "ML", likelihood: str = "ML"):
+    return fitted(name, method).profile(likelihood=likelihood)
+
+
+def r_name(name: str) -> str:
+    """formulaic's name of a column as R names it."""
+    return name.replace("[T.", "").replace("]", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("dyestuff", "ML"),
+        ("pastes", "ML"),
+        ("penicillin", "ML"),
+        ("sleep_corr", "ML"),
+        ("sleep_int", "REML"),  # a REML fit has the intervals of the ML fit
+        ("orthodont", "ML"),
+    ],
+)
+def test_intervals_equal_lme4(name, method):
+    interval = profiled(name, method).conf_int()
+    expected = references.reference(name)["fits"][method]["profile_ci"]
+    assert [r_name(label) for label in interval.index] == [row["parameter"] for row in expected]
+    rel = LME4.get(name, 3e-4)
+    for (label, own), row in zip(interval.iterrows(), expected, strict=True):
+        if (name, label) == ("orthodont", "sigma"):  # lme4's profile breaks off
+            continue
+        assert own["lower"] == pytest.approx(row["lower"], rel=rel), label
+        assert own["upper"] == pytest.approx(row["upper"], rel=rel), label
+
+
+def brute_force(fit, likelihood: str, label: str, value: float) -> float:
+    """The criterion with one parameter held, minimised over the others by scipy."""
+    objective = jaxreml.reml_objective if likelihood == "REML" else jaxreml.ml_objective
+    names = fit.design.parameter_names
+    if label.startswith("cor"):
+        place = next(k for k, name in enumerate(names) if name.startswith("z["))
+        held = np.arctanh(value)
+    else:
+        own = next(parameter for parameter in axes.parameters(fit) if parameter.name == label)
+        group, term = own.group, own.term
+        entry = "Residual" if group == "Residual" else f"{group}, {term}"
+        place, held = names.index(f"log_variance[{entry}]"), 2 * np.log(value)
+    both = jax.jit(jax.value_and_grad(objective))
+    others = np.delete(np.arange(len(names)), place)
+
+    def function(free):
+        params = np.insert(free, place, held)
+        criterion, gradient = both(params, fit.design)
+        return float(criterion), np.asarray(gradient)[others]
+
+    start = np.where(np.isfinite(fit.parameters), fit.parameters, 0.0)[others]
+    best = scipy.optimize.minimize(function, start, jac=True, options={"gtol": 1e-8})
+    return best.fun
+
+
+@pytest.mark.parametrize(("name", "likelihood"), [("sleep_corr", "REML"), ("orthodont", "ML")])
+def test_limits_are_where_brute_force_has_the_quantile(name, likelihood):
+    fit = fitted(name, likelihood)
+    interval = profiled(name, likelihood, likelihood).conf_int()
+    checked = 0
+    for label, row in interval[interval["group"].notna()].iterrows():
+        for limit in (row["lower"], row["upper"]):
+            if limit not in (-1.0, 0.0, 1.0):
+                rise = brute_force(fit, likelihood, label, limit) - fit.criterion
+                assert rise == pytest.approx(PINNED, abs=1e-7), (label, limit)
+                checked += 1
+    assert checked >= 4
+
+
+def test_fixed_effect_is_the_fit_with_that_column_as_offset():
+    """ML limits of a coefficient, by `fit` without its column."""
+    fit = fitted("sleep_corr")
+    table = references.data("sleep_corr")
+    for limit in profiled("sleep_corr").conf_int().loc["Days", ["lower", "upper"]]:
+        held = jaxreml.fit(
+            "Reaction ~ 1 + (Days | Subject)", table, "ML", offset=limit * table["Days"]
+        )
+        assert held.criterion - fit.criterion == pytest.approx(PINNED, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "likelihood"),
+    [("sleep_corr", "ML"), ("sleep_corr", "REML"), ("pastes", "ML")],
+)
+def test_frame_is_a_profile(name, likelihood):
+    profile = profiled(name, "ML", likelihood)
+    frame = profile.frame
+    quantile = norm.ppf(0.995)
+    for label, part in frame.groupby("parameter", sort=False):
+        value, zeta = part["value"].to_numpy(), part["zeta"].to_numpy()
+        assert (np.diff(value) > 0).all()
+        assert (np.diff(zeta) > -1e-6).all(), label
+        assert np.abs(zeta).max() == pytest.approx(quantile, abs=1e-4) or label.startswith("cor")
+        np.testing.assert_allclose(part[label].dropna(), value[part[label].notna()], rtol=1e-9)
+        rise = part["criterion"] - part["criterion"].min()
+        np.testing.assert_allclose(zeta**2, rise, atol=1e-8)
+    assert list(frame.columns[4:]) == list(profile.parameters)
+
+
+def test_interval_of_any_level_is_where_the_profile_has_it():
+    profile = profiled("sleep_corr")
+    narrow, wide = profile.conf_int(0.5), profile.conf_int(0.999)
+    assert (wide["lower"] < narrow["lower"]).all() and (narrow["upper"] < wide["upper"]).all()
+    again = fitted("sleep_corr").profile("sigma", conf_level=0.999).conf_int(0.5)
+    np.testing.assert_allclose(again[["lower", "upper"]], narrow.loc[["sigma"], ["lower", "upper"]])
+
+
+def test_boundaries():
+    interval = profiled("zero_slope").conf_int()
+    assert tuple(interval.loc["cor_x.(Intercept)|g", ["lower", "upper"]]) == (-1, 1)
+    assert np.isnan(interval.loc["cor_x.(Intercept)|g", "estimate"])
+    slope = interval.loc["sd_x|g"]
+    assert slope["estimate"] == slope["lower"] == 0 < slope["upper"]
+    anything = profiled("orthodont").conf_int().loc["cor_age.(Intercept)|Subject"]
+    assert (anything["lower"], anything["upper"]) == (-1, 1)
+    single = jaxreml.fit("Yield ~ 1 + (1|Batch)", references.data("dyestuff2"), "ML")
+    interval = single.profile().conf_int()
+    assert interval.loc["sd_(Intercept)|Batch", "lower"] == 0
+    upper = interval.loc["sd_(Intercept)|Batch", "upper"]
+    rise = brute_force(single, "ML", "sd_(Intercept)|Batch", upper) - single.criterion
+    assert rise == pytest.approx(PINNED, abs=1e-7)
+
+
+def test_structures_agree():
+    expected = profiled("dyestuff").conf_int()[["lower", "upper"]]
+    own = fitted("dyestuff", structure="dense").profile().conf_int()[["lower", "upper"]]
+    np.testing.assert_allclose(own, expected, rtol=1e-8)
+
+
+def test_intervals_follow_the_units():
+    """With weights and an offset; the response in other units, and the slope."""
+    table = references.data("sleep_corr")
+    rng = np.random.default_rng(0)
+    table = table.assign(w=rng.uniform(0.5, 2, len(table)), o=rng.normal(size=len(table)))
+    scaled = table.assign(
+        Reaction=1000 * table["Reaction"], o=1000 * table["o"], Days=table["Days"] / 100
+    )
+    formula = "Reaction ~ Days + offset(o) + (Days | Subject)"
+    own, other = (
+        jaxreml.fit(formula, data, "ML", weights="w").profile().conf_int()[["lower", "upper"]]
+        for data in (table, scaled)
+    )
+    units = {"Days": 1e5, "sd_Days|Subject": 1e5, "cor_Days.(Intercept)|Subject": 1.0}
+    factors = np.array([units.get(label, 1e3) for label in own.index])
+    np.testing.assert_allclose(other, own.to_numpy() * factors[:, None], rtol=1e-6)
+
+
+def test_no_fixed_effects_and_a_wald_default():
+    table = references.data("dyestuff")
+    table["Yield"] -= table["Yield"].mean()
+    fit = jaxreml.fit("Yield ~ 0 + (1 | Batch)", table, "ML")
+    interval = fit.conf_int(method="profile")
+    assert list(interval.index) == ["sd_(Intercept)|Batch", "sigma"]
+    assert (interval["lower"] < interval["estimate"]).all()
+    assert list(fitted("sleep_corr").conf_int().index) == ["(Intercept)", "Days"]
+
+
+def test_the_lowest_of_several_optima_is_profiled():
+    """Without its fixed effects this model has two optima where a correlation is held near 1. Which
+    is met first depends on the order of the levels; the intervals do not."""
+    table = references.data("machines_s")
+    names = ["A", "B", "C"]
+    turned = table.assign(
+        Machine=table["Machine"].cat.rename_categories(dict(zip("ABC", "CAB", strict=True)))
+    )
+    turned["Machine"] = turned["Machine"].cat.reorder_categories(names)
+    formula = "score ~ 1 + (0 + Machine | Worker)"
+    own, other = (
+        jaxreml.fit(formula, data, "ML").profile("theta_").conf_int()[["lower", "upper"]]
+        for data in (table, turned)
+    )
+    assert len(own) == 7
+    pairs = {"sd_A": "sd_C", "sd_B": "sd_A", "cor_B.A": "cor_C.A", "cor_C.A": "cor_C.B"}
+    own.index = other.index = [
+        label.replace("Machine[", "").replace("]", "").replace("|Worker", "") for label in own.index
+    ]
+    np.testing.assert_allclose(other.loc[list(pairs.values())], own.loc[list(pairs)], rtol=1e-7)
+
+
+def test_derivatives_in_coordinates_equal_autodiff():
+    fit = fitted("sleep_corr")
+    own = axes.parameters(fit)
+    held = next(parameter for parameter in own if parameter.kind == "cor")
+    x = held.x(axes.estimates(fit), fit.beta) + 0.1
+    sizes = fit.design.sizes
+
+    def value(x):
+        omega, log_sigma2 = constrained._omega(x, held.axes, sizes)
+        return neg2_loglik(omega, log_sigma2, fit.design, reml=False)
+
+    program = jax.jit(constrained.expansion, static_argnames="reml")
+    point = program(jnp.asarray(x), held.axes, fit.design, reml=False)
+    gradient = jax.jit(jax.grad(value))(x[:-1])
+    np.testing.assert_allclose(point.gradient[:-1], gradient * held.axes.free[:-1], rtol=1e-9)
+    hessian = jax.jit(jax.hessian(value))(x[:-1])
+    np.testing.assert_allclose(point.full[:-1, :-1], hessian, rtol=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("reml", [True, False])
+def test_expansion_at_a_given_variance_equals_autodiff(reml):
+    design = fitted("dyestuff").design
+    at = jnp.array([0.7, 7.9])
+
+    def value(at):
+        return neg2_loglik(at[:-1], at[-1], design, reml=reml)
+
+    program = jax.jit(expand, static_argnames="reml")
+    found = program(at[:-1], design, reml=reml, log_sigma2=at[-1])
+    assert float(found.value) == pytest.approx(float(value(at)), rel=1e-13)
+    np.testing.assert_allclose(found.joint_gradient, jax.jit(jax.grad(value))(at), rtol=1e-9)
+    hessian = jax.jit(jax.hessian(value))(at)
+    np.testing.assert_allclose(found.joint_hessian, hessian, rtol=1e-8, atol=1e-8)
+    found = program(at[:-1], design, reml=reml)
+    np.testing.assert_allclose(found.joint_gradient[:-1], found.gradient)
+    assert float(found.joint_gradient[-1]) == 0
+
+
+def test_refusals():
+    fit = fitted("sleep_corr")
+    with pytest.raises(ValueError, match=r"'sd_x' is not a parameter.*sd_Days\|Subject"):
+        fit.profile("sd_x")
+    with pytest.raises(ValueError, match="level must be between"):
+        fit.profile(conf_level=95)
+    with pytest.raises(ValueError, match='"REML" or "ML"'):
+        fit.profile(likelihood="profile")
+    with pytest.raises(ValueError, match='"wald" or "profile"'):
+        fit.conf_int(method="bootstrap")
+    with pytest.raises(JaxremlError, match="no optimum to profile from: the iteration limit"):
+        replace(fit, status=int(Status.MAX_ITERATIONS)).profile()
+    higher = replace(fit, criterion=fit.criterion + 0.1)
+    with pytest.raises(JaxremlError, match="not the optimum of the likelihood: the criterion is"):
+        higher.profile()
+
+
+def test_an_optimum_that_is_not_certified_gives_nan_and_the_reason(monkeypatch):
+    profile = fitted("dyestuff").profile("sigma")
+    searched = constrained.optima
+
+    def uncertified(*args, **options):
+        found = searched(*args, **options)
+        return found._replace(certified=np.zeros_like(found.certified))
+
+    monkeypatch.setattr("jaxreml.inference.profile.optima", uncertified)
+    with pytest.warns(jaxreml.ConvergenceWarning, match="no optimum was found with sigma held"):
+        interval = profile.conf_int()
+    assert interval[["lower", "upper"]].isna().all(axis=None)
+
+
+def test_a_poor_neighbour_is_mended(monkeypatch):
+    """An optimum that is only local shows as a fall of zeta, and is sought from its neighbours."""
+    profile = fitted("dyestuff").profile("sigma")
+    expected = profile.conf_int()
+    track = next(iter(profile._searches[0].tracks.values()))
+    points = track.sorted
+    worse = points[-2]._replace(zeta=points[-1].zeta + 1, criterion=points[-1].criterion + 5)
+    track.points[worse.at] = worse
+    assert track.kinks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = profile.conf_int(0.9)
+    assert not track.kinks
+    assert (again["upper"] < expected["upper"]).all()
