@@ -57,8 +57,8 @@ class Combined:
     def curvature(self, projection: Projection, matrix: Array, weights: Array) -> Array:
         return self.whole.curvature(projection, self.columns @ matrix, weights)
 
-    def spread(self, projection: Projection, vector: Array) -> Array:
-        return self.whole.spread(projection, self.columns @ vector)
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        return self.whole.spread(projection, self.columns @ matrix)
 
     def form(self, cross: Any, matrix: Array) -> Array:
         return self.whole.form(cross, self.columns @ matrix)
