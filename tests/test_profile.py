@@ -278,7 +278,7 @@ def test_an_optimum_that_is_not_certified_gives_nan_and_the_reason(monkeypatch):
         found = searched(*args, **options)
         return found._replace(certified=np.zeros_like(found.certified))
 
-    monkeypatch.setattr("jaxreml.inference.profile.optima", uncertified)
+    monkeypatch.setattr("jaxreml.inference.tracks.optima", uncertified)
     with pytest.warns(jaxreml.ConvergenceWarning, match="no optimum was found with sigma held"):
         interval = profile.conf_int()
     assert interval[["lower", "upper"]].isna().all(axis=None)
