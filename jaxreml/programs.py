@@ -119,7 +119,7 @@ def _climb(
 def _conclude(
     shared: SharedDesign, reduced: Reduced, found: Found, before: Array, *, plan: Plan
 ) -> Array:
-    """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch._Table`.
+    """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch.Table`.
 
     `before` are expansions in earlier passes; the last one is the one here.
     """
@@ -128,7 +128,7 @@ def _conclude(
         found = found._replace(iterations=before + found.iterations + 1)
         trace = newton.Trace(found.root, None, *found[2:])
         point = expand_root(found.root, design, reml=plan.reml)
-        return _pack(report(found.root, point, trace, design), found.value)
+        return pack(report(found.root, point, trace, design), found.value)
 
     if plan.in_lanes:
         packed = conclude(shared.batch(reduced), found, before)
@@ -142,7 +142,7 @@ def _per_lane(function: Any) -> Any:
     return jax.vmap(function, in_axes=-1, out_axes=-1)
 
 
-def _pack(estimate: Estimate, value: Array) -> Array:
+def pack(estimate: Estimate, value: Array) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
     scale = 1 + jnp.abs(estimate.criterion)
     certified = (estimate.gradient_norm <= CERTIFIED * scale) & (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from jaxreml import covariance
 from jaxreml.designs import Design
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
+
+if TYPE_CHECKING:
+    from jaxreml.inference.bootstrap import Bootstrap
 
 RESIDUAL = "Residual"
 
@@ -389,6 +392,24 @@ class LMMResults:
         from jaxreml.tables import augment
 
         return augment(self)
+
+    def simulate(self, n: int = 1, seed: int = 0, re_form: str | None = "~0") -> pd.DataFrame:
+        """Responses drawn from the fitted model, (rows, n); see `inference.simulation.simulate`."""
+        from jaxreml.inference.simulation import simulate
+
+        return simulate(self, n, seed, re_form)
+
+    def bootstrap(
+        self,
+        n: int = 10_000,
+        statistic: Any = None,
+        seed: int = 0,
+        type: str = "parametric",
+    ) -> Bootstrap:
+        """Parametric bootstrap of this fit; see `inference.bootstrap.bootstrap`."""
+        from jaxreml.inference.bootstrap import bootstrap
+
+        return bootstrap(self, n, statistic, seed, type)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to a JSON file; `load` reads it back."""
