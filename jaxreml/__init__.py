@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from jaxreml.estimation import estimate as estimate
     from jaxreml.frame import design as design
     from jaxreml.inference.comparison import compare as compare
+    from jaxreml.inference.power import power as power
+    from jaxreml.inference.simulation import population as population
     from jaxreml.many import fit_many as fit_many
     from jaxreml.model import fit as fit
     from jaxreml.objective import ml_objective as ml_objective
@@ -59,6 +61,8 @@ _HOMES = {
     "fit": "model",
     "fit_many": "many",
     "ml_objective": "objective",
+    "population": "inference.simulation",
+    "power": "inference.power",
     "reml_objective": "objective",
     "stack": "designs",
 }

@@ -145,7 +145,7 @@ class BatchFitter:
         missing[doubtful] = np.isnan(some).sum(axis=0)
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
-        table = _Table(self.frame, b, self.modes, self.contrasts)
+        table = Table(self.frame, b, self.modes, self.contrasts)
         table.status[missing == n] = Status.TOO_FEW_ROWS
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
@@ -155,7 +155,7 @@ class BatchFitter:
         return table.fits(n - missing, missing)
 
     def _fit_pattern(
-        self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: _Table
+        self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: Table
     ) -> None:
         """Fit the columns that have values in the rows `kept` and only there."""
         rows = np.arange(len(values)) if kept is None else np.flatnonzero(kept)
@@ -215,7 +215,7 @@ class _Pattern:
         design: tuple[SharedDesign, np.ndarray],
         values: np.ndarray,
         kept: np.ndarray | None,
-        table: _Table,
+        table: Table,
     ):
         self.fitter, self.values, self.kept, self.table = fitter, values, kept, table
         shared, self.coefficients = design
@@ -339,7 +339,7 @@ def _cut(iterations: np.ndarray) -> int:
     return int(np.argmin(cost))
 
 
-class _Table:
+class Table:
     """The numbers of a block while it is worked on: responses on the first axis.
 
     Attributes:

@@ -46,19 +46,28 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 
 @partial(jax.jit, static_argnums=2)
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    sizes = design.sizes
-    factors = covariance.split_triangles(estimate.theta, sizes)
-    factors = tuple(f * s[:, None] for f, s in zip(factors, design.scales, strict=True))
-    theta = covariance.join_triangles(factors)
-
-    def criterion(theta: Array) -> Array:
-        omega = covariance.omega_from_theta(theta, sizes)
-        return profiled(omega, design, reml=reml)
-
-    value, gradient = jax.value_and_grad(criterion)(theta)
-    omega = covariance.omega_from_theta(theta, sizes)
+    factors = _scaled_factors(estimate, design)
+    value, gradient = criterion(estimate, design, reml)
+    omega = covariance.omega_from_theta(covariance.join_triangles(factors), design.sizes)
     posterior = design.structure.posterior(omega, factors)
     return Inspection(value, gradient, conditional_modes(omega, design), posterior)
+
+
+def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
+    """The objective at an estimate and its gradient in theta, as in `Inspection`."""
+    theta = covariance.join_triangles(_scaled_factors(estimate, design))
+
+    def objective(theta: Array) -> Array:
+        omega = covariance.omega_from_theta(theta, design.sizes)
+        return profiled(omega, design, reml=reml)
+
+    return jax.value_and_grad(objective)(theta)
+
+
+def _scaled_factors(estimate: Estimate, design: Design) -> tuple[Array, ...]:
+    """Relative Cholesky factors in scaled units."""
+    factors = covariance.split_triangles(estimate.theta, design.sizes)
+    return tuple(f * s[:, None] for f, s in zip(factors, design.scales, strict=True))
 
 
 def conditional_variances(

@@ -128,7 +128,7 @@ def _conclude(
     *,
     plan: Plan,
 ) -> Array:
-    """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch._Table`.
+    """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch.Table`.
 
     `before` are expansions in earlier passes; the last one is the one here. `contrasts` are (k, p).
     """
@@ -138,7 +138,7 @@ def _conclude(
         trace = newton.Trace(found.root, None, *found[2:])
         point = expand_root(found.root, design, reml=plan.reml)
         estimate = report(found.root, point, trace, design)
-        return _pack(estimate, found.value, _tests(shared, estimate, contrasts, plan))
+        return pack(estimate, found.value, _tests(shared, estimate, contrasts, plan))
 
     if plan.in_lanes:
         packed = conclude(shared.batch(reduced), found, before)
@@ -148,7 +148,7 @@ def _conclude(
     return packed.at[0].set(jnp.where(reduced.doubtful, Status.NOT_CERTIFIED, packed[0]))
 
 
-class _Tests(NamedTuple):
+class Tests(NamedTuple):
     """Estimates, standard errors and degrees of freedom, (p + k, ...), of fixed effects and then
     contrasts."""
 
@@ -157,28 +157,29 @@ class _Tests(NamedTuple):
     degrees: Array
 
 
-def _tests(shared: SharedDesign, estimate: Estimate, contrasts: Array, plan: Plan) -> _Tests:
+def _tests(shared: SharedDesign, estimate: Estimate, contrasts: Array, plan: Plan) -> Tests:
     rows = jnp.concatenate([jnp.eye(shared.p, dtype=contrasts.dtype), contrasts])
-    estimates = jnp.tensordot(rows, estimate.beta, axes=1)
     if plan.df.startswith("kenward-roger"):
-        return _kenward_roger_tests(shared, estimate, rows, estimates)
-    variance = jnp.einsum("kp,pq...,kq->k...", rows, estimate.vcov, rows)
+        return _kenward_roger_tests(shared, estimate, rows)
+    tests = satterthwaite_tests(estimate, rows)
     if plan.df == "satterthwaite":
-        slopes = jnp.einsum("kp,mpq...,kq->mk...", rows, estimate.vcov_slopes, rows)
-        # Parameters on the boundary are held there
-        free = jnp.isfinite(estimate.params)
-        spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
-        of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
-        degrees = 2 * variance**2 / of_variance
-    else:
-        count = shared.n - shared.p if plan.df == "residual" else jnp.inf
-        degrees = jnp.full_like(variance, count)
-    return _Tests(estimates, jnp.sqrt(variance), degrees)
+        return tests
+    count = shared.n - shared.p if plan.df == "residual" else jnp.inf
+    return tests._replace(degrees=jnp.full_like(tests.degrees, count))
 
 
-def _kenward_roger_tests(
-    shared: SharedDesign, estimate: Estimate, rows: Array, estimates: Array
-) -> _Tests:
+def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
+    """Tests of (k, p) `rows`; parameters on the boundary are held there."""
+    variance = jnp.einsum("kp,pq...,kq->k...", rows, estimate.vcov, rows)
+    slopes = jnp.einsum("kp,mpq...,kq->mk...", rows, estimate.vcov_slopes, rows)
+    free = jnp.isfinite(estimate.params)
+    spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
+    of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
+    estimates = jnp.tensordot(rows, estimate.beta, axes=1)
+    return Tests(estimates, jnp.sqrt(variance), 2 * variance**2 / of_variance)
+
+
+def _kenward_roger_tests(shared: SharedDesign, estimate: Estimate, rows: Array) -> Tests:
     blank = shared.blank()
 
     def adjusted(theta: Array, sigma: Array) -> tuple[Array, Array, Array]:
@@ -191,14 +192,14 @@ def _kenward_roger_tests(
     variance, degrees, smallest = adjusted(estimate.theta, estimate.sigma)
     exist = smallest > SINGULAR
     variance, degrees = (jnp.where(exist, array, jnp.nan) for array in (variance, degrees))
-    return _Tests(estimates, jnp.sqrt(variance), degrees)
+    return Tests(jnp.tensordot(rows, estimate.beta, axes=1), jnp.sqrt(variance), degrees)
 
 
 def _per_lane(function: Any) -> Any:
     return jax.vmap(function, in_axes=-1, out_axes=-1)
 
 
-def _pack(estimate: Estimate, value: Array, tests: _Tests) -> Array:
+def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
     scale = 1 + jnp.abs(estimate.criterion)
     certified = (estimate.gradient_norm <= CERTIFIED * scale) & (

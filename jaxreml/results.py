@@ -19,6 +19,7 @@ from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
 
 if TYPE_CHECKING:
+    from jaxreml.inference.bootstrap import Bootstrap
     from jaxreml.inference.means import MarginalMeans
     from jaxreml.inference.profile import Profile
     from jaxreml.inference.tests import Approximation
@@ -633,6 +634,24 @@ class LMMResults:
         from jaxreml.inference.profile import Profile
 
         return Profile(self, parameters, conf_level, likelihood)
+
+    def simulate(self, n: int = 1, seed: int = 0, re_form: str | None = "~0") -> pd.DataFrame:
+        """Responses drawn from the fitted model, (rows, n); see `inference.simulation.simulate`."""
+        from jaxreml.inference.simulation import simulate
+
+        return simulate(self, n, seed, re_form)
+
+    def bootstrap(
+        self,
+        n: int = 10_000,
+        statistic: Any = None,
+        seed: int = 0,
+        type: str = "parametric",
+    ) -> Bootstrap:
+        """Parametric bootstrap of this fit; see `inference.bootstrap.bootstrap`."""
+        from jaxreml.inference.bootstrap import bootstrap
+
+        return bootstrap(self, n, statistic, seed, type)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to a JSON file; `load` reads it back."""
