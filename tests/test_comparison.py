@@ -249,3 +249,16 @@ def test_loaded_fits_compare_alike(tmp_path):
         fit.save(tmp_path / f"{k}.json")
     loaded = [LMMResults.load(tmp_path / f"{k}.json") for k in range(2)]
     pd.testing.assert_frame_equal(jaxreml.compare(*fits), jaxreml.compare(*loaded))
+
+
+def test_bootstrap_of_a_variance_on_its_boundary():
+    """The simulated null has the mixture's p-value, half of chi2's, within Monte Carlo error."""
+    table = jaxreml.datasets.load("sleepstudy")
+    one = jaxreml.fit("Reaction ~ Days + (1 | Subject)", table, "ML")
+    two = jaxreml.fit("Reaction ~ Days + (1 | Subject) + (0 + x | Subject)",
+                      table.assign(x=np.tile([1.0, -1.0, 0.5, 0.0, 2.0], 36)), "ML")  # fmt: skip
+    simulated = jaxreml.compare(one, two, method="bootstrap", n=2000, seed=3).iloc[1]
+    mixture = jaxreml.compare(one, two, method="mixture").iloc[1]
+    assert simulated["chisq"] == pytest.approx(mixture["chisq"])
+    assert abs(simulated["p_value"] - mixture["p_value"]) < 0.06
+    assert "Monte Carlo error" in simulated["note"]

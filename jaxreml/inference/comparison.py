@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from scipy.special import chdtrc
 
 from jaxreml.errors import DataError
 from jaxreml.inference import nesting
+from jaxreml.inference.likelihood_ratio import null_distribution
 from jaxreml.model import fit_frame
 from jaxreml.results import LMMResults
 
@@ -47,6 +49,8 @@ def compare(
     refit: bool = True,
     method: str = "chi2",
     names: Sequence[str] | None = None,
+    n: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Compare fits to the same data.
 
@@ -60,8 +64,9 @@ def compare(
             tested, for it is on its boundary then. "mixture": for one random effect more, with
             its covariances (and fixed effects) df parameters, half chi-squared with df - 1 and
             half with df (Self and Liang 1987, JASA 82:605, cases 5 and 6; Stram and Lee 1994,
-            Biometrics 50:1171).
+            Biometrics 50:1171). "bootstrap": simulated, see `likelihood_ratio.null_distribution`.
         names: of the fits, for the rows; "fit 1", ... in the order given if left out.
+        n, seed: responses drawn for "bootstrap", and of the random numbers.
 
     Returns:
         A row per fit, in the order of their numbers of parameters: formula, npar, AIC, AICc, BIC,
@@ -76,8 +81,9 @@ def compare(
         ValueError: fewer than two fits, something else than fits, another method.
     """
     _check(fits, names)
-    if method not in TESTS:
-        known = ", ".join(f'"{name}"' for name in TESTS)
+    tests = TESTS | {"bootstrap": partial(_bootstrap, n=n, seed=seed)}
+    if method not in tests:
+        known = ", ".join(f'"{name}"' for name in tests)
         raise ValueError(f"method must be one of {known}, not {method!r}")
     labels = [f"fit {k + 1}" for k in range(len(fits))] if names is None else list(names)
     _require_same_data(fits, labels)
@@ -92,7 +98,7 @@ def compare(
         if pair is None:
             notes[k].append(f"no test against {labels[small]}: {obstacle}")
             continue
-        p_value, note = TESTS[method](pair)
+        p_value, note = tests[method](pair)
         table.loc[k, ["chisq", "df", "p_value"]] = pair.statistic, pair.df, p_value
         notes[k] += [note] if note else []
     table["note"] = ["; ".join(parts) for parts in notes]
@@ -244,6 +250,14 @@ def _mixture(pair: Pair) -> tuple[float, str]:
     at_zero = float(pair.statistic <= 0)
     lower = chdtrc(pair.df - 1, pair.statistic) if pair.df > 1 else at_zero
     return float((lower + chdtrc(pair.df, pair.statistic)) / 2), ""
+
+
+def _bootstrap(pair: Pair, n: int, seed: int) -> tuple[float, str]:
+    null = null_distribution(pair.small, pair.large, n, seed)
+    note = f"{null.draws.size} draws, Monte Carlo error of p {null.p_value_se:.2g}"
+    if null.n_failed:
+        note += f"; {null.n_failed} refits without an optimum left out"
+    return null.p_value, note
 
 
 TESTS: dict[str, Callable[[Pair], tuple[float, str]]] = {"chi2": _chi2, "mixture": _mixture}
