@@ -92,7 +92,7 @@ def _begin(
 def _merge(groups: Array) -> Array:
     """(groups, ..., lanes) to (..., groups * lanes)."""
     moved = jnp.moveaxis(groups, 0, -2)
-    return moved.reshape(*moved.shape[:-2], -1)
+    return moved.reshape(*moved.shape[:-2], moved.shape[-2] * moved.shape[-1])
 
 
 def _searched(shared: SharedDesign, reduced: Reduced, plan: Plan) -> Design:

@@ -117,34 +117,35 @@ def test_population_names_what_is_wrong(change, message):
 # Refits
 
 MODELS = {
-    "sleepstudy": (SLEEP, "grouped"),
-    "penicillin": ("diameter ~ 0 + (1 | plate) + (1 | sample)", "crossed"),
-    "pastes": ("strength ~ 1 + (1 | batch/cask)", "crossed"),
+    "sleepstudy": (SLEEP, "grouped", "REML"),
+    "penicillin": ("diameter ~ 0 + (1 | plate) + (1 | sample)", "crossed", "ML"),
+    "pastes": ("strength ~ 1 + (1 | batch/cask)", "crossed", "REML"),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_refits_are_fits(name):
-    formula, structure = MODELS[name]
+    formula, structure, method = MODELS[name]
     data = datasets.load(name)
     n = len(data)
     extras = {"weights": np.linspace(1, 3, n), "offset": np.linspace(0, 20, n)}
-    fit = jaxreml.fit(formula, data, "ML", **(extras if name != "sleepstudy" else {}))
+    fit = jaxreml.fit(formula, data, method, **(extras if name != "sleepstudy" else {}))
     assert fit.structure == structure
     people = of_fit(fit)
     values = next(people.blocks(150, 1))
-    engine = refitter(people.frame, "ML", structure)
+    engine = refitter(people.frame, method, structure)
     fits = engine.fit(values)
     assert (fits.status == Status.CONVERGED).all()
     for k in (0, 70, 149):
         frame = replace(people.frame, y=values[:, k])
-        one = fit_frame(frame, "ML", structure)
+        one = fit_frame(frame, method, structure)
         assert fits.criterion[k] == pytest.approx(one.criterion, abs=1e-8)
         np.testing.assert_allclose(fits.beta[k], one.beta, rtol=1e-7)
         np.testing.assert_allclose(fits.theta[k], one.theta, atol=1e-6)
         np.testing.assert_allclose(fits.df[k], one.df_satterthwaite, rtol=1e-5)
         gradient = engine.gradients(fit.parameters, values[:, k : k + 1])[0]
-        expected = jax.grad(jaxreml.ml_objective)(fit.parameters, frame.design(structure))
+        objective = jaxreml.reml_objective if method == "REML" else jaxreml.ml_objective
+        expected = jax.grad(objective)(fit.parameters, frame.design(structure))
         np.testing.assert_allclose(gradient, expected, atol=1e-7)
 
 
@@ -226,9 +227,9 @@ def test_draws_are_refits_of_the_simulated_responses(boot, sleep):
 @pytest.mark.parametrize("method", ["percentile", "basic", "bca", "studentized"])
 def test_intervals(boot, method):
     limits = boot.conf_int(method=method)
-    assert limits["reason"].isna().all()
+    assert (limits["reason"] == "").all()
     assert (limits["lower"] < boot.estimate).all() and (boot.estimate < limits["upper"]).all()
-    wider = boot.conf_int(0.99, method)
+    wider = boot.conf_int(0.975, method)
     inner = limits[["lower", "upper"]]
     assert (wider["lower"] < inner["lower"]).all() and (wider["upper"] >= inner["upper"]).all()
     if method in ("percentile", "bca"):  # these follow transformations
@@ -263,7 +264,7 @@ def test_statistics_of_the_user(sleep, boot):
     own = sleep.bootstrap(400, shares, seed=3)
     assert list(own.draws.columns) == ["icc", "doubled[0]", "doubled[1]"]
     np.testing.assert_allclose(own.draws["doubled[1]"], 2 * boot.draws["beta[Days]"][:400])
-    assert own.conf_int(method="bca")["reason"].isna().all()
+    assert own.conf_int(method="bca").reason.eq("").all()
     with pytest.raises(ValueError, match="standard error"):
         own.conf_int(method="studentized")
     with pytest.raises(ValueError, match="number"):
@@ -282,7 +283,7 @@ def test_boundary():
     assert percentile.loc["log_variance[Batch, (Intercept)]", "lower"] == -np.inf
     basic = boot.conf_int(method="basic")
     assert "boundary" in basic.loc["log_variance[Batch, (Intercept)]", "reason"]
-    assert basic.loc["beta[(Intercept)]", "reason"] is None
+    assert basic.loc["beta[(Intercept)]", "reason"] == ""
     studentized = boot.conf_int(method="studentized")
     assert "standard error" in studentized.loc["sd[Batch, (Intercept)]", "reason"]
 
@@ -291,7 +292,7 @@ def test_bootstrap_refuses(sleep, boot):
     with pytest.raises(ValueError, match="parametric"):
         sleep.bootstrap(10, type="nonparametric")
     with pytest.raises(ValueError, match="at least 39"):
-        sleep.bootstrap(20).conf_int()
+        replace(boot, draws=boot.draws[:20]).conf_int()
     with pytest.raises(ValueError, match="percentile, basic"):
         boot.conf_int(method="normal")
     with pytest.raises(ValueError, match="level"):
@@ -305,8 +306,8 @@ def test_bootstrap_refuses(sleep, boot):
 
 def test_null_distribution_agrees_with_pbmodcomp():
     data = datasets.load("orthodont")
-    smaller = jaxreml.fit("distance ~ age + Sex + (age | Subject)", data, "ML")
-    larger = jaxreml.fit("distance ~ age * Sex + (age | Subject)", data, "ML")
+    smaller = jaxreml.fit("distance ~ age + Sex + (1 | Subject)", data, "ML")
+    larger = jaxreml.fit("distance ~ age * Sex + (1 | Subject)", data, "ML")
     null = bootstrap_lrt(larger, smaller, 4000, seed=1)
     reference = R["orthodont"]
     assert null.statistic == pytest.approx(reference["statistic"], abs=1e-4)
@@ -317,14 +318,15 @@ def test_null_distribution_agrees_with_pbmodcomp():
     assert np.mean(null.draws) == pytest.approx(1, abs=0.2)
 
 
-def test_null_distribution_of_a_variance(one_way):
-    """REML fits with equal fixed effects: half the draws at zero, or a little more."""
-    data = datasets.load("sleepstudy")
+def test_null_distribution_of_a_variance(sleep, one_way):
+    """REML fits with equal fixed effects; a slope's variance is zero in about half the draws."""
+    data, larger = datasets.load("sleepstudy"), sleep
     smaller = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
-    larger = jaxreml.fit("Reaction ~ Days + (Days || Subject)", data)
     null = null_distribution(smaller, larger, 1000)
-    assert np.mean(null.draws == 0) == pytest.approx(0.55, abs=0.1)
-    assert null.share_singular[1] == pytest.approx(np.mean(null.draws == 0), abs=0.02)
+    assert null.draws.min() >= 0
+    assert null.share_singular[0] < 0.01 and 0.5 < null.share_singular[1] < 0.8
+    # 1/2 chi2(1) + 1/2 chi2(2) to first order (Stram and Lee 1994), a little less in small samples
+    assert np.mean(null.draws) == pytest.approx(1.3, abs=0.4)
     assert null.p_value == 1 / 1001
     with pytest.raises(ValueError, match="not nested"):
         null_distribution(larger, smaller, 10)
@@ -348,11 +350,9 @@ def trial():
 
 def test_power_is_that_of_the_noncentral_t(trial):
     """Group means of a balanced trial of two arms: an exact t test with J - 2 df."""
-    sizes, levels = [0.0, 1.0, 2.0, 3.0], [10, 20]
-    curve = jaxreml.power(
-        trial, {"arm[T.b]": sizes}, levels, along="g", simulations=4000, level=0.9999
-    )
-    assert list(curve["nobs"]) == [60] * 4 + [120] * 4
+    effects = {"arm[T.b]": [0.0, 1.0, 2.0, 3.0]}
+    curve = jaxreml.power(trial, effects, [14], along="g", simulations=4000, level=0.9999)
+    assert list(curve["nobs"]) == [84] * 4
     for row in curve.itertuples():
         se = math.sqrt(4 * (2.25 + 1 / 6) / row.n)
         limit = stats.t.ppf(0.975, row.n - 2)
@@ -364,10 +364,10 @@ def test_power_is_that_of_the_noncentral_t(trial):
 
 def test_an_effect_shifts_its_estimate_only(trial):
     """Why all sizes of an effect share their draws."""
-    moved = replace(trial, beta=trial.beta + [0, 2.0])
+    moved = replace(trial, beta=trial.beta + np.array([0, 2.0]))
     engine = refitter(trial.frame, "REML")
     first, second = (engine.fit(next(people.blocks(50, 1))) for people in (trial, moved))
-    np.testing.assert_allclose(second.beta, first.beta + [0, 2.0], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(second.beta, first.beta + np.array([0, 2.0]), rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(second.se, first.se, rtol=1e-8)
     curve = jaxreml.power(trial, ["arm[T.b]"], simulations=200, seed=1)
     direct = jaxreml.power(moved, {"arm[T.b]": 0.5}, simulations=200, seed=1)
@@ -412,8 +412,6 @@ def test_extending_a_numeric_column(sleep):
     frame = extend(people, 14, along="Days").frame
     assert np.unique(frame.X[:, 1]).tolist() == list(range(14)) and len(frame.X) == 252
     np.testing.assert_array_equal(frame.terms[0].effects, frame.X)
-    curve = jaxreml.power(sleep, {"Days": 4.0}, [5, 14], along="Days", simulations=300)
-    assert curve["power"][0] < curve["power"][1]
     data = datasets.load("sleepstudy")
     scaled = jaxreml.fit("Reaction ~ scale(Days) + (1 | Subject)", data)
     with pytest.raises(DataError, match="scale, center"):

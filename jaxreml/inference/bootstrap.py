@@ -96,7 +96,7 @@ class Bootstrap:
                 error and counts as infinitely far from the estimate.
 
         Returns:
-            Rows as `estimate`; columns lower, upper, and reason, why they are NaN or None.
+            Rows as `estimate`; columns lower, upper, and reason, why they are NaN or empty.
 
         Raises:
             ValueError: an unknown method, a level for which the draws are too few, "studentized"
@@ -119,20 +119,20 @@ class Bootstrap:
         rows = [self._interval(k, level, method) for k in range(len(self.estimate))]
         return pd.DataFrame(rows, self.estimate.index, ["lower", "upper", "reason"])
 
-    def _interval(self, k: int, level: float, method: str) -> tuple[float, float, str | None]:
+    def _interval(self, k: int, level: float, method: str) -> tuple[float, float, str]:
         name = str(self.estimate.index[k])
         estimate = float(self.estimate.iloc[k])
         draws = self.draws.iloc[:, k].to_numpy()
         defined = ~np.isnan(draws)
         draws = draws[defined]
-        reason = None
+        reason = ""
         if np.isnan(estimate):
             reason = "the statistic of the fit is not defined"
         elif draws.size < len(self.draws) / 2:
             reason = "the statistic is not defined in most draws"
         elif method != "percentile" and np.isinf(estimate):
             reason = "the estimate is on the boundary; only percentile intervals are defined there"
-        if reason is not None:
+        if reason:
             return np.nan, np.nan, reason
         if method == "percentile":
             limits = intervals.percentile(draws, level)
@@ -156,7 +156,7 @@ class Bootstrap:
             limits = backward(limits)
         if np.isnan(limits).any():
             return np.nan, np.nan, "the limits are beyond the draws: more are needed"
-        return float(limits[0]), float(limits[1]), None
+        return float(limits[0]), float(limits[1]), ""
 
     @cached_property
     def _own_errors(self) -> pd.Series:

@@ -31,10 +31,10 @@ def order_statistics(draws: np.ndarray, probabilities: np.ndarray) -> np.ndarray
     at, before, after = (ndtri(p / (count + 1)) for p in (place, below, below + 1))
     share = np.clip((at - before) / (after - before), 0.0, 1.0)
     first, second = ordered[below - 1], ordered[above - 1]
-    between = (share > 0) & (first != second)
+    exact = (share == 0) | (first == second)
     with np.errstate(invalid="ignore"):
-        step = np.where(between, share * (second - first), 0.0)
-    return np.where(inside, first + step, np.nan)
+        between = (1 - share) * first + share * second
+    return np.where(inside, np.where(exact, first, between), np.nan)
 
 
 def percentile(draws: np.ndarray, level: float) -> np.ndarray:

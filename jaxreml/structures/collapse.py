@@ -107,7 +107,7 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
         basis = np.eye(levels.size)
         if levels.size > q:
             left, lengths, _ = np.linalg.svd(
-                scores_x[:, :, levels].reshape(q * p, -1).T, full_matrices=False
+                scores_x[:, :, levels].reshape(q * p, levels.size).T, full_matrices=False
             )
             within = left[:, lengths > NO_X]
             if levels.size - within.shape[1] > q:

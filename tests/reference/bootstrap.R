@@ -27,8 +27,8 @@ sleepstudy_figures <- list(n = 4000, bias = unname(colMeans(b$t, na.rm = TRUE) -
                            std_error = unname(apply(b$t, 2, sd, na.rm = TRUE)))
 
 orthodont <- as.data.frame(nlme::Orthodont)
-small <- lmer(distance ~ age + Sex + (age | Subject), orthodont, REML = FALSE)
-large <- lmer(distance ~ age * Sex + (age | Subject), orthodont, REML = FALSE)
+small <- lmer(distance ~ age + Sex + (1 | Subject), orthodont, REML = FALSE)
+large <- lmer(distance ~ age * Sex + (1 | Subject), orthodont, REML = FALSE)
 pb <- quiet(PBmodcomp(large, small, nsim = 4000, seed = 3, cl = 1))
 
 cat(toJSON(list(draws = list(acceleration = acceleration, limits = limits),
