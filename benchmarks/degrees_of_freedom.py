@@ -1,9 +1,9 @@
-"""Standard errors, degrees of freedom and intervals beside lme4, lmerTest and pbkrtest, in one run.
+"""Satterthwaite's and Kenward-Roger's tests beside lmerTest and pbkrtest, in one run.
 
-Parametric bootstrap, profile intervals, Satterthwaite's and Kenward-Roger's degrees of freedom, and
-what they add to a batch. Compiled: each call has been made once before on the same shapes.
+Tables of all coefficients, and what degrees of freedom add to a batch. Compiled: each call has been
+made once before on the same shapes.
 
-Run: python benchmarks/inference.py [--quick] [--json FILE]
+Run: python benchmarks/degrees_of_freedom.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from jaxreml.batch import BatchFitter
 from jaxreml.frame import covariate_frame
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
-REFITS = 10_000
-BOOT_R = 200  # refits by bootMer
 HERE = Path(__file__).parent
 
 
@@ -45,8 +43,7 @@ def models(quick: bool) -> dict[str, tuple[str, pd.DataFrame, list[str], list[st
     exam = pd.read_csv(HERE.parent / "tests/reference/exam.csv.gz", dtype={"school": "category"})
     exam["sex"] = exam["sex"].astype("category")
     found = {
-        "sleepstudy": (SLEEP, load("sleepstudy"), ["bootstrap", "profile", "kr"], None),
-        "pastes": ("strength ~ 1 + (1 | batch/cask)", load("pastes"), ["profile"], None),
+        "sleepstudy": (SLEEP, load("sleepstudy"), ["satterthwaite", "kr"], None),
         "cake": ("angle ~ recipe*temp + (1 | recipe:replicate)", load("cake"), ["kr"], None),
         "machines": (
             "score ~ Machine + (1 | Worker) + (1 | Worker:Machine)", load("machines"), ["kr"], None,
@@ -64,15 +61,13 @@ def models(quick: bool) -> dict[str, tuple[str, pd.DataFrame, list[str], list[st
         ),
     }  # fmt: skip
     if quick:
-        found = {name: found[name] for name in ("sleepstudy", "pastes", "cake")}
+        found = {name: found[name] for name in ("sleepstudy", "cake", "machines")}
     return {name: (f, d, w, w if r is None else r) for name, (f, d, w, r) in found.items()}
 
 
 def ours(formula: str, data: pd.DataFrame, work: list[str], repeats: int) -> dict[str, float]:
     """Seconds; the first call of each, which compiles, is given too."""
     calls: dict[str, Any] = {
-        "bootstrap": lambda fit: fit.bootstrap(n=REFITS, seed=1),
-        "profile": lambda fit: fit.profile().conf_int(),
         "satterthwaite": lambda fit: fit.coefficients(),
         "kr": lambda fit: fit.coefficients("kenward-roger"),
     }
@@ -103,7 +98,7 @@ def batched(n: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three small models, fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="small models, fewer repeats")
     parser.add_argument("--json", type=Path, help="write raw figures there")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -114,7 +109,6 @@ def main() -> None:
     r: dict[str, Any] = {"version": None}
     if have_r():
         task = {
-            "boot": BOOT_R,
             "models": {
                 name: {**for_r(data, folder / f"{k}.csv"), "formula": f, "work": work}
                 for k, (name, (f, data, _, work)) in enumerate(tasks.items())
@@ -127,8 +121,6 @@ def main() -> None:
         for work in tasks[name][2]:
             taken = times[work]
             peer = r.get(name, {}).get(work)
-            if peer is not None and work == "bootstrap":
-                peer *= REFITS
             cells = [f"{peer:.3g} s", f"{peer / taken:.0f}x"] if peer is not None else ["-", "-"]
             row(name, work, f"{times['fit']:.3g} s", f"{times[f'{work}, first']:.3g} s",
                 f"{taken:.3g} s", *cells)  # fmt: skip

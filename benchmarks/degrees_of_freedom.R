@@ -1,4 +1,4 @@
-# R's side of inference.py: reads a task in JSON on the command line, writes JSON to stdout.
+# R's side of degrees_of_freedom.py: reads a task in JSON on the command line, writes JSON to stdout.
 suppressPackageStartupMessages({library(lme4); library(lmerTest); library(pbkrtest); library(jsonlite)})
 task <- fromJSON(commandArgs(TRUE)[1], simplifyVector = FALSE)
 clock <- function(f) system.time(value <- f())[[3]]
@@ -13,13 +13,6 @@ for (name in names(task$models)) {
   model <- task$models[[name]]; data <- read(model)
   fit <- suppressMessages(lme4::lmer(as.formula(model$formula), data, control = quiet))
   got <- list()
-  if ("bootstrap" %in% model$work) {
-    statistic <- function(fit) c(fixef(fit), getME(fit, "theta"), sigma(fit))
-    got$bootstrap <- clock(function() suppressMessages(bootMer(fit, statistic, task$boot))) / task$boot
-  }
-  if ("profile" %in% model$work)
-    got$profile <- median(replicate(3, clock(function() suppressWarnings(suppressMessages(
-      confint(fit, method = "profile", quiet = TRUE))))))
   if ("satterthwaite" %in% model$work) {
     # as summary() does it: the derivatives, then the table
     got$satterthwaite <- clock(function() coef(summary(as_lmerModLmerTest(fit))))
