@@ -171,9 +171,14 @@ def finite_params(fit: LMMResults) -> np.ndarray:
 def slopes(function: Statistic, fit: LMMResults) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of the statistics in beta, (k, p), and in `Estimate.params`, (k, m + 1)."""
 
-    def flat(beta: Array, params: Array) -> Array:
-        return _flat(function(beta, components.of_params(params, fit.term_sizes)))
-
     with jax.enable_x64(True):
-        slopes = jax.jit(jax.jacfwd(flat, argnums=(0, 1)))(fit.beta, finite_params(fit))
+        slopes = _slopes(function, fit.term_sizes)(fit.beta, finite_params(fit))
         return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
+
+
+@lru_cache(maxsize=32)
+def _slopes(function: Statistic, groups: Groups) -> Callable[..., tuple[Array, Array]]:
+    def flat(beta: Array, params: Array) -> Array:
+        return _flat(function(beta, components.of_params(params, groups)))
+
+    return jax.jit(jax.jacfwd(flat, argnums=(0, 1)))
