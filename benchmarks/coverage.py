@@ -4,7 +4,8 @@ Wald, profile and bootstrap intervals of the log-variances, and t intervals of t
 with each kind of degrees of freedom. Coverage is given over the data sets where an interval exists,
 with the share of those where it does not, and its Monte Carlo standard error.
 
-Run: python benchmarks/coverage.py [--sets 2000] [--slow 2000] [--draws 999] [--json FILE]
+Run: python benchmarks/coverage.py [--sets 2000] [--slow 2000] [--draws 999]
+         [--only DESIGN] [--json FILE]
 """
 
 from __future__ import annotations
@@ -164,12 +165,14 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=2000, help="data sets for Wald intervals")
     parser.add_argument("--slow", type=int, default=2000, help="for profile and bootstrap ones")
     parser.add_argument("--draws", type=int, default=999, help="bootstrap draws per data set")
+    parser.add_argument("--only", type=int, help="one design, by its number from 0")
     parser.add_argument("--json", type=Path, help="write raw figures there")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     print(machine(("jaxreml", "jax", "numpy"), None) + "\n")
     raw = {}
-    for name, truth in designs().items():
+    chosen = list(designs().items())
+    for name, truth in chosen if arguments.only is None else [chosen[arguments.only]]:
         values = truth.draw(max(arguments.sets, arguments.slow), np.random.default_rng(1))
         found = fast(truth, values[:, : arguments.sets])
         if arguments.slow:
