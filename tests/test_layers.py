@@ -28,6 +28,7 @@ LAYERS = [
     {"estimation"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
+    {"encoding"},
     {"designs", "formula", "tabular"},
     {"structures"},
     {"covariance"},

@@ -18,6 +18,7 @@ terms: nothing cancels, however large the variance ratio, and a singular Omega i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -41,6 +42,10 @@ class Projection(NamedTuple):
     gram: Array
     inner: Any
     cross: Any
+
+
+# Some rows of Z: per term the levels, (k,) integers, and the scaled effects, (k, q).
+Rows = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 class Explicit:
@@ -67,9 +72,6 @@ class Explicit:
 
     def start(self) -> None:
         return None
-
-    def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
-        return tuple(np.asarray(part) for part in posterior)
 
 
 class Structure(Protocol):
@@ -140,6 +142,11 @@ class Structure(Protocol):
     def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
         """Var(b | y) per term (levels, q, q), given the parameters, in units of the residual
         variance and scaled effects. On the host, not traceable."""
+        ...
+
+    def row_variances(self, posterior: Any, rows: Rows) -> np.ndarray:
+        """Var(z b | y) of rows z, (k,), given the parameters and in the same units; the rows need
+        not be those of the data. On the host."""
         ...
 
 
