@@ -69,7 +69,7 @@ class Encoding:
                 continue
             unknown = table[columns[0]][~table[columns[0]].isin(list(known))]
             if len(unknown):
-                return unseen_level(columns[0], unknown.iloc[0], list(known))
+                return unseen_level(columns[0], unknown.tolist()[0], list(known))
         return ""
 
 

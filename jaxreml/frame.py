@@ -171,7 +171,7 @@ def _model_frame(
     terms = _lme4_order(terms)
     _check_terms(terms, n)
     offsets = [_evaluate(text, table, context, "offset") for text in parsed.offsets]
-    total_offset = sum(values for values, _ in offsets) if offsets else None
+    total_offset = np.sum([values for values, _ in offsets], axis=0) if offsets else None
     if offset is not None:
         values = table["(offset)"].to_numpy(float)
         total_offset = values if total_offset is None else total_offset + values
@@ -272,6 +272,7 @@ def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def check_finite(table: pd.DataFrame) -> None:
+    """Raise DataError naming the first column with an infinite value."""
     for name in table.columns:
         if pd.api.types.is_float_dtype(table[name].dtype):
             infinite = ~np.isfinite(table[name].to_numpy())

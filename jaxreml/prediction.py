@@ -227,7 +227,7 @@ def _new_rows(
     in_columns = {name for encoding in encodings for name in encoding.variables}
     for name in names if len(table) else ():
         if name in in_columns:
-            table[name] = _like_fitted(name, table[name], frame.table[name])
+            table[name] = _like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
     k = len(table)
     X = np.zeros((k, len(frame.fixed_names)))
     effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
@@ -263,23 +263,30 @@ def _like_fitted(name: str, column: pd.Series, fitted: pd.Series) -> pd.Series:
 
     A numeric column where the fit has a factor would pass for a covariate, and the other way round.
     """
-    if _is_numeric(fitted):
-        if not _is_numeric(column):
-            raise DataError(
-                f"column {name!r} of newdata is not numeric (it has values such as "
-                f"{column.iloc[0]!r}); it is in the fit"
-            )
+    if pd.api.types.is_numeric_dtype(fitted.dtype):
+        _require_same_kind(name, column, fitted)
         return column
     categories = pd.Categorical(fitted).categories
     unseen = ~column.isin(categories)
     if unseen.any():
-        raise DataError(unseen_level(name, column[unseen].iloc[0], categories.tolist()))
+        raise DataError(unseen_level(name, column[unseen].tolist()[0], categories.tolist()))
     if not isinstance(fitted.dtype, pd.CategoricalDtype):
         return column.astype(fitted.dtype)
     return pd.Series(pd.Categorical(column, dtype=fitted.dtype), column.index)
 
 
+def _require_same_kind(name: str, column: pd.Series, fitted: pd.Series) -> None:
+    numeric = _is_numeric(column)
+    if numeric != _is_numeric(fitted):
+        raise DataError(
+            f"column {name!r} of newdata is {'' if numeric else 'not '}numeric (it has values such "
+            f"as {column.tolist()[0]!r}), other than in the fit (such as {fitted.tolist()[0]!r})"
+        )
+
+
 def _is_numeric(column: pd.Series) -> bool:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return pd.api.types.is_numeric_dtype(column.dtype.categories.dtype)
     return pd.api.types.is_numeric_dtype(column.dtype)
 
 
@@ -288,6 +295,7 @@ def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.
     old, new = [], []
     for name in term.factors:
         categories = pd.Categorical(fitted[name]).categories
+        _require_same_kind(name, pd.Series(table[name]), pd.Series(categories))
         old.append(categories.get_indexer(np.asarray(fitted[name])))
         new.append(categories.get_indexer(np.asarray(table[name])))
     known = pd.MultiIndex.from_arrays(old)
@@ -303,11 +311,11 @@ def _require_known(frame: ModelFrame, rows: Rows, used: Mask, newdata: Any) -> N
         if not keep.any() or not unknown.any():
             continue
         row = int(np.flatnonzero(rows.complete)[np.argmax(unknown)])
-        values = to_pandas(newdata, list(term.factors)).iloc[row]
-        label = values.iloc[0] if len(values) == 1 else ":".join(map(str, values))
+        values = to_pandas(newdata, list(term.factors)).iloc[row].tolist()
+        level = values[0] if len(values) == 1 else ":".join(map(str, values))
+        label = rows.index[[row]].tolist()[0]
         raise DataError(
-            f"the level {label!r} of {term.name!r} in row {rows.index[row]!r} of newdata is not in "
-            f"the fit ({int(unknown.sum())} such row(s)); its levels are such as "
-            f"{term.levels[0]!r}. allow_new_levels=True predicts for new levels, "
-            're_form="~0" without random effects'
+            f"the level {level!r} of {term.name!r} in row {label!r} of newdata is not in the fit "
+            f"({int(unknown.sum())} such row(s)); its levels are such as {term.levels[0]!r}. "
+            're_form="~0" predicts without random effects, allow_new_levels=True for new levels'
         )

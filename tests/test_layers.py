@@ -16,7 +16,7 @@ LAYERS = [
     {"plots"},
     {"inference", "diagnostics", "prediction"},
     {"many"},
-    {"model", "parts", "processes"},
+    {"first_order", "model", "parts", "processes"},
     {"batch_storage"},
     {"storage"},
     {"batch_tables", "tables"},

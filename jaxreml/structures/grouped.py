@@ -138,9 +138,7 @@ class Grouped(Levels):
 
     def row_variances(self, posterior: Array, rows: Rows) -> np.ndarray:
         whole = np.asarray(posterior)
-        owners = [
-            (codes, column) for codes, effects in rows for column in np.asarray(effects).T
-        ]
+        owners = [(codes, column) for codes, effects in rows for column in np.asarray(effects).T]
         total = np.zeros(len(rows[0][0]))
         for a, (codes, left) in enumerate(owners):
             for b, (others, right) in enumerate(owners):

@@ -152,7 +152,7 @@ def row_variances(stages: Any, given: Posterior, of_stages: list[Any], of_tail: 
 
 
 def _sparse(blocks: Any, columns: np.ndarray, n_columns: int) -> Any:
-    """The matrix with blocks (q, s, J), level j's in the column `columns[j]`, (q J, s n_columns)."""
+    """The matrix with blocks (q, s, J), level j's in column `columns[j]`: (q J, s n_columns)."""
     blocks = np.asarray(blocks)
     q, s, n_levels = blocks.shape
     rows = np.arange(q)[:, None, None] * n_levels + np.arange(n_levels)
