@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml import covariance
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
@@ -89,6 +90,11 @@ class Design:
         inverse hyperbolic tangent of the (partial) correlation of x1 and x2.
         """
         return parameter_names(self.names)
+
+    def scaled_factors(self, theta: Array) -> tuple[Array, ...]:
+        """Relative Cholesky factors of scaled effects, (q_k, q_k), of those in the user's units."""
+        factors = covariance.split_triangles(theta, self.sizes)
+        return tuple(f * scale[:, None] for f, scale in zip(factors, self.scales, strict=True))
 
     @staticmethod
     def from_arrays(

@@ -1,20 +1,23 @@
-"""Conditional modes of the random effects, and the certificate of an optimum."""
+"""Conditional modes of the random effects, variances of predictions, certificate of an optimum."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from jaxreml import covariance
+from jaxreml.cache import quick_compilation
 from jaxreml.designs import Design
 from jaxreml.estimation import Estimate, is_reml
 from jaxreml.objective import profiled
+from jaxreml.structures.base import Rows
 
 
 class Inspection(NamedTuple):
@@ -46,7 +49,7 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 
 @partial(jax.jit, static_argnums=2)
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    factors = _scaled_factors(estimate, design)
+    factors = design.scaled_factors(estimate.theta)
     value, gradient = criterion(estimate, design, reml)
     omega = covariance.omega_from_theta(covariance.join_triangles(factors), design.sizes)
     posterior = design.structure.posterior(omega, factors)
@@ -55,19 +58,13 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
 
 def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
     """The objective at an estimate and its gradient in theta, as in `Inspection`."""
-    theta = covariance.join_triangles(_scaled_factors(estimate, design))
+    theta = covariance.join_triangles(design.scaled_factors(estimate.theta))
 
     def objective(theta: Array) -> Array:
         omega = covariance.omega_from_theta(theta, design.sizes)
         return profiled(omega, design, reml=reml)
 
     return jax.value_and_grad(objective)(theta)
-
-
-def _scaled_factors(estimate: Estimate, design: Design) -> tuple[Array, ...]:
-    """Relative Cholesky factors in scaled units."""
-    factors = covariance.split_triangles(estimate.theta, design.sizes)
-    return tuple(f * s[:, None] for f, s in zip(factors, design.scales, strict=True))
 
 
 def conditional_variances(
@@ -93,3 +90,98 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(mode / scale for mode, scale in zip(modes, design.scales, strict=True))
+
+
+class Henderson(NamedTuple):
+    """What the variances of x'beta + z'b given y are made of (`row_variances`).
+
+    Attributes:
+        posterior: of the random effects given the fixed ones, as the structure has it.
+        shifts: per term (levels, effects, p), Omega Z' V0^-1 U for X = U `basis`: what the modes
+            lose per unit of a coefficient of U. In scaled units of the effects.
+        factor: (p, p), lower Cholesky factor of U' V0^-1 U.
+    """
+
+    posterior: Any
+    shifts: tuple[Array, ...]
+    factor: Array
+
+
+def henderson(theta: np.ndarray, design: Design) -> Henderson:
+    """The parts of the inverse of Henderson's mixed model equations that predictions need.
+
+    Args:
+        theta: (m,), relative Cholesky factors as in `Estimate`.
+        design: the data.
+    """
+    with jax.enable_x64(True):
+        parts = _compiled_henderson()(theta, design.without_names())
+        return jax.device_get(parts)
+
+
+@lru_cache
+def _compiled_henderson() -> Any:
+    return jax.jit(_henderson, compiler_options=quick_compilation(jax.default_backend()))
+
+
+def _henderson(theta: Array, design: Design) -> Henderson:
+    structure, p = design.structure, design.p
+    factors = design.scaled_factors(theta)
+    omega = covariance.omega_from_theta(covariance.join_triangles(factors), design.sizes)
+    projection = structure.project(omega)
+
+    def shift(column: Array) -> tuple[Array, ...]:
+        return structure.modes(omega, structure.combine(projection.cross, column[:, None]))
+
+    units = jnp.eye(p + 1, dtype=theta.dtype)[:, : max(p, 1)]
+    shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(units)
+    return Henderson(
+        structure.posterior(omega, factors),
+        tuple(part[..., :p] for part in shifts),
+        jnp.linalg.cholesky(projection.gram[:p, :p]),
+    )
+
+
+def row_variances(parts: Henderson, design: Design, X: np.ndarray, rows: Rows) -> np.ndarray:
+    """Var(x'(beta_hat - beta) + z'(b_hat - b)) of rows (x, z), over sigma2, (k,). On the host.
+
+    z K z' + (x - z H) Phi (x - z H)' with K the relative covariance of b given y and beta,
+    H = K Z'X = Omega Z' V0^-1 X and Phi = (X' V0^-1 X)^-1: a quadratic form of the inverse of the
+    coefficients of the mixed model equations (Henderson 1975, Biometrics 31:423).
+
+    Args:
+        parts: `henderson` of the design.
+        design: the data.
+        X: (k, p) fixed-effects columns.
+        rows: per term the levels, (k,) integers, and the effects, (k, q), in the user's units;
+            zero where a row does without them.
+    """
+    scaled = scaled_rows(design, rows)
+    white = whitened(parts, design, X, scaled)
+    return design.structure.row_variances(parts.posterior, scaled) + np.sum(white**2, axis=1)
+
+
+def scaled_rows(design: Design, rows: Rows) -> Rows:
+    """Rows of Z in the units of the structure."""
+    return [
+        (codes, effects / np.asarray(scale))
+        for (codes, effects), scale in zip(rows, design.scales, strict=True)
+    ]
+
+
+def whitened(parts: Henderson, design: Design, X: np.ndarray, scaled: Rows) -> np.ndarray:
+    """(x - z H) A with A A' = Phi, (k, p), for rows of `scaled_rows`."""
+    rest = from_basis(design, X)
+    for (codes, effects), shifts in zip(scaled, parts.shifts, strict=True):
+        for a, column in enumerate(effects.T):
+            rest = rest - column[:, None] * np.asarray(shifts)[codes, a]
+    if not design.p:
+        return rest
+    return scipy.linalg.solve_triangular(parts.factor, rest.T, lower=True).T
+
+
+def from_basis(design: Design, X: np.ndarray) -> np.ndarray:
+    """Rows of U with X = U `basis`, (k, p)."""
+    if not design.p:
+        return X
+    return scipy.linalg.solve_triangular(design.basis, X.T, trans=1).T

@@ -19,6 +19,7 @@ from formulaic.errors import FormulaicError
 from formulaic.transforms import TRANSFORMS
 
 from jaxreml.designs import Design, Term
+from jaxreml.encoding import Encoding, encode
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
 from jaxreml.tabular import column_names, nearest, to_pandas
@@ -37,6 +38,8 @@ class GroupingTerm:
         codes: (n,) integers 0..J-1.
         effects: (n, q) columns.
         effect_names: q names.
+        factors: the columns whose combinations are the levels.
+        encoding: how the effects are made.
     """
 
     name: str
@@ -44,6 +47,8 @@ class GroupingTerm:
     codes: np.ndarray
     effects: np.ndarray
     effect_names: tuple[str, ...]
+    factors: tuple[str, ...]
+    encoding: Encoding
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class ModelFrame:
         table: the columns used, complete rows only, in the user's row labels.
         rows: booleans, which rows of the user's table these are; the others have a missing value
             in a column used.
+        fixed_encoding: how the columns of X, and those left out as aliased, are made.
+        offset_encodings: how each ``offset()`` of the formula is made.
     """
 
     formula: ParsedFormula
@@ -72,6 +79,8 @@ class ModelFrame:
     offset: np.ndarray | None
     table: pd.DataFrame
     rows: np.ndarray
+    fixed_encoding: Encoding
+    offset_encodings: tuple[Encoding, ...]
 
     @property
     def n_dropped(self) -> int:
@@ -148,24 +157,21 @@ def _model_frame(
     extras = {"weights": weights, "offset": offset}
     for role, value in extras.items():
         if value is not None:
-            table[f"({role})"] = _extra_column(role, value, data, len(table))
+            table[f"({role})"] = extra_column(role, value, data, len(table))
     table, rows = _complete_rows(table)
-    _check_finite(table)
+    check_finite(table)
     n = len(table)
 
     y = _response(parsed, table, context) if parsed.response else None
-    X, fixed_names = _matrix(parsed.fixed, table, context, "the fixed effects")
-    X, fixed_names, aliased = drop_aliased(X, fixed_names)
+    X, of_fixed = encode(parsed.fixed, table, context, "the fixed effects")
+    X, fixed_names, aliased = drop_aliased(X, of_fixed.names)
     if X.shape[1] >= n:
         raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
-    terms = [term for bar in parsed.random for term in _grouping_terms(bar, table, context)]
+    terms = [term for bar in parsed.random for term in grouping_terms(bar, table, context)]
     terms = _lme4_order(terms)
     _check_terms(terms, n)
-    total_offset = None
-    for text in parsed.offsets:
-        total_offset = _evaluate(text, table, context, "offset") + (
-            0 if total_offset is None else total_offset
-        )
+    offsets = [_evaluate(text, table, context, "offset") for text in parsed.offsets]
+    total_offset = np.sum([values for values, _ in offsets], axis=0) if offsets else None
     if offset is not None:
         values = table["(offset)"].to_numpy(float)
         total_offset = values if total_offset is None else total_offset + values
@@ -176,7 +182,18 @@ def _model_frame(
             f"weights must be positive; row {row!r} has {prior.min():g}. Drop rows of weight zero"
         )
     return ModelFrame(
-        parsed, y, X, fixed_names, aliased, tuple(terms), prior, total_offset, table, rows
+        formula=parsed,
+        y=y,
+        X=X,
+        fixed_names=fixed_names,
+        aliased=aliased,
+        terms=tuple(terms),
+        weights=prior,
+        offset=total_offset,
+        table=table,
+        rows=rows,
+        fixed_encoding=of_fixed,
+        offset_encodings=tuple(encoding for _, encoding in offsets),
     )
 
 
@@ -221,7 +238,7 @@ def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) 
     return table
 
 
-def _extra_column(role: str, value: Any, data: Any, n: int) -> np.ndarray:
+def extra_column(role: str, value: Any, data: Any, n: int) -> np.ndarray:
     """Values of the argument `weights` or `offset`: a column's name or an array."""
     if isinstance(value, str):
         columns = column_names(data)
@@ -254,7 +271,8 @@ def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     return table, complete
 
 
-def _check_finite(table: pd.DataFrame) -> None:
+def check_finite(table: pd.DataFrame) -> None:
+    """Raise DataError naming the first column with an infinite value."""
     for name in table.columns:
         if pd.api.types.is_float_dtype(table[name].dtype):
             infinite = ~np.isfinite(table[name].to_numpy())
@@ -283,7 +301,11 @@ def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, 
             f"the response {name!r} is not numeric (it has values such as {example!r}); convert "
             "it, for example with pandas.to_numeric"
         )
-    y = _evaluate(text, table, context, "response")
+    y = (
+        _evaluate(text, table, context, "response")[0]
+        if name is None
+        else table[name].to_numpy(float)
+    )
     if not np.all(np.isfinite(y)):
         row = table.index[int(np.argmax(~np.isfinite(y)))]
         raise DataError(f"the response {text!r} is not finite in row {row!r}")
@@ -292,42 +314,23 @@ def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, 
     return y
 
 
-def _evaluate(text: str, table: pd.DataFrame, context: Mapping[str, Any], role: str) -> np.ndarray:
-    """Values (n,) of one numeric expression."""
+def _evaluate(
+    text: str, table: pd.DataFrame, context: Mapping[str, Any], role: str
+) -> tuple[np.ndarray, Encoding]:
+    """Values (n,) of one numeric expression, and how they are made."""
     name = _is_column(text, table)
+    what = f"the {role} {text!r}"
     if name is not None:
         try:
-            return table[name].to_numpy(float)
+            numeric = pd.DataFrame({name: table[name].to_numpy(float)}, table.index)
         except (TypeError, ValueError):
             raise DataError(f"the {role} {name!r} is not numeric") from None
-    values, names = _matrix(f"0 + I({text})", table, context, f"the {role} {text!r}")
+        values, encoding = encode(f"0 + `{name}`", numeric, context, what)
+    else:
+        values, encoding = encode(f"0 + I({text})", table, context, what)
     if values.shape[1] != 1:
-        raise DataError(f"the {role} {text!r} must be one numeric column, not {len(names)}")
-    return values[:, 0]
-
-
-def _matrix(
-    text: str, table: pd.DataFrame, context: Mapping[str, Any], what: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The model matrix of a formulaic right side, (n, columns), with column names."""
-    try:
-        with np.errstate(all="ignore"):  # what is not finite is refused by name below
-            matrix = formulaic.Formula(text).get_model_matrix(  # pyright: ignore
-                table, na_action="raise", output="numpy", context=context
-            )
-        names = matrix.model_spec.column_names  # pyright: ignore
-    except FormulaicError as error:
-        raise FormulaError(f"{what}, {text!r}: {error}") from error
-    except Exception as error:  # whatever a user's function may raise
-        raise DataError(f"{what}, {text!r}, cannot be computed: {error}") from error
-    values = np.asarray(matrix, float).reshape(len(table), len(names))
-    names = tuple("(Intercept)" if name == "Intercept" else str(name) for name in names)
-    bad = ~np.isfinite(values).all(axis=0)
-    if bad.any():
-        k = int(np.argmax(bad))
-        row = table.index[int(np.argmax(~np.isfinite(values[:, k])))]
-        raise DataError(f"{names[k]!r} in {what} is not finite in row {row!r}")
-    return values, names
+        raise DataError(f"{what} must be one numeric column, not {values.shape[1]}")
+    return values[:, 0], encoding
 
 
 def drop_aliased(
@@ -347,7 +350,7 @@ def drop_aliased(
     return X[:, kept], tuple(names[k] for k in kept), aliased
 
 
-def _grouping_terms(
+def grouping_terms(
     bar: RandomTerm, table: pd.DataFrame, context: Mapping[str, Any]
 ) -> list[GroupingTerm]:
     """One term for correlated effects, one for each summand of uncorrelated ones."""
@@ -355,10 +358,11 @@ def _grouping_terms(
     texts = [bar.effects] if bar.correlated else _summands(bar.effects)
     terms = []
     for text in texts:
-        effects, names = _matrix(text, table, context, f"the random effects on {bar.name}")
+        effects, encoding = encode(text, table, context, f"the random effects on {bar.name}")
+        names = encoding.names
         if not names:
             raise FormulaError(f"the term ({bar.effects} | {bar.name}) has no random effects")
-        terms.append(GroupingTerm(bar.name, levels, codes, effects, names))
+        terms.append(GroupingTerm(bar.name, levels, codes, effects, names, bar.factors, encoding))
     return terms
 
 

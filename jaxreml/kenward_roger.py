@@ -53,9 +53,8 @@ def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
         design: the data; the response does not matter.
     """
     p = design.p
-    factors = covariance.split_triangles(theta, design.sizes)
-    factors = tuple(f * scale[:, None] for f, scale in zip(factors, design.scales, strict=True))
-    omega = covariance.omega_from_theta(covariance.join_triangles(factors), design.sizes)
+    triangles = covariance.join_triangles(design.scaled_factors(theta))
+    omega = covariance.omega_from_theta(triangles, design.sizes)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom
     found = expand(omega, replace(design, n=design.n - degrees), reml=True)

@@ -14,11 +14,13 @@ import pandas as pd
 
 from jaxreml import covariance
 from jaxreml.designs import Design
+from jaxreml.effects import Henderson, henderson
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
 
 if TYPE_CHECKING:
+    from jaxreml.diagnostics import Influence
     from jaxreml.inference.bootstrap import Bootstrap
     from jaxreml.inference.means import MarginalMeans
     from jaxreml.inference.profile import Profile
@@ -652,6 +654,101 @@ class LMMResults:
         from jaxreml.inference.bootstrap import bootstrap
 
         return bootstrap(self, n, statistic, seed, type)
+
+    # Predictions and diagnostics
+
+    @cached_property
+    def henderson(self) -> Henderson:
+        """What the variances of x'beta + z'b are made of; see `effects.row_variances`."""
+        return henderson(self.theta, self.design)
+
+    def predict(
+        self,
+        newdata: Any = None,
+        re_form: str | bool | None = None,
+        allow_new_levels: bool = False,
+        *,
+        interval: str | None = None,
+        level: float = 0.95,
+        offset: Any = None,
+        weights: Any = None,
+    ) -> pd.Series | pd.DataFrame:
+        """Predictions, as lme4's predict.merMod, with standard errors if wanted.
+
+        The columns of the model are made of `newdata` as they were for the fit: with its state of
+        transforms such as ``poly(x, 2)`` and ``scale(x)``, its levels of factors and contrasts,
+        and without aliased columns.
+
+        Args:
+            newdata: any table as for `fit`; the rows of the fit if left out. The response is not
+                needed, nor are the grouping factors of random effects that `re_form` leaves out.
+                A row with a missing value in a column that is needed has NaN for its prediction.
+            re_form: which random effects to use: None for all, "~0" or False for none, or a
+                formula with some of them, such as ``"~ (1 | school)"``.
+            allow_new_levels: predict for levels of grouping factors that the fit has not seen,
+                whose random effects are taken for zero. Refused by name otherwise.
+            interval: None; "confidence" for x'beta + z'b, with the uncertainty of beta and of the
+                random effects used, jointly (b of a new level has all of its variance Sigma);
+                "prediction" for a new observation: with the residual variance, and the variance of
+                the random effects not used, besides. Variance parameters are taken for known.
+            level: of the interval, by normal quantiles.
+            offset: of the rows of newdata, a column name or values, where the fit was made with
+                the argument `offset`. ``offset()`` of the formula is evaluated anyway.
+            weights: likewise; wanted for prediction intervals only.
+
+        Returns:
+            Predictions in the row labels of newdata; with `interval`, a frame with the columns
+            ``prediction``, ``se``, ``lower`` and ``upper``.
+
+        Raises:
+            DataError: a column that is missing or of another kind than in the fit, levels that the
+                fit has not seen, named.
+            FormulaError: a `re_form` that the fit has not.
+            ValueError: other arguments than these; an offset or weights that are missing; intervals
+                of a fit without an optimum.
+        """
+        from jaxreml.prediction import predict
+
+        return predict(
+            self,
+            newdata,
+            re_form,
+            allow_new_levels,
+            interval=interval,
+            level=level,
+            offset=offset,
+            weights=weights,
+        )
+
+    def residuals(self, kind: str = "response") -> pd.Series:
+        """Residuals of the rows used; see `diagnostics.residuals`."""
+        from jaxreml.diagnostics import residuals
+
+        return residuals(self, kind)
+
+    def leverage(self) -> pd.Series:
+        """Diagonal of the hat matrix, random effects included; see `diagnostics.leverage`."""
+        from jaxreml.diagnostics import leverage
+
+        return leverage(self)
+
+    def cooks_distance(self) -> pd.Series:
+        """Cook's distance of each row, as lme4's; see `diagnostics.cooks_distance`."""
+        from jaxreml.diagnostics import cooks_distance
+
+        return cooks_distance(self)
+
+    def dfbetas(self) -> pd.DataFrame:
+        """Scaled change of each coefficient without each row; see `diagnostics.dfbetas`."""
+        from jaxreml.diagnostics import dfbetas
+
+        return dfbetas(self)
+
+    def influence(self, by: Any = None, method: str = "exact") -> Influence:
+        """What the estimates would be without each group of rows; see `diagnostics.influence`."""
+        from jaxreml.diagnostics import influence
+
+        return influence(self, by, method)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to a JSON file; `load` reads it back."""

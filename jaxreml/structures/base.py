@@ -18,6 +18,7 @@ terms: nothing cancels, however large the variance ratio, and a singular Omega i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -43,6 +44,10 @@ class Projection(NamedTuple):
     cross: Any
 
 
+# Some rows of Z: per term the levels, (k,) integers, and the scaled effects, (k, q).
+Rows = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
 class Explicit:
     """Derivatives of a structure that has B as an array: by contractions with it."""
 
@@ -64,9 +69,6 @@ class Explicit:
 
     def start(self) -> None:
         return None
-
-    def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
-        return tuple(np.asarray(part) for part in posterior)
 
 
 class Structure(Protocol):
@@ -137,6 +139,11 @@ class Structure(Protocol):
     def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
         """Var(b | y) per term (levels, q, q), given the parameters, in units of the residual
         variance and scaled effects. On the host, not traceable."""
+        ...
+
+    def row_variances(self, posterior: Any, rows: Rows) -> np.ndarray:
+        """Var(z b | y) of rows z, (k,), given the parameters and in the same units; the rows need
+        not be those of the data. On the host."""
         ...
 
 

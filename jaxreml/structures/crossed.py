@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
 from jax import Array
 
 from jaxreml import covariance, linalg
 from jaxreml.structures import schur
-from jaxreml.structures.base import Marginal, Projection
+from jaxreml.structures.base import Marginal, Projection, Rows
 from jaxreml.structures.elimination import Eliminated, Stage, collect, eliminate, substitute
 from jaxreml.structures.layout import Layout
-from jaxreml.structures.posterior import Posterior, variances
+from jaxreml.structures.posterior import Posterior, row_variances, variances
 
 
 class Inner(NamedTuple):
@@ -384,6 +385,16 @@ class Crossed:
             found.append(np.einsum("ajbj->jab", block.reshape(q, n_levels, q, n_levels)))
             start = stop
         return tuple(found[self.order.index(k)] for k in range(len(self.order)))
+
+    def row_variances(self, posterior: Posterior, rows: Rows) -> np.ndarray:
+        inside = [rows[k] for k in self.order]
+        of_stages = []
+        for stage in self.stages:
+            own, inside = inside[: len(stage.sizes)], inside[len(stage.sizes) :]
+            layout = Layout(stage.sizes, (stage.n_levels,) * len(own))
+            of_stages.append(layout.sparse(own))
+        of_tail = self.layout.sparse(inside) if self.levels else sp.csr_matrix((len(rows[0][0]), 0))
+        return row_variances(self.stages, posterior, of_stages, of_tail)
 
 
 def _gathered(counts: list[int], order: tuple[int, ...]) -> np.ndarray:

@@ -17,8 +17,10 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from jaxreml import covariance
-from jaxreml.structures.base import Explicit, Marginal, Projection, blank_response
+from jaxreml.structures.base import Explicit, Marginal, Projection, Rows, blank_response
 from jaxreml.structures.layout import Layout
+
+ROW_ENTRIES = 10**7  # of rows by random effects at a time
 
 
 @jax.tree_util.register_dataclass
@@ -94,16 +96,34 @@ class Dense(Explicit):
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         return self.layout.modes(omega, cross[:, 0])
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> tuple[Array, ...]:
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+        """(Q, Q), H with Var(b | y) = H'H."""
         loadings = self.layout.times(self.factors, factors)
         inner = loadings.T @ loadings + jnp.eye(loadings.shape[1], dtype=loadings.dtype)
         across = tuple(factor.T for factor in factors)
         identity = jnp.eye(len(inner), dtype=inner.dtype)
-        half = self.layout.times(
+        return self.layout.times(
             solve_triangular(jnp.linalg.cholesky(inner), identity, lower=True), across
         )
-        blocks = self.layout.diagonal_blocks(half.T, half)
-        return tuple(jnp.moveaxis(block, 2, 0) for block in blocks)
+
+    def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
+        half = np.asarray(posterior)
+        shapes = zip(self.sizes, self.levels, strict=True)
+        ends = np.cumsum([q * count for q, count in shapes])[:-1]
+        parts = zip(np.split(half, ends, axis=1), self.sizes, self.levels, strict=True)
+        return tuple(
+            np.einsum("raj,rbj->jab", cube, cube)
+            for cube in (part.reshape(len(half), q, count) for part, q, count in parts)
+        )
+
+    def row_variances(self, posterior: Array, rows: Rows) -> np.ndarray:
+        across = np.ascontiguousarray(np.asarray(posterior).T)
+        sparse = self.layout.sparse(rows)
+        step = max(1, ROW_ENTRIES // len(across))
+        parts = [np.zeros(0)]
+        for start in range(0, sparse.shape[0], step):
+            parts.append(np.sum((sparse[start : start + step] @ across) ** 2, axis=1))
+        return np.concatenate(parts)
 
 
 class DenseBasis:

@@ -19,7 +19,7 @@ from jax import Array
 from jax.scipy.linalg import block_diag
 
 from jaxreml import covariance, linalg
-from jaxreml.structures.base import Explicit, Marginal, Projection, blank_response
+from jaxreml.structures.base import Explicit, Marginal, Projection, Rows, blank_response
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
@@ -136,11 +136,22 @@ class Grouped(Levels):
         parts = jnp.split(modes, np.cumsum(self.sizes)[:-1])
         return tuple(jnp.swapaxes(part, 0, 1) for part in parts)
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> tuple[Array, ...]:
-        whole = linalg.conditional_variance(self.factors, block_diag(*factors))
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+        return linalg.conditional_variance(self.factors, block_diag(*factors))
+
+    def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
+        whole = np.asarray(posterior)
         ends = np.cumsum((0, *self.sizes))
-        blocks = [whole[a:b, a:b] for a, b in pairwise(ends)]
-        return tuple(jnp.moveaxis(block, 2, 0) for block in blocks)
+        return tuple(np.moveaxis(whole[a:b, a:b], 2, 0) for a, b in pairwise(ends))
+
+    def row_variances(self, posterior: Array, rows: Rows) -> np.ndarray:
+        whole = np.asarray(posterior)
+        owners = [(codes, column) for codes, effects in rows for column in np.asarray(effects).T]
+        total = np.zeros(len(rows[0][0]))
+        for a, (codes, left) in enumerate(owners):
+            for b, (others, right) in enumerate(owners):
+                total += left * whole[a, b, codes] * right * (codes == others)
+        return total
 
 
 @lru_cache

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
 from jax import Array
 
 from jaxreml import covariance
@@ -115,3 +116,17 @@ class Layout:
         matrices = covariance.symmetric_matrices(omega, self.sizes)
         parts = self.split(cross)
         return tuple(part.T @ matrix for part, matrix in zip(parts, matrices, strict=True))
+
+    def sparse(self, rows: Any) -> Any:
+        """Rows of Z as a sparse matrix (k, Q), from per term (codes (k,), effects (k, q))."""
+        places, values = [], []
+        start = 0
+        for (codes, effects), n_levels in zip(rows, self.levels, strict=True):
+            q = effects.shape[1]
+            places.append(start + codes[:, None] + n_levels * np.arange(q))
+            values.append(effects)
+            start += n_levels * q
+        place, value = np.concatenate(places, axis=1), np.concatenate(values, axis=1)
+        k, width = place.shape
+        ends = np.arange(0, k * width + 1, width)
+        return sp.csr_matrix((value.ravel(), place.ravel(), ends), (k, self.total))

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 
 CHUNK = 10**8  # entries of a dense product at a time
+ROW_ENTRIES = 2 * 10**7  # of rows by effects of the tail at a time
 
 
 class Posterior(NamedTuple):
@@ -94,3 +95,82 @@ def _at_couplings(
             sparse = sp.csr_matrix((values[inside], (rows, columns)), (stop - start, len(R)))
             result[a, inside] = np.asarray(sparse @ R)[rows, columns]
     return result
+
+
+def row_variances(stages: Any, given: Posterior, of_stages: list[Any], of_tail: Any) -> np.ndarray:
+    """Var(z b) of rows z, (k,), in units of the residual variance.
+
+    Substituting b_k = -G_k w_k + e_k from the first stage to the last turns z b into a sum of
+    independent parts, one in each e_k and one in b_D. A block of rows at a time: rows of one level
+    of the first stage are put together, as R times its couplings is then computed once.
+
+    Args:
+        stages: the chain.
+        given: what is known of it.
+        of_stages: per stage the rows' effects, sparse (k, q J), effect by effect.
+        of_tail: likewise of the tail, (k, Q).
+    """
+    R = np.asarray(given.inverse)
+    k = of_tail.shape[0]
+    gains, owns, chains, tails = [], [], [], []
+    for number, stage in enumerate(stages):
+        here = np.arange(stage.n_levels)
+        gains.append(_sparse(given.gains[number], here, stage.n_levels))
+        owns.append(_sparse(given.own[number], here, stage.n_levels))
+        later = zip(given.chains[number], stage.up, stages[number + 1 :], strict=True)
+        chains.append(
+            [_sparse(across, np.asarray(up), other.n_levels) for across, up, other in later]
+        )
+        tails.append(_couplings(given.tails[number], stage, len(R)))
+    order = np.argsort(of_stages[0].indices[of_stages[0].indptr[:-1]], kind="stable")
+    found = np.zeros(k)
+    step = max(1, ROW_ENTRIES // max(len(R), 1))
+    for start in range(0, k, step):
+        block = order[start : start + step]
+        rows = [part[block] for part in of_stages]
+        tail = of_tail[block]
+        images = np.asarray(tail @ R) if len(R) else np.zeros((block.size, 0))
+        total = np.zeros(block.size)
+        for number, (gain, own, chain, coupled) in enumerate(
+            zip(gains, owns, chains, tails, strict=True)
+        ):
+            total += _row_products(rows[number] @ own, rows[number])
+            pulled = rows[number] @ gain
+            for later, across in enumerate(chain, number + 1):
+                rows[later] = rows[later] - pulled @ across
+            if len(R):
+                used = np.unique(pulled.indices)
+                images -= pulled[:, used] @ np.asarray(coupled[used] @ R)
+                tail = tail - pulled @ coupled
+        if len(R):
+            tail = tail.tocsr()
+            places = np.repeat(np.arange(block.size), np.diff(tail.indptr))
+            products = tail.data * images[places, tail.indices]
+            total += np.bincount(places, products, block.size)
+        found[block] = total
+    return found
+
+
+def _sparse(blocks: Any, columns: np.ndarray, n_columns: int) -> Any:
+    """The matrix with blocks (q, s, J), level j's in column `columns[j]`: (q J, s n_columns)."""
+    blocks = np.asarray(blocks)
+    q, s, n_levels = blocks.shape
+    rows = np.arange(q)[:, None, None] * n_levels + np.arange(n_levels)
+    places = np.arange(s)[:, None] * n_columns + columns
+    where = [np.broadcast_to(part, blocks.shape).ravel() for part in (rows, places[None])]
+    return sp.csr_matrix((blocks.ravel(), where), (q * n_levels, s * n_columns))
+
+
+def _couplings(tail: Any, stage: Any, total: int) -> Any:
+    """Couplings (q, k) of a stage with the tail, sparse (q J, Q)."""
+    tail = np.asarray(tail)
+    level, effect = np.asarray(stage.level), np.asarray(stage.effect)
+    rows = np.arange(len(tail))[:, None] * stage.n_levels + level
+    columns = np.broadcast_to(effect, rows.shape)
+    where = (rows.ravel(), columns.ravel())
+    return sp.csr_matrix((tail.ravel(), where), (len(tail) * stage.n_levels, total))
+
+
+def _row_products(left: Any, right: Any) -> np.ndarray:
+    """Inner products of the rows of two sparse matrices, (k,)."""
+    return np.asarray(left.multiply(right).sum(axis=1)).ravel()

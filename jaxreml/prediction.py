@@ -1,0 +1,321 @@
+r"""Predictions of a fit for its own rows and for new ones, with their standard errors.
+
+With b split into the effects that a prediction uses, b_1 with rows z_1, and the others, b_2, the
+prediction of a row (x, z) is x'beta_hat + z_1'b_hat_1 + offset. Two intervals go with it:
+
+- ``"confidence"``, for x'beta + z_1'b_1, the mean given these random effects. Its variance is that
+  of x'(beta_hat - beta) + z_1'(b_hat_1 - b_1), by the inverse of Henderson's mixed model equations:
+  beta_hat and b_hat jointly. A level that the fit has not seen has b_hat = 0 and adds z Sigma z'.
+- ``"prediction"``, for a new observation there: it adds sigma2 / weight, and z_2'Sigma_2 z_2 for
+  the random effects that are left out, those of levels drawn anew.
+
+Both take the variance parameters for known, as lme4 and merTools do; normal quantiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import ndtri
+
+from jaxreml.effects import row_variances
+from jaxreml.encoding import unseen_level
+from jaxreml.errors import DataError, FormulaError
+from jaxreml.formula import parse
+from jaxreml.frame import GroupingTerm, ModelFrame, check_finite, extra_column, grouping_terms
+from jaxreml.results import LMMResults
+from jaxreml.tabular import column_names, nearest, to_pandas
+
+Mask = tuple[np.ndarray, ...]  # per term (q,) booleans, which effects
+
+
+class Rows(NamedTuple):
+    """Rows to predict for, k complete ones.
+
+    Attributes:
+        index: labels of all rows asked for.
+        complete: which of them are complete, booleans.
+        X: (k, p), as in the fit.
+        effects: per term (k, q).
+        codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
+        offset, weights: (k,).
+    """
+
+    index: pd.Index
+    complete: np.ndarray
+    X: np.ndarray
+    effects: list[np.ndarray]
+    codes: list[np.ndarray]
+    offset: np.ndarray
+    weights: np.ndarray
+
+
+def predict(
+    fit: LMMResults,
+    newdata: Any = None,
+    re_form: str | bool | None = None,
+    allow_new_levels: bool = False,
+    *,
+    interval: str | None = None,
+    level: float = 0.95,
+    offset: Any = None,
+    weights: Any = None,
+) -> pd.Series | pd.DataFrame:
+    """`LMMResults.predict`."""
+    if interval not in (None, "confidence", "prediction"):
+        raise ValueError(f'interval must be None, "confidence" or "prediction", not {interval!r}')
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, not {level}")
+    if interval and not fit.converged:
+        raise ValueError(f"no standard errors without an optimum: {fit.message}")
+    frame = fit.frame
+    used = included_effects(frame, re_form)
+    with_left_out = interval == "prediction"
+    if newdata is None:
+        if offset is not None or weights is not None:
+            raise ValueError("offset and weights belong to newdata, which is not given")
+        rows = _own_rows(fit)
+    else:
+        rows = _new_rows(fit, newdata, used, with_left_out, offset, weights)
+    if not allow_new_levels:
+        _require_known(frame, rows, used, newdata)
+
+    mean = rows.X @ fit.beta + rows.offset
+    own = []  # the part of each row of Z whose effects have modes
+    variance = np.zeros(len(mean))
+    start = 0
+    sigma = fit.cov_re.to_numpy()
+    for grouping, keep, effects, codes in zip(
+        fit.groupings, used, rows.effects, rows.codes, strict=True
+    ):
+        stop = start + keep.size
+        block = sigma[start:stop, start:stop]
+        start = stop
+        known = codes >= 0
+        chosen = effects * keep
+        variance += np.where(known, 0.0, _quadratic(chosen, block))
+        if with_left_out and not keep.all():
+            if keep.any():
+                raise ValueError(
+                    f"re_form keeps some effects of the term on {grouping.name!r} and leaves out "
+                    "others, which are correlated with them: a prediction interval needs whole "
+                    "terms"
+                )
+            variance += _quadratic(effects, block)
+        here, places = chosen * known[:, None], np.where(known, codes, 0)
+        mean += np.sum(here * grouping.modes[places], axis=1)
+        own.append((places, here))
+    if interval is None:
+        return _series(rows, mean, "prediction")
+    sigma2 = fit.sigma**2
+    variance += sigma2 * row_variances(fit.henderson, fit.design, rows.X, own)
+    if interval == "prediction":
+        variance += sigma2 / rows.weights
+    se = np.sqrt(variance)
+    half = ndtri((1 + level) / 2) * se
+    columns = {"prediction": mean, "se": se, "lower": mean - half, "upper": mean + half}
+    return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
+
+
+def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """z M z' of each row, (k,)."""
+    return np.sum(rows @ matrix * rows, axis=1)
+
+
+def _series(rows: Rows, values: np.ndarray, name: str) -> pd.Series:
+    """Values of complete rows among all, NaN for the others."""
+    whole = np.full(len(rows.index), np.nan)
+    whole[rows.complete] = values
+    return pd.Series(whole, rows.index, name=name)
+
+
+def included_effects(frame: ModelFrame, re_form: str | bool | None) -> Mask:
+    """Which random effects a prediction uses.
+
+    Args:
+        frame: of the fit.
+        re_form: None for all, ``"~0"`` or False for none, or a formula such as
+            ``"~ (1 | school)"`` with some of the fit's random terms or of their effects.
+
+    Raises:
+        FormulaError: another formula.
+    """
+    if re_form is None:
+        return tuple(np.ones(len(term.effect_names), bool) for term in frame.terms)
+    used = tuple(np.zeros(len(term.effect_names), bool) for term in frame.terms)
+    if re_form is False or (isinstance(re_form, str) and re_form.replace(" ", "") == "~0"):
+        return used
+    if not isinstance(re_form, str):
+        raise FormulaError(f're_form must be None, "~0" or a formula text, not {re_form!r}')
+    parsed = parse(re_form)
+    if parsed.response or parsed.offsets or parsed.fixed not in ("0", "1"):
+        raise FormulaError(f"re_form has random terms only, as in '~ (1 | g)', not {re_form!r}")
+    context = frame.fixed_encoding.context
+    for bar in parsed.random:
+        here = [k for k, term in enumerate(frame.terms) if term.name == bar.name]
+        if not here:
+            have = ", ".join(dict.fromkeys(repr(term.name) for term in frame.terms))
+            raise FormulaError(
+                f"re_form has a term on {bar.name!r}; the fit has random effects on {have}"
+            )
+        have = {name: k for k in here for name in frame.terms[k].effect_names}
+        for asked in grouping_terms(bar, frame.table, context):
+            for name in asked.effect_names:
+                if name not in have:
+                    raise FormulaError(
+                        f"re_form has the effect {name!r} of {bar.name!r}; the fit has "
+                        f"{', '.join(map(repr, have))}"
+                    )
+                used[have[name]][frame.terms[have[name]].effect_names.index(name)] = True
+    return used
+
+
+def _own_rows(fit: LMMResults) -> Rows:
+    frame = fit.frame
+    n = len(frame.X)
+    return Rows(
+        fit.table.index,
+        np.ones(n, bool),
+        frame.X,
+        [term.effects for term in frame.terms],
+        [term.codes for term in frame.terms],
+        np.zeros(n) if frame.offset is None else frame.offset,
+        np.ones(n) if frame.weights is None else frame.weights,
+    )
+
+
+def _new_rows(
+    fit: LMMResults, newdata: Any, used: Mask, with_left_out: bool, offset: Any, weights: Any
+) -> Rows:
+    """Rows of a new table, in the encodings of the fit."""
+    frame = fit.frame
+    extras = {"offset": offset, "weights": weights}
+    if offset is None and "(offset)" in fit.table:
+        raise ValueError(
+            "the fit was made with offset=...; give the offset of the new rows too (zeros for none)"
+        )
+    if with_left_out and weights is None and frame.weights is not None:
+        raise ValueError(
+            "the fit has prior weights; a prediction interval needs those of the new rows: "
+            "weights=... (ones for observations of variance sigma2)"
+        )
+    needed = [with_left_out or bool(keep.any()) for keep in used]
+    encodings = [frame.fixed_encoding, *frame.offset_encodings]
+    encodings += [t.encoding for t, need in zip(frame.terms, needed, strict=True) if need]
+    names = [name for encoding in encodings for name in encoding.variables]
+    for term, keep in zip(frame.terms, used, strict=True):
+        names += term.factors if keep.any() else ()
+    columns = column_names(newdata)
+    names = [name for name in dict.fromkeys(names) if name in frame.table]
+    for name in names:
+        if name not in columns:
+            raise DataError(f"newdata has no column {name!r}{nearest(name, columns)}")
+        if columns.count(name) > 1:
+            raise DataError(f"column {name!r} occurs more than once in newdata; rename one")
+    table = to_pandas(newdata, names)
+    if not names:  # nothing but an intercept
+        table = pd.DataFrame(index=_labels(newdata))
+    index = table.index
+    for role, value in extras.items():
+        if value is not None:
+            table[f"({role})"] = extra_column(role, value, newdata, len(index))
+    complete = ~table.isna().any(axis=1).to_numpy(bool)
+    table = table.loc[complete].infer_objects()
+    check_finite(table)
+    in_columns = {name for encoding in encodings for name in encoding.variables}
+    for name in names if len(table) else ():
+        if name in in_columns:
+            table[name] = _like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
+    k = len(table)
+    X = np.zeros((k, len(frame.fixed_names)))
+    effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
+    codes = [np.zeros(k, int) for _ in frame.terms]
+    total_offset = table["(offset)"].to_numpy(float) if offset is not None else np.zeros(k)
+    prior = table["(weights)"].to_numpy(float) if weights is not None else np.ones(k)
+    if np.any(prior <= 0):
+        row = table.index[int(np.argmax(prior <= 0))]
+        raise DataError(f"weights must be positive; row {row!r} has {prior.min():g}")
+    if k:
+        places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
+        X = frame.fixed_encoding.matrix(table)[:, places]
+        for encoding in frame.offset_encodings:
+            total_offset = total_offset + encoding.matrix(table)[:, 0]
+        for i, (term, keep, need) in enumerate(zip(frame.terms, used, needed, strict=True)):
+            if need:
+                effects[i] = term.encoding.matrix(table)
+            if keep.any():
+                codes[i] = _codes(term, frame.table, table)
+    return Rows(index, complete, X, effects, codes, total_offset, prior)
+
+
+def _labels(newdata: Any) -> pd.Index:
+    """Row labels of a table of which no column is used."""
+    names = column_names(newdata)
+    if not names:
+        raise DataError("newdata has no columns, so that it does not say how many rows there are")
+    return to_pandas(newdata, names[:1]).index
+
+
+def _like_fitted(name: str, column: pd.Series, fitted: pd.Series) -> pd.Series:
+    """A column of new rows in the type that it had in the fit.
+
+    A numeric column where the fit has a factor would pass for a covariate, and the other way round.
+    """
+    if pd.api.types.is_numeric_dtype(fitted.dtype):
+        _require_same_kind(name, column, fitted)
+        return column
+    categories = pd.Categorical(fitted).categories
+    unseen = ~column.isin(categories)
+    if unseen.any():
+        raise DataError(unseen_level(name, column[unseen].tolist()[0], categories.tolist()))
+    if not isinstance(fitted.dtype, pd.CategoricalDtype):
+        return column.astype(fitted.dtype)
+    return pd.Series(pd.Categorical(column, dtype=fitted.dtype), column.index)
+
+
+def _require_same_kind(name: str, column: pd.Series, fitted: pd.Series) -> None:
+    numeric = _is_numeric(column)
+    if numeric != _is_numeric(fitted):
+        raise DataError(
+            f"column {name!r} of newdata is {'' if numeric else 'not '}numeric (it has values such "
+            f"as {column.tolist()[0]!r}), other than in the fit (such as {fitted.tolist()[0]!r})"
+        )
+
+
+def _is_numeric(column: pd.Series) -> bool:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return pd.api.types.is_numeric_dtype(column.dtype.categories.dtype)
+    return pd.api.types.is_numeric_dtype(column.dtype)
+
+
+def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.ndarray:
+    """Levels of a grouping factor, -1 for those that the fit has not seen."""
+    old, new = [], []
+    for name in term.factors:
+        categories = pd.Categorical(fitted[name]).categories
+        _require_same_kind(name, pd.Series(table[name]), pd.Series(categories))
+        old.append(categories.get_indexer(np.asarray(fitted[name])))
+        new.append(categories.get_indexer(np.asarray(table[name])))
+    known = pd.MultiIndex.from_arrays(old)
+    first = ~known.duplicated()
+    places = known[first].get_indexer(pd.MultiIndex.from_arrays(new))
+    return np.where(places < 0, -1, term.codes[first][places])
+
+
+def _require_known(frame: ModelFrame, rows: Rows, used: Mask, newdata: Any) -> None:
+    """Refuse levels that the fit has not seen."""
+    for term, keep, codes in zip(frame.terms, used, rows.codes, strict=True):
+        unknown = codes < 0
+        if not keep.any() or not unknown.any():
+            continue
+        row = int(np.flatnonzero(rows.complete)[np.argmax(unknown)])
+        values = to_pandas(newdata, list(term.factors)).iloc[row].tolist()
+        level = values[0] if len(values) == 1 else ":".join(map(str, values))
+        label = rows.index[[row]].tolist()[0]
+        raise DataError(
+            f"the level {level!r} of {term.name!r} in row {label!r} of newdata is not in the fit "
+            f"({int(unknown.sum())} such row(s)); its levels are such as {term.levels[0]!r}. "
+            're_form="~0" predicts without random effects, allow_new_levels=True for new levels'
+        )

@@ -1,0 +1,242 @@
+"""Residuals, leverage, Cook's distance and influence against lme4 and dense computations."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import data, reference
+
+import jaxreml
+from jaxreml import DataError, LMMResults, covariance
+
+FIGURES = json.loads(
+    (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
+)["influence"]
+
+
+@functools.cache
+def fitted(name: str, method: str = "REML", structure: str | None = None) -> LMMResults:
+    with jax.enable_x64(True):
+        model = reference(name)
+        weights = model.get("weights")
+        return jaxreml.fit(
+            model["formula"], data(name), method, weights=weights, structure=structure
+        )
+
+
+@functools.cache
+def small(method: str) -> LMMResults:
+    rng = np.random.default_rng(4)
+    g = np.repeat(np.arange(8), [3, 4, 5, 6, 6, 7, 8, 9])
+    table = {"x": rng.normal(size=48), "w": rng.uniform(0.5, 2, 48), "g": g}
+    b = rng.normal(size=(8, 2))
+    table["y"] = 1 + b[g, 0] + (2 + b[g, 1]) * table["x"] + rng.normal(size=48)
+    with jax.enable_x64(True):
+        return jaxreml.fit("y ~ x + offset(w) + (x | g)", table, method, weights="w")
+
+
+def marginal_covariance(fit: LMMResults) -> np.ndarray:
+    """V0, dense."""
+    weights = np.ones(fit.nobs) if fit.weights is None else fit.weights
+    V = np.diag(1 / weights)
+    relative, start = fit.cov_re.to_numpy() / fit.sigma**2, 0
+    for term in fit.frame.terms:
+        stop = start + len(term.effect_names)
+        same = term.codes[:, None] == term.codes
+        V += (term.effects @ relative[start:stop, start:stop] @ term.effects.T) * same
+        start = stop
+    return V
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("name", "method"),
+        [
+            ("sleep_corr", "REML"),
+            ("sleep_corr", "ML"),
+            ("weights_offset", "REML"),
+            ("zero_slope", "REML"),
+            ("machines", "REML"),
+        ],
+    )
+    def test_lme4(self, name, method):
+        figures = reference(name)["fits"][method]
+        fit = fitted(name, method)
+        np.testing.assert_allclose(fit.leverage()[:10], figures["hat_head"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(fit.cooks_distance()[:10], figures["cooks_head"], rtol=1e-5)
+
+    def test_structures_agree(self):
+        for other in (fitted("sleep_corr", structure=s) for s in ("crossed", "dense")):
+            fit = fitted("sleep_corr")
+            np.testing.assert_allclose(other.leverage(), fit.leverage(), rtol=1e-6)
+            np.testing.assert_allclose(other.dfbetas(), fit.dfbetas(), rtol=1e-5, atol=1e-8)
+
+    def test_residuals(self):
+        fit = fitted("weights_offset")
+        root = np.sqrt(fit.weights)
+        np.testing.assert_allclose(fit.residuals(), fit.resid)
+        np.testing.assert_allclose(fit.residuals("pearson"), fit.resid * root)
+        np.testing.assert_allclose(fit.residuals("scaled"), fit.resid * root / fit.sigma)
+        leave = np.sqrt(1 - fit.leverage())
+        np.testing.assert_allclose(
+            fit.residuals("studentized"), fit.resid * root / fit.sigma / leave
+        )
+        marginal = fit.y - fit.frame.X @ fit.beta - fit.offset
+        np.testing.assert_allclose(fit.residuals("marginal"), marginal, atol=1e-12)
+        with pytest.raises(ValueError, match="deviance"):
+            fit.residuals("deviance")
+
+    def test_dfbetas(self):
+        """Least squares without one row, in the covariance of the fit."""
+        fit = fitted("weights_offset")
+        V, X, y = marginal_covariance(fit), fit.frame.X, fit.y - fit.offset
+        found = fit.dfbetas()
+        for k in (0, 57, 199):
+            kept = np.arange(fit.nobs) != k
+            inverse = np.linalg.inv(V[np.ix_(kept, kept)])
+            phi = np.linalg.inv(X[kept].T @ inverse @ X[kept])
+            beta = phi @ X[kept].T @ inverse @ y[kept]
+            scaled = (beta - fit.beta) / (fit.sigma * np.sqrt(np.diagonal(phi)))
+            np.testing.assert_allclose(found.iloc[k], scaled, rtol=1e-7)
+
+
+class TestExactInfluence:
+    @pytest.mark.parametrize("name", list(FIGURES))
+    def test_lme4(self, name):
+        figures = FIGURES[name]
+        fit = fitted(name)
+        found = fit.influence(figures["by"])
+        assert found.refits["converged"].all()
+        assert found.refits["rows"].sum() == fit.nobs
+        order = [list(map(str, found.coefficients.index)).index(k) for k in figures["levels"]]
+        scale = fit.bse.to_numpy()
+        change = found.coefficients.to_numpy()[order]
+        np.testing.assert_allclose(change / scale, figures["change"] / scale, atol=1e-5)
+        np.testing.assert_allclose(found.dfbetas.to_numpy()[order], figures["dfbetas"], atol=1e-5)
+        cooks = np.sum(change @ np.linalg.inv(fit.vcov_array) * change, axis=1) / len(scale)
+        np.testing.assert_allclose(found.cooks_distance.to_numpy()[order], cooks)
+        positions, _ = covariance.positions(tuple(len(g.effects) for g in fit.groupings))
+        after = (fit.parameters + found.parameters.to_numpy()[order])[:, positions]
+        np.testing.assert_allclose(after, np.log(figures["variances"]), atol=2e-4)
+
+    def test_rows_and_other_groups(self):
+        fit = fitted("sleep_corr")
+        rows = fit.influence()
+        assert len(rows.coefficients) == 180
+        other = jaxreml.fit(fit.formula, fit.table.drop(index=7))
+        np.testing.assert_allclose(rows.coefficients.loc[7], other.beta - fit.beta, atol=1e-7)
+        np.testing.assert_allclose(
+            rows.parameters.loc[7], other.parameters - fit.parameters, atol=1e-6
+        )
+        labels = np.where(fit.table["Days"] < 5, "early", "late")
+        halves = fit.influence(labels)
+        assert list(halves.coefficients.index) == ["early", "late"]
+        late = jaxreml.fit(fit.formula, fit.table[labels == "late"])
+        np.testing.assert_allclose(
+            halves.coefficients.loc["early"], late.beta - fit.beta, rtol=1e-6
+        )
+        with pytest.raises(DataError, match=r"'nothing' is no .* Subject, Reaction, Days"):
+            fit.influence("nothing")
+        with pytest.raises(DataError, match="180 rows"):
+            fit.influence(np.ones(3))
+        with pytest.raises(ValueError, match="exact"):
+            fit.influence(method="quick")
+
+    def test_large_crossed_fits_one_by_one(self, monkeypatch):
+        fit = fitted("machines")
+        batch = fit.influence("Worker")
+        monkeypatch.setattr("jaxreml.diagnostics.DENSE", 0)
+        single = fit.influence("Worker")
+        np.testing.assert_allclose(single.coefficients, batch.coefficients, atol=1e-6)
+        np.testing.assert_allclose(single.parameters, batch.parameters, atol=1e-5)
+        np.testing.assert_allclose(single.dfbetas, batch.dfbetas, atol=1e-6)
+        assert list(single.refits["message"]) == list(batch.refits["message"])
+
+    def test_refits_that_cannot_be_made(self):
+        fit = fitted("sleep_corr")
+        labels = np.where(fit.table["Subject"].astype(str) == "308", "one", "others")
+        found = fit.influence(labels)
+        assert list(found.refits["converged"]) == [True, False]
+        assert found.coefficients.loc["others"].isna().all()
+        assert "too few" in found.refits["message"]["others"]
+
+
+class TestFirstOrder:
+    """Derivatives in case weights by automatic differentiation of a dense criterion."""
+
+    def derivative(self, fit: LMMResults, of_rows: bool) -> tuple[np.ndarray, np.ndarray]:
+        frame, p = fit.frame, len(fit.beta)
+        codes = frame.terms[0].codes
+        Z = np.concatenate([term.effects for term in frame.terms], axis=1)
+        weights = np.ones(fit.nobs) if fit.weights is None else fit.weights
+        y = fit.y if fit.offset is None else fit.y - fit.offset
+        sizes = tuple(len(term.effect_names) for term in frame.terms)
+        same = codes[:, None] == codes
+        groups = fit.nobs if of_rows else codes.max() + 1
+
+        def solution(params, c):
+            """The criterion and beta."""
+            omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+            blocks = covariance.symmetric_matrices(omega, sizes)
+            omega = jax.scipy.linalg.block_diag(*blocks)
+            of_case = c if of_rows else jnp.ones(fit.nobs)
+            V = jnp.diag(1 / (weights * of_case)) + (Z @ omega @ Z.T) * same
+            inverse = jnp.linalg.inv(V)
+            logdet = jnp.linalg.slogdet(V)[1] + jnp.sum(jnp.log(of_case))
+            degrees = jnp.sum(c)
+            if not of_rows:  # weights of independent parts
+                inverse = inverse * c[codes]
+                pivots = jnp.log(jnp.diagonal(jnp.linalg.cholesky(V)))  # block-diagonal
+                parts = 2 * jax.ops.segment_sum(pivots, codes, groups)
+                logdet, degrees = c @ parts, c @ np.bincount(codes)
+            information = frame.X.T @ inverse @ frame.X
+            beta = jnp.linalg.solve(information, frame.X.T @ inverse @ y)
+            rest = y - frame.X @ beta
+            value = degrees * log_sigma2 + logdet + rest @ inverse @ rest / jnp.exp(log_sigma2)
+            if fit.method == "REML":
+                value += jnp.linalg.slogdet(information)[1] - p * log_sigma2
+            return value, beta
+
+        at = jnp.asarray(fit.parameters), jnp.ones(groups)
+        slope = jax.grad(lambda *a: solution(*a)[0])
+        hessian, mixed = jax.jit(jax.jacfwd(slope, (0, 1)))(*at)
+        of_beta = jax.jacfwd(lambda *a: solution(*a)[1], (0, 1))
+        by_params, by_weights = jax.jit(of_beta)(*at)
+        params = jnp.linalg.solve(hessian, mixed)
+        return np.asarray(by_params @ params - by_weights).T, np.asarray(params).T
+
+    @pytest.mark.parametrize(("method", "of_rows"), [("REML", False), ("REML", True), ("ML", True)])
+    def test_derivative(self, method, of_rows):
+        fit = small(method)
+        beta, params = self.derivative(fit, of_rows)
+        found = fit.influence(None if of_rows else "g", "first-order")
+        np.testing.assert_allclose(found.coefficients, beta, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(found.parameters, params, rtol=1e-5, atol=1e-7)
+        if not of_rows:
+            pairs = fit.influence(fit.table["g"].to_numpy() // 2, "first-order").coefficients
+            np.testing.assert_allclose(pairs, beta[::2] + beta[1::2], rtol=1e-5, atol=1e-8)
+
+    def test_follows_the_exact_one(self):
+        fit = fitted("sleep_corr")
+        exact, first = fit.influence("Subject"), fit.influence("Subject", "first-order")
+        for name in ("coefficients", "parameters"):
+            for column, values in getattr(exact, name).items():
+                assert np.corrcoef(values, getattr(first, name)[column])[0, 1] > 0.99
+
+    def test_boundary_and_refusals(self):
+        found = fitted("corr_one").influence("g", "first-order")
+        assert found.parameters.iloc[:, 2].isna().all()  # the correlation
+        assert found.parameters.iloc[:, [0, 1, 3]].notna().all(axis=None)
+        assert found.coefficients.notna().all(axis=None)
+        with pytest.raises(ValueError, match=r"singular.*flat"):
+            fitted("zero_slope").influence("g", "first-order")
+        with pytest.raises(ValueError, match="not the crossed one"):
+            fitted("machines").influence("Worker", "first-order")
+        with pytest.raises(ValueError, match="divide levels of 'Subject'"):
+            fitted("sleep_corr").influence("Days", "first-order")
