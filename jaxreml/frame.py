@@ -25,7 +25,7 @@ from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
 from jaxreml.tabular import column_names, nearest, to_pandas
 
 ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
-_R_NAMES = {"factor": TRANSFORMS["C"], "sqrt": np.sqrt, "abs": np.abs}
+R_NAMES = {"factor": TRANSFORMS["C"], "sqrt": np.sqrt, "abs": np.abs}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def covariate_frame(
 def _model_frame(
     parsed: ParsedFormula, data: Any, weights: Any, offset: Any, context: Mapping[str, Any] | None
 ) -> ModelFrame:
-    context = {**_R_NAMES, **(context or {})}
+    context = {**R_NAMES, **(context or {})}
     table = _used_columns(parsed, data, context)
     extras = {"weights": weights, "offset": offset}
     for role, value in extras.items():

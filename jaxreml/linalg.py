@@ -34,7 +34,7 @@ def matmul(left: Array, right: Array) -> Array:
     """Products of (i, k, ...) and (k, j, ...); the trailing axes broadcast."""
     if left.ndim == right.ndim == 2:
         return left @ right
-    if left.shape[1] > UNROLLED_ORDER**2:
+    if not 0 < left.shape[1] <= UNROLLED_ORDER**2:
         return jnp.einsum("ik...,kj...->ij...", left, right)
     products = [left[:, k, None] * right[None, k] for k in range(left.shape[1])]
     return reduce(add, products)
@@ -92,7 +92,7 @@ def solve_lower(factor: Array, right: Array) -> Array:
     for i in range(factor.shape[0]):
         rest = reduce(add, [-factor[i, j] * rows[j] for j in range(i)], right[i])
         rows.append(rest / factor[i, i])
-    return jnp.stack(rows)
+    return jnp.stack(rows) if rows else right
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

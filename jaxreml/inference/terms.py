@@ -14,7 +14,7 @@ from formulaic.parser.types import Factor, Term
 
 from jaxreml.errors import DataError
 from jaxreml.formula import names_in
-from jaxreml.frame import _R_NAMES
+from jaxreml.frame import R_NAMES
 from jaxreml.results import LMMResults
 
 ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
@@ -140,7 +140,7 @@ def fixed_terms(fit: LMMResults) -> FixedTerms:
             f"the fit did not converge ({fit.message}), so tests of its fixed effects would mean "
             "nothing"
         )
-    context = {**_R_NAMES, **(fit.context or {})}
+    context = {**R_NAMES, **(fit.context or {})}
     table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
     parsed = fit.frame.formula
     matrix = _matrix(parsed.fixed, table, context)
