@@ -14,6 +14,8 @@ import pandas as pd
 from jaxreml.errors import DataError
 
 if TYPE_CHECKING:
+    from jaxreml.inference.bootstrap import Bootstrap
+    from jaxreml.inference.profile import Profile
     from jaxreml.results import LMMResults
 
 FAINT = {"color": "0.6", "linewidth": 0.8, "linestyle": ":"}
@@ -271,6 +273,195 @@ def shrinkage(
     ax.set(xlabel=f"{x} of {group}", ylabel=f"{y} of {group}")
     ax.legend(frameon=False)
     return ax
+
+
+def profile_zeta_data(profile: Profile, parameter: str | None = None) -> pd.DataFrame:
+    """The profile of one parameter, the first if left out: columns value and zeta."""
+    frame = profile.frame
+    chosen = frame["parameter"] == _parameter(profile, parameter)
+    return frame.loc[chosen, ["value", "zeta"]].reset_index(drop=True)
+
+
+def profile_zeta(profile: Profile, parameter: str | None = None, *, ax: Any = None) -> Any:
+    """Signed root of the deviance against a parameter, with the ends of 50, 80, 90, 95 and 99%
+    intervals. Where it is straight, Wald intervals are right."""
+    from scipy.special import ndtri
+
+    name = _parameter(profile, parameter)
+    frame = profile_zeta_data(profile, name)
+    ax = _axes(ax)
+    values = np.linspace(frame["value"].iloc[0], frame["value"].iloc[-1], 200)
+    ax.plot(values, _interpolated(frame["value"], frame["zeta"])(values))
+    ax.scatter(frame["value"], frame["zeta"], s=8)
+    for level in (0.5, 0.8, 0.9, 0.95, 0.99):
+        for zeta in ndtri([(1 - level) / 2, (1 + level) / 2]):
+            if frame["zeta"].iloc[0] <= zeta <= frame["zeta"].iloc[-1]:
+                at = float(_interpolated(frame["zeta"], frame["value"])(zeta))
+                ax.vlines(at, 0, zeta, color="0.6", linewidth=0.8)
+    ax.axhline(0, **FAINT)
+    ax.set(xlabel=name, ylabel="zeta")
+    return ax
+
+
+def profile_contour_data(
+    profile: Profile,
+    first: str,
+    second: str,
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+) -> pd.DataFrame:
+    """Joint likelihood regions of two parameters, interpolated from their profiles.
+
+    The contour of a level passes through the four points where the profile of one parameter
+    reaches its deviance, and touches a line parallel to the other's axis there (Bates and Watts
+    1988, Nonlinear Regression Analysis, appendix A6; lme4 draws these).
+
+    Args:
+        profile: of both parameters, with a ``conf_level`` that covers the regions: the chi-squared
+            quantile with two degrees of freedom, 0.986 for a region of 0.95.
+        first, second: parameters.
+        levels: of the regions.
+
+    Returns:
+        Columns level, and one for each parameter; the points of a contour in turn.
+
+    Raises:
+        DataError: a parameter without a profile, or a level that the profiles do not reach, as
+            where a variance is on its boundary.
+    """
+    from scipy.interpolate import CubicSpline
+    from scipy.special import chdtri
+
+    traces = [_trace(profile, first, second), _trace(profile, second, first)]
+    backs = [_interpolated(trace["zeta"], trace["value"]) for trace in traces]
+    parts = []
+    for level in levels:
+        radius = float(np.sqrt(chdtri(2, 1 - level)))
+        angles = []
+        for k, trace in enumerate(traces):
+            low, high = trace["zeta"].iloc[0], trace["zeta"].iloc[-1]
+            if not low <= -radius < radius <= high:
+                raise DataError(
+                    f"the profile of {(first, second)[k]!r} reaches from zeta {low:.2f} to "
+                    f"{high:.2f}, and the region of {level} needs +-{radius:.2f}: profile with a "
+                    "larger conf_level, or draw a lower level"
+                )
+            other = _interpolated(trace["zeta"], trace["other"])
+            for sign in (1, -1):
+                across = float(np.arccos(np.clip(other(sign * radius) / radius, -1, 1)))
+                own = 0.0 if sign > 0 else np.pi
+                angles.append((own, across) if k == 0 else (across, own))
+        mean = np.array([np.sign(x - y) * (x + y) / 2 for x, y in angles])
+        gap = np.array([abs(x - y) for x, y in angles])
+        order = np.argsort(mean)
+        mean, gap = mean[order], gap[order]
+        turn = CubicSpline(
+            np.append(mean, mean[0] + 2 * np.pi), np.append(gap, gap[0]), bc_type="periodic"
+        )
+        at = np.linspace(-np.pi, np.pi, 101)
+        zetas = radius * np.cos(at + turn(at) / 2), radius * np.cos(at - turn(at) / 2)
+        values = [back(zeta) for back, zeta in zip(backs, zetas, strict=True)]
+        parts.append(pd.DataFrame({"level": level, first: values[0], second: values[1]}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def profile_contour(
+    profile: Profile,
+    first: str,
+    second: str,
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+    *,
+    ax: Any = None,
+) -> Any:
+    """Joint likelihood regions of two parameters, with the traces of their profiles; see
+    `profile_contour_data`."""
+    frame = profile_contour_data(profile, first, second, levels)
+    ax = _axes(ax)
+    for level, part in frame.groupby("level"):
+        ax.plot(part[first], part[second], color="C0", linewidth=1)
+        top = part.loc[part[second].idxmax()]
+        ax.annotate(f"{level:.0%}", (top[first], top[second]), fontsize=7, ha="center")
+    whole = profile.frame
+    for name in (first, second):
+        trace = whole[whole["parameter"] == name]
+        ax.plot(trace[first], trace[second], **FAINT)
+    ax.set(xlabel=first, ylabel=second)
+    return ax
+
+
+def bootstrap_density_data(bootstrap: Bootstrap, statistic: str | None = None) -> pd.DataFrame:
+    """Kernel density estimate of the finite draws of one statistic, the first if left out.
+
+    Returns:
+        Columns value and density, 200 rows.
+    """
+    from scipy.stats import gaussian_kde
+
+    draws = _draws(bootstrap, statistic)
+    values = np.linspace(draws.min(), draws.max(), 200)
+    return pd.DataFrame({"value": values, "density": gaussian_kde(draws)(values)})
+
+
+def bootstrap_density(
+    bootstrap: Bootstrap,
+    statistic: str | None = None,
+    *,
+    level: float = 0.95,
+    method: str = "percentile",
+    ax: Any = None,
+) -> Any:
+    """Density of the draws of one statistic, with the estimate and an interval of `method`."""
+    name = _statistic(bootstrap, statistic)
+    frame = bootstrap_density_data(bootstrap, name)
+    ax = _axes(ax)
+    ax.plot(frame["value"], frame["density"])
+    ax.axvline(bootstrap.estimate[name], color="black", linewidth=1)
+    interval = bootstrap.conf_int(level, method).loc[name]
+    if np.isfinite([interval["lower"], interval["upper"]]).all():
+        inside = frame[frame["value"].between(interval["lower"], interval["upper"])]
+        ax.fill_between(inside["value"], inside["density"], alpha=0.3)
+    lost = len(bootstrap.draws) - len(_draws(bootstrap, name))
+    note = f" ({lost} draws are not finite)" if lost else ""
+    ax.set(xlabel=f"{name}, {level:.0%} {method} interval{note}", ylabel="density", ylim=(0, None))
+    return ax
+
+
+def _parameter(profile: Profile, name: str | None) -> str:
+    name = profile.parameters[0] if name is None else name
+    if name not in profile.parameters:
+        raise DataError(f"there is no profile of {name!r}: {', '.join(profile.parameters)}")
+    return name
+
+
+def _trace(profile: Profile, name: str, other: str) -> pd.DataFrame:
+    """The profile of one parameter: value, zeta, and zeta of another's value on the way."""
+    own, across = (profile_zeta_data(profile, parameter) for parameter in (name, other))
+    frame = profile.frame
+    values = frame.loc[frame["parameter"] == name, other].to_numpy()
+    return own.assign(other=_interpolated(across["value"], across["zeta"])(values))
+
+
+def _interpolated(x: Any, y: Any) -> Any:
+    """A cubic spline through points in the order of x, ties left out."""
+    from scipy.interpolate import CubicSpline
+
+    values, places = np.unique(np.asarray(x, float), return_index=True)
+    return CubicSpline(values, np.asarray(y, float)[places])
+
+
+def _statistic(bootstrap: Bootstrap, name: str | None) -> str:
+    known = [str(label) for label in bootstrap.estimate.index]
+    name = known[0] if name is None else name
+    if name not in known:
+        raise DataError(f"there is no statistic {name!r}: {', '.join(known)}")
+    return name
+
+
+def _draws(bootstrap: Bootstrap, statistic: str | None) -> np.ndarray:
+    draws = bootstrap.draws[_statistic(bootstrap, statistic)].to_numpy()
+    draws = draws[np.isfinite(draws)]
+    if np.ptp(draws) == 0 if draws.size else True:
+        raise DataError("the draws do not vary: there is no density to draw")
+    return draws
 
 
 def _choose(fit: LMMResults, group: str | None, effect: str | None) -> tuple[str, str]:

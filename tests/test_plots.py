@@ -89,3 +89,42 @@ def test_unknown_names(fit):
         plots.qq_modes(fit, effect="x")
     with pytest.raises(DataError, match="no effect 'x'"):
         plots.shrinkage(fit, effects=("x", "Days"))
+
+
+@pytest.fixture(scope="module")
+def profile(fit):
+    return fit.profile(conf_level=0.99)
+
+
+def test_profile(fit, profile, ax):
+    frame = plots.profile_zeta_data(profile, "sigma")
+    assert frame["zeta"].is_monotonic_increasing
+    assert points(plots.profile_zeta(profile, "sigma", ax=ax)).shape == frame.shape
+    with pytest.raises(DataError, match="no profile of 'tau'"):
+        plots.profile_zeta(profile, "tau")
+
+
+def test_contours_have_their_deviance(fit, profile, ax):
+    """Nearly: the other parameters are profiled out in fits with both of these held."""
+    frame = plots.profile_contour_data(profile, "(Intercept)", "Days", (0.5, 0.9))
+    by_ml = jaxreml.fit(fit.formula, fit.table, "ML")
+    for level, deviance in ((0.5, 1.3862944), (0.9, 4.6051702)):
+        part = frame[frame["level"] == level]
+        for k in (3, 30, 61, 88):
+            intercept, slope = part.iloc[k, 1:]
+            left = fit.table.assign(z=fit.y - intercept - slope * fit.table["Days"])
+            held = jaxreml.fit("z ~ 0 + (Days | Subject)", left, "ML")
+            assert held.criterion - by_ml.criterion == pytest.approx(deviance, rel=0.1)
+    assert len(plots.profile_contour(profile, "(Intercept)", "Days", ax=ax).lines) == 6
+    with pytest.raises(DataError, match="larger conf_level"):
+        plots.profile_contour(profile, "(Intercept)", "Days", (0.99,))
+
+
+def test_bootstrap_density(fit, ax):
+    bootstrap = fit.bootstrap(200, seed=1)
+    frame = plots.bootstrap_density_data(bootstrap, "sigma")
+    assert np.trapezoid(frame["density"], frame["value"]) == pytest.approx(1, abs=0.03)
+    line = plots.bootstrap_density(bootstrap, "sigma", ax=ax).lines[1]
+    assert line.get_xdata()[0] == fit.sigma
+    with pytest.raises(DataError, match="no statistic 'tau'"):
+        plots.bootstrap_density(bootstrap, "tau")
