@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from pathlib import Path
 
 import jaxlib
 import pytest
@@ -20,6 +22,23 @@ import jax
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 30_000  # Linux allows a process 65,530, and XLA crashes beyond
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Every compiled program holds some of the process's memory maps: forget them in time."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        for module in [m for name, m in sys.modules.items() if name.startswith("jaxreml")]:
+            for value in list(vars(module).values()):
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
