@@ -235,7 +235,7 @@ def test_arguments():
         jaxreml.compare(fit, "ML")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 names for 2 fits"):
         jaxreml.compare(fit, fit, names=["a"])
-    with pytest.raises(ValueError, match='one of "chi2", "mixture", not \'lrt\''):
+    with pytest.raises(ValueError, match='one of "chi2", "mixture", "bootstrap", not \'lrt\''):
         jaxreml.compare(fit, fit, method="lrt")
     with pytest.warns(ConvergenceWarning):
         stopped = jaxreml.fit(SLEEP + "(1 | Subject)", data("sleepstudy"), "ML", max_iterations=1)
