@@ -216,7 +216,7 @@ def work(design: Design) -> float:
 
 
 def cost_against_size(path: Path) -> dict[str, list[list[float]]]:
-    """Per size: seconds per fit and `work`. By rows, levels of the factor eliminated and the other."""
+    """Per size: seconds per fit and `work`; by rows, levels of the one factor and the other."""
     import matplotlib
 
     matplotlib.use("Agg")
