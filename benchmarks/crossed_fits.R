@@ -1,8 +1,7 @@
 # lme4's side of crossed_fits.py: reads a task from JSON on the command line, writes JSON to stdout.
 suppressPackageStartupMessages({library(lme4); library(jsonlite)})
 task <- fromJSON(commandArgs(TRUE)[1], simplifyVector = FALSE)
-control <- lmerControl(check.conv.singular = "ignore", check.conv.grad = "ignore",
-                       check.conv.hess = "ignore", calc.derivs = FALSE)
+control <- lmerControl(check.conv.singular = "ignore")
 data <- read.csv(task$csv, stringsAsFactors = FALSE)
 for (name in names(task$factors)) data[[name]] <- factor(data[[name]], unlist(task$factors[[name]]))
 out <- lapply(task$models, function(formula) {
