@@ -101,7 +101,7 @@ def describe_run(
         "structure": structure,
         "max_iterations": max_iterations,
         "df": tests[0],
-        "contrasts": _digest([*tests[1:]]),
+        "contrasts": _digest([*tests[1:]]) if tests[1] else None,
         "data": _digest(parts),
         "responses": None if names is None else _digest_names(names),
         "block size": block,
