@@ -196,20 +196,31 @@ def _chain(root: Array, sizes: covariance.Sizes, expansion: Expansion) -> tuple[
 
 
 def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array, ...]:
-    """Lower-triangular factors of a root's covariances, pivots of at most `zero` set to zero."""
+    """Lower-triangular factors of a root's covariances, pivots of at most `zero` set to zero.
+
+    An effect whose whole variance is rounding error has a row of zeros: what is left of its
+    covariances would pass for a correlation.
+    """
     factors = []
     start = 0
     for q in sizes:
         square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
         matrix = linalg.matmul(square, linalg.transpose(square))
-        factors.append(covariance.factor_semidefinite(matrix, zero)[0])
+        factor, _ = covariance.factor_semidefinite(matrix, zero)
+        varies = linalg.diagonal(matrix) > _rounding(root) ** 2
+        factors.append(jnp.where(varies[:, None], factor, 0.0))
         start += q * q
     return tuple(factors)
 
 
 def _kept_triangles(root: Array, sizes: covariance.Sizes) -> tuple[Array, ...]:
     """Lower-triangular factors; what is set to zero is rounding error of a pivot set to zero."""
-    return _triangles(root, sizes, math.sqrt(50 * jnp.finfo(root.dtype).eps))
+    return _triangles(root, sizes, _rounding(root))
+
+
+def _rounding(root: Array) -> float:
+    """Relative SD that rounding leaves of zero."""
+    return math.sqrt(50 * jnp.finfo(root.dtype).eps)
 
 
 def start_root(design: Design, reml: bool) -> Array:

@@ -87,6 +87,19 @@ def test_log_variance_standard_errors(case):
     np.testing.assert_allclose(ours, [by_key[key] for key in mine], rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["REML", "ML"])
+def test_a_zero_variance_conditions_the_other_errors(method):
+    """Covariances that rounding leaves of a zero variance are no correlation."""
+    table = references.data("zero_slope")
+    fit = jaxreml.fit("y ~ x + (x | g)", table, method)
+    without = jaxreml.fit("y ~ x + (1 | g)", table, method)
+    assert list(fit.theta[1:]) == [0, 0]
+    assert "the variance of x of g is zero" in fit.message
+    expected = without.log_variance_se.to_numpy()
+    ours = fit.log_variance_se.to_numpy()
+    np.testing.assert_allclose(ours, [expected[0], np.nan, expected[1]], rtol=1e-6)
+
+
 def test_random_effects(case):
     _, fit, figures = case
     if "ranef" not in figures:
