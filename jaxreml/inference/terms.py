@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,9 +11,8 @@ import numpy as np
 import pandas as pd
 from formulaic.parser.types import Factor, Term
 
+from jaxreml.encoding import Encoding
 from jaxreml.errors import DataError
-from jaxreml.formula import names_in
-from jaxreml.frame import R_NAMES
 from jaxreml.results import LMMResults
 
 ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
@@ -25,19 +23,26 @@ class FixedTerms:
     """The fixed effects of a fit by terms.
 
     Attributes:
-        parsed: the parts of the formula.
+        encoding: how X is made, its aliased columns too.
+        offset_encodings: how each ``offset()`` of the formula is made.
         table: the rows used, without weights and offset given as arguments.
-        context: what the formula may name besides columns.
-        full: (n, P), X with its aliased columns.
-        kept: (p,), those of its columns that have coefficients.
+        kept: (p,), the columns of X that have coefficients.
     """
 
-    parsed: Any
+    encoding: Encoding
+    offset_encodings: tuple[Encoding, ...]
     table: pd.DataFrame
-    context: Mapping[str, Any]
-    full: np.ndarray
     kept: np.ndarray
-    spec: Any
+
+    @property
+    def spec(self) -> Any:
+        """formulaic's `ModelSpec`."""
+        return self.encoding.spec
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """(n, P), X with its aliased columns."""
+        return self.encoding.matrix(self.table)
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +82,14 @@ class FixedTerms:
         table = self.table.copy()
         for name in table.select_dtypes("bool"):
             table[name] = pd.Categorical(table[name])
-        return _matrix(self.parsed.fixed, table, self.context, ensure_full_rank=False)
+        with np.errstate(all="ignore"):
+            return formulaic.Formula(self.encoding.text).get_model_matrix(  # pyright: ignore
+                table,
+                na_action="raise",
+                output="numpy",
+                context=self.encoding.context,
+                ensure_full_rank=False,
+            )
 
     def rows(self, table: pd.DataFrame) -> np.ndarray:
         """Rows (m, P) of X, aliased columns too, at the values in `table`.
@@ -85,21 +97,20 @@ class FixedTerms:
         Raises:
             DataError: values at which the formula cannot be computed.
         """
-        return _values(self.spec, table, self.context, "the fixed effects")
+        return self.encoding.matrix(table)
 
     def offsets(self, table: pd.DataFrame) -> np.ndarray:
         """(m,), the sum of the formula's offsets at the values in `table`."""
         total = np.zeros(len(table))
-        for text in self.parsed.offsets:
-            spec = _matrix(f"0 + I({text})", self.table, self.context).model_spec
-            total += _values(spec, table, self.context, f"the offset {text!r}")[:, 0]
+        for encoding in self.offset_encodings:
+            total += encoding.matrix(table)[:, 0]
         return total
 
     @property
     def variables(self) -> list[str]:
         """Columns of the table that the fixed effects and the offsets use, in order."""
-        texts = [self.parsed.fixed, *self.parsed.offsets]
-        names = dict.fromkeys(name for text in texts for name in names_in(text))
+        encodings = [self.encoding, *self.offset_encodings]
+        names = dict.fromkeys(name for encoding in encodings for name in encoding.variables)
         return [name for name in names if name in self.table.columns]
 
     @property
@@ -140,40 +151,13 @@ def fixed_terms(fit: LMMResults) -> FixedTerms:
             f"the fit did not converge ({fit.message}), so tests of its fixed effects would mean "
             "nothing"
         )
-    context = {**R_NAMES, **(fit.context or {})}
+    frame = fit.frame
+    encoding = frame.fixed_encoding
     table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
-    parsed = fit.frame.formula
-    matrix = _matrix(parsed.fixed, table, context)
-    names = ["(Intercept)" if n == "Intercept" else str(n) for n in matrix.model_spec.column_names]
-    full = np.asarray(matrix, float).reshape(len(table), len(names))
-    kept = np.array([names.index(name) for name in fit.fixed_names], dtype=int)
-    return FixedTerms(parsed, table, context, full, kept, matrix.model_spec)
+    kept = np.array([encoding.names.index(name) for name in fit.fixed_names], dtype=int)
+    return FixedTerms(encoding, frame.offset_encodings, table, kept)
 
 
 def _is_categorical(spec: Any, expression: str) -> bool:
     kind, _ = spec.encoder_state.get(expression, (None, None))
     return kind is Factor.Kind.CATEGORICAL
-
-
-def _matrix(text: str, table: pd.DataFrame, context: Mapping[str, Any], **options: Any) -> Any:
-    """formulaic's matrix of a right side at the rows used, with its `model_spec`."""
-    with np.errstate(all="ignore"):
-        return formulaic.Formula(text).get_model_matrix(  # pyright: ignore
-            table, na_action="raise", output="numpy", context=context, **options
-        )
-
-
-def _values(spec: Any, table: pd.DataFrame, context: Mapping[str, Any], what: str) -> np.ndarray:
-    try:
-        with np.errstate(all="ignore"):
-            matrix = spec.get_model_matrix(
-                table, na_action="raise", output="numpy", context=context
-            )
-    except Exception as error:  # whatever a user's function may raise
-        raise DataError(f"{what} cannot be computed at these values: {error}") from error
-    names = spec.column_names
-    values = np.asarray(matrix, float).reshape(len(table), len(names))
-    bad = ~np.isfinite(values).all(axis=0)
-    if bad.any():
-        raise DataError(f"{names[int(np.argmax(bad))]!r} of {what} is not finite at these values")
-    return values
