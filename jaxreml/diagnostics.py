@@ -139,14 +139,14 @@ def influence(fit: LMMResults, by: Any = None, method: str = "exact") -> Influen
         method: "exact" refits the model without each group, in one batch where the structure has
             one: one program for all groups of grouped fits, and of crossed ones up to 1,000 random
             effects; a compilation and fit per group of larger ones. Columns such as ``poly(x, 2)``
-            stay those of all rows. "first-order" takes the derivative of the estimates in a weight
-            of the group, by the implicit function theorem, times -1: for grouped fits, of groups
-            made of whole levels (weights of their part of the likelihood) or of single rows (prior
-            weights). It comes short where a group has much leverage.
+            stay those of all rows. "first-order" does without refits: one step of the variance
+            parameters by the implicit function theorem (`jaxreml.first_order`), after which beta is
+            that of the rows left, to first order in the step. It comes short where a group says
+            much about a variance.
 
     Raises:
-        ValueError: a fit without an optimum, another method, or groups that the first-order method
-            has no weights for.
+        ValueError: a fit without an optimum, another method, or a fit that has no derivative or is
+            too large for the first-order method.
         DataError: another `by`.
     """
     if not fit.converged:

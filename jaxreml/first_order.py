@@ -1,17 +1,17 @@
-r"""First-order influence: derivatives of the estimates in case weights, for the grouped structure.
+r"""First-order influence: what leaving a group of rows out does to the estimates, without a refit.
 
-With a weight c of each case, 1 for all of them, the criterion f(phi; c) has its optimum at
-phi(c), so that d phi / dc = -H^-1 d2 f / dphi dc by the implicit function theorem; leaving the case
-out changes phi by about H^-1 d psi / dphi, with psi = df / dc (Beckman, Nachtsheim and Cook 1987,
-Technometrics 29:413). For whole levels of the grouping factor, which are independent, c weights
-their part of the likelihood; for single rows it multiplies the prior weight, and the row counts c
-times:
+With f the criterion of all rows and f_g that of the rows without the group g, profiled over beta,
+the optimum of (1 - t) f + t f_g moves by phi'(0) = H^-1 d psi / d phi, psi = f - f_g, by the
+implicit function theorem. beta without the group is exact at the variance parameters of the fit, to
+which comes what their change does to beta. With P = V0^-1 - V0^-1 X (X'V0^-1 X)^-1 X'V0^-1, rows
+weighted, and parts of the group's n_g rows:
 
-    level   psi = n log sigma2 + log|V0| + tr(Phi M) + r' V0^-1 r / sigma2   (of that level)
-    row     psi = log sigma2 + h + w e^2 / sigma2
+    psi = n_g log sigma2 - log|P_gg| + (Py)_g' P_gg^-1 (Py)_g / sigma2
 
-with M its part of X' V0^-1 X, r and e the marginal and conditional residuals, h the leverage.
-Under ML the parts that come from log|X' V0^-1 X| are absent.
+and log|(V0^-1)_gg| instead under ML (case deletion: Christensen, Pearson and Johnson 1992,
+Technometrics 34:38; Haslett and Dillane 2004, JRSS B 66:131). Two ways to it: for whole levels of a
+single grouping factor, or single rows, in one pass over the rows; for any other groups, and with
+crossed factors, through the inverse of I + Omega Z'Z.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ from jax.scipy.linalg import block_diag
 
 from jaxreml import covariance, linalg
 from jaxreml.cache import quick_compilation
-from jaxreml.designs import Design
-from jaxreml.effects import from_basis
+from jaxreml.designs import MAX_DENSE_BYTES, Design
+from jaxreml.effects import from_basis, scaled_rows, whitened
 from jaxreml.estimation import FAR, LOG_ZERO
 from jaxreml.results import LMMResults
+from jaxreml.structures.layout import Layout
+
+LEFT = 1e-10  # share of a coefficient's information, or of a row, that a group must leave
+BLOCK = 10**7  # numbers of rows by random effects at a time
 
 
 def changes(
@@ -39,40 +43,18 @@ def changes(
     """First-order changes of the coefficients and variance parameters without each group.
 
     Args:
-        fit: a fit of the grouped structure.
-        codes: (n,), the groups, whole levels of the grouping factor; ignored for rows.
+        fit: a fit.
+        codes: (n,), the groups.
         count: number of groups.
         of_rows: every row is its own group.
 
     Returns:
-        (count, p) and (count, m + 1); the latter NaN for parameters on the boundary, at which the
-        others are given.
+        (count, p) and (count, m + 1). NaN for parameters on the boundary, at which the others are
+        given, and for a group without which a coefficient cannot be estimated.
 
     Raises:
-        ValueError: another structure, groups that divide levels, or a singular Hessian.
+        ValueError: a singular Hessian, or too many random effects of crossed factors.
     """
-    frame, design = fit.frame, fit.design
-    if fit.structure != "grouped":
-        raise ValueError(
-            f"first-order influence is for the grouped structure, not the {fit.structure} one: "
-            'groups of rows are not independent there. Use method="exact"'
-        )
-    levels = frame.terms[0].codes
-    of_level = np.zeros(levels.max() + 1, int)
-    if not of_rows:
-        of_level[levels] = codes
-        if not np.array_equal(of_level[levels], codes):
-            raise ValueError(
-                f"the groups divide levels of {frame.terms[0].name!r}, whose rows are not "
-                "independent; first-order influence is of whole levels or single rows. Use "
-                'method="exact"'
-            )
-    root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
-    X = frame.X * root[:, None]
-    y = (frame.y if frame.offset is None else frame.y - frame.offset) * root  # pyright: ignore
-    Z = np.concatenate([term.effects for term in frame.terms], axis=1) * root[:, None]
-    Z = Z / np.concatenate([np.asarray(scale) for scale in design.scales])
-    columns = np.column_stack([from_basis(design, X), y - X @ np.asarray(design.beta_ols)])
     inside = np.isfinite(fit.parameters)
     vcov = fit.parameters_vcov[np.ix_(inside, inside)]
     if np.isnan(vcov).any():
@@ -80,10 +62,20 @@ def changes(
             "first-order influence needs the variance parameters' Hessian, which is singular: "
             f'{fit.message}. Use method="exact"'
         )
-    finite = _finite(fit.parameters, design.sizes)
+    frame, sizes = fit.frame, fit.design.sizes
+    of_level = None
+    if fit.structure == "grouped":
+        levels = frame.terms[0].codes
+        of_level = np.zeros(levels.max() + 1, int)
+        of_level[levels] = codes
+    root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
     with jax.enable_x64(True):
-        program = _compiled(fit.method == "REML", of_rows, count)
-        values = program(finite, design.without_names(), columns, Z, levels, of_level)
+        finite = _finite(fit.parameters, sizes)
+        whole = of_level is not None and np.array_equal(of_level[levels], codes)
+        if of_level is not None and (of_rows or whole):
+            values = _of_levels(fit, finite, root, of_level, count, of_rows)
+        else:
+            values = _of_any(fit, finite, root, codes, count)
         slopes, own, of_beta = (np.asarray(value) for value in values)
     step = np.full((count, inside.size), np.nan)
     step[:, inside] = slopes[:, inside] @ (vcov / 2)
@@ -99,10 +91,126 @@ def _finite(params: np.ndarray, sizes: covariance.Sizes) -> np.ndarray:
     return params
 
 
+# Any groups of any structure, on the host
+
+
+def _of_any(
+    fit: LMMResults, params: np.ndarray, root: np.ndarray, codes: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_of_levels`, groups of the same number of rows together."""
+    frame, design, parts = fit.frame, fit.design, fit.henderson
+    layout = Layout(design.sizes, tuple(len(term.levels) for term in frame.terms))
+    size = 4 * 8 * layout.total**2
+    if size > MAX_DENSE_BYTES:
+        raise ValueError(
+            f"first-order influence of {layout.total} random effects of crossed factors needs "
+            f"about {size / 2**30:.1f} GiB, and {MAX_DENSE_BYTES / 2**30:.0f} GiB is the limit. "
+            'Use method="exact"'
+        )
+    rows = scaled_rows(design, [(term.codes, term.effects) for term in frame.terms])
+    Z = layout.sparse([(levels, effects * root[:, None]) for levels, effects in rows])
+    relative = covariance.relative_scale(design.scales)
+
+    def scaled(params: Any) -> Any:
+        return covariance.omega_from_params(params, design.sizes)[0] * relative
+
+    omega, jacobian = scaled(params), np.asarray(jax.jacfwd(scaled)(params))
+    matrices = covariance.symmetric_matrices(omega, design.sizes)
+    squares = (Z.T @ Z).toarray()
+    inverse = np.linalg.inv(np.eye(layout.total) + np.asarray(layout.times(squares, matrices)).T)
+    given = np.asarray(layout.times(inverse, matrices))  # relative Var(b | y)
+
+    sigma2 = fit.sigma**2
+    residual = (fit.y - fit.fitted) * root  # P y
+    U = whitened(parts, design, frame.X, rows) * root[:, None]  # V0^-1 X A with A A' = Phi
+    of_z = np.asarray((Z.T @ U).T)
+    to_beta = np.linalg.inv(parts.factor.T @ design.basis) if design.p else np.zeros((0, 0))
+    scores = Z.T @ residual
+    moved = layout.form(jnp.asarray(of_z.T), jnp.asarray(scores[:, None]))[..., 0]
+    of_beta = -to_beta @ np.asarray(moved).T @ jacobian
+
+    slopes, own = np.full((count, len(params)), np.nan), np.full((count, design.p), np.nan)
+    order = np.argsort(codes, kind="stable")
+    per_group = np.bincount(codes, minlength=count)
+    first = np.cumsum(per_group) - per_group
+    for k in np.unique(per_group):
+        groups = np.flatnonzero(per_group == k)
+        step = max(1, BLOCK // (k * layout.total))
+        for start in range(0, groups.size, step):
+            block = groups[start : start + step]
+            here = order[first[block][:, None] + np.arange(k)]
+            z = Z[here.ravel()]
+            shape = (block.size, k, layout.total)
+            of_v = (z @ inverse).reshape(shape)  # V0^-1 Z of these rows
+            dense = z.toarray().reshape(shape)
+            V = np.eye(k) - (z @ given).reshape(shape) @ dense.transpose(0, 2, 1)
+            u, e = U[here], residual[here][..., None]
+            P, of_p = V - u @ u.transpose(0, 2, 1), of_v - u @ of_z
+            P_left, solved = _solve(P, np.concatenate([e, of_p], axis=2))
+            deleted, of_log = solved[..., :1], solved[..., 1:]
+            if fit.method == "ML":
+                _, of_log = _solve(V, of_v)
+            quadratic = np.sum(e * deleted, axis=(1, 2))
+            pulled = of_p.transpose(0, 2, 1) @ deleted
+            in_omega = _contract(layout, of_p if fit.method == "REML" else of_v, of_log)
+            pulled = pulled.transpose(0, 2, 1)
+            in_omega += _contract(layout, pulled, pulled - 2 * scores) / sigma2
+            slopes[block] = in_omega @ jacobian
+            slopes[block, -1] += k - quadratic / sigma2
+            own[block] = -(u.transpose(0, 2, 1) @ deleted)[..., 0] @ to_beta.T
+            slopes[block[~P_left]] = own[block[~P_left]] = np.nan
+    return slopes, own, of_beta
+
+
+def _solve(matrix: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Solutions of symmetric systems (B, k, k) with eigenvalues from 0 to 1, and which of them are
+    regular, (B,)."""
+    values, vectors = np.linalg.eigh(matrix)
+    left = values[:, 0] > LEFT
+    values = np.where(left[:, None], values, 1.0)
+    return left, vectors @ ((vectors.transpose(0, 2, 1) @ right) / values[..., None])
+
+
+def _contract(layout: Layout, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """tr(left E_i right') for (B, k, Q) arrays, (B, m)."""
+    found, start = [], 0
+    right = np.broadcast_to(right, left.shape)
+    for q, levels in zip(layout.sizes, layout.levels, strict=True):
+        stop = start + q * levels
+        parts = [x[..., start:stop].reshape(*x.shape[:2], q, levels) for x in (left, right)]
+        products = np.einsum("bkaj,bkcj->bac", *parts, optimize=True)
+        found.append(np.einsum("iac,bac->bi", covariance.symmetric_basis((q,)), products))
+        start = stop
+    return np.concatenate(found, axis=1)
+
+
+# Whole levels or single rows of one grouping factor, in one program
+
+
+def _of_levels(
+    fit: LMMResults,
+    params: np.ndarray,
+    root: np.ndarray,
+    of_level: np.ndarray,
+    count: int,
+    of_rows: bool,
+) -> tuple[Array, Array, Array]:
+    """Per group the slopes of psi (count, m + 1) and the change of beta at given parameters,
+    (count, p); the slopes of beta, (p, m + 1)."""
+    frame, design = fit.frame, fit.design
+    levels = frame.terms[0].codes
+    X = frame.X * root[:, None]
+    y = (frame.y if frame.offset is None else frame.y - frame.offset) * root  # pyright: ignore
+    Z = np.concatenate([term.effects for term in frame.terms], axis=1) * root[:, None]
+    Z = Z / np.concatenate([np.asarray(scale) for scale in design.scales])
+    columns = np.column_stack([from_basis(design, X), y - X @ np.asarray(design.beta_ols)])
+    program = _compiled(fit.method == "REML", of_rows, count)
+    return program(params, design.without_names(), columns, Z, levels, of_level)
+
+
 @lru_cache
 def _compiled(reml: bool, of_rows: bool, count: int) -> Any:
-    """Per group the slopes of psi in the parameters, and the change of beta at given parameters;
-    the slopes of beta."""
+    """`_of_levels` as a program."""
 
     def program(params: Array, *arrays: Any) -> tuple[Array, Array, Array]:
         def parts(params: Array) -> tuple[Array, Array, Array]:
@@ -159,22 +267,31 @@ def _parts(
     cross = structure.combine(projection.cross, to_white)[:, :, levels]
     white = columns @ to_white
     solved = white - jnp.einsum("na,aun->nu", loaded, cross)
-    of_x = solved[:, :p]
     if of_rows:
         inner = projection.inner[:, :, levels]
-        psi = jnp.sum(loaded * Z, axis=1) - jnp.einsum("na,abn,nb->n", loaded, inner, loaded)
-        psi = psi + log_sigma2 + ratio * solved[:, p] ** 2
-        if reml:
-            psi = psi + jnp.sum(of_x**2, axis=1)
-        own = of_x * solved[:, p:]
+        taken = jnp.sum(loaded * Z, axis=1) - jnp.einsum("na,abn,nb->n", loaded, inner, loaded)
+        of_v = 1 - taken
+        of_p = of_v - jnp.sum(solved[:, :p] ** 2, axis=1)
+        of_p = jnp.where(of_p > LEFT, of_p, jnp.nan)
+        deleted = solved[:, p] / of_p
+        psi = log_sigma2 - jnp.log(of_p if reml else of_v) + ratio * solved[:, p] * deleted
+        own = solved[:, :p] * deleted[:, None]
     else:
         roots = linalg.diagonal(structure._cholesky(omega))
         logdet = 2 * jnp.sum(jnp.log(roots), axis=0)
-        products = white * solved
-        of_row = log_sigma2 + ratio * products[:, p]
+        products = white[:, :, None] * solved[:, None]
+        taken = jax.ops.segment_sum(products, cases[levels], count)
+        left = jnp.eye(p + 1) - (taken + taken.transpose(0, 2, 1)) / 2
+        of_x = jnp.linalg.cholesky(left[:, :p, :p])
+        pivots = jnp.diagonal(of_x, axis1=1, axis2=2)
+        of_x = jnp.where(jnp.all(pivots**2 > LEFT, axis=1)[:, None, None], of_x, jnp.nan)
+        half = jax.scipy.linalg.solve_triangular(of_x, left[:, :p, p:], lower=True)
+        remaining = left[:, p, p] - jnp.sum(half**2, axis=(1, 2))
+        rows = jax.ops.segment_sum(jnp.ones(len(levels)), cases[levels], count)
+        psi = rows * log_sigma2 + jax.ops.segment_sum(logdet, cases, count)
+        psi = psi + ratio * (1 - remaining)
         if reml:
-            of_row = of_row + jnp.sum(products[:, :p], axis=1)
-        of_level = logdet + jax.ops.segment_sum(of_row, levels, len(logdet))
-        psi = jax.ops.segment_sum(of_level, cases, count)
-        own = jax.ops.segment_sum(white[:, :p] * solved[:, p:], cases[levels], count)
+            psi = psi - 2 * jnp.sum(jnp.log(jnp.diagonal(of_x, axis1=1, axis2=2)), axis=1)
+        across = jax.scipy.linalg.solve_triangular(of_x, half, lower=True, trans=1)
+        own = -across[..., 0]
     return psi, -(own @ to_beta.T) * jnp.sqrt(rss), beta

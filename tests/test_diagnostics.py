@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -168,75 +169,92 @@ class TestExactInfluence:
 
 
 class TestFirstOrder:
-    """Derivatives in case weights by automatic differentiation of a dense criterion."""
+    """Against a criterion with V written out, by automatic differentiation."""
 
-    def derivative(self, fit: LMMResults, of_rows: bool) -> tuple[np.ndarray, np.ndarray]:
+    def expected(self, fit: LMMResults, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         frame, p = fit.frame, len(fit.beta)
-        codes = frame.terms[0].codes
-        Z = np.concatenate([term.effects for term in frame.terms], axis=1)
         weights = np.ones(fit.nobs) if fit.weights is None else fit.weights
         y = fit.y if fit.offset is None else fit.y - fit.offset
         sizes = tuple(len(term.effect_names) for term in frame.terms)
-        same = codes[:, None] == codes
-        groups = fit.nobs if of_rows else codes.max() + 1
+        same = [term.codes[:, None] == term.codes for term in frame.terms]
 
-        def solution(params, c):
-            """The criterion and beta."""
+        def solution(params, keep):
+            """The criterion of some rows and beta; the others become independent of them."""
             omega, log_sigma2 = covariance.omega_from_params(params, sizes)
-            blocks = covariance.symmetric_matrices(omega, sizes)
-            omega = jax.scipy.linalg.block_diag(*blocks)
-            of_case = c if of_rows else jnp.ones(fit.nobs)
-            V = jnp.diag(1 / (weights * of_case)) + (Z @ omega @ Z.T) * same
-            inverse = jnp.linalg.inv(V)
-            logdet = jnp.linalg.slogdet(V)[1] + jnp.sum(jnp.log(of_case))
-            degrees = jnp.sum(c)
-            if not of_rows:  # weights of independent parts
-                inverse = inverse * c[codes]
-                pivots = jnp.log(jnp.diagonal(jnp.linalg.cholesky(V)))  # block-diagonal
-                parts = 2 * jax.ops.segment_sum(pivots, codes, groups)
-                logdet, degrees = c @ parts, c @ np.bincount(codes)
-            information = frame.X.T @ inverse @ frame.X
-            beta = jnp.linalg.solve(information, frame.X.T @ inverse @ y)
-            rest = y - frame.X @ beta
-            value = degrees * log_sigma2 + logdet + rest @ inverse @ rest / jnp.exp(log_sigma2)
+            V = jnp.diag(1 / jnp.asarray(weights))
+            matrices = covariance.symmetric_matrices(omega, sizes)
+            for term, matrix, here in zip(frame.terms, matrices, same, strict=True):
+                V += (term.effects @ matrix @ term.effects.T) * here
+            V = jnp.where(keep[:, None] & keep, V, jnp.eye(fit.nobs))
+            X, rest = frame.X * keep[:, None], y * keep
+            information = X.T @ jnp.linalg.solve(V, X)
+            beta = jnp.linalg.solve(information, X.T @ jnp.linalg.solve(V, rest))
+            rest = rest - X @ beta
+            value = keep.sum() * log_sigma2 + jnp.linalg.slogdet(V)[1]
+            value += rest @ jnp.linalg.solve(V, rest) / jnp.exp(log_sigma2)
             if fit.method == "REML":
                 value += jnp.linalg.slogdet(information)[1] - p * log_sigma2
             return value, beta
 
-        at = jnp.asarray(fit.parameters), jnp.ones(groups)
-        slope = jax.grad(lambda *a: solution(*a)[0])
-        hessian, mixed = jax.jit(jax.jacfwd(slope, (0, 1)))(*at)
-        of_beta = jax.jacfwd(lambda *a: solution(*a)[1], (0, 1))
-        by_params, by_weights = jax.jit(of_beta)(*at)
-        params = jnp.linalg.solve(hessian, mixed)
-        return np.asarray(by_params @ params - by_weights).T, np.asarray(params).T
+        at, every = jnp.asarray(fit.parameters), jnp.ones(fit.nobs, bool)
+        hessian = jax.hessian(lambda params: solution(params, every)[0])(at)
+        by_params = jax.jacfwd(lambda params: solution(params, every)[1])(at)
+        slope = jax.jit(jax.grad(lambda *a: solution(*a)[0]))
+        beta = jax.jit(lambda *a: solution(*a)[1])
+        found = []
+        for k in range(codes.max() + 1):
+            keep = jnp.asarray(codes != k)
+            step = -jnp.linalg.solve(hessian, slope(at, keep))
+            found.append((beta(at, keep) - fit.beta + by_params @ step, step))
+        of_beta, of_params = map(np.array, zip(*found, strict=True))
+        return of_beta, of_params
 
-    @pytest.mark.parametrize(("method", "of_rows"), [("REML", False), ("REML", True), ("ML", True)])
-    def test_derivative(self, method, of_rows):
+    def check(self, fit: LMMResults, by: object, codes: np.ndarray) -> None:
+        beta, params = self.expected(fit, codes)
+        found = fit.influence(by, "first-order")
+        np.testing.assert_allclose(found.coefficients, beta, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found.parameters, params, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("method", ["REML", "ML"])
+    @pytest.mark.parametrize("groups", ["rows", "levels", "pairs of levels", "parts of levels"])
+    def test_one_factor(self, method, groups):
         fit = small(method)
-        beta, params = self.derivative(fit, of_rows)
-        found = fit.influence(None if of_rows else "g", "first-order")
-        np.testing.assert_allclose(found.coefficients, beta, rtol=1e-5, atol=1e-8)
-        np.testing.assert_allclose(found.parameters, params, rtol=1e-5, atol=1e-7)
-        if not of_rows:
-            pairs = fit.influence(fit.table["g"].to_numpy() // 2, "first-order").coefficients
-            np.testing.assert_allclose(pairs, beta[::2] + beta[1::2], rtol=1e-5, atol=1e-8)
+        levels = fit.table["g"].to_numpy()
+        codes = {
+            "rows": np.arange(fit.nobs),
+            "levels": levels,
+            "pairs of levels": levels // 2,
+            "parts of levels": np.arange(fit.nobs) % 5,
+        }[groups]
+        self.check(fit, None if groups == "rows" else codes, codes)
+
+    @pytest.mark.parametrize(
+        ("method", "by"), [("REML", "Worker"), ("ML", "Worker"), ("REML", None)]
+    )
+    def test_crossed_factors(self, method, by):
+        fit = fitted("machines", method)
+        assert fit.structure == "crossed"
+        codes = np.arange(fit.nobs)
+        self.check(fit, by, codes if by is None else fit.frame.terms[-1].codes)
 
     def test_follows_the_exact_one(self):
-        fit = fitted("sleep_corr")
-        exact, first = fit.influence("Subject"), fit.influence("Subject", "first-order")
-        for name in ("coefficients", "parameters"):
-            for column, values in getattr(exact, name).items():
-                assert np.corrcoef(values, getattr(first, name)[column])[0, 1] > 0.99
+        for name, by in (("sleep_corr", "Subject"), ("penicillin", "plate")):
+            exact, first = fitted(name).influence(by), fitted(name).influence(by, "first-order")
+            for kind in ("coefficients", "parameters"):
+                for column, values in getattr(exact, kind).items():
+                    assert np.corrcoef(values, getattr(first, kind)[column])[0, 1] > 0.99
 
-    def test_boundary_and_refusals(self):
+    def test_boundary_and_refusals(self, monkeypatch):
         found = fitted("corr_one").influence("g", "first-order")
         assert found.parameters.iloc[:, 2].isna().all()  # the correlation
         assert found.parameters.iloc[:, [0, 1, 3]].notna().all(axis=None)
         assert found.coefficients.notna().all(axis=None)
-        with pytest.raises(ValueError, match=r"singular.*flat"):
-            fitted("zero_slope").influence("g", "first-order")
-        with pytest.raises(ValueError, match="not the crossed one"):
+        halves = fitted("machines").influence("Machine", "first-order")
+        assert halves.coefficients.isna().all(axis=None)  # no Machine without its rows
+        assert halves.parameters.isna().all(axis=None)
+        flat = replace(fitted("corr_one"), parameters_vcov=np.full((4, 4), np.nan))
+        with pytest.raises(ValueError, match="singular"):
+            flat.influence("g", "first-order")
+        monkeypatch.setattr("jaxreml.first_order.MAX_DENSE_BYTES", 1000)
+        with pytest.raises(ValueError, match="random effects of crossed factors needs"):
             fitted("machines").influence("Worker", "first-order")
-        with pytest.raises(ValueError, match="divide levels of 'Subject'"):
-            fitted("sleep_corr").influence("Days", "first-order")
