@@ -21,6 +21,6 @@ for (name in names(task$models)) {
     got$kr <- clock(function() { vcovAdj(fit); contest(as_lmerModLmerTest(fit), diag(length(fixef(fit))),
                                                        joint = FALSE, ddf = "Kenward-Roger") })
   if ("kr vcov" %in% model$work) got$kr <- clock(function() vcovAdj(fit))
-  out[[name]] <- got
+  out[[name]] <- if (length(got)) got else NULL
 }
 cat(toJSON(out, auto_unbox = TRUE, digits = 8))
