@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml import covariance
+from jaxreml.cache import spare_memory_maps
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
@@ -102,6 +103,7 @@ class BatchFitter:
         lanes: int | None = None,
         devices: Any = None,
     ):
+        spare_memory_maps()
         self.frame, self.method, self.reml = frame, method, is_reml(method)
         self.modes, self.max_iterations = modes, max_iterations
         check_df(df, method)

@@ -1,10 +1,20 @@
-"""Compilation: JAX's persistent cache in one call, and options that make it quicker."""
+"""Compiled programs: keeping them on disk, making them quickly, forgetting them in time."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
+
+MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+CALLS = 8  # of `spare_memory_maps`, of which one looks
+
+_Maker = TypeVar("_Maker", bound=Callable[..., Any])
+_remembered: list[Callable[[], None]] = []
+_calls = 0
 
 
 def enable_compilation_cache(path: str | Path | None = None) -> Path:
@@ -48,3 +58,34 @@ def quick_compilation(platform: str) -> dict[str, bool] | None:
     except Exception:
         return None
     return options
+
+
+def remembered(maker: _Maker) -> _Maker:
+    """`lru_cache` of a function that makes compiled programs, which `forget_programs` empties."""
+    cached: Any = lru_cache(maker)
+    _remembered.append(cached.cache_clear)
+    return cached
+
+
+def forget_programs() -> None:
+    """Free all compiled programs, jaxreml's and JAX's: those still needed compile again."""
+    import jax
+
+    for clear in _remembered:
+        clear()
+    jax.clear_caches()
+    gc.collect()
+
+
+def spare_memory_maps() -> None:
+    """Forget the programs before they use up the process's memory maps.
+
+    A program compiled for a CPU holds hundreds of them. Linux allows a process 65,530, and XLA
+    crashes beyond: after the fits of some hundred shapes of data. Looked at in every eighth call.
+    """
+    global _calls
+    _calls += 1
+    if _calls % CALLS or not MAPS.exists() or not MOST_MAPS.exists():
+        return
+    if MAPS.read_bytes().count(b"\n") > int(MOST_MAPS.read_text()) // 2:
+        forget_programs()

@@ -362,6 +362,21 @@ def parameter_names(terms: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, 
     return (*names, "log_variance[Residual]")
 
 
+def with_levels(design: Design, n_levels: int) -> Design:
+    """A grouped design with levels without rows, which change nothing, up to `n_levels`."""
+    structure: Any = design.structure
+    return replace(design, structure=structure.padded(n_levels))
+
+
+def common_levels(n_levels: int) -> int:
+    """A number of levels, at least `n_levels`, that many designs share: a program compiles for one.
+
+    Multiples of 4 up to 64, and eight numbers per doubling above.
+    """
+    step = max(4, 1 << max(n_levels.bit_length() - 4, 0))
+    return -(-n_levels // step) * step
+
+
 def stack(designs: Sequence[Design]) -> Design:
     """Stack designs for `vmap`: ``jax.vmap(estimate)(stack(designs))``.
 
@@ -379,22 +394,8 @@ def stack(designs: Sequence[Design]) -> Design:
     """
     if all(isinstance(design.structure, Grouped) for design in designs):
         most = max(design.structure.factors.shape[-1] for design in designs)  # type: ignore[attr-defined]
-        designs = [_pad_levels(design, most) for design in designs]
+        designs = [with_levels(design, most) for design in designs]
     try:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *designs)
     except ValueError as error:
         raise DataError(f"designs of different shapes cannot be stacked: {error}") from None
-
-
-def _pad_levels(design: Design, n_levels: int) -> Design:
-    structure = design.structure
-    assert isinstance(structure, Grouped)
-    missing = n_levels - structure.factors.shape[-1]
-    pad = [(0, 0), (0, 0), (0, missing)]
-    padded = Grouped(
-        np.pad(structure.factors, pad),  # type: ignore[arg-type]
-        np.pad(structure.scores, pad),  # type: ignore[arg-type]
-        structure.remainder,
-        structure.sizes,
-    )
-    return replace(design, structure=padded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from jaxreml import covariance
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import Estimate, is_reml
 from jaxreml.objective import profiled
@@ -119,7 +119,7 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
         return jax.device_get(parts)
 
 
-@lru_cache
+@remembered
 def _compiled_henderson() -> Any:
     return jax.jit(_henderson, compiler_options=quick_compilation(jax.default_backend()))
 

@@ -16,7 +16,6 @@ crossed factors, through the inverse of I + Omega Z'Z.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from jax import Array
 from jax.scipy.linalg import block_diag
 
 from jaxreml import covariance, linalg
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import MAX_DENSE_BYTES, Design
 from jaxreml.effects import from_basis, scaled_rows, whitened
 from jaxreml.estimation import FAR, LOG_ZERO
@@ -66,7 +65,7 @@ def changes(
     of_level = None
     if fit.structure == "grouped":
         levels = frame.terms[0].codes
-        of_level = np.zeros(levels.max() + 1, int)
+        of_level = np.zeros(fit.design.structure.factors.shape[-1], int)  # pyright: ignore
         of_level[levels] = codes
     root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
     with jax.enable_x64(True):
@@ -116,9 +115,9 @@ def _of_any(
 
     omega, jacobian = scaled(params), np.asarray(jax.jacfwd(scaled)(params))
     matrices = covariance.symmetric_matrices(omega, design.sizes)
-    squares = (Z.T @ Z).toarray()
-    inverse = np.linalg.inv(np.eye(layout.total) + np.asarray(layout.times(squares, matrices)).T)
-    given = np.asarray(layout.times(inverse, matrices))  # relative Var(b | y)
+    products = np.asarray(layout.times(jnp.asarray((Z.T @ Z).toarray()), matrices))
+    inverse = np.linalg.inv(np.eye(layout.total) + products.T)
+    given = np.asarray(layout.times(jnp.asarray(inverse), matrices))  # relative Var(b | y)
 
     sigma2 = fit.sigma**2
     residual = (fit.y - fit.fitted) * root  # P y
@@ -208,7 +207,7 @@ def _of_levels(
     return program(params, design.without_names(), columns, Z, levels, of_level)
 
 
-@lru_cache
+@remembered
 def _compiled(reml: bool, of_rows: bool, count: int) -> Any:
     """`_of_levels` as a program."""
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered, spare_memory_maps
 from jaxreml.effects import conditional_variances, inspect
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
@@ -69,6 +68,7 @@ def fit_frame(
     max_iterations: int = 100,
 ) -> LMMResults:
     """`fit` of a model frame with a response."""
+    spare_memory_maps()
     with jax.enable_x64(True):
         design = frame.design(structure)
         bare = design.without_names()
@@ -92,7 +92,7 @@ def fit_frame(
     return results
 
 
-@lru_cache
+@remembered
 def _compiled(function: Callable[..., Any], method: str, **options: Any) -> Callable[..., Any]:
     """`function` of arrays, jitted so that it compiles quickly."""
     return jax.jit(
@@ -117,8 +117,10 @@ def _results(
     groupings = []
     for term, (modes, variances) in zip(frame.terms, effects, strict=True):
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
-        names = term.effect_names
-        groupings.append(Grouping(term.name, term.levels, names, np.asarray(modes), variances))
+        names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
+        groupings.append(
+            Grouping(term.name, term.levels, names, np.asarray(modes)[own], variances[own])
+        )
     if frame.offset is not None:
         fixed, fitted = fixed + frame.offset, fitted + frame.offset
     converged = status == Status.CONVERGED

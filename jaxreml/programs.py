@@ -13,7 +13,7 @@ They are compiled apart, so that the certificate is not the search's own.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml import covariance, linalg, newton
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.effects import conditional_modes
 from jaxreml.estimation import (
@@ -272,4 +272,4 @@ class Programs:
         self.modes = spread(_modes_of, (first, first, last[1]), last[2])
 
 
-programs = lru_cache(Programs)
+programs = remembered(Programs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-from pathlib import Path
 
 import jaxlib
 import pytest
@@ -17,6 +15,8 @@ if jaxlib.__version__.startswith("0.10."):
 
 import jax
 
+from jaxreml.cache import spare_memory_maps
+
 
 @pytest.fixture(autouse=True)
 def float64():
@@ -24,21 +24,11 @@ def float64():
         yield
 
 
-MAPS = Path("/proc/self/maps")
-MANY_MAPS = 30_000  # Linux allows a process 65,530, and XLA crashes beyond
-
-
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Every compiled program holds some of the process's memory maps: forget them in time."""
+    """Tests compile programs of their own, so that what `fit` does is not enough."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
-        for module in [m for name, m in sys.modules.items() if name.startswith("jaxreml")]:
-            for value in list(vars(module).values()):
-                if callable(getattr(value, "cache_clear", None)):
-                    value.cache_clear()
-        jax.clear_caches()
-        gc.collect()
+    spare_memory_maps()
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import jaxreml
-from jaxreml import ConvergenceWarning, DataError, LMMResults
-from jaxreml.estimation import _estimate
+from jaxreml import ConvergenceWarning, DataError, Design, LMMResults, cache, estimate, model
+from jaxreml.frame import model_frame
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 
@@ -180,12 +180,44 @@ def test_a_wrong_optimum_is_not_certified(monkeypatch):
 
 
 def test_fits_of_one_shape_share_a_compilation():
+    """Numbers of rows and names do not matter, nor does a number of levels that is nearly equal."""
     data = jaxreml.datasets.load("sleepstudy")
     jaxreml.fit(SLEEP, data)
+    programs = model._compiled(estimate, "REML", max_iterations=100)
+    before = programs._cache_size()
+    assert before
     other = data.rename(columns={"Reaction": "y", "Days": "t", "Subject": "g"})
-    before = _estimate._cache_size()
     jaxreml.fit("y ~ t + (t | g)", other.assign(y=other["y"][::-1].to_numpy()))
-    assert _estimate._cache_size() == before
+    fewer = jaxreml.fit(SLEEP, data[data["Subject"] != "308"])
+    assert programs._cache_size() == before
+    assert fewer.random_effects["Subject"].shape == (17, 2)
+    jaxreml.fit(SLEEP, data[~data["Subject"].isin(["308", "309"])])
+    assert programs._cache_size() == before + 1
+
+
+def test_programs_are_forgotten_before_memory_maps_run_out(monkeypatch, tmp_path):
+    data = jaxreml.datasets.load("sleepstudy")
+    found = jaxreml.fit(SLEEP, data)
+    assert model._compiled.cache_info().currsize
+    limit = tmp_path / "max_map_count"
+    limit.write_text("10")
+    monkeypatch.setattr(cache, "MOST_MAPS", limit)
+    monkeypatch.setattr(cache, "CALLS", 1)
+    cache.spare_memory_maps()
+    assert model._compiled.cache_info().currsize == (0 if cache.MAPS.exists() else 1)
+    assert jaxreml.fit(SLEEP, data).criterion == found.criterion
+
+
+def test_levels_without_rows_change_nothing():
+    data = jaxreml.datasets.load("sleepstudy")
+    frame = model_frame(SLEEP, data)
+    terms = [(frame.terms[0].codes, frame.terms[0].effects)]
+    exact = Design.from_arrays(frame.y, frame.X, terms)
+    assert exact.structure.factors.shape[-1] == 18
+    assert frame.design().structure.factors.shape[-1] == 20
+    fit, alone = jaxreml.fit(SLEEP, data), estimate(exact)
+    assert fit.criterion == pytest.approx(float(alone.criterion), abs=1e-10)
+    np.testing.assert_allclose(fit.bse, np.sqrt(np.diagonal(alone.vcov)), rtol=1e-9)
 
 
 def test_structure_can_be_forced(fit):

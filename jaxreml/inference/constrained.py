@@ -15,7 +15,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml import covariance, newton
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import CERTIFIED, ZERO
 from jaxreml.objective import expand, neg2_loglik
@@ -189,31 +189,32 @@ def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[A
     return *jax.value_and_grad(value)(x), beta
 
 
-class _Programs:
-    """The search and the certificate for arguments of one shape, compiled at the same time."""
+@remembered
+def _programs(
+    structure: Any, shapes: tuple[tuple[tuple[int, ...], str], ...], reml: bool, together: bool
+) -> tuple[Any, Any]:
+    """The search and the certificate, compiled at the same time.
 
-    compiled: ClassVar[dict[Any, tuple[Any, Any]]] = {}
+    Args:
+        structure: the tree of x, axes and design.
+        shapes: of its leaves, with their types.
+        reml: the criterion.
+        together: whether x and axes have lanes.
+    """
+    leaves = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in shapes]
+    arguments = jax.tree.unflatten(structure, leaves)
+    options = quick_compilation(jax.default_backend())
 
-    @classmethod
-    def of(cls, arguments: tuple[Any, Any, Any], reml: bool, together: bool) -> tuple[Any, Any]:
-        """Both, for x, axes and design."""
-        leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((np.shape(leaf), leaf.dtype.name) for leaf in leaves)
-        key = reml, together, structure, shapes
-        if key not in cls.compiled:
-            traced = [cls._lower(f, arguments, reml, together) for f in (_climb, _look)]
-            with ThreadPoolExecutor(len(traced)) as pool:
-                climb, look = pool.map(lambda program: program.compile(), traced)
-            cls.compiled[key] = climb, look
-        return cls.compiled[key]
-
-    @staticmethod
-    def _lower(function: Any, arguments: tuple[Any, Any, Any], reml: bool, together: bool) -> Any:
+    def lower(function: Any) -> Any:
         program = partial(function, reml=reml)
         if together:
             program = jax.vmap(program, in_axes=(0, 0, None))
-        options = quick_compilation(jax.default_backend())
         return jax.jit(program, compiler_options=options).lower(*arguments)
+
+    traced = [lower(function) for function in (_climb, _look)]
+    with ThreadPoolExecutor(len(traced)) as pool:
+        climb, look = pool.map(lambda program: program.compile(), traced)
+    return climb, look
 
 
 def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml: bool) -> Optimum:
@@ -241,7 +242,9 @@ def _chunk(
     if not together:
         x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
     with jax.enable_x64(True):
-        climb, look = _Programs.of((x, lanes, design), reml, together)
+        leaves, structure = jax.tree.flatten((x, lanes, design))
+        shapes = tuple((np.shape(leaf), leaf.dtype.name) for leaf in leaves)
+        climb, look = _programs(structure, shapes, reml, together)
         trace = climb(x, lanes, design)
         looked = look(trace.at, lanes, design)
         result = jax.device_get((trace.at, trace.point, trace.converged, looked))

@@ -9,7 +9,7 @@ A the two covariance matrices. Variance parameters on the boundary of their spac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax import Array
 from scipy.special import expit, logit, ndtri
 
 from jaxreml import covariance
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.errors import DataError
 from jaxreml.inference import components
 from jaxreml.results import RESIDUAL
@@ -382,7 +382,7 @@ def _logarithmic(fit: LMMResults) -> Linearised:
     return Linearised(fit.parameters, fit.parameters_vcov, notes)
 
 
-@lru_cache
+@remembered
 def _parameter_program(scale: str, groups: components.Groups) -> Program:
     return program(partial(_entries, scale, groups), groups)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,7 +20,7 @@ from jax import Array
 
 from jaxreml import linalg
 from jaxreml.batch import BatchFitter, Fits, Table
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design, structure_basis
 from jaxreml.effects import criterion
 from jaxreml.errors import DataError
@@ -242,7 +242,7 @@ class _Programs:
         )
 
 
-_programs = lru_cache(_Programs)
+_programs = remembered(_Programs)
 
 
 def _estimates(shared: Design, lanes: Lane, *, reml: bool) -> Estimate:

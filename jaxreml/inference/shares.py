@@ -11,7 +11,6 @@ definitions. Intervals are made on the logit scale.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 from jax import Array
 
+from jaxreml.cache import remembered
 from jaxreml.errors import DataError
 from jaxreml.inference import components
 from jaxreml.inference.delta import Program, linearise, program, wald
@@ -207,7 +207,7 @@ def _shares(
     return wald(linear, list(rows), conf_level, "logit")
 
 
-@lru_cache
+@remembered
 def _program(groups: components.Groups) -> Program:
     return program(_ratios, groups)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml.batch import Fits
+from jaxreml.cache import remembered
 from jaxreml.inference import components
 from jaxreml.inference.components import Components, Groups
 from jaxreml.results import RESIDUAL, LMMResults
@@ -120,7 +121,7 @@ def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str
     return names, np.concatenate(rows) if rows else np.zeros((0, len(names)))
 
 
-@lru_cache(maxsize=32)
+@remembered
 def _mapped(function: Statistic, groups: Groups) -> Callable[..., Array]:
     def flat(beta: Array, theta: Array, sigma: Array) -> Array:
         return _flat(function(beta, components.of_theta(theta, sigma, groups)))
@@ -176,7 +177,7 @@ def slopes(function: Statistic, fit: LMMResults) -> tuple[np.ndarray, np.ndarray
         return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
 
 
-@lru_cache(maxsize=32)
+@remembered
 def _slopes(function: Statistic, groups: Groups) -> Callable[..., tuple[Array, Array]]:
     def flat(beta: Array, params: Array) -> Array:
         return _flat(function(beta, components.of_params(params, groups)))

@@ -21,14 +21,13 @@ The approximations, by the names of the argument `df`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 import pandas as pd
 
-from jaxreml.cache import quick_compilation
+from jaxreml.cache import quick_compilation, remembered
 from jaxreml.errors import DataError
 from jaxreml.hypotheses import check_df, hypotheses
 from jaxreml.kenward_roger import SINGULAR, adjust
@@ -173,7 +172,7 @@ def kenward_roger(fit: LMMResults) -> KenwardRoger:
     return KenwardRoger(*found[:-1])
 
 
-@lru_cache
+@remembered
 def _adjust() -> Any:
     return jax.jit(adjust, compiler_options=quick_compilation(jax.default_backend()))
 

@@ -127,6 +127,12 @@ class Grouped(Levels):
         images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
         return jnp.einsum("aikJ,ajlJ->ikjl", moved, images)
 
+    def padded(self, n_levels: int) -> Grouped:
+        """With levels without rows, up to `n_levels`; on the host."""
+        pad = [(0, 0), (0, 0), (0, n_levels - self.factors.shape[-1])]
+        factors, scores = (np.pad(part, pad) for part in (self.factors, self.scores))
+        return replace(self, factors=factors, scores=scores)  # pyright: ignore
+
     def without_response(self) -> Grouped:
         scores, remainder = blank_response(self.scores, self.remainder)
         return replace(self, scores=scores, remainder=remainder)
