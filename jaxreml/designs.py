@@ -362,19 +362,22 @@ def parameter_names(terms: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, 
     return (*names, "log_variance[Residual]")
 
 
-def with_levels(design: Design, n_levels: int) -> Design:
-    """A grouped design with levels without rows, which change nothing, up to `n_levels`."""
+def with_spare_levels(design: Design) -> Design:
+    """A grouped design with some levels more, without rows, which change nothing; others as is.
+
+    Designs of nearly equal numbers of levels become of one shape, and share what is compiled.
+    Numbers of levels become multiples of 4 up to 64, and one of eight per doubling above.
+    """
+    if not isinstance(design.structure, Grouped):
+        return design
+    n_levels = design.structure.factors.shape[-1]
+    step = max(4, 1 << max(n_levels.bit_length() - 4, 0))
+    return _with_levels(design, -(-n_levels // step) * step)
+
+
+def _with_levels(design: Design, n_levels: int) -> Design:
     structure: Any = design.structure
     return replace(design, structure=structure.padded(n_levels))
-
-
-def common_levels(n_levels: int) -> int:
-    """A number of levels, at least `n_levels`, that many designs share: a program compiles for one.
-
-    Multiples of 4 up to 64, and eight numbers per doubling above.
-    """
-    step = max(4, 1 << max(n_levels.bit_length() - 4, 0))
-    return -(-n_levels // step) * step
 
 
 def stack(designs: Sequence[Design]) -> Design:
@@ -394,7 +397,7 @@ def stack(designs: Sequence[Design]) -> Design:
     """
     if all(isinstance(design.structure, Grouped) for design in designs):
         most = max(design.structure.factors.shape[-1] for design in designs)  # type: ignore[attr-defined]
-        designs = [with_levels(design, most) for design in designs]
+        designs = [_with_levels(design, most) for design in designs]
     try:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *designs)
     except ValueError as error:

@@ -18,11 +18,10 @@ import pandas as pd
 from formulaic.errors import FormulaicError
 from formulaic.transforms import TRANSFORMS
 
-from jaxreml.designs import Design, Term, common_levels, with_levels
+from jaxreml.designs import Design, Term
 from jaxreml.encoding import Encoding, encode
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
-from jaxreml.structures.grouped import Grouped
 from jaxreml.tabular import column_names, nearest, to_pandas
 
 ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
@@ -89,20 +88,13 @@ class ModelFrame:
         return int(np.sum(~self.rows))
 
     def design(self, structure: str | None = None) -> Design:
-        """The cross-products of this frame.
-
-        A grouped one may have some levels more, without rows, which change nothing: designs of
-        nearly as many levels then share the programs that are compiled.
-        """
+        """The cross-products of this frame."""
         terms = [
             Term(term.codes, term.effects, term.name, term.effect_names) for term in self.terms
         ]
-        found = Design.from_arrays(
+        return Design.from_arrays(
             self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
         )
-        if isinstance(found.structure, Grouped):
-            return with_levels(found, common_levels(len(self.terms[0].levels)))
-        return found
 
 
 def model_frame(

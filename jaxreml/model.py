@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxreml.cache import quick_compilation, remembered, spare_memory_maps
+from jaxreml.designs import with_spare_levels
 from jaxreml.effects import conditional_variances, inspect
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
@@ -70,7 +71,7 @@ def fit_frame(
     """`fit` of a model frame with a response."""
     spare_memory_maps()
     with jax.enable_x64(True):
-        design = frame.design(structure)
+        design = with_spare_levels(frame.design(structure))
         bare = design.without_names()
         estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)
         inspection = _compiled(inspect, method)(estimated, bare)

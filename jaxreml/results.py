@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml import covariance
-from jaxreml.designs import Design
+from jaxreml.designs import Design, with_spare_levels
 from jaxreml.effects import Henderson, henderson
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
@@ -128,9 +128,12 @@ class LMMResults:
 
     @cached_property
     def design(self) -> Design:
-        """The cross-products of `frame`, in the structure of the fit."""
+        """The cross-products of `frame`, in the structure of the fit.
+
+        A grouped design may have some levels more, without rows, which change nothing.
+        """
         with jax.enable_x64(True):
-            return self.frame.design(self.structure)
+            return with_spare_levels(self.frame.design(self.structure))
 
     # Fixed effects
 

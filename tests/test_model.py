@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 
 import jaxreml
-from jaxreml import ConvergenceWarning, DataError, Design, LMMResults, cache, estimate, model
-from jaxreml.frame import model_frame
+from jaxreml import ConvergenceWarning, DataError, LMMResults, cache, estimate, model
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 
@@ -210,12 +209,10 @@ def test_programs_are_forgotten_before_memory_maps_run_out(monkeypatch, tmp_path
 
 def test_levels_without_rows_change_nothing():
     data = jaxreml.datasets.load("sleepstudy")
-    frame = model_frame(SLEEP, data)
-    terms = [(frame.terms[0].codes, frame.terms[0].effects)]
-    exact = Design.from_arrays(frame.y, frame.X, terms)
+    exact, fit = jaxreml.design(SLEEP, data), jaxreml.fit(SLEEP, data)
     assert exact.structure.factors.shape[-1] == 18
-    assert frame.design().structure.factors.shape[-1] == 20
-    fit, alone = jaxreml.fit(SLEEP, data), estimate(exact)
+    assert fit.design.structure.factors.shape[-1] == 20
+    alone = estimate(exact)
     assert fit.criterion == pytest.approx(float(alone.criterion), abs=1e-10)
     np.testing.assert_allclose(fit.bse, np.sqrt(np.diagonal(alone.vcov)), rtol=1e-9)
 
