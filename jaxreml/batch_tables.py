@@ -11,6 +11,7 @@ import pandas as pd
 from jaxreml import covariance
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.results import RESIDUAL
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def tidy(
     if unknown or not wanted:
         asked = repr(unknown[0]) if unknown else "nothing"
         raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {asked}")
-    if not 0 < conf_level < 1:
-        raise ValueError(f"conf_level must be between 0 and 1, not {conf_level}")
+    check_conf_level(conf_level)
     parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars, "contrasts": _tidy_contrasts}
     quantile = ndtri((1 + conf_level) / 2)
     labels, values = zip(*(parts[effect](results, quantile) for effect in wanted), strict=True)

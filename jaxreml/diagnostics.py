@@ -149,8 +149,7 @@ def influence(fit: LMMResults, by: Any = None, method: str = "exact") -> Influen
             too large for the first-order method.
         DataError: another `by`.
     """
-    if not fit.converged:
-        raise ValueError(f"influence is of estimates at an optimum: {fit.message}")
+    fit.require_optimum("measure influence")
     codes, labels = _groups(fit, by)
     if method == "first-order":
         beta, parameters = first_order.changes(fit, codes, len(labels), by is None)

@@ -14,6 +14,12 @@ from jaxreml.errors import DataError
 DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
 
 
+def check_conf_level(conf_level: float, name: str = "conf_level") -> None:
+    """Raise ValueError unless between 0 and 1."""
+    if not 0 < conf_level < 1:
+        raise ValueError(f"{name} must be between 0 and 1, not {conf_level}")
+
+
 def check_df(df: str, method: str) -> None:
     """Raise unless tests with degrees of freedom `df` serve fits by `method`.
 

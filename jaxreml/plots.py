@@ -27,7 +27,7 @@ def caterpillar_data(
     group: str | None = None,
     effect: str | None = None,
     *,
-    level: float = 0.95,
+    conf_level: float = 0.95,
 ) -> pd.DataFrame:
     """Conditional modes of one random effect with normal intervals, lowest first.
 
@@ -35,7 +35,7 @@ def caterpillar_data(
         fit: the fit.
         group: grouping factor; the first if left out.
         effect: name of the effect; the first of the group if left out.
-        level: of the intervals, from the conditional variances.
+        conf_level: of the intervals, from the conditional variances.
 
     Returns:
         Columns level, estimate, std_error, lower, upper.
@@ -47,7 +47,7 @@ def caterpillar_data(
 
     group, effect = _choose(fit, group, effect)
     modes, errors = fit.random_effects[group][effect], fit.random_effects_se[group][effect]
-    half = ndtri((1 + level) / 2) * errors
+    half = ndtri((1 + conf_level) / 2) * errors
     frame = pd.DataFrame(
         {"estimate": modes, "std_error": errors, "lower": modes - half, "upper": modes + half}
     )
@@ -59,13 +59,13 @@ def caterpillar(
     group: str | None = None,
     effect: str | None = None,
     *,
-    level: float = 0.95,
+    conf_level: float = 0.95,
     ax: Any = None,
 ) -> Any:
     """A caterpillar plot of `caterpillar_data`: blue where all of the interval is positive, red
     where it is negative. Levels are labelled where there are at most 60."""
     group, effect = _choose(fit, group, effect)
-    frame = caterpillar_data(fit, group, effect, level=level)
+    frame = caterpillar_data(fit, group, effect, conf_level=conf_level)
     few = len(frame) <= MANY
     ax = _axes(ax, height=max(3.0, 0.22 * len(frame)) if few else 7.0)
     places = np.arange(len(frame))
@@ -80,7 +80,7 @@ def caterpillar(
         ax.plot(frame["estimate"], places, color="black", linewidth=1)
         ax.set_yticks([])
     ax.axvline(0, **FAINT)
-    ax.set(xlabel=f"{effect}, with {level:.0%} interval", ylabel=group)
+    ax.set(xlabel=f"{effect}, with {conf_level:.0%} interval", ylabel=group)
     ax.margins(y=0.01)
     return ax
 
@@ -153,7 +153,7 @@ def qq_modes(
 def coefficients_data(
     fit: LMMResults,
     *,
-    level: float = 0.95,
+    conf_level: float = 0.95,
     df: str = "satterthwaite",
     intercept: bool = False,
     standardise: bool = False,
@@ -162,13 +162,13 @@ def coefficients_data(
 
     Args:
         fit: the fit.
-        level: of the intervals.
+        conf_level: of the intervals.
         df: degrees of freedom, as for `LMMResults.test`.
         intercept: whether the intercept is among them.
         standardise: per standard deviation of the column of X, so that effects of columns in
             different units can be compared.
     """
-    frame = fit.conf_int(alpha=1 - level, df=df)
+    frame = fit.conf_int(alpha=1 - conf_level, df=df)
     frame.insert(0, "estimate", fit.params)
     if standardise:
         frame = frame.mul(fit.frame.X.std(axis=0), axis=0)
@@ -180,14 +180,16 @@ def coefficients_data(
 def coefficients(
     fit: LMMResults,
     *,
-    level: float = 0.95,
+    conf_level: float = 0.95,
     df: str = "satterthwaite",
     intercept: bool = False,
     standardise: bool = False,
     ax: Any = None,
 ) -> Any:
     """A forest plot of the fixed effects; arguments as for `coefficients_data`."""
-    frame = coefficients_data(fit, level=level, df=df, intercept=intercept, standardise=standardise)
+    frame = coefficients_data(
+        fit, conf_level=conf_level, df=df, intercept=intercept, standardise=standardise
+    )
     ax = _axes(ax, height=max(2.0, 0.35 * len(frame) + 1))
     places = np.arange(len(frame))[::-1]
     ax.hlines(places, frame["lower"], frame["upper"], color="C0", linewidth=1.5)
@@ -195,7 +197,7 @@ def coefficients(
     ax.set_yticks(places, list(frame["term"]))
     ax.axvline(0, **FAINT)
     per = " per SD of the column" if standardise else ""
-    ax.set(xlabel=f"estimate{per}, with {level:.0%} interval")
+    ax.set(xlabel=f"estimate{per}, with {conf_level:.0%} interval")
     ax.margins(y=0.1)
     return ax
 
@@ -405,7 +407,7 @@ def bootstrap_density(
     bootstrap: Bootstrap,
     statistic: str | None = None,
     *,
-    level: float = 0.95,
+    conf_level: float = 0.95,
     method: str = "percentile",
     ax: Any = None,
 ) -> Any:
@@ -415,13 +417,15 @@ def bootstrap_density(
     ax = _axes(ax)
     ax.plot(frame["value"], frame["density"])
     ax.axvline(bootstrap.estimate[name], color="black", linewidth=1)
-    interval = bootstrap.conf_int(level, method).loc[name]
+    interval = bootstrap.conf_int(conf_level, method).loc[name]
     if np.isfinite([interval["lower"], interval["upper"]]).all():
         inside = frame[frame["value"].between(interval["lower"], interval["upper"])]
         ax.fill_between(inside["value"], inside["density"], alpha=0.3)
     lost = len(bootstrap.draws) - len(_draws(bootstrap, name))
     note = f" ({lost} draws are not finite)" if lost else ""
-    ax.set(xlabel=f"{name}, {level:.0%} {method} interval{note}", ylabel="density", ylim=(0, None))
+    ax.set(
+        xlabel=f"{name}, {conf_level:.0%} {method} interval{note}", ylabel="density", ylim=(0, None)
+    )
     return ax
 
 

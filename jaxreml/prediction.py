@@ -25,6 +25,7 @@ from jaxreml.encoding import unseen_level
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.formula import parse
 from jaxreml.frame import GroupingTerm, ModelFrame, check_finite, extra_column, grouping_terms
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.results import LMMResults
 from jaxreml.tabular import column_names, nearest, to_pandas
 
@@ -59,17 +60,16 @@ def predict(
     allow_new_levels: bool = False,
     *,
     interval: str | None = None,
-    level: float = 0.95,
+    conf_level: float = 0.95,
     offset: Any = None,
     weights: Any = None,
 ) -> pd.Series | pd.DataFrame:
     """`LMMResults.predict`."""
     if interval not in (None, "confidence", "prediction"):
         raise ValueError(f'interval must be None, "confidence" or "prediction", not {interval!r}')
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, not {level}")
-    if interval and not fit.converged:
-        raise ValueError(f"no standard errors without an optimum: {fit.message}")
+    check_conf_level(conf_level)
+    if interval:
+        fit.require_optimum("give standard errors")
     frame = fit.frame
     used = included_effects(frame, re_form)
     with_left_out = interval == "prediction"
@@ -114,7 +114,7 @@ def predict(
     if interval == "prediction":
         variance += sigma2 / rows.weights
     se = np.sqrt(variance)
-    half = ndtri((1 + level) / 2) * se
+    half = ndtri((1 + conf_level) / 2) * se
     columns = {"prediction": mean, "se": se, "lower": mean - half, "upper": mean + half}
     return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
 

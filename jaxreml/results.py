@@ -18,6 +18,7 @@ from jaxreml.effects import Henderson, henderson
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
+from jaxreml.hypotheses import check_conf_level
 
 if TYPE_CHECKING:
     from jaxreml.diagnostics import Influence
@@ -214,8 +215,7 @@ class LMMResults:
         """
         from jaxreml.inference import tests
 
-        if not self.converged:
-            raise DataError(f"there is nothing to test without an optimum: {self.message}")
+        self.require_optimum("test fixed effects")
         return (tests.joint if joint else tests.each)(self, L, rhs, df)
 
     @cached_property
@@ -252,8 +252,7 @@ class LMMResults:
         """
         from scipy.special import stdtrit
 
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+        check_conf_level(alpha, "alpha")
         if method == "profile":
             return self.profile().conf_int(1 - alpha)
         if method != "wald":
@@ -408,6 +407,15 @@ class LMMResults:
             )
         return sentence
 
+    def require_optimum(self, purpose: str) -> None:
+        """Raise DataError unless the fit has an optimum.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if not self.converged:
+            raise DataError(f"cannot {purpose}: the fit has no optimum ({self.message})")
+
     # Rows
 
     @property
@@ -483,7 +491,7 @@ class LMMResults:
         adjust: str | None = None,
         df: str = "satterthwaite",
         weights: str = "equal",
-        level: float = 0.95,
+        conf_level: float = 0.95,
     ) -> MarginalMeans:
         """Estimated marginal means of the levels of `specs`, within those of `by`.
 
@@ -494,7 +502,7 @@ class LMMResults:
 
         return emmeans(
             self, specs, by, at, pairwise=pairwise, contrast=contrast, adjust=adjust, df=df,
-            weights=weights, level=level,
+            weights=weights, conf_level=conf_level,
         )  # fmt: skip
 
     def contrasts(
@@ -526,7 +534,7 @@ class LMMResults:
         adjust: str | None = None,
         df: str = "satterthwaite",
         weights: str = "equal",
-        level: float = 0.95,
+        conf_level: float = 0.95,
     ) -> MarginalMeans:
         """Slopes in the covariate `var` at the levels of `specs`; else as `emmeans`.
 
@@ -536,7 +544,7 @@ class LMMResults:
 
         return emtrends(
             self, specs, var, by, at, pairwise=pairwise, contrast=contrast, adjust=adjust, df=df,
-            weights=weights, level=level,
+            weights=weights, conf_level=conf_level,
         )  # fmt: skip
 
     # Functions of the parameters
@@ -630,10 +638,11 @@ class LMMResults:
                 profile is always ML.
 
         Returns:
-            A `Profile`: ``conf_int(level)`` and ``frame``.
+            A `Profile`: ``conf_int(conf_level)`` and ``frame``.
 
         Raises:
-            JaxremlError: the fit has not converged, or the profile finds a better optimum.
+            DataError: the fit has no optimum.
+            JaxremlError: the profile finds a better one.
             ValueError: a parameter that the fit does not have, a level outside (0, 1).
         """
         from jaxreml.inference.profile import Profile
@@ -672,7 +681,7 @@ class LMMResults:
         allow_new_levels: bool = False,
         *,
         interval: str | None = None,
-        level: float = 0.95,
+        conf_level: float = 0.95,
         offset: Any = None,
         weights: Any = None,
     ) -> pd.Series | pd.DataFrame:
@@ -694,7 +703,7 @@ class LMMResults:
                 random effects used, jointly (b of a new level has all of its variance Sigma);
                 "prediction" for a new observation: with the residual variance, and the variance of
                 the random effects not used, besides. Variance parameters are taken for known.
-            level: of the interval, by normal quantiles.
+            conf_level: of the interval, by normal quantiles.
             offset: of the rows of newdata, a column name or values, where the fit was made with
                 the argument `offset`. ``offset()`` of the formula is evaluated anyway.
             weights: likewise; wanted for prediction intervals only.
@@ -718,7 +727,7 @@ class LMMResults:
             re_form,
             allow_new_levels,
             interval=interval,
-            level=level,
+            conf_level=conf_level,
             offset=offset,
             weights=weights,
         )

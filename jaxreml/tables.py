@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from jaxreml.hypotheses import check_conf_level
+
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults
 
@@ -39,7 +41,11 @@ def tidy(
         Columns effect, group, level, term, estimate, std_error, statistic, df, p_value, those that
         apply to the effects asked for. Standard errors of SDs and correlations are the delta
         method's; those of conditional modes are `LMMResults.random_effects_se`.
+
+    Raises:
+        ValueError: another effect, or a level outside (0, 1).
     """
+    check_conf_level(conf_level)
     wanted = (effects,) if isinstance(effects, str) else tuple(effects)
     unknown = [effect for effect in wanted if effect not in EFFECTS]
     if unknown:

@@ -172,10 +172,26 @@ def test_intervals_are_those_of_boot_ci():
             "percentile": intervals.percentile(draws, level),
             "basic": intervals.basic(draws, estimate, level),
             "studentized": intervals.studentized(draws, errors, estimate, 0.25, level),
-            "bca": intervals.bca(draws, estimate, acceleration, level),
+            "bca": intervals.order_statistics(
+                draws, intervals.bca_probabilities(draws, estimate, acceleration, level)
+            ),
         }
         for method, limits in found.items():
             np.testing.assert_allclose(limits, expected[method], rtol=1e-9, err_msg=method)
+
+
+def test_bca_limits_that_are_not_to_be_had_say_why():
+    draws = jaxreml.fit("Yield ~ 1 + (1 | Batch)", datasets.load("dyestuff")).bootstrap(
+        n=1999, seed=1
+    )
+    table = draws.conf_int(0.95, "bca")
+    missing = table.loc["log_variance[Batch, (Intercept)]"]
+    assert np.isnan(missing["upper"]) and "beyond the draws: about " in missing["reason"]
+    assert int(missing["reason"].split()[-3].replace(",", "")) > 1999
+    few = np.arange(100.0)
+    tails = intervals.bca_probabilities(few, 50.0, 0.6, 0.95)
+    assert tails[0] < 0.5 and np.isnan(tails[1])
+    assert np.isnan(intervals.order_statistics(few, tails)).tolist() == [False, True]
 
 
 def test_order_statistics_at_the_edges():
@@ -352,7 +368,7 @@ def trial():
 def test_power_is_that_of_the_noncentral_t(trial):
     """Group means of a balanced trial of two arms: an exact t test with J - 2 df."""
     effects = {"arm[T.b]": [0.0, 1.0, 2.0, 3.0]}
-    curve = jaxreml.power(trial, effects, [14], along="g", simulations=4000, level=0.9999)
+    curve = jaxreml.power(trial, effects, [14], along="g", simulations=4000, conf_level=0.9999)
     assert list(curve["nobs"]) == [84] * 4
     for row in curve.itertuples():
         se = math.sqrt(4 * (2.25 + 1 / 6) / row.n)

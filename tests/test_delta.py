@@ -293,7 +293,7 @@ def test_without_an_optimum_there_are_no_standard_errors():
     with pytest.warns(ConvergenceWarning):
         fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data, max_iterations=1)
     for ask in (fit.variance_parameters, fit.vcov_parameters, fit.r2, fit.icc):
-        with pytest.raises(DataError, match="no standard errors without an optimum: the iteration"):
+        with pytest.raises(DataError, match=r"cannot give standard errors: .*the iteration limit"):
             ask()
     assert fit.tidy("ran_pars", conf_int=True)["std_error"].isna().all()
 

@@ -29,7 +29,7 @@ def points(ax, k=0):
 
 
 def test_caterpillar(fit, ax):
-    frame = plots.caterpillar_data(fit, "Subject", "Days", level=0.9)
+    frame = plots.caterpillar_data(fit, "Subject", "Days", conf_level=0.9)
     assert frame["estimate"].is_monotonic_increasing and len(frame) == 18
     row = frame[frame["level"] == "335"].iloc[0]
     error = fit.random_effects_se["Subject"].loc["335", "Days"]

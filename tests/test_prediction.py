@@ -292,7 +292,7 @@ class TestEncodings:
         with pytest.raises(ValueError, match="interval"):
             fit.predict(table, interval="normal")
         with pytest.raises(ValueError, match="level"):
-            fit.predict(table, level=95)
+            fit.predict(table, conf_level=95)
         with pytest.raises(ValueError, match="newdata"):
             fit.predict(weights=np.ones(180))
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from jaxreml.batch import Fits
 from jaxreml.estimation import Status
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference import intervals
 from jaxreml.inference.likelihood_ratio import NullDistribution as NullDistribution
 from jaxreml.inference.likelihood_ratio import null_distribution as null_distribution
@@ -83,11 +84,11 @@ class Bootstrap:
         columns = [self.estimate, self.bias, self.std_error, self.draws.notna().sum().rename("n")]
         return pd.concat(columns, axis=1)
 
-    def conf_int(self, level: float = 0.95, method: str = "percentile") -> pd.DataFrame:
+    def conf_int(self, conf_level: float = 0.95, method: str = "percentile") -> pd.DataFrame:
         """Confidence intervals of all statistics.
 
         Args:
-            level: confidence level.
+            conf_level: confidence level.
             method: "percentile"; "basic", reflected at the estimate; "bca", bias-corrected and
                 accelerated (see `acceleration`); "studentized", from the draws of (statistic -
                 estimate) / standard error, for SDs on the log scale and for correlations on
@@ -104,22 +105,21 @@ class Bootstrap:
         """
         if method not in METHODS:
             raise ValueError(f"method must be among {', '.join(METHODS)}, not {method!r}")
-        if not 0 < level < 1:
-            raise ValueError(f"level must be between 0 and 1, not {level}")
-        if (len(self.draws) + 1) * (1 - level) / 2 < 1:
+        check_conf_level(conf_level)
+        if (len(self.draws) + 1) * (1 - conf_level) / 2 < 1:
             raise ValueError(
-                f"{len(self.draws)} draws are too few for a level of {level}: at least "
-                f"{int(np.ceil(2 / (1 - level) - 1 - 1e-9))} are needed"
+                f"{len(self.draws)} draws are too few for a level of {conf_level}: at least "
+                f"{int(np.ceil(2 / (1 - conf_level) - 1 - 1e-9))} are needed"
             )
         if method == "studentized" and self.errors is None:
             raise ValueError(
                 "studentized intervals need a standard error of the statistic in every draw, which "
                 'a function g(beta, components) does not give; use "bca"'
             )
-        rows = [self._interval(k, level, method) for k in range(len(self.estimate))]
+        rows = [self._interval(k, conf_level, method) for k in range(len(self.estimate))]
         return pd.DataFrame(rows, self.estimate.index, ["lower", "upper", "reason"])
 
-    def _interval(self, k: int, level: float, method: str) -> tuple[float, float, str]:
+    def _interval(self, k: int, conf_level: float, method: str) -> tuple[float, float, str]:
         name = str(self.estimate.index[k])
         estimate = float(self.estimate.iloc[k])
         draws = self.draws.iloc[:, k].to_numpy()
@@ -135,14 +135,17 @@ class Bootstrap:
         if reason:
             return np.nan, np.nan, reason
         if method == "percentile":
-            limits = intervals.percentile(draws, level)
+            limits = intervals.percentile(draws, conf_level)
         elif method == "basic":
-            limits = intervals.basic(draws, estimate, level)
+            limits = intervals.basic(draws, estimate, conf_level)
         elif method == "bca":
             acceleration = self.acceleration.iloc[k]
             if np.isnan(acceleration):
                 return np.nan, np.nan, "the acceleration is not defined at this fit"
-            limits = intervals.bca(draws, estimate, acceleration, level)
+            tails = intervals.bca_probabilities(draws, estimate, acceleration, conf_level)
+            limits = intervals.order_statistics(draws, tails)
+            if np.isnan(limits).any():
+                return np.nan, np.nan, _missing(tails)
         else:
             forward, backward = working_scale(name)
             errors = self.errors.iloc[defined, k].to_numpy()  # pyright: ignore
@@ -151,7 +154,7 @@ class Bootstrap:
                 return np.nan, np.nan, "the estimate has no standard error"
             with np.errstate(divide="ignore"):
                 limits = intervals.studentized(
-                    forward(draws), errors, forward(estimate), error, level
+                    forward(draws), errors, forward(estimate), error, conf_level
                 )
             limits = backward(limits)
         if np.isnan(limits).any():
@@ -197,6 +200,14 @@ class Bootstrap:
             f"<Bootstrap of {self.fit.formula!r}, {self.n} draws, {self.n_failed} failed, "
             f"{self.share_singular:.1%} singular>"
         )
+
+
+def _missing(tails: np.ndarray) -> str:
+    """Why quantiles at probabilities `tails` are not to be had."""
+    extreme = min(float(np.min(tails)), 1 - float(np.max(tails)))
+    if not extreme > 0:
+        return "the bias and the acceleration are too strong for limits at this level"
+    return f"the limits are quantiles beyond the draws: about {1 / extreme:,.0f} are needed"
 
 
 def bootstrap(

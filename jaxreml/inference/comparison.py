@@ -165,11 +165,7 @@ def _commensurable(
             "by ML"
         )
     for label, fit in zip(labels, fits, strict=True):
-        if not fit.converged:
-            raise DataError(
-                f"{label}, {fit.formula!r} by {fit.method}, has no optimum to compare: "
-                f"{fit.message}"
-            )
+        fit.require_optimum(f"compare {label}, {fit.formula!r} by {fit.method}")
     return list(fits)
 
 

@@ -22,6 +22,7 @@ from scipy.special import expit, logit, ndtri
 from jaxreml import covariance
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.errors import DataError
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference import components
 from jaxreml.results import RESIDUAL
 
@@ -169,7 +170,7 @@ def linearise(fit: LMMResults, program: Program, *data: Any) -> Linearised:
     Raises:
         DataError: as `delta`.
     """
-    require_optimum(fit)
+    fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
     with jax.enable_x64(True):
         try:
@@ -184,12 +185,6 @@ def linearise(fit: LMMResults, program: Program, *data: Any) -> Linearised:
     estimate, slopes, interior = jax.device_get((values, slopes, interior))
     slope = np.concatenate(slopes, axis=1)
     return _propagate(fit, inside, estimate, slope, np.concatenate(interior, axis=1))
-
-
-def require_optimum(fit: LMMResults) -> None:
-    """DataError unless the fit has one."""
-    if not fit.converged:
-        raise DataError(f"there are no standard errors without an optimum: {fit.message}")
 
 
 def _on_boundary(fit: LMMResults) -> str:
@@ -266,8 +261,7 @@ def wald(
     transform: str | Sequence[str | None] | None = None,
 ) -> pd.DataFrame:
     """Standard errors and Wald intervals as a frame; arguments and errors as `delta`'s."""
-    if not 0 < conf_level < 1:
-        raise ValueError(f"conf_level must be between 0 and 1, not {conf_level}")
+    check_conf_level(conf_level)
     count = len(linear.estimate)
     if len(names) != count:
         raise ValueError(f"{len(names)} names for {count} value(s)")
@@ -371,7 +365,7 @@ def _parameters(fit: LMMResults, scale: str) -> tuple[Linearised, list[str], lis
 
 def _logarithmic(fit: LMMResults) -> Linearised:
     """`LMMResults.parameters` as they are."""
-    require_optimum(fit)
+    fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
     known = np.isfinite(np.diagonal(fit.parameters_vcov))
     given = "" if inside.all() else _given(fit)

@@ -11,7 +11,7 @@ from scipy.special import ndtr, ndtri
 
 
 def order_statistics(draws: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Quantiles at (R + 1) probability; NaN where that is below the first or above the last.
+    """Quantiles at (R + 1) probability; NaN where that is below the first, above the last or NaN.
 
     Args:
         draws: (R,), infinite values allowed.
@@ -24,7 +24,7 @@ def order_statistics(draws: np.ndarray, probabilities: np.ndarray) -> np.ndarray
     place = np.where(np.abs(place - whole) < 1e-9 * (count + 1), whole, place)
     low = np.floor(place)
     inside = (place >= 1) & (place <= count)
-    below = np.clip(low, 1, max(count, 1)).astype(int)
+    below = np.clip(np.where(inside, low, 1), 1, max(count, 1)).astype(int)
     above = np.minimum(below + 1, count)
     if not count:
         return np.full(place.shape, np.nan)
@@ -61,14 +61,18 @@ def studentized(
         return estimate - error * order_statistics(ratios, _tails(level))[::-1]
 
 
-def bca(draws: np.ndarray, estimate: float, acceleration: float, level: float) -> np.ndarray:
-    """Bias-corrected and accelerated limits (Efron 1987, J. Am. Stat. Assoc. 82:171; Davison and
-    Hinkley 1997, eq. 5.21). Draws equal to the estimate count half below it."""
+def bca_probabilities(
+    draws: np.ndarray, estimate: float, acceleration: float, level: float
+) -> np.ndarray:
+    """Of which quantiles are the bias-corrected and accelerated limits (Efron 1987, J. Am. Stat.
+    Assoc. 82:171; Davison and Hinkley 1997, eq. 5.21). Draws equal to the estimate count half
+    below it. NaN where the acceleration is too strong for the level."""
     below = (np.sum(draws < estimate) + np.sum(draws <= estimate)) / (2 * draws.size)
     bias = ndtri(below)
     moved = bias + ndtri(_tails(level))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return order_statistics(draws, ndtr(bias + moved / (1 - acceleration * moved)))
+        kept = 1 - acceleration * moved
+        return np.where(kept > 0, ndtr(bias + moved / kept), np.nan)
 
 
 def _tails(level: float) -> np.ndarray:

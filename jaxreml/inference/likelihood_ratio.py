@@ -9,7 +9,7 @@ import numpy as np
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.inference.refitting import refitter, require_some
-from jaxreml.inference.simulation import check_count, of_fit, require_converged
+from jaxreml.inference.simulation import check_count, of_fit
 from jaxreml.results import LMMResults
 
 
@@ -65,7 +65,7 @@ def null_distribution(
     """
     check_count(n, seed)
     for fit in (smaller, larger):
-        require_converged(fit, "compare")
+        fit.require_optimum("compare")
     _require_comparable(smaller, larger)
     people = of_fit(smaller)
     engines = [refitter(fit.frame, fit.method, fit.structure) for fit in (smaller, larger)]

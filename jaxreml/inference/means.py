@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.errors import DataError
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference.adjustments import check_adjustment, critical_values, p_values
 from jaxreml.inference.contrasts import Contrasts, family
 from jaxreml.inference.terms import FixedTerms, fixed_terms
@@ -91,7 +92,7 @@ class Functions:
     """Labelled linear functions L beta + offset of the fixed effects.
 
     Attributes:
-        fit, terms, df, level: of what, and how they are tested.
+        fit, terms, df, conf_level: of what, and how they are tested.
         labels: a row per function.
         by: columns of `labels` within whose levels functions are compared.
         L: (k, P), columns of X, the aliased ones too.
@@ -101,7 +102,7 @@ class Functions:
     fit: LMMResults
     terms: FixedTerms
     df: str
-    level: float
+    conf_level: float
     labels: pd.DataFrame
     by: tuple[str, ...]
     L: np.ndarray
@@ -118,7 +119,9 @@ class Functions:
             part = table.iloc[rows]
             df = part["df"].to_numpy()
             p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means)
-            half = critical_values(self.level, df, adjust, len(rows), means) * part["std_error"]
+            half = (
+                critical_values(self.conf_level, df, adjust, len(rows), means) * part["std_error"]
+            )
             low[rows] = part["estimate"] - half
             high[rows] = part["estimate"] + half
         table.insert(3, "conf_low", low)
@@ -160,7 +163,7 @@ class Functions:
         if not compared:
             raise DataError("by takes all the factors of the means: there is nothing to compare")
         within = Functions(
-            self.fit, self.terms, self.df, self.level, self.labels, by, self.L, self.offset
+            self.fit, self.terms, self.df, self.conf_level, self.labels, by, self.L, self.offset
         )
         names: list[str] = []
         parts, keys = [], []
@@ -177,7 +180,7 @@ class Functions:
         for k, name in enumerate(by):
             labels[name] = [key[k] for key in keys]
         assert kind is not None
-        result = Functions(self.fit, self.terms, self.df, self.level, labels, by, L, offset)
+        result = Functions(self.fit, self.terms, self.df, self.conf_level, labels, by, L, offset)
         return result.tabulated(adjust or kind.adjust, kind, size)
 
 
@@ -372,7 +375,7 @@ def emmeans(
     adjust: str | None = None,
     df: str = "satterthwaite",
     weights: str = "equal",
-    level: float = 0.95,
+    conf_level: float = 0.95,
 ) -> MarginalMeans:
     """Estimated marginal means of a fit, with the figures of R's emmeans.
 
@@ -388,17 +391,27 @@ def emmeans(
         df: method for the degrees of freedom, see `jaxreml.inference.tests`; "inf" is emmeans'
             "asymptotic".
         weights: of the cells averaged over: "equal", or "proportional" to their numbers of rows.
-        level: confidence level.
+        conf_level: confidence level.
 
     Raises:
         ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
         DataError: names or levels that are not the model's; a fit that did not converge.
     """
-    _check(weights, level, pairwise, contrast)
+    _check(weights, conf_level, pairwise, contrast)
     grid = reference_grid(fit, at)
     L, offset = grid.terms.rows(grid.table), grid.terms.offsets(grid.table) + grid.constant
     return _summarised(
-        fit, grid, L, offset, specs, by, df, weights, level, _method(pairwise, contrast), adjust
+        fit,
+        grid,
+        L,
+        offset,
+        specs,
+        by,
+        df,
+        weights,
+        conf_level,
+        _method(pairwise, contrast),
+        adjust,
     )
 
 
@@ -414,7 +427,7 @@ def emtrends(
     adjust: str | None = None,
     df: str = "satterthwaite",
     weights: str = "equal",
-    level: float = 0.95,
+    conf_level: float = 0.95,
 ) -> MarginalMeans:
     """Slopes of the predictions in a covariate at the levels of factors.
 
@@ -422,13 +435,13 @@ def emtrends(
     covariate's range): that of a straight line is exact.
 
     Args:
-        fit, specs, by, at, pairwise, contrast, adjust, df, weights, level: as for `emmeans`.
+        fit, specs, by, at, pairwise, contrast, adjust, df, weights, conf_level: as for `emmeans`.
         var: the covariate.
 
     Raises:
         DataError: also a variable that is not a covariate of the fixed effects.
     """
-    _check(weights, level, pairwise, contrast)
+    _check(weights, conf_level, pairwise, contrast)
     grid = reference_grid(fit, at)
     if (
         var not in grid.levels
@@ -448,7 +461,7 @@ def emtrends(
     )
     L = (ahead - behind) / (2 * step)
     return _summarised(
-        fit, grid, L, np.zeros(len(L)), specs, by, df, weights, level,
+        fit, grid, L, np.zeros(len(L)), specs, by, df, weights, conf_level,
         _method(pairwise, contrast), adjust,
     )  # fmt: skip
 
@@ -476,7 +489,7 @@ def _summarised(
     by: str | Sequence[str] | None,
     df: str,
     weights: str,
-    level: float,
+    conf_level: float,
     method: str | Mapping[str, Any] | None,
     adjust: str | None,
 ) -> MarginalMeans:
@@ -491,7 +504,7 @@ def _summarised(
             )
     average = grid.averaging(names, weights)
     functions = Functions(
-        fit, grid.terms, df, level, grid.labels(names), within, average @ L, average @ offset
+        fit, grid.terms, df, conf_level, grid.labels(names), within, average @ L, average @ offset
     )
     table = functions.tabulated("none" if method is not None else adjust or "none")
     compared = functions.contrasted(method, within, adjust) if method is not None else None
@@ -509,10 +522,9 @@ def _method(pairwise: bool, contrast: Any) -> Any:
     return "pairwise" if pairwise else contrast
 
 
-def _check(weights: str, level: float, pairwise: bool, contrast: Any) -> None:
+def _check(weights: str, conf_level: float, pairwise: bool, contrast: Any) -> None:
     if weights not in WEIGHTS:
         raise ValueError(f'weights must be "equal" or "proportional", not {weights!r}')
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, not {level}")
+    check_conf_level(conf_level)
     if pairwise and contrast is not None:
         raise ValueError("give pairwise=True or contrast=, not both")

@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference.extension import extend
 from jaxreml.inference.refitting import refitter
 from jaxreml.inference.simulation import Population, check_count, of_fit
@@ -28,7 +29,7 @@ def power(
     simulations: int = 1000,
     alpha: float = 0.05,
     seed: int = 0,
-    level: float = 0.95,
+    conf_level: float = 0.95,
 ) -> pd.DataFrame:
     """Power of two-sided t tests of fixed effects, with Satterthwaite's degrees of freedom.
 
@@ -48,7 +49,7 @@ def power(
         simulations: responses drawn for each sample size.
         alpha: level of the tests.
         seed: of the random numbers.
-        level: of the intervals.
+        conf_level: of the intervals.
 
     Returns:
         One row per sample size, effect and size: effect, size, n (NaN if not asked for), nobs,
@@ -61,9 +62,8 @@ def power(
         ValueError: arguments out of range.
     """
     check_count(simulations, seed)
-    for name, value in (("alpha", alpha), ("level", level)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, not {value}")
+    check_conf_level(conf_level)
+    check_conf_level(alpha, "alpha")
     people = model if isinstance(model, Population) else of_fit(model)
     wanted = _effects(effects, people)
     if n is None:
@@ -75,7 +75,7 @@ def power(
     rows = []
     for size in sizes:
         sample = people if size is None else extend(people, size, along, within)
-        rows += _curve(sample, wanted, simulations, alpha, seed, level, size)
+        rows += _curve(sample, wanted, simulations, alpha, seed, conf_level, size)
     return pd.DataFrame(rows)
 
 
@@ -109,7 +109,7 @@ def _curve(
     simulations: int,
     alpha: float,
     seed: int,
-    level: float,
+    conf_level: float,
     size: int | None,
 ) -> list[dict[str, Any]]:
     """The rows of one sample size."""
@@ -128,7 +128,7 @@ def _curve(
         t = (beta[good, k] + value - people.beta[k]) / se[good, k]
         found = int(np.sum(2 * stdtr(df[good, k], -np.abs(t)) < alpha))
         total = int(good.sum())
-        low, high = binomtest(found, total).proportion_ci(level, method="exact")
+        low, high = binomtest(found, total).proportion_ci(conf_level, method="exact")
         rows.append(
             {
                 "effect": name,

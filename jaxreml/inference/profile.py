@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from jaxreml.errors import ConvergenceWarning, JaxremlError
+from jaxreml.errors import ConvergenceWarning
 from jaxreml.estimation import is_reml
+from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference.axes import Parameter, readings
 from jaxreml.inference.axes import parameters as known_parameters
 from jaxreml.inference.tracks import EXACT, MENDINGS, Limit, Search
@@ -47,9 +48,8 @@ class Profile:
         likelihood: str = "ML",
     ):
         reml = is_reml(likelihood)
-        _check_level(conf_level)
-        if not fit.converged:
-            raise JaxremlError(f"there is no optimum to profile from: {fit.message}")
+        check_conf_level(conf_level)
+        fit.require_optimum("profile the likelihood")
         self._fit = fit
         self._known = known_parameters(fit)
         self._chosen = _choose(self._known, parameters)
@@ -64,22 +64,22 @@ class Profile:
             if part
         ]
 
-    def conf_int(self, level: float = 0.95) -> pd.DataFrame:
+    def conf_int(self, conf_level: float = 0.95) -> pd.DataFrame:
         """Profile likelihood intervals.
 
         The lower limit of an SD is 0, and a limit of a correlation -1 or 1, where zeta does not
         reach the quantile before.
 
         Args:
-            level: confidence level.
+            conf_level: confidence level.
 
         Returns:
             A row per parameter, by lme4's names and in its order; columns group (None for fixed
             effects), term, estimate (of the likelihood profiled), lower and upper. NaN, with a
             ConvergenceWarning that says why, where a limit was not found.
         """
-        _check_level(level)
-        limits = self._limits(level)
+        check_conf_level(conf_level)
+        limits = self._limits(conf_level)
         estimated = dict(zip(self._known, self._searches[-1].estimates, strict=True))
         for search in self._searches:
             of_search = dict(zip(self._known, search.estimates, strict=True))
@@ -144,11 +144,6 @@ def _quantile(level: float) -> float:
     from scipy.special import ndtri
 
     return float(ndtri((1 + level) / 2))
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"a confidence level must be between 0 and 1, not {level}")
 
 
 def _choose(known: list[Parameter], names: str | Sequence[str] | None) -> list[Parameter]:

@@ -108,7 +108,7 @@ def of_fit(fit: LMMResults) -> Population:
     Raises:
         DataError: the fit did not converge.
     """
-    require_converged(fit, "simulate from")
+    fit.require_optimum("simulate from it")
     factors = []
     start = 0
     for _, q in fit.term_sizes:
@@ -120,12 +120,6 @@ def of_fit(fit: LMMResults) -> Population:
     return Population(
         fit.frame, fit.beta, tuple(factors), fit.sigma, fit.method, fit.structure, fit.context
     )
-
-
-def require_converged(fit: LMMResults, purpose: str) -> None:
-    """Raise DataError for a fit without an optimum."""
-    if not fit.converged:
-        raise DataError(f"there is nothing to {purpose}: the fit has no optimum ({fit.message})")
 
 
 def population(

@@ -12,7 +12,6 @@ import pandas as pd
 from formulaic.parser.types import Factor, Term
 
 from jaxreml.encoding import Encoding
-from jaxreml.errors import DataError
 from jaxreml.results import LMMResults
 
 ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
@@ -146,11 +145,7 @@ def fixed_terms(fit: LMMResults) -> FixedTerms:
     Raises:
         DataError: a fit that did not converge.
     """
-    if not fit.converged:
-        raise DataError(
-            f"the fit did not converge ({fit.message}), so tests of its fixed effects would mean "
-            "nothing"
-        )
+    fit.require_optimum("test fixed effects")
     frame = fit.frame
     encoding = frame.fixed_encoding
     table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
