@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EFFECTS = ("fixed", "ran_pars", "contrasts")
 Labels = list[tuple[str, str | None, str]]  # effect, group, term
+Part = tuple[Labels, dict[str, np.ndarray]]
 SENTENCES = tuple(status.sentence for status in Status)  # a status code is its position
 
 
@@ -42,8 +43,9 @@ def tidy(
         results: B responses.
         effects: any of "fixed" and "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
             residual SD ``sd__Observation``) and "contrasts", those that `fit_many` was asked for.
-        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
-            effects and contrasts, from the log scale for SDs, from Fisher's z for correlations.
+        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: for fixed effects
+            and contrasts with the degrees of freedom of their tests, from the log scale for SDs,
+            from Fisher's z for correlations.
         conf_level: their level.
 
     Returns:
@@ -56,8 +58,6 @@ def tidy(
     Raises:
         ValueError: other `effects`, or a level that is not between 0 and 1.
     """
-    from scipy.special import ndtri
-
     wanted = (effects,) if isinstance(effects, str) else tuple(effects)
     unknown = [effect for effect in wanted if effect not in EFFECTS]
     if unknown or not wanted:
@@ -65,8 +65,7 @@ def tidy(
         raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {asked}")
     check_conf_level(conf_level)
     parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars, "contrasts": _tidy_contrasts}
-    quantile = ndtri((1 + conf_level) / 2)
-    labels, values = zip(*(parts[effect](results, quantile) for effect in wanted), strict=True)
+    labels, values = zip(*(parts[effect](results, conf_level) for effect in wanted), strict=True)
     rows = [row for part in labels for row in part]
     columns: dict[str, Any] = {"response": results.responses.repeat(len(rows))}
     for k, name in enumerate(("effect", "group", "term")):
@@ -83,36 +82,47 @@ def tidy(
     return pd.DataFrame(columns)
 
 
-def _tidy_fixed(results: BatchResults, quantile: float) -> tuple[Labels, dict[str, np.ndarray]]:
+def _tidy_fixed(results: BatchResults, conf_level: float) -> Part:
     fits = results.fits
     labels: Labels = [("fixed", None, name) for name in results.model.fixed_names]
     return labels, {
-        "estimate": fits.beta,
-        "std_error": fits.se,
         "statistic": results.tvalues.to_numpy(),
-        "df": fits.df,
         "p_value": results.pvalues.to_numpy(),
         "p_adjusted": results.pvalues_adjusted.to_numpy(),
-        "conf_low": fits.beta - quantile * fits.se,
-        "conf_high": fits.beta + quantile * fits.se,
+        **_intervals(fits.beta, fits.se, fits.df, conf_level),
     }
 
 
-def _tidy_contrasts(results: BatchResults, quantile: float) -> tuple[Labels, dict[str, np.ndarray]]:
+def _tidy_contrasts(results: BatchResults, conf_level: float) -> Part:
     fits = results.fits
     table = results.contrasts.swaplevel(axis=1)
-    names = ("statistic", "df", "p_value", "p_adjusted")
+    names = ("statistic", "p_value", "p_adjusted")
     labels: Labels = [("contrast", None, name) for name in results.model.contrasts]
     return labels, {
-        "estimate": fits.contrast,
-        "std_error": fits.contrast_se,
         **{name: table[name].to_numpy() for name in names},
-        "conf_low": fits.contrast - quantile * fits.contrast_se,
-        "conf_high": fits.contrast + quantile * fits.contrast_se,
+        **_intervals(fits.contrast, fits.contrast_se, table["df"].to_numpy(), conf_level),
     }
 
 
-def _tidy_ran_pars(results: BatchResults, quantile: float) -> tuple[Labels, dict[str, np.ndarray]]:
+def _intervals(
+    estimate: np.ndarray, std_error: np.ndarray, df: np.ndarray, conf_level: float
+) -> dict[str, np.ndarray]:
+    from scipy.special import stdtrit
+
+    half = stdtrit(df, (1 + conf_level) / 2) * std_error
+    return {
+        "estimate": estimate,
+        "std_error": std_error,
+        "df": df,
+        "conf_low": estimate - half,
+        "conf_high": estimate + half,
+    }
+
+
+def _tidy_ran_pars(results: BatchResults, conf_level: float) -> Part:
+    from scipy.special import ndtri
+
+    quantile = ndtri((1 + conf_level) / 2)
     model = results.model
     sd = np.sqrt(results.variances.to_numpy())
     correlations = results.correlations.to_numpy()

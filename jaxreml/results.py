@@ -444,7 +444,7 @@ class LMMResults:
 
     def tidy(
         self,
-        effects: str | tuple[str, ...] = ("ran_pars", "fixed"),
+        effects: str | tuple[str, ...] = ("fixed", "ran_pars"),
         conf_int: bool = False,
         conf_level: float = 0.95,
         df: str = "satterthwaite",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,14 +28,14 @@ def tidy(
 
     Args:
         fit: the fit.
-        effects: any of "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the residual SD
-            ``sd__Observation``), "fixed", "ran_vals" (conditional modes) and "ran_coefs"
+        effects: any of "fixed", "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
+            residual SD ``sd__Observation``), "ran_vals" (conditional modes) and "ran_coefs"
             (coefficients per level: conditional mode plus fixed effect of the same name).
-        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: normal for fixed
-            effects and conditional modes, from the log scale for SDs, from Fisher's z for
-            correlations.
+        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: for fixed effects
+            with the degrees of freedom of their tests, normal for conditional modes, from the log
+            scale for SDs, from Fisher's z for correlations.
         conf_level: their level.
-        df: degrees of freedom of the tests of fixed effects, as for `LMMResults.test`.
+        df: degrees of freedom for fixed effects, as for `LMMResults.test`.
 
     Returns:
         Columns effect, group, level, term, estimate, std_error, statistic, df, p_value, those that
@@ -63,7 +63,7 @@ def tidy(
 
 
 def _tidy_fixed(fit: LMMResults, conf_level: float, df: str) -> pd.DataFrame:
-    interval = fit.conf_int(alpha=1 - conf_level)
+    interval = fit.conf_int(1 - conf_level, df)
     table = fit.coefficients(df).reset_index(names="term")
     table.insert(0, "effect", "fixed")
     table.insert(1, "group", None)
@@ -80,7 +80,7 @@ def _tidy_ran_pars(fit: LMMResults, conf_level: float) -> pd.DataFrame:
     rows: list[tuple] = []
 
     def add_sd(term: str) -> None:
-        component = next(sds)
+        component: Any = next(sds)
         spread = component.log_variance_se / 2
         low, high = component.sd * np.exp(np.array([-1, 1]) * quantile * spread)
         rows.append((component.group, term, component.sd, component.sd * spread, low, high))

@@ -200,6 +200,7 @@ def test_tables_take_the_method():
     interval = fit.conf_int(df="kenward-roger")
     half = 2.109816 * fit.coefficients("kenward-roger")["std_error"]
     np.testing.assert_allclose((interval["upper"] - interval["lower"]) / 2, half, rtol=1e-6)
+    np.testing.assert_array_equal(table[["conf_low", "conf_high"]], interval)
 
 
 def test_joint_satterthwaite_is_fai_and_cornelius():

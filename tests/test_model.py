@@ -72,8 +72,8 @@ def test_summary_has_lmertests_layout(fit):
 
 def test_tidy(fit):
     both = fit.tidy()
-    assert list(both["effect"]) == ["ran_pars"] * 4 + ["fixed"] * 2
-    assert list(both["term"])[:4] == [
+    assert list(both["effect"]) == ["fixed"] * 2 + ["ran_pars"] * 4
+    assert list(both["term"])[2:] == [
         "sd__(Intercept)", "sd__Days", "cor__(Intercept).Days", "sd__Observation",
     ]  # fmt: skip
     fixed = fit.tidy("fixed", conf_int=True)
