@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 
 import jaxlib
 import pytest
@@ -13,9 +15,23 @@ import pytest
 if jaxlib.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+# What one worker has compiled the others and the examples load: a quarter of the time. The folder
+# is the run's own; the first process makes and removes it, the others inherit its name.
+SHARED = "JAX_COMPILATION_CACHE_DIR"
+own_cache = None
+if SHARED not in os.environ:
+    own_cache = os.environ[SHARED] = tempfile.mkdtemp(prefix="jaxreml-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 
 from jaxreml.cache import spare_memory_maps
+
+
+def pytest_unconfigure():
+    if own_cache:
+        shutil.rmtree(own_cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -39,4 +55,4 @@ def command_line(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     yield
     gc.enable()
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", os.environ[SHARED])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_import_is_cheap_and_sets_no_flag():
         "jaxreml.fit; jaxreml.estimate; import jax;"
         "assert not jax.config.jax_enable_x64 and jax.config.jax_compilation_cache_dir is None"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    settings = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=settings)
 
 
 def test_public_names_resolve():
