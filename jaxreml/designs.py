@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jaxreml import covariance
 from jaxreml.errors import DataError, PrecisionError
@@ -198,7 +199,7 @@ def require_precision(design: Design) -> None:
 
 
 def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def _module(value: Any) -> Any:

@@ -145,9 +145,9 @@ def influence(fit: LMMResults, by: Any = None, method: str = "exact") -> Influen
             much about a variance.
 
     Raises:
-        ValueError: a fit without an optimum, another method, or a fit that has no derivative or is
-            too large for the first-order method.
-        DataError: another `by`.
+        DataError: a fit without an optimum; another `by`.
+        ValueError: another method, or a fit that has no derivative or is too large for the
+            first-order method.
     """
     fit.require_optimum("measure influence")
     codes, labels = _groups(fit, by)

@@ -300,7 +300,7 @@ def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.
         new.append(categories.get_indexer(np.asarray(table[name])))
     known = pd.MultiIndex.from_arrays(old)
     first = ~known.duplicated()
-    places = known[first].get_indexer(pd.MultiIndex.from_arrays(new))
+    places = known.drop_duplicates().get_indexer(pd.MultiIndex.from_arrays(new))
     return np.where(places < 0, -1, term.codes[first][places])
 
 

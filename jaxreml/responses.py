@@ -136,9 +136,10 @@ def _match(ours: pd.Series, theirs: pd.Series, id: str) -> np.ndarray:
                 f"{int(ids.isna().sum())} rows of the {where} have no {id!r}; fill it in, or drop "
                 "the rows"
             )
-        if ids.duplicated().any():
+        repeated = ids.loc[ids.duplicated()]
+        if len(repeated):
             raise DataError(
-                f"the id {ids[ids.duplicated()].iloc[0]!r} occurs more than once in column {id!r} "
+                f"the id {repeated.iloc[0]!r} occurs more than once in column {id!r} "
                 f"of the {where}; ids must be unique there"
             )
     left, right = pd.Index(ours.tolist()), pd.Index(theirs.tolist())

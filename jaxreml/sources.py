@@ -54,7 +54,7 @@ class Array:
         """Columns start..stop-1, (n, stop - start), a copy."""
         part = self.values[:, start:stop]
         if isinstance(part, np.ma.MaskedArray):
-            return part.astype(float).filled(np.nan)
+            return np.ma.filled(part.astype(float), np.nan)
         block = np.array(part, dtype=float, order="C")
         _let_go(self.values)
         return block

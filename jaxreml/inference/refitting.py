@@ -29,6 +29,7 @@ from jaxreml.frame import ModelFrame
 from jaxreml.objective import ml_objective, reml_objective
 from jaxreml.programs import pack, satterthwaite_tests
 from jaxreml.shared import Reduced, SharedDesign
+from jaxreml.structures import Crossed
 from jaxreml.structures.planning import CrossedBasis
 
 LANES = 64  # most responses that `estimate` is mapped over at a time
@@ -152,6 +153,7 @@ class CrossedRefitter:
         design = Design(**fields, p=frame.X.shape[1], names=names, dtype="float64")
         self.shared = design.without_names()
         structure = self.shared.structure
+        assert isinstance(structure, Crossed)
         numbers = structure.rest.size + sum(
             stage.tail.size + stage.matrix.size for stage in structure.stages
         )

@@ -229,13 +229,12 @@ class Crossed:
             modes = R @ eliminated.C
             tail = eliminated.C - done.A @ modes
         images = (*substitute(self.stages, chain, eliminated, modes), tail)
-        spread = sum(
-            jnp.einsum("aiJ,ajJ->ij", left, right)
-            for left, right in zip(vectors[:-1], images[:-1], strict=True)
-        )
+        m = covariance.count_theta(self.sizes)
+        spread = jnp.zeros((m * k, m * k), matrix.dtype)
+        for left, right in zip(vectors[:-1], images[:-1], strict=True):
+            spread = spread + jnp.einsum("aiJ,ajJ->ij", left, right)
         if self.levels:
             spread = spread + vectors[-1].T @ tail
-        m = covariance.count_theta(self.sizes)
         spread = ((spread + spread.T) / 2).reshape(m, k, m, k)
         return self._outside(spread, 0, 2)
 
