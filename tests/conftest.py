@@ -24,9 +24,9 @@ if SHARED not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import jax
+import jax  # noqa: E402  reads the settings above
 
-from jaxreml.cache import spare_memory_maps
+from jaxreml.cache import spare_memory_maps  # noqa: E402
 
 
 def pytest_unconfigure():
