@@ -38,7 +38,8 @@ def fit(
             ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; ``offset(z)``;
             fixed effects in formulaic's grammar.
         data: dataframe (pandas, polars, pyarrow, anything narwhals reads) or dict of columns.
-            Rows with a missing value in a column that the model uses are dropped and counted.
+            Rows with a missing value in a column that the model uses are dropped and counted,
+            before columns such as ``poly(x, 2)`` are computed (R computes these first).
         method: "REML" or "ML".
         weights: column name or (n,) values: observation i has residual variance
             sigma2 / weights[i], as in lme4.
