@@ -16,7 +16,7 @@ from jaxreml.batch import Fits
 from jaxreml.designs import parameter_names
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
-from jaxreml.results import RESIDUAL
+from jaxreml.fitted import RESIDUAL
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults

@@ -11,8 +11,8 @@ import pandas as pd
 from jaxreml import covariance
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
+from jaxreml.fitted import RESIDUAL
 from jaxreml.hypotheses import check_conf_level
-from jaxreml.results import RESIDUAL
 
 if TYPE_CHECKING:
     from jaxreml.batch_results import BatchModel, BatchResults

@@ -14,8 +14,9 @@ from jaxreml.designs import with_spare_levels
 from jaxreml.effects import conditional_variances, inspect
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
+from jaxreml.fitted import Grouping
 from jaxreml.frame import ModelFrame, model_frame
-from jaxreml.results import Grouping, LMMResults
+from jaxreml.results import LMMResults
 
 
 def fit(

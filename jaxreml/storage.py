@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.errors import DataError
-from jaxreml.results import Grouping, LMMResults
+from jaxreml.fitted import Grouping
+from jaxreml.results import LMMResults
 
 FORMAT = "jaxreml.LMMResults"
 VERSION = 1

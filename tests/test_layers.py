@@ -23,6 +23,7 @@ LAYERS = [
     {"batch_tables", "tables"},
     {"batch_results"},
     {"results"},
+    {"fitted"},
     {"batch", "responses"},
     {"programs"},
     {"effects"},

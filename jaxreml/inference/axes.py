@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxreml import covariance
 from jaxreml.estimation import START
+from jaxreml.fitted import RESIDUAL
 from jaxreml.inference.constrained import Coordinates, triangle
-from jaxreml.results import RESIDUAL
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults

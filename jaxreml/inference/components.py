@@ -16,7 +16,7 @@ from jax.scipy.linalg import block_diag
 
 from jaxreml import covariance
 from jaxreml.estimation import FAR, LOG_ZERO
-from jaxreml.results import RESIDUAL
+from jaxreml.fitted import RESIDUAL
 
 Components = dict[str, Array]
 Function = Callable[[Array, Components], Array]

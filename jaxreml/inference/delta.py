@@ -22,9 +22,9 @@ from scipy.special import expit, logit, ndtri
 from jaxreml import covariance
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.errors import DataError
+from jaxreml.fitted import RESIDUAL
 from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference import components
-from jaxreml.results import RESIDUAL
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults

@@ -20,9 +20,9 @@ from jax import Array
 
 from jaxreml.cache import remembered
 from jaxreml.errors import DataError
+from jaxreml.fitted import RESIDUAL
 from jaxreml.inference import components
 from jaxreml.inference.delta import Program, linearise, program, wald
-from jaxreml.results import RESIDUAL
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults

@@ -14,9 +14,10 @@ from jax import Array
 
 from jaxreml.batch import Fits
 from jaxreml.cache import remembered
+from jaxreml.fitted import RESIDUAL
 from jaxreml.inference import components
 from jaxreml.inference.components import Components, Groups
-from jaxreml.results import RESIDUAL, LMMResults
+from jaxreml.results import LMMResults
 
 Statistic = Callable[[Array, Components], Any]
 TOGETHER = 1024  # refits that a statistic is computed of at a time
