@@ -311,59 +311,8 @@ def profile_contour_data(
     second: str,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
 ) -> pd.DataFrame:
-    """Joint likelihood regions of two parameters, interpolated from their profiles.
-
-    The contour of a level passes through the four points where the profile of one parameter
-    reaches its deviance, and touches a line parallel to the other's axis there (Bates and Watts
-    1988, Nonlinear Regression Analysis, appendix A6; lme4 draws these).
-
-    Args:
-        profile: of both parameters, with a ``conf_level`` that covers the regions: the chi-squared
-            quantile with two degrees of freedom, 0.986 for a region of 0.95.
-        first, second: parameters.
-        levels: of the regions.
-
-    Returns:
-        Columns level, and one for each parameter; the points of a contour in turn.
-
-    Raises:
-        DataError: a parameter without a profile, or a level that the profiles do not reach, as
-            where a variance is on its boundary.
-    """
-    from scipy.interpolate import CubicSpline
-    from scipy.special import chdtri
-
-    traces = [_trace(profile, first, second), _trace(profile, second, first)]
-    backs = [_interpolated(trace["zeta"], trace["value"]) for trace in traces]
-    parts = []
-    for level in levels:
-        radius = float(np.sqrt(chdtri(2, 1 - level)))
-        angles = []
-        for k, trace in enumerate(traces):
-            low, high = trace["zeta"].iloc[0], trace["zeta"].iloc[-1]
-            if not low <= -radius < radius <= high:
-                raise DataError(
-                    f"the profile of {(first, second)[k]!r} reaches from zeta {low:.2f} to "
-                    f"{high:.2f}, and the region of {level} needs +-{radius:.2f}: profile with a "
-                    "larger conf_level, or draw a lower level"
-                )
-            other = _interpolated(trace["zeta"], trace["other"])
-            for sign in (1, -1):
-                across = float(np.arccos(np.clip(other(sign * radius) / radius, -1, 1)))
-                own = 0.0 if sign > 0 else np.pi
-                angles.append((own, across) if k == 0 else (across, own))
-        mean = np.array([np.sign(x - y) * (x + y) / 2 for x, y in angles])
-        gap = np.array([abs(x - y) for x, y in angles])
-        order = np.argsort(mean)
-        mean, gap = mean[order], gap[order]
-        turn = CubicSpline(
-            np.append(mean, mean[0] + 2 * np.pi), np.append(gap, gap[0]), bc_type="periodic"
-        )
-        at = np.linspace(-np.pi, np.pi, 101)
-        zetas = radius * np.cos(at + turn(at) / 2), radius * np.cos(at - turn(at) / 2)
-        values = [back(zeta) for back, zeta in zip(backs, zetas, strict=True)]
-        parts.append(pd.DataFrame({"level": level, first: values[0], second: values[1]}))
-    return pd.concat(parts, ignore_index=True)
+    """The edges of joint likelihood regions of two parameters: `Profile.contour`."""
+    return profile.contour(first, second, levels)
 
 
 def profile_contour(
@@ -374,8 +323,8 @@ def profile_contour(
     *,
     ax: Any = None,
 ) -> Any:
-    """Joint likelihood regions of two parameters, with the traces of their profiles; see
-    `profile_contour_data`."""
+    """Joint likelihood regions of two parameters, with the traces of their profiles: where the
+    profile of one has the other. See `Profile.contour`."""
     frame = profile_contour_data(profile, first, second, levels)
     ax = _axes(ax)
     for level, part in frame.groupby("level"):
@@ -434,14 +383,6 @@ def _parameter(profile: Profile, name: str | None) -> str:
     if name not in profile.parameters:
         raise DataError(f"there is no profile of {name!r}: {', '.join(profile.parameters)}")
     return name
-
-
-def _trace(profile: Profile, name: str, other: str) -> pd.DataFrame:
-    """The profile of one parameter: value, zeta, and zeta of another's value on the way."""
-    own, across = (profile_zeta_data(profile, parameter) for parameter in (name, other))
-    frame = profile.frame
-    values = frame.loc[frame["parameter"] == name, other].to_numpy()
-    return own.assign(other=_interpolated(across["value"], across["zeta"])(values))
 
 
 def _interpolated(x: Any, y: Any) -> Any:

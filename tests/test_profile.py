@@ -298,3 +298,104 @@ def test_a_poor_neighbour_is_mended(monkeypatch):
         again = profile.conf_int(0.9)
     assert not track.kinks
     assert (again["upper"] < expected["upper"]).all()
+
+
+def both_held(fit, labels: list[str], values: list[float]) -> float:
+    """The ML criterion with two SDs or correlations held, minimised by scipy."""
+    names = fit.design.parameter_names
+    held = {}
+    for label, value in zip(labels, values, strict=True):
+        if label.startswith("cor"):
+            held[next(k for k, name in enumerate(names) if name.startswith("z["))] = np.arctanh(
+                value
+            )
+        else:
+            own = next(parameter for parameter in axes.parameters(fit) if parameter.name == label)
+            entry = "Residual" if label == "sigma" else f"{own.group}, {own.term}"
+            held[names.index(f"log_variance[{entry}]")] = 2 * np.log(value)
+    free = [k for k in range(len(names)) if k not in held]
+    both = jax.jit(jax.value_and_grad(jaxreml.ml_objective))
+
+    def function(x):
+        params = np.array([held.get(k, 0.0) for k in range(len(names))])
+        params[free] = x
+        value, gradient = both(params, fit.design)
+        return float(value), np.asarray(gradient)[free]
+
+    start = fit.parameters[free]
+    return scipy.optimize.minimize(function, start, jac=True, options={"gtol": 1e-8}).fun
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("sd_(Intercept)|Subject", "sd_Days|Subject"),
+        ("cor_Days.(Intercept)|Subject", "sd_Days|Subject"),
+        ("sd_(Intercept)|Subject", "cor_Days.(Intercept)|Subject"),
+        ("sigma", "sd_(Intercept)|Subject"),
+    ],
+)
+def test_contours_are_where_brute_force_has_the_quantile(labels):
+    fit = fitted("sleep_corr")
+    frame = profiled("sleep_corr").contour(*labels, levels=(0.8,), points=8)
+    for values in frame[list(labels)].to_numpy()[:-1:3]:
+        rise = both_held(fit, list(labels), list(values)) - fit.criterion
+        assert rise == pytest.approx(chi2.ppf(0.8, 2), abs=1e-6)
+    assert frame.iloc[0].equals(frame.iloc[-1])
+
+
+def test_contours_touch_the_profiles():
+    """The farthest that a region reaches in one parameter is where its profile has its deviance."""
+    profile = profiled("sleep_corr")
+    level = chi2.cdf(chi2.ppf(0.8, 2), 1)  # of an interval with the region's deviance
+    interval = profile.conf_int(level)
+    for labels in (("(Intercept)", "sd_Days|Subject"), ("cor_Days.(Intercept)|Subject", "Days")):
+        frame = profile.contour(*labels, levels=(0.8,), points=200)
+        for label in labels:
+            low, high = interval.loc[label, ["lower", "upper"]]
+            slack = 2e-3 * (high - low)
+            assert low - 1e-6 < frame[label].min() < low + slack
+            assert high - slack < frame[label].max() < high + 1e-6
+
+
+def test_contours_end_at_bounds():
+    """A region of two SDs that one of them leaves at zero has an edge there."""
+    profile = profiled("pastes")
+    labels = ["sd_(Intercept)|batch", "sigma"]
+    edge = profile.contour(*labels, levels=(0.9,), points=32)
+    on_bound = edge["sd_(Intercept)|batch"] == 0
+    assert 2 < on_bound.sum() < 30
+    np.testing.assert_allclose(edge.loc[~on_bound, "deviance"], chi2.ppf(0.9, 2), atol=1e-6)
+    assert (edge.loc[on_bound, "deviance"] < chi2.ppf(0.9, 2)).all()
+    without = jaxreml.fit("strength ~ 1 + (1 | batch:cask)", references.data("pastes"), "ML")
+    assert edge["deviance"].min() >= without.criterion - fitted("pastes").criterion - 1e-8
+
+
+def test_contour_refusals():
+    profile = profiled("sleep_corr")
+    with pytest.raises(jaxreml.DataError, match="'sigma' is given twice"):
+        profile.contour("sigma", "sigma")
+    with pytest.raises(ValueError, match="there is no profile of 'tau'"):
+        profile.contour("tau", "sigma")
+    with pytest.raises(ValueError, match="levels must be between 0 and 1, not 95"):
+        profile.contour("sigma", "Days", (95,))
+    with pytest.raises(ValueError, match="at least 4 points"):
+        profile.contour("sigma", "Days", points=3)
+    machines = fitted("machines_s").profile("theta_")
+    names = machines.parameters
+    with pytest.raises(jaxreml.DataError, match="cannot be held together: of one term's effects"):
+        machines.contour(names[1], names[2])
+
+
+def test_a_correlation_keeps_its_sign():
+    """With the SDs free of sign, one held at c was the same as at -c: its interval had no end."""
+    rng = np.random.default_rng(22)
+    g, x = np.repeat(np.arange(12), 5), np.tile(np.arange(5) - 2.0, 12)
+    b = rng.multivariate_normal([0, 0], [[0.6, 0.1], [0.1, 0.06]], size=12)
+    y = 1 + 0.3 * x + b[g, 0] + b[g, 1] * x + rng.normal(size=60)
+    fit = jaxreml.fit("y ~ x + (x | g)", {"y": y, "x": x, "g": g}, "ML")
+    label = "cor_x.(Intercept)|g"
+    lower, upper = fit.profile(label).conf_int().loc[label, ["lower", "upper"]]
+    assert upper == 1
+    rise = brute_force(fit, "ML", label, lower) - fit.criterion
+    assert rise == pytest.approx(PINNED, abs=1e-7)

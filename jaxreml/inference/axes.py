@@ -6,12 +6,14 @@ Names and order are those of lme4's ``confint(fit, oldNames=FALSE)``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxreml import covariance
+from jaxreml.errors import DataError
 from jaxreml.estimation import START
 from jaxreml.fitted import RESIDUAL
 from jaxreml.inference.constrained import Coordinates, triangle
@@ -35,6 +37,54 @@ class Values(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Chart:
+    """Coordinates of the variance parameters, in which some that people read are axes.
+
+    Attributes:
+        orders: per term the order of its effects, those first that are axes.
+        polar: terms (their places) of which the second row of T is d (cos a, sin a).
+        axes: the coordinates in numbers.
+    """
+
+    orders: tuple[tuple[int, ...], ...]
+    polar: tuple[int, ...]
+    axes: Coordinates
+
+    def x(self, values: Values, floor: float = 0.0) -> np.ndarray:
+        """Coordinates (m + 2,), with entries on diagonals of at least `floor`; the last is 0."""
+        parts = []
+        for k, (root, order) in enumerate(zip(values.roots, self.orders, strict=True)):
+            upper = np.linalg.qr(root[list(order)].T, mode="r")
+            lower = (np.where(np.diagonal(upper) < 0, -1.0, 1.0)[:, None] * upper).T
+            np.fill_diagonal(lower, np.maximum(np.diagonal(lower), floor))
+            if k in self.polar:
+                length = np.hypot(lower[1, 0], lower[1, 1])
+                defined = lower[0, 0] > 0 and length > 0
+                angle = (
+                    -math.acos(np.clip(lower[1, 0] / length, -1, 1)) if defined else -math.pi / 2
+                )
+                lower[1, :2] = math.sqrt(length), angle
+                lower[0, 0] = math.sqrt(lower[0, 0])
+            parts.append(lower[covariance.triangle(len(root))])
+        return np.concatenate([*parts, [values.log_sigma, 0.0]])
+
+    def values(self, x: np.ndarray) -> Values:
+        """The variance parameters at x (m + 2,)."""
+        m = len(self.axes.polar)
+        entries = triangle(x[:m], self.axes.roots, self.axes.polar)
+        roots = []
+        start = 0
+        for order in self.orders:
+            q = len(order)
+            rows, columns = covariance.triangle(q)
+            lower = np.zeros((q, q))
+            lower[rows, columns] = entries[start : start + rows.size]
+            roots.append(lower[np.argsort(order)])
+            start += rows.size
+        return Values(tuple(roots), float(x[m]))
+
+
+@dataclass(frozen=True, eq=False)
 class Parameter:
     """One parameter that can be held.
 
@@ -42,9 +92,9 @@ class Parameter:
         name: lme4's, such as ``sd_(Intercept)|g``, ``cor_x.(Intercept)|g``, ``sigma``.
         group, term: grouping factor and effect(s); None and the column's name for fixed effects.
         kind: "sd", "cor", "sigma" or "fixed".
-        orders: per term the order of its effects in the coordinates, the parameter's own first.
-        place: of an SD or correlation its term's place, else -1.
-        axes: coordinates in which it is held.
+        place: of an SD or correlation its term's place, of a fixed effect its column's; else -1.
+        effects: of an SD or correlation, the effects' places in the term.
+        chart: coordinates in which it is an axis, and held.
         axis: the entry of x that it is.
         scale, shift: the value is scale * x (SD), cos x, scale * exp(x) (sigma), shift + scale * x
             (fixed effects).
@@ -54,12 +104,17 @@ class Parameter:
     group: str | None
     term: str
     kind: str
-    orders: tuple[tuple[int, ...], ...]
     place: int
-    axes: Coordinates
+    effects: tuple[int, ...]
+    chart: Chart
     axis: int
     scale: float = 1.0
     shift: float = 0.0
+
+    @property
+    def axes(self) -> Coordinates:
+        """Those of `chart` in numbers."""
+        return self.chart.axes
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -78,38 +133,40 @@ class Parameter:
 
     def x(self, values: Values, beta: np.ndarray, floor: float = 0.0) -> np.ndarray:
         """Coordinates (m + 2,), with entries on diagonals of at least `floor`."""
-        parts = []
-        for k, (root, order) in enumerate(zip(values.roots, self.orders, strict=True)):
-            upper = np.linalg.qr(root[list(order)].T, mode="r")
-            lower = (np.where(np.diagonal(upper) < 0, -1.0, 1.0)[:, None] * upper).T
-            np.fill_diagonal(lower, np.maximum(np.diagonal(lower), floor))
-            if k == self.place and self.kind == "cor":
-                length = np.hypot(lower[1, 0], lower[1, 1])
-                defined = lower[0, 0] > 0 and length > 0
-                angle = (
-                    -math.acos(np.clip(lower[1, 0] / length, -1, 1)) if defined else -math.pi / 2
-                )
-                lower[1, :2] = length, angle
-            parts.append(lower[covariance.triangle(len(root))])
-        moved = 0.0
+        x = self.chart.x(values, floor)
         if self.kind == "fixed":
-            moved = (beta[-1 - self.place] - self.shift) / self.scale
-        return np.concatenate([*parts, [values.log_sigma, moved]])
+            x[-1] = (beta[self.place] - self.shift) / self.scale
+        return x
 
     def values(self, x: np.ndarray) -> Values:
         """The variance parameters at x (m + 2,)."""
-        m = len(self.axes.radius)
-        entries = triangle(x[:m], self.axes.radius, self.axes.angle)
-        roots = []
-        start = 0
-        for order in self.orders:
-            q = len(order)
-            rows, columns = covariance.triangle(q)
-            lower = np.zeros((q, q))
-            lower[rows, columns] = entries[start : start + rows.size]
-            roots.append(lower[np.argsort(order)])
-            start += rows.size
-        return Values(tuple(roots), float(x[m]))
+        return self.chart.values(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two parameters that can be held at once.
+
+    Attributes:
+        parameters: the two.
+        chart: coordinates in which both are held.
+        entries: where they are in x; fixed effects share the last one.
+        shifts: (2, p), what the response gains per unit of each parameter's axis.
+    """
+
+    parameters: tuple[Parameter, Parameter]
+    chart: Chart
+    entries: tuple[int, ...]
+    shifts: np.ndarray
+
+    def held(self, x: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, Coordinates]:
+        """x (m + 2,) with the parameters at `at` (2,) on their axes, and the coordinates there."""
+        x = x.copy()
+        roots = np.append(self.chart.axes.roots, [0.0, 0.0])
+        for entry, value in zip(self.entries, at, strict=True):
+            x[entry] = math.sqrt(value) if roots[entry] else value
+        x[-1] = 1.0  # of the shift
+        return x, self.chart.axes._replace(shift=at @ self.shifts)
 
 
 def parameters(fit: LMMResults) -> list[Parameter]:
@@ -171,97 +228,153 @@ def other_values(values: Values, count: int) -> list[Values]:
     return found
 
 
+def pair(fit: LMMResults, first: Parameter, second: Parameter) -> Pair:
+    """Coordinates in which two parameters of a fit are held.
+
+    Raises:
+        DataError: a correlation with another, or with the SD of a third effect, of the same term.
+    """
+    builder = _Builder(fit)
+    both = (first, second)
+    orders: dict[int, tuple[int, ...]] = {}
+    for parameter in sorted(both, key=lambda parameter: len(parameter.effects)):
+        if parameter.effects:
+            known = orders.get(parameter.place, ())
+            orders[parameter.place] = tuple(dict.fromkeys([*known, *parameter.effects]))
+    entries = []
+    for own in both:
+        entry = builder.entry(own.kind, own.place, own.effects, orders.get(own.place, ()))
+        if entry is None:
+            raise DataError(
+                f"{first.name} and {second.name} cannot be held together: of one term's effects, "
+                "two SDs can, and the SD and a correlation of one of them"
+            )
+        entries.append(entry)
+    fixed = tuple(own.place for own in both if own.kind == "fixed")
+    shifts = [
+        builder.shift(own.place, fixed) if own.kind == "fixed" else np.zeros(fit.design.p)
+        for own in both
+    ]
+    return Pair(both, builder.chart(orders, entries, fixed), tuple(entries), np.stack(shifts))
+
+
 class _Builder:
     """Makes the parameters of a fit."""
 
     def __init__(self, fit: LMMResults):
         self.fit = fit
+        self.basis = np.asarray(fit.design.basis)
         self.sizes = tuple(len(grouping.effects) for grouping in fit.groupings)
-        self.starts = np.cumsum([0, *(q * (q + 1) // 2 for q in self.sizes)])
-        self.orders = tuple(tuple(range(q)) for q in self.sizes)
+        self.starts = np.cumsum([0, *(q * (q + 1) // 2 for q in self.sizes)]).tolist()
 
     def sd(self, k: int, j: int) -> Parameter:
         group, term = self.fit.groupings[k].name, self.fit.groupings[k].effects[j]
         scale = self.fit.sigma / float(self.fit.design.scales[k][j])
-        orders, order = self._first(k, j)
-        axis = self.starts[k]
-        axes = self._axes(order=order, held=axis)
-        return Parameter(f"sd_{term}|{group}", group, term, "sd", orders, k, axes, axis, scale)
+        return self._parameter(f"sd_{term}|{group}", group, term, "sd", k, (j,), scale)
 
     def correlation(self, k: int, i: int, j: int) -> Parameter:
         grouping = self.fit.groupings[k]
         group, term = grouping.name, f"{grouping.effects[i]}.{grouping.effects[j]}"
-        orders, order = self._first(k, j, i)
-        start, q = self.starts[k], self.sizes[k]
-        radius, axis = start + 1, start + q
-        axes = self._axes(order=order, held=axis, polar=(radius, axis))
-        return Parameter(f"cor_{term}|{group}", group, term, "cor", orders, k, axes, axis)
+        return self._parameter(f"cor_{term}|{group}", group, term, "cor", k, (j, i))
 
     def sigma(self) -> Parameter:
-        axis = int(self.starts[-1])
-        axes = self._axes(held=axis)
-        return Parameter(
-            "sigma", RESIDUAL, RESIDUAL, "sigma", self.orders, -1, axes, axis, self.fit.sigma
-        )
+        return self._parameter("sigma", RESIDUAL, RESIDUAL, "sigma", scale=self.fit.sigma)
 
     def fixed(self, j: int) -> Parameter:
-        """With X = U R, X without column j spans U Q for an orthonormal Q; x_j has c in the
-        direction U q that this leaves, and y - b x_j what y has in it less b c."""
-        design, p = self.fit.design, self.fit.design.p
-        basis = np.asarray(design.basis)
-        directions, _ = np.linalg.qr(np.delete(basis, j, axis=1), mode="complete")
-        left = directions[:, -1]
-        step = float(self.fit.bse.iloc[j])
-        columns = np.zeros((p + 1, p + 1))
-        columns[:p, : p - 1] = directions[:, :-1]
-        columns[p, p] = 1.0
-        axes = self._axes()._replace(
-            columns=columns,
-            shift=-step * (left @ basis[:, j]) * left,
-            absent=np.eye(p + 1)[p - 1],
-        )
-        name, axis = self.fit.fixed_names[j], int(self.starts[-1]) + 1
-        shift = float(np.asarray(design.beta_ols)[j])
-        return Parameter(name, None, name, "fixed", self.orders, -1 - j, axes, axis, step, shift)
+        name, step = self.fit.fixed_names[j], float(self.fit.bse.iloc[j])
+        shift = float(np.asarray(self.fit.design.beta_ols)[j])
+        return self._parameter(name, None, name, "fixed", j, scale=step, shift=shift)
 
-    def _first(self, k: int, *effects: int) -> tuple[tuple[tuple[int, ...], ...], np.ndarray]:
-        """Orders of effects with some first, and the permutation of omega's entries."""
-        q = self.sizes[k]
-        own = (*effects, *(e for e in range(q) if e not in effects))
-        orders = (*self.orders[:k], own, *self.orders[k + 1 :])
-        place = np.argsort(own)
-        rows, columns = covariance.triangle(q)
-        where = np.arange(self.starts[-1])
-        inside = covariance.places(q)[place[rows], place[columns]]
-        where[self.starts[k] : self.starts[k + 1]] = self.starts[k] + inside
-        return orders, np.eye(where.size)[where]
-
-    def _axes(
+    def _parameter(
         self,
-        *,
-        order: np.ndarray | None = None,
-        held: int | None = None,
-        polar: tuple[int, int] | None = None,
-    ) -> Coordinates:
-        m, p = int(self.starts[-1]), self.fit.design.p
-        radius, angle = np.zeros(m), np.zeros(m)
-        on_diagonal = [np.equal(*covariance.triangle(q)) for q in self.sizes]
-        pivots = np.append(np.concatenate(on_diagonal), [0.0, 0.0])
-        if polar is not None:
-            radius[polar[0]], angle[polar[1]] = 1.0, 1.0
-            pivots[polar[0]], pivots[polar[1]] = 1.0, 0.0
+        name: str,
+        group: str | None,
+        term: str,
+        kind: str,
+        place: int = -1,
+        effects: tuple[int, ...] = (),
+        scale: float = 1.0,
+        shift: float = 0.0,
+    ) -> Parameter:
+        axis = self.entry(kind, place, effects, effects)
+        assert axis is not None
+        orders = {place: effects} if effects else {}
+        chart = self.chart(orders, (axis,), (place,) if kind == "fixed" else ())
+        return Parameter(name, group, term, kind, place, effects, chart, axis, scale, shift)
+
+    def entry(
+        self, kind: str, place: int, effects: tuple[int, ...], first: tuple[int, ...]
+    ) -> int | None:
+        """Where a parameter is in x if the effects `first` of its term come first; None if
+        nowhere."""
+        if kind == "fixed":
+            return self.starts[-1] + 1
+        if kind == "sigma":
+            return self.starts[-1]
+        start = self.starts[place]
+        if kind == "cor":
+            return start + self.sizes[place] if set(first) == set(effects) else None
+        return start + first.index(effects[0]) if effects[0] in first[:2] else None
+
+    def chart(
+        self, first: Mapping[int, tuple[int, ...]], held: Sequence[int], fixed: Sequence[int]
+    ) -> Chart:
+        """Coordinates with the effects `first` of some terms first, two of them in polar
+        coordinates, and these entries of x and fixed effects held.
+
+        With X = U R, X without the fixed effects' columns spans U Q for an orthonormal Q.
+        """
+        m, p = self.starts[-1], self.fit.design.p
+        roots, turn = np.zeros(m), np.zeros((m, m))
+        pivots = [np.equal(*covariance.triangle(q)) for q in self.sizes]
+        pivots = np.append(np.concatenate(pivots), [0.0, 0.0])
+        polar = tuple(k for k, effects in first.items() if len(effects) > 1)
+        for k in polar:
+            radius, angle = self.starts[k] + 1, self.starts[k] + self.sizes[k]
+            turn[radius, angle] = 1.0
+            roots[[self.starts[k], radius]] = 1.0
+            pivots[radius], pivots[angle] = 1.0, 0.0
         free = np.ones(m + 2)
-        free[-1] = 0.0
-        if held is not None:
-            free[held] = 0.0
-        return Coordinates(
-            order=np.eye(m) if order is None else order,
-            radius=radius,
-            angle=angle,
+        free[[*held, -1]] = 0.0
+        columns, shift, absent = np.eye(p + 1), np.zeros(p), np.zeros(p + 1)
+        if fixed:
+            left = p - len(fixed)
+            columns[:p, :p] = 0.0
+            columns[:p, :left] = self._directions(fixed)[:, :left]
+            absent[left:p] = 1.0
+            shift = self.shift(fixed[0], fixed)
+        orders = tuple(
+            (*first.get(k, ()), *(e for e in range(q) if e not in first.get(k, ())))
+            for k, q in enumerate(self.sizes)
+        )
+        axes = Coordinates(
+            order=self._permutation(orders),
+            roots=roots,
+            polar=turn,
             pivots=pivots * free,
             free=free,
-            columns=np.eye(p + 1),
-            shift=np.zeros(p),
-            absent=np.zeros(p + 1),
+            columns=columns,
+            shift=shift,
+            absent=absent,
             log_unit=math.log(self.fit.sigma),
         )
+        return Chart(orders, polar, axes)
+
+    def shift(self, j: int, fixed: Sequence[int]) -> np.ndarray:
+        """What the response gains per standard error of x_j in the directions that X without
+        `fixed` leaves; the rest of x_j is in the span of the other columns."""
+        left = self._directions(fixed)[:, self.fit.design.p - len(fixed) :]
+        return -float(self.fit.bse.iloc[j]) * left @ (left.T @ self.basis[:, j])
+
+    def _directions(self, fixed: Sequence[int]) -> np.ndarray:
+        """Orthonormal (p, p), the last ones orthogonal to all columns but the `fixed`."""
+        return np.linalg.qr(np.delete(self.basis, fixed, axis=1), mode="complete")[0]
+
+    def _permutation(self, orders: tuple[tuple[int, ...], ...]) -> np.ndarray:
+        """To omega's entries from those with the effects in other orders, (m, m)."""
+        where = []
+        for start, order in zip(self.starts, orders, strict=False):
+            place = np.argsort(order)
+            rows, columns = covariance.triangle(len(order))
+            where.append(start + covariance.places(len(order))[place[rows], place[columns]])
+        return np.eye(self.starts[-1])[np.concatenate(where)]

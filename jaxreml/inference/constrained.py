@@ -4,9 +4,10 @@ the residual SD, fixed effects.
 `Coordinates` give each such parameter an axis of its own, so that holding it is leaving its axis
 out. With the effects of a term reordered, the absolute covariance matrix of the term is T T' for
 a triangular T whose first row is the SD of the first effect; of a correlation's two effects, put
-first, the second row of T is d (cos a, sin a), and the correlation is cos a. All other entries of
-T are free and have no bounds: the criterion is even in each diagonal entry, so that a zero variance
-is an ordinary stationary point, and so is a correlation of +-1. A fixed effect moves the response
+first, the second row of T is d (cos a, sin a), and the correlation is cos a; the two SDs, of which
+a sign would be the correlation's, have square roots for coordinates. All others are free, and none
+has bounds: the criterion is even in diagonal entries and square roots, so that a zero variance is
+an ordinary stationary point, and so is a correlation of +-1. A fixed effect moves the response
 (`Combined`). So one program serves every parameter and every value: they differ in numbers only.
 """
 
@@ -44,7 +45,8 @@ class Coordinates(NamedTuple):
 
     Attributes:
         order: (m, m), permutation to the entries of omega from those of T T'.
-        radius, angle: (m,), 1 where x has d and a of a correlation, 0 elsewhere.
+        roots: (m,), 1 where x has the square root of an entry, 0 elsewhere.
+        polar: (m, m), 1 in the row of d and the column of a where x has these, 0 elsewhere.
         pivots: (m + 2,), 1 for entries on the diagonal of T that are free.
         free: (m + 2,), 1 for what is optimised, 0 for what is held.
         columns: (p + 1, p + 1), combinations of [X y] for the columns of X that are free and y.
@@ -54,8 +56,8 @@ class Coordinates(NamedTuple):
     """
 
     order: Any
-    radius: Any
-    angle: Any
+    roots: Any
+    polar: Any
     pivots: Any
     free: Any
     columns: Any
@@ -98,12 +100,12 @@ class Point(NamedTuple):
     full: Array
 
 
-def triangle(x: Any, radius: Any, angle: Any) -> Any:
+def triangle(x: Any, roots: Any, polar: Any) -> Any:
     """Entries of T, (m,), at x (m,); NumPy or JAX."""
     xp = jnp if isinstance(x, Array) else np
-    length, turn = radius @ x, angle @ x
-    polar = length * (radius * xp.cos(turn) + angle * xp.sin(turn))
-    return x * (1 - radius - angle) + polar
+    entries = x * (1 - roots + roots * x)
+    angles = polar.sum(axis=0)
+    return entries * (1 - angles) * xp.cos(polar @ x) + (polar.T @ entries) * xp.sin(x)
 
 
 @lru_cache
@@ -123,7 +125,7 @@ def _products(sizes: covariance.Sizes) -> np.ndarray:
 
 def _omega(x: Array, axes: Coordinates, sizes: covariance.Sizes) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
-    entries = triangle(x[:-1], axes.radius, axes.angle)
+    entries = triangle(x[:-1], axes.roots, axes.polar)
     absolute = axes.order @ (_products(sizes) @ entries @ entries)
     return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
 

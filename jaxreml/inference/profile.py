@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from jaxreml.errors import ConvergenceWarning
+from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import is_reml
 from jaxreml.hypotheses import check_conf_level
-from jaxreml.inference.axes import Parameter, readings
+from jaxreml.inference.axes import Parameter, pair, readings
 from jaxreml.inference.axes import parameters as known_parameters
 from jaxreml.inference.tracks import EXACT, MENDINGS, Limit, Search
 
@@ -114,6 +114,53 @@ class Profile:
                     rows.append((*row, *others, *point.beta))
         names = [own.name for own in self._known]
         return pd.DataFrame(rows, columns=["parameter", "value", "zeta", "criterion", *names])
+
+    def contour(
+        self,
+        first: str,
+        second: str,
+        levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+        points: int = 64,
+    ) -> pd.DataFrame:
+        """The edges of joint likelihood regions of two parameters, exact at every point.
+
+        Where a parameter reaches its bound inside the region (an SD 0, a correlation +-1), the edge
+        goes along the bound, with a smaller deviance.
+
+        Args:
+            first, second: names of two of `parameters`.
+            levels: of the regions, by chi-squared with two degrees of freedom.
+            points: of each edge.
+
+        Returns:
+            Columns level, one for each parameter, and deviance; the points of an edge in turn, the
+            first again at its end. NaN, with a ConvergenceWarning, where one was not found.
+
+        Raises:
+            DataError: two correlations of one term, or a correlation and the SD of a third effect,
+                which cannot be held together; the same parameter twice.
+            ValueError: another name or level, or fewer than 4 points.
+        """
+        from jaxreml.inference.contours import contour
+
+        for level in levels:
+            check_conf_level(level, "levels")
+        if points < 4:
+            raise ValueError(f"an edge needs at least 4 points, not {points}")
+        if first == second:
+            raise DataError(f"{first!r} is given twice: a region is of two parameters")
+        one, other = (self._parameter(name) for name in (first, second))
+        held = pair(self._fit, one, other)
+        reml = is_reml(self.likelihood) and "fixed" not in (one.kind, other.kind)
+        search = Search(self._fit, self._known, [one, other], reml)
+        return contour(self._fit, search, held, levels, points)
+
+    def _parameter(self, name: str) -> Parameter:
+        for own in self._chosen:
+            if own.name == name:
+                return own
+        known = ", ".join(self.parameters)
+        raise ValueError(f"there is no profile of {name!r}: {known}")
 
     def _limits(self, level: float, points: bool = False) -> dict[tuple[Parameter, int], Limit]:
         """Of each parameter, side -1 and 1; and the points between."""

@@ -163,6 +163,13 @@ class Search:
         chosen: those to profile.
         reml: the criterion.
 
+    Attributes:
+        design: without names, on the device.
+        minimum, values, estimates: criterion, variance parameters and all parameters at the
+            estimates, these in the user's units in the order of `known`.
+        elsewhere: variance parameters to start from as well.
+        tracks: the profiles.
+
     Raises:
         JaxremlError: the optimum of the criterion is not found, or is not the one that the fit has.
     """
@@ -184,14 +191,15 @@ class Search:
             raise JaxremlError(f"the optimum of the {self.name} was not found")
         self.minimum = float(best.value[0])
         if reml == is_reml(fit.method):
-            self._require_optimum(fit.criterion, self.minimum, "an optimum from another start")
+            self.require_optimum(self.minimum, "an optimum from another start", fit.criterion)
         values = sigma.values(best.x[0])
         values = values._replace(roots=tuple(without_rounding(root) for root in values.roots))
+        self.known, self.values = known, values
         self.estimates = [*readings(values, fit), *best.beta[0]]
-        elsewhere = other_values(values, RESTARTS * (max(fit.design.sizes) - 1))
+        self.elsewhere = other_values(values, RESTARTS * (max(fit.design.sizes) - 1))
         self.tracks = {}
         for own in chosen:
-            start, *others = [own.x(each, best.beta[0]) for each in (values, *elsewhere)]
+            start, *others = [own.x(each, best.beta[0]) for each in (values, *self.elsewhere)]
             self.tracks[own] = Track(own, start, others)
         self._solve([(track, track.centre) for track in self.tracks.values()])
         for parameter, track in self.tracks.items():
@@ -200,11 +208,13 @@ class Search:
                     f"the optimum of the {self.name} is not certified with {parameter.name} held"
                 )
 
-    def _require_optimum(self, criterion: float, found: float, where: str) -> None:
-        if found < criterion - LOWER * (1 + abs(criterion)):
+    def require_optimum(self, found: float, where: str, known: float | None = None) -> None:
+        """Raise JaxremlError if `found`, a value of the criterion, is below the minimum `known`."""
+        minimum = self.minimum if known is None else known
+        if found < minimum - LOWER * (1 + abs(minimum)):
             raise JaxremlError(
                 f"the estimates are not the optimum of the {self.name}: the criterion is "
-                f"{criterion:.6f} there and {found:.6f} at {where}. The likelihood has several "
+                f"{minimum:.6f} there and {found:.6f} at {where}. The likelihood has several "
                 "optima, and a profile from one that is not the lowest means nothing; simplify the "
                 "model"
             )
@@ -233,7 +243,7 @@ class Search:
     def _point(self, track: Track, at: float, found: Optimum) -> Point:
         parameter, criterion = track.parameter, float(found.value)
         where = f"{parameter.name} = {parameter.value(at):g}"
-        self._require_optimum(self.minimum, criterion, where)
+        self.require_optimum(criterion, where)
         free, axis = parameter.axes.free > 0, parameter.axis
         tangent = np.zeros(len(found.x))
         if parameter.kind != "fixed":
