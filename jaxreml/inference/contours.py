@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EDGE = 1e-7  # of the root of the deviance
 STEEPEST = 0.95  # correlation to which rays are spread; beyond, they would all be one
+CORNER = 5  # halvings of the angle at a corner
 BOUND = 1e-9  # distance on an axis from a bound that is rounding error
 DOUBLINGS = 20  # of the distance, to get out of a region
 
@@ -40,22 +41,40 @@ def contour(
     """`Profile.contour`, from a search that has tracks of both parameters."""
     from scipy.special import chdtri
 
-    rays = _Rays(search, held, _directions(fit, search, held, points))
+    directions = _directions(fit, search, held, points)
     parts = []
     for level in levels:
-        radius = math.sqrt(chdtri(2, 1 - level))
-        values, deviance = rays.edge(radius)
-        if np.isnan(deviance).any():
+        values, deviance = _edge(search, held, directions, math.sqrt(chdtri(2, 1 - level)))
+        lost = int(np.isnan(deviance).sum())
+        if lost:
             warnings.warn(
-                f"{int(np.isnan(deviance).sum())} of {points} points of the region of {level} were "
-                "not found: no optimum with both parameters held there",
+                f"{lost} of {deviance.size} points of the region of {level} were not found: no "
+                "optimum with both parameters held there",
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        closed = np.append(np.arange(points), 0)
+        closed = np.append(np.arange(deviance.size), 0)
         columns = {own.name: values[closed, k] for k, own in enumerate(held.parameters)}
         parts.append(pd.DataFrame({"level": level, **columns, "deviance": deviance[closed]}))
     return pd.concat(parts, ignore_index=True)
+
+
+def _edge(
+    search: Search, held: Pair, directions: np.ndarray, radius: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values (r, 2) and deviances (r,), with more rays to where the edge meets a bound."""
+    values, deviance, ended = _Rays(search, held, directions).edge(radius)
+    for _ in range(CORNER):
+        turns = np.flatnonzero(ended != np.roll(ended, -1))
+        if not turns.size:
+            break
+        between = (directions[turns] + np.roll(directions, -1, axis=0)[turns]) / 2
+        added = between, *_Rays(search, held, between).edge(radius)
+        directions, values, deviance, ended = (
+            np.insert(known, turns + 1, new, axis=0)
+            for known, new in zip((directions, values, deviance, ended), added, strict=True)
+        )
+    return values, deviance
 
 
 def _directions(fit: LMMResults, search: Search, held: Pair, points: int) -> np.ndarray:
@@ -99,11 +118,12 @@ class _Rays:
         ]
         self.x = np.tile(self.start, (len(directions), 1))
 
-    def edge(self, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    def edge(self, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the root of the deviance is `radius`, or a parameter ends before.
 
         Returns:
-            Values (r, 2) in the user's units and deviances (r,); NaN where they were not found.
+            Values (r, 2) in the user's units and deviances (r,), NaN where they were not found;
+            whether a parameter ended, (r,).
         """
         which = np.arange(len(self.directions))
         distance = np.full(which.size, np.nan)
@@ -117,7 +137,7 @@ class _Rays:
         values = np.array([[own.value(a) for own, a in zip(self.held.parameters, row, strict=True)]
                            for row in at])  # fmt: skip
         values[np.isnan(roots)] = np.nan
-        return values, roots**2
+        return values, roots**2, distance == self.farthest
 
     def _distances(self, radius: float, which: np.ndarray) -> np.ndarray:
         """How far along these rays the edge is."""

@@ -130,7 +130,7 @@ class Profile:
         Args:
             first, second: names of two of `parameters`.
             levels: of the regions, by chi-squared with two degrees of freedom.
-            points: of each edge.
+            points: of each edge, to which some are added at its corners on a bound.
 
         Returns:
             Columns level, one for each parameter, and deviance; the points of an edge in turn, the
