@@ -71,7 +71,7 @@ models <- list(
                  means(c("Sex", "age"), at = list(age = c(8, 14)), contrasts = NULL)),
     trends = list(trends("age", "Sex"))),
   unbalanced = model(y ~ a*b + a*x + z + (1|g), unbalanced, keep = ~ a + b + x + a:x + z,
-    L = list(unit(10, 7, 8), unit(10, 2, 3)),
+    L = list(unit(10, 7, 8), unit(10, 2, 3), rbind(unit(10, 2, 3), c(0, 1, -1, rep(0, 7)))),
     means = list(means("a", contrasts = all_contrasts), means("a", weights = "proportional"),
                  means("b", weights = "proportional"), means("z"),
                  means("z", weights = "proportional"), means("a", by = "b"),
