@@ -264,6 +264,14 @@ def test_saved_fits_ml_and_singular_ones(tmp_path):
     assert singular.is_singular and np.isfinite(table[["estimate", "df"]]).all(axis=None)
 
 
+def test_what_is_estimable_does_not_depend_on_units():
+    table = unbalanced()
+    table = table[(table["a"] != "a3") | (table["b"] != "b2")].assign(big=lambda d: d["x"] + 1e7)
+    means = jaxreml.fit("y ~ a*b + big + (1|g)", table).emmeans("a", by="b").table
+    lost = means[means["reason"] != ""]  # emmeans 1.8.4 gives a figure for this one
+    assert lost[["a", "b"]].to_numpy().tolist() == [["a3", "b2"]] and lost["estimate"].isna().all()
+
+
 def test_refusals():
     fit = fitted("unbalanced")
     stopped = replace(fit, status=int(Status.MAX_ITERATIONS))
