@@ -272,6 +272,25 @@ def test_what_is_estimable_does_not_depend_on_units():
     assert lost[["a", "b"]].to_numpy().tolist() == [["a3", "b2"]] and lost["estimate"].isna().all()
 
 
+def test_what_the_model_makes_constant_is_not_tested():
+    fit = jaxreml.fit("y ~ a + x*o + (1|g)", unbalanced())
+    at = {"x": [0.1, 0.2, 0.3, 0.4]}
+    for df in DF.values():
+        curved = fit.emmeans("x", at=at, df=df).contrast("poly").iloc[1:]
+        slopes = fit.emtrends("x", "x", at=at, df=df, pairwise=True).contrasts
+        for table in (curved, slopes):
+            assert (table["estimate"] == 0).all() and (table["std_error"] == 0).all()
+            assert table[["df", "statistic", "p_value"]].isna().all(axis=None)
+            assert table["reason"].str.startswith("constant").all()
+
+
+def test_slopes_of_offsets_count():
+    table = unbalanced()
+    inside = jaxreml.fit("y ~ a + x + offset(2 * x) + (1|g)", table).emtrends("1", "x").table
+    plain = jaxreml.fit("y ~ a + x + (1|g)", table).emtrends("1", "x").table
+    np.testing.assert_allclose(inside["estimate"], plain["estimate"], rtol=1e-6)
+
+
 def test_refusals():
     fit = fitted("unbalanced")
     stopped = replace(fit, status=int(Status.MAX_ITERATIONS))
@@ -292,6 +311,9 @@ def test_refusals():
         (("a",), {"adjust": "fdr"}, ValueError, "adjust must be one of"),
         (("a",), {"contrast": "pair"}, ValueError, "must be one of pairwise"),
         (("a",), {"contrast": {"d": [1, -1]}}, DataError, "3 coefficients"),
+        (("a",), {"contrast": {"d": [1, -1, np.nan]}}, DataError, "'d' has values that are not"),
+        (("a",), {"contrast": {"d": ["a", "b", "c"]}}, DataError, "'d' must be numbers"),
+        (("a",), {"at": ["x"]}, DataError, "at must be a dict"),
         (("a",), {"contrast": "eff", "pairwise": True}, ValueError, "not both"),
         (("x",), {"pairwise": True}, DataError, "two means or more"),
         (("a",), {"at": {"x": np.arange(1e7)}}, DataError, "fewer levels of 'x'"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxreml.errors import DataError
+from jaxreml.hypotheses import numbers
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def _custom(method: Mapping[str, Any], k: int) -> Contrasts:
             raise DataError(f"the contrast {name!r} must have {k} coefficients, one per mean")
     if not names:
         raise DataError("the dict of contrasts is empty")
-    return Contrasts(names, np.array([np.asarray(v, float) for v in method.values()]))
+    return Contrasts(
+        names, np.array([numbers(v, f"the contrast {k!r}") for k, v in method.items()])
+    )
 
 
 def _differences(labels: list[str], of: list[tuple[int, int]], **options: Any) -> Contrasts:
