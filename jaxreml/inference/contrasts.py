@@ -34,9 +34,10 @@ def family(method: str | Mapping[str, Any], labels: Sequence[str]) -> Contrasts:
 
     Args:
         method: "pairwise" (each less every later one), "revpairwise" (each less every earlier one),
-            "trt.vs.ctrl" and "trt.vs.ctrlk" (each less the first, the last), "eff" (each less the
-            mean of all), "poly" (orthogonal polynomials in the position, scaled to integers), all
-            as emmeans names and defines them; or a dict from labels to k coefficients.
+            "trt.vs.ctrl" and "trt.vs.ctrlk" (each less the first, the last), "consec" (each less
+            the one before), "eff" (each less the mean of all), "poly" (orthogonal polynomials in
+            the position, scaled to integers), all as emmeans names and defines them; or a dict from
+            labels to k coefficients.
         labels: of the means.
 
     Raises:
@@ -88,12 +89,16 @@ def _reverse_pairwise(labels: list[str]) -> Contrasts:
 
 
 def _versus_first(labels: list[str]) -> Contrasts:
-    return _differences(labels, [(i, 0) for i in range(1, len(labels))], adjust="sidak")
+    return _differences(labels, [(i, 0) for i in range(1, len(labels))], adjust="dunnettx")
 
 
 def _versus_last(labels: list[str]) -> Contrasts:
     last = len(labels) - 1
-    return _differences(labels, [(i, last) for i in range(last)], adjust="sidak")
+    return _differences(labels, [(i, last) for i in range(last)], adjust="dunnettx")
+
+
+def _consecutive(labels: list[str]) -> Contrasts:
+    return _differences(labels, [(i, i - 1) for i in range(1, len(labels))], adjust="mvt")
 
 
 def _effects(labels: list[str]) -> Contrasts:
@@ -127,6 +132,7 @@ FAMILIES: dict[str, Callable[[list[str]], Contrasts]] = {
     "revpairwise": _reverse_pairwise,
     "trt.vs.ctrl": _versus_first,
     "trt.vs.ctrlk": _versus_last,
+    "consec": _consecutive,
     "eff": _effects,
     "poly": _polynomials,
 }

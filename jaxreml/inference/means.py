@@ -67,9 +67,10 @@ class MarginalMeans:
         Args:
             method: see `jaxreml.inference.contrasts.family`.
             by: compare within the levels of these; those of the means if None, () for none.
-            adjust: "none", "tukey", "bonferroni", "holm", "sidak" or "BH", within each level of
-                `by`; None for the usual one: Tukey's for pairwise contrasts, Sidak's for those with
-                a control, BH for "eff", none for others.
+            adjust: "none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak" or "BH" (see
+                `jaxreml.inference.adjustments.p_values`), within each level of `by`; None for
+                emmeans' usual one: "tukey" for pairwise contrasts, "dunnettx" for those with a
+                control, "mvt" for "consec", "BH" for "eff", "none" for others.
 
         Returns:
             A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
@@ -125,9 +126,10 @@ class Functions:
         for rows in self.groups().values():
             part = table.iloc[rows]
             df = part["df"].to_numpy()
-            p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means)
-            half = (
-                critical_values(self.conf_level, df, adjust, len(rows), means) * part["std_error"]
+            related = self._correlation(rows, part["std_error"]) if adjust == "mvt" else None
+            p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means, related)
+            half = part["std_error"] * critical_values(
+                self.conf_level, df, adjust, len(rows), means, related
             )
             low[rows] = part["estimate"] - half
             high[rows] = part["estimate"] + half
@@ -149,6 +151,12 @@ class Functions:
             found["estimate"] += offset
             table.loc[tested] = found.to_numpy()
         return table
+
+    def _correlation(self, rows: np.ndarray, std_error: pd.Series) -> np.ndarray:
+        """Correlations of the estimates of some functions, NaN where there is none."""
+        L = self.L[rows][:, self.terms.kept]
+        scale = std_error.where(std_error > 0).to_numpy()
+        return L @ self.fit.approximation(self.df).vcov @ L.T / np.outer(scale, scale)
 
     def groups(self) -> dict[Any, np.ndarray]:
         """Rows of each combination of the levels of `by`, in the order of the rows."""

@@ -156,8 +156,35 @@ one_case <- function(spec, fit, case) {
 }
 drop_null <- function(x) x[!vapply(x, is.null, NA)]
 
+# -- adjustments by the joint distribution of the tests -------------------------------------------
+# Balanced data have whole degrees of freedom, which `mvt` of emmeans rounds others down to.
+adjusted <- function(name, specs, by = NULL, contrasts, ddf = "satterthwaite") {
+  spec <- models[[name]]
+  fit <- suppressMessages(lmerTest::lmer(spec$formula, spec$data, control = control))
+  means <- suppressMessages(emmeans(fit, specs, by = by, lmer.df = ddf))
+  list(model = unbox(name), specs = unbox(specs), by = by, ddf = unbox(ddf),
+       contrasts = lapply(setNames(contrasts, contrasts), function(method) {
+         found <- contrast(means, method)
+         list(default = unbox(found@misc$adjust), rows = lapply(
+           list(dunnettx = "dunnettx", mvt = "mvt"), function(adjust)
+             as.list(figures(found, adjust)[c("contrast", "p_value", "conf_low", "conf_high")])))
+       }))
+}
+adjustments_json <- function() {
+  set.seed(1)
+  controls <- c("trt.vs.ctrl", "trt.vs.ctrlk", "consec")
+  cases <- list(
+    adjusted("machines", "Machine", contrasts = c(controls, "pairwise", "eff")),
+    adjusted("cake_factor", "temperature", contrasts = controls),
+    adjusted("cake_factor", "temperature", by = "recipe", contrasts = "consec", ddf = "kenward-roger"),
+    adjusted("unbalanced", "a", by = "b", contrasts = c(controls, "pairwise"), ddf = "asymptotic"))
+  writeLines(toJSON(cases, digits = NA, null = "null"), file.path(here, "adjustments.json"))
+}
+
 wanted <- commandArgs(trailingOnly = TRUE)
-if (length(wanted) == 0) wanted <- names(models)
+if (length(wanted) == 0) wanted <- c(names(models), "adjustments")
+if ("adjustments" %in% wanted) adjustments_json()
+wanted <- setdiff(wanted, "adjustments")
 out <- gzfile(file.path(here, "unbalanced.csv.gz"), "wb", compression = 9)
 write.csv(unbalanced, out, row.names = FALSE)
 close(out)
