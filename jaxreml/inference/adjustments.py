@@ -12,6 +12,7 @@ from scipy.stats import false_discovery_control, qmc, studentized_range
 
 ADJUSTMENTS = ("none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak", "BH")
 DIRECTIONS = 2**16  # quasi-random ones, for "mvt"
+BINS = 2**11  # of directions with lengths so close that their mean serves
 SINGULAR = 1e-10  # eigenvalues of a correlation matrix, relative to the largest, that are zero
 
 
@@ -110,7 +111,8 @@ def _lengths(correlation: np.ndarray | None) -> tuple[np.ndarray, int]:
     normal = ndtri(points)
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
     scores = normal @ (vectors[:, inside] * np.sqrt(values[inside])).T
-    return np.abs(scores).max(axis=1), rank
+    lengths = np.sort(np.abs(scores).max(axis=1))
+    return lengths.reshape(BINS, -1).mean(axis=1), rank
 
 
 def _joint(t: float, df: float, lengths: np.ndarray, rank: int) -> float:
@@ -174,5 +176,6 @@ def _by_df(function: Callable[[float], float], df: np.ndarray) -> np.ndarray:
 def _solved(p_value: Callable, level: float, df: float, tests: int) -> float:
     """The t whose p-value is 1 - level: beyond that of a single test, within Bonferroni's."""
     single, bonferroni = -stdtrit(df, (1 - level) / np.array([2, 2 * tests]))
-    root: Any = brentq(lambda t: p_value(t) - (1 - level), single * 0.99, bonferroni * 1.01)
+    within = single * 0.99, bonferroni * 1.01
+    root: Any = brentq(lambda t: p_value(t) - (1 - level), *within, xtol=1e-8)
     return root
