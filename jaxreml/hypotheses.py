@@ -36,6 +36,22 @@ def check_df(df: str, method: str) -> None:
         )
 
 
+def numbers(values: Any, what: str) -> np.ndarray:
+    """An array of finite floats.
+
+    Raises:
+        DataError: something else, with the name `what`.
+    """
+    try:
+        array = np.asarray(values)
+        array = array.astype(float, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
+    except (TypeError, ValueError):
+        raise DataError(f"{what} must be numbers, not {values!r}") from None
+    if not np.all(np.isfinite(array)):
+        raise DataError(f"{what} has values that are not finite")
+    return array
+
+
 def hypotheses(
     fixed_names: Sequence[str], L: Any, rhs: Any = 0.0
 ) -> tuple[np.ndarray, np.ndarray, list[str] | pd.RangeIndex]:
@@ -61,10 +77,15 @@ def hypotheses(
         unknown = [name for name in L if name not in names]
         if unknown:
             raise DataError(f"{unknown[0]!r} is not a fixed effect: {', '.join(names)}")
-        shape = np.broadcast_shapes((1,), *(np.shape(value) for value in L.values()))
+        columns = {name: numbers(value, f"L[{name!r}]") for name, value in L.items()}
+        try:
+            shape = np.broadcast_shapes((1,), *(column.shape for column in columns.values()))
+        except ValueError:
+            sizes = ", ".join(f"{column.size} for {name!r}" for name, column in columns.items())
+            raise DataError(f"L has different numbers of coefficients: {sizes}") from None
         rows = np.zeros((*shape, len(names)))
-        for name, value in L.items():
-            rows[:, names.index(name)] = value
+        for name, column in columns.items():
+            rows[..., names.index(name)] = column
         values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
     elif isinstance(L, str) or (isinstance(L, list | tuple) and all(isinstance(x, str) for x in L)):
         try:
@@ -72,24 +93,23 @@ def hypotheses(
         except Exception as error:  # of formulaic's parser
             raise DataError(
                 f"{L!r} is not a hypothesis about {', '.join(names)}: {error}. Put names that are "
-                "not plain words in backticks"
+                "not plain words in backticks, and write numbers without exponents"
             ) from None
         rows = np.asarray(constraints.constraint_matrix, float)
         values = np.asarray(constraints.constraint_values, float)
         labels = [L] if isinstance(L, str) else list(L)
         labels = labels if len(labels) == len(rows) else pd.RangeIndex(len(rows))
     else:
-        rows: Any = np.atleast_2d(np.asarray(L, float))
+        rows: Any = np.atleast_2d(numbers(L, "L"))
         values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
     if rows.ndim != 2 or rows.shape[1] != len(names):
         raise DataError(
             f"L must have {len(names)} columns, one per fixed effect ({', '.join(names)}), not "
             f"shape {rows.shape}"
         )
-    if not np.all(np.isfinite(rows)):
-        raise DataError("L has values that are not finite")
+    given = numbers(rhs, "rhs")
     try:
-        values = values + np.broadcast_to(np.asarray(rhs, float), values.shape)
+        values = values + np.broadcast_to(given, values.shape)
     except ValueError:
         raise DataError(f"rhs must be a number or {len(rows)} of them") from None
     return rows, values, labels

@@ -140,6 +140,19 @@ def test_one_row_is_the_t_test_squared():
         assert joint["den_df"] == pytest.approx(single["df"], rel=1e-10)
 
 
+def test_hypotheses_do_not_depend_on_units():
+    table = data("machines").assign(z=lambda d: np.arange(len(d)) % 7, huge=lambda d: d["z"] * 1e12)
+    plain = jaxreml.fit("score ~ Machine + z + (1 | Worker)", table)
+    scaled = jaxreml.fit("score ~ Machine + huge + (1 | Worker)", table)
+    rows = np.array([[1.0, 0, 0, 1], [1, 0, 0, 2], [0, 0, 0, 1]])
+    for df in ("kenward-roger", "inf"):
+        found = scaled.test(rows * [1, 1, 1, 1e12], df=df)
+        np.testing.assert_allclose(found, plain.test(rows, df=df), rtol=1e-6)
+        assert found["num_df"][0] == 2
+    with pytest.raises(DataError, match="row 1 of the hypothesis contradicts"):
+        scaled.test([[0, 0, 0, 1], [0, 0, 0, 1]], rhs=[1e-12, 5e-12])
+
+
 def test_joint_tests_do_not_depend_on_the_rows_chosen():
     fit = fitted("cake_factor")
     L = np.eye(len(fit.beta))[3:8]
@@ -171,6 +184,15 @@ def test_equations():
         ([0, 0, 0], 0, "empty"),
         ([[0, 1, 0], [0, 2, 0]], [0, 1], "row 1 of the hypothesis contradicts"),
         ([0, 1, 0], [1, 2, 3], "rhs"),
+        ([0, 1, 0], np.nan, "rhs has values that are not finite"),
+        ([["a", "b", "c"]], 0, "L must be numbers"),
+        ([1j, 0, 0], 0, "L must be numbers"),
+        ({"(Intercept)": "one"}, 0, r"L\['\(Intercept\)'\] must be numbers"),
+        (
+            {"(Intercept)": [1, 2], "Machine[T.B]": [1, 2, 3]},
+            0,
+            "different numbers of coefficients",
+        ),
     ],
 )
 def test_bad_hypotheses(L, rhs, message):
@@ -189,6 +211,10 @@ def test_what_cannot_be_done_is_refused():
         )
     with pytest.raises(DataError, match="cannot test fixed effects: the fit has no optimum"):
         stopped.test([0, 1])
+    for df in ("satterthwaite", "kenward-roger", "inf"):
+        assert stopped.coefficients(df)[["df", "p_value"]].isna().all(axis=None)
+    nothing = fitted("machines").test([0, 0, 0], df="kenward-roger", joint=False)
+    assert nothing[["df", "statistic", "p_value"]].isna().all(axis=None)
     assert "NOT CONVERGED" in stopped.summary()
 
 
@@ -209,12 +235,12 @@ def test_joint_satterthwaite_is_fai_and_cornelius():
     slopes[0, 0, 0] = slopes[1, 1, 1] = 1.0
     method = Satterthwaite(np.diag([1.0, 2.0]), slopes, np.diag([2 / 10, 2 * 4 / 4]))
     np.testing.assert_allclose(method.single(np.eye(2)), [10, 4])
-    assert method.several(np.eye(2))[0] == pytest.approx(2 * 3.25 / (3.25 - 2))
+    assert method.several(np.eye(2), 2)[0] == pytest.approx(2 * 3.25 / (3.25 - 2))
 
 
 def test_without_correction_kenward_roger_is_a_chi_square():
     method = KenwardRoger(np.eye(2), np.eye(2), np.zeros((1, 2, 2)), np.ones((1, 1)))
-    assert method.several(np.eye(2)) == (np.inf, 1.0)
+    assert method.several(np.eye(2), 2) == (np.inf, 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isinf(method.single(np.eye(2))).all()

@@ -18,7 +18,7 @@ from jaxreml.inference.adjustments import critical_values, p_values
 from jaxreml.inference.anova import hypotheses
 from jaxreml.inference.terms import fixed_terms
 
-OTHERS = {"comparison", "delta"}  # figures of other tests
+OTHERS = {"adjustments", "comparison", "delta"}  # figures of other tests
 MODELS = sorted({path.stem for path in (HERE / "inference").glob("*.json")} - OTHERS)
 OTHER_DATA = {"sleepstudy": "sleep_corr", "machines_cells": "machines"}
 DF = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger", "asymptotic": "inf"}
@@ -109,6 +109,21 @@ def test_means_slopes_and_contrasts_are_emmeans(name):
                         adjusted = means.contrast(kind, adjust=adjust)
                         error = 1e-6 if adjust == "tukey" else 1e-12  # R's ptukey at few df
                         compare(adjusted, pd.DataFrame(columns), error)
+
+
+@pytest.mark.parametrize("case", figures("adjustments"), ids=lambda case: case["specs"])
+def test_adjustments_for_correlated_tests_are_emmeans(case):
+    ddf = DF[case["ddf"].replace("-", "_")]
+    means = fitted(case["model"]).emmeans(case["specs"], case["by"], df=ddf)
+    for kind, theirs in case["contrasts"].items():
+        plain = means.contrast(kind, adjust="none")
+        for adjust, error in {"dunnettx": 1e-5, "mvt": 1e-3}.items():
+            ours, rows = means.contrast(kind, adjust=adjust), theirs["rows"][adjust]
+            assert ours["contrast"].tolist() == rows["contrast"]
+            np.testing.assert_allclose(ours["p_value"], rows["p_value"], atol=error)
+            for limit in ("conf_low", "conf_high"):  # in standard errors; R's root finder: 5e-4
+                gap = (ours[limit] - rows[limit]) / plain["std_error"]
+                assert gap.abs().max() < (5e-4 if adjust == "dunnettx" else 5e-3)
 
 
 # What R does not say
@@ -241,7 +256,8 @@ def test_contrasts_of_ones_own():
 
 def test_without_an_adjustment_named_the_families_have_their_own():
     means = fitted("machines").emmeans("Machine")
-    for kind, adjust in {"pairwise": "tukey", "eff": "BH", "trt.vs.ctrl": "sidak"}.items():
+    usual = {"pairwise": "tukey", "eff": "BH", "trt.vs.ctrl": "dunnettx", "consec": "mvt"}
+    for kind, adjust in usual.items():
         expected = means.contrast(kind, adjust=adjust)
         pd.testing.assert_frame_equal(means.contrast(kind), expected)
     both = fitted("machines").emmeans("Machine", pairwise=True)
@@ -264,6 +280,33 @@ def test_saved_fits_ml_and_singular_ones(tmp_path):
     assert singular.is_singular and np.isfinite(table[["estimate", "df"]]).all(axis=None)
 
 
+def test_what_is_estimable_does_not_depend_on_units():
+    table = unbalanced()
+    table = table[(table["a"] != "a3") | (table["b"] != "b2")].assign(big=lambda d: d["x"] + 1e7)
+    means = jaxreml.fit("y ~ a*b + big + (1|g)", table).emmeans("a", by="b").table
+    lost = means[means["reason"] != ""]  # emmeans 1.8.4 gives a figure for this one
+    assert lost[["a", "b"]].to_numpy().tolist() == [["a3", "b2"]] and lost["estimate"].isna().all()
+
+
+def test_what_the_model_makes_constant_is_not_tested():
+    fit = jaxreml.fit("y ~ a + x*o + (1|g)", unbalanced())
+    at = {"x": [0.1, 0.2, 0.3, 0.4]}
+    for df in DF.values():
+        curved = fit.emmeans("x", at=at, df=df).contrast("poly").iloc[1:]
+        slopes = fit.emtrends("x", "x", at=at, df=df, pairwise=True).contrasts
+        for table in (curved, slopes):
+            assert (table["estimate"] == 0).all() and (table["std_error"] == 0).all()
+            assert table[["df", "statistic", "p_value"]].isna().all(axis=None)
+            assert table["reason"].str.startswith("constant").all()
+
+
+def test_slopes_of_offsets_count():
+    table = unbalanced()
+    inside = jaxreml.fit("y ~ a + x + offset(2 * x) + (1|g)", table).emtrends("1", "x").table
+    plain = jaxreml.fit("y ~ a + x + (1|g)", table).emtrends("1", "x").table
+    np.testing.assert_allclose(inside["estimate"], plain["estimate"], rtol=1e-6)
+
+
 def test_refusals():
     fit = fitted("unbalanced")
     stopped = replace(fit, status=int(Status.MAX_ITERATIONS))
@@ -284,6 +327,9 @@ def test_refusals():
         (("a",), {"adjust": "fdr"}, ValueError, "adjust must be one of"),
         (("a",), {"contrast": "pair"}, ValueError, "must be one of pairwise"),
         (("a",), {"contrast": {"d": [1, -1]}}, DataError, "3 coefficients"),
+        (("a",), {"contrast": {"d": [1, -1, np.nan]}}, DataError, "'d' has values that are not"),
+        (("a",), {"contrast": {"d": ["a", "b", "c"]}}, DataError, "'d' must be numbers"),
+        (("a",), {"at": ["x"]}, DataError, "at must be a dict"),
         (("a",), {"contrast": "eff", "pairwise": True}, ValueError, "not both"),
         (("x",), {"pairwise": True}, DataError, "two means or more"),
         (("a",), {"at": {"x": np.arange(1e7)}}, DataError, "fewer levels of 'x'"),
@@ -313,7 +359,17 @@ def test_adjustments():
     two = p_values(np.array([2.5, -0.3]), np.array([5.0, 8.0]), "tukey", 2)  # plain t tests
     plain = p_values(np.array([2.5, -0.3]), np.array([5.0, 8.0]), "none", 2)
     np.testing.assert_allclose(two, plain, rtol=1e-8)
-    for adjust in ("sidak", "bonferroni", "tukey"):  # a test at the limit has p = 1 - level
-        t = critical_values(0.9, np.array([7.0] * 3), adjust, 3, 3)
-        at_limit = p_values(t, np.array([7.0] * 3), adjust, 3)
-        np.testing.assert_allclose(at_limit, 0.1, rtol=1e-6)
+    pairs = np.array([[1.0, 0.5, -0.5], [0.5, 1.0, 0.5], [-0.5, 0.5, 1.0]])  # of three means
+    for adjust in ("sidak", "bonferroni", "tukey", "dunnettx", "mvt"):
+        t = critical_values(0.9, np.array([7.0] * 3), adjust, 3, 3, pairs)
+        at_limit = p_values(t, np.array([7.0] * 3), adjust, 3, pairs)
+        np.testing.assert_allclose(at_limit, 0.1, rtol=1e-6)  # p = 1 - level
+    statistic, df = np.array([1.0, -2.5, 8.0]), np.array([4.0, 6.5, 20.0])
+    by_range = p_values(statistic, df, "tukey", 3)
+    np.testing.assert_allclose(p_values(statistic, df, "mvt", 3, pairs), by_range, rtol=1e-3)
+    same = np.ones((3, 3))  # one test, three times; and one, beside others without an estimate
+    plain = p_values(statistic, df, "none", 3)
+    np.testing.assert_allclose(p_values(statistic, df, "mvt", 3, same), plain, rtol=1e-9)
+    alone = np.diag([1.0, np.nan, np.nan])
+    found = p_values(np.array([1.0, np.nan, np.nan]), df, "mvt", 3, alone)
+    np.testing.assert_allclose(found, [plain[0], np.nan, np.nan], rtol=1e-9)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxreml.errors import DataError
+from jaxreml.hypotheses import numbers
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ def family(method: str | Mapping[str, Any], labels: Sequence[str]) -> Contrasts:
 
     Args:
         method: "pairwise" (each less every later one), "revpairwise" (each less every earlier one),
-            "trt.vs.ctrl" and "trt.vs.ctrlk" (each less the first, the last), "eff" (each less the
-            mean of all), "poly" (orthogonal polynomials in the position, scaled to integers), all
-            as emmeans names and defines them; or a dict from labels to k coefficients.
+            "trt.vs.ctrl" and "trt.vs.ctrlk" (each less the first, the last), "consec" (each less
+            the one before), "eff" (each less the mean of all), "poly" (orthogonal polynomials in
+            the position, scaled to integers), all as emmeans names and defines them; or a dict from
+            labels to k coefficients.
         labels: of the means.
 
     Raises:
@@ -64,7 +66,9 @@ def _custom(method: Mapping[str, Any], k: int) -> Contrasts:
             raise DataError(f"the contrast {name!r} must have {k} coefficients, one per mean")
     if not names:
         raise DataError("the dict of contrasts is empty")
-    return Contrasts(names, np.array([np.asarray(v, float) for v in method.values()]))
+    return Contrasts(
+        names, np.array([numbers(v, f"the contrast {k!r}") for k, v in method.items()])
+    )
 
 
 def _differences(labels: list[str], of: list[tuple[int, int]], **options: Any) -> Contrasts:
@@ -85,12 +89,16 @@ def _reverse_pairwise(labels: list[str]) -> Contrasts:
 
 
 def _versus_first(labels: list[str]) -> Contrasts:
-    return _differences(labels, [(i, 0) for i in range(1, len(labels))], adjust="sidak")
+    return _differences(labels, [(i, 0) for i in range(1, len(labels))], adjust="dunnettx")
 
 
 def _versus_last(labels: list[str]) -> Contrasts:
     last = len(labels) - 1
-    return _differences(labels, [(i, last) for i in range(last)], adjust="sidak")
+    return _differences(labels, [(i, last) for i in range(last)], adjust="dunnettx")
+
+
+def _consecutive(labels: list[str]) -> Contrasts:
+    return _differences(labels, [(i, i - 1) for i in range(1, len(labels))], adjust="mvt")
 
 
 def _effects(labels: list[str]) -> Contrasts:
@@ -124,6 +132,7 @@ FAMILIES: dict[str, Callable[[list[str]], Contrasts]] = {
     "revpairwise": _reverse_pairwise,
     "trt.vs.ctrl": _versus_first,
     "trt.vs.ctrlk": _versus_last,
+    "consec": _consecutive,
     "eff": _effects,
     "poly": _polynomials,
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from jaxreml.tabular import nearest
 TWO_VALUES = 2  # covariates of no more distinct values are taken as factors, as in emmeans
 LARGEST = 50_000_000  # entries of the grid's model matrix
 STEP = 1e-4  # of a covariate's range, for slopes of curves
+ROUNDING = 1e-13
 WEIGHTS = ("equal", "proportional")
 OVERALL = "1"
 
@@ -43,7 +44,8 @@ class MarginalMeans:
     Attributes:
         table: a row per mean: its levels, then estimate, std_error, df, conf_low, conf_high,
             statistic, p_value (of the hypothesis that it is zero). What the data cannot estimate
-            is NaN, and there is a column ``reason`` then.
+            is NaN, what the model makes constant (such as the difference of two slopes of a
+            straight line) is not tested, and there is a column ``reason`` then.
         contrasts: the contrasts asked for, laid out likewise, or None.
         averaged_over: factors averaged over.
     """
@@ -65,9 +67,10 @@ class MarginalMeans:
         Args:
             method: see `jaxreml.inference.contrasts.family`.
             by: compare within the levels of these; those of the means if None, () for none.
-            adjust: "none", "tukey", "bonferroni", "holm", "sidak" or "BH", within each level of
-                `by`; None for the usual one: Tukey's for pairwise contrasts, Sidak's for those with
-                a control, BH for "eff", none for others.
+            adjust: "none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak" or "BH" (see
+                `jaxreml.inference.adjustments.p_values`), within each level of `by`; None for
+                emmeans' usual one: "tukey" for pairwise contrasts, "dunnettx" for those with a
+                control, "mvt" for "consec", "BH" for "eff", "none" for others.
 
         Returns:
             A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
@@ -97,6 +100,7 @@ class Functions:
         by: columns of `labels` within whose levels functions are compared.
         L: (k, P), columns of X, the aliased ones too.
         offset: (k,).
+        noise: rounding error of L, relative; smaller differences of its rows are taken for zero.
     """
 
     fit: LMMResults
@@ -107,41 +111,52 @@ class Functions:
     by: tuple[str, ...]
     L: np.ndarray
     offset: np.ndarray
+    noise: float = ROUNDING
 
     def tabulated(self, adjust: str, kind: Contrasts | None = None, means: int = 0) -> pd.DataFrame:
         """Labels, estimates, tests and intervals; p-values are adjusted within `by`."""
         check_adjustment(adjust, kind is not None and kind.pairs)
         estimable = self.terms.estimable(self.L)
-        table = self._tests(estimable)
+        constant = estimable & ~self.L[:, self.terms.kept].any(axis=1)
+        table = self._tests(estimable & ~constant)
+        table.loc[constant, "estimate"] = self.offset[constant]
+        table.loc[constant, "std_error"] = 0.0
         low, high = np.empty((2, len(table)))
         p_value = np.empty(len(table))
         for rows in self.groups().values():
             part = table.iloc[rows]
             df = part["df"].to_numpy()
-            p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means)
-            half = (
-                critical_values(self.conf_level, df, adjust, len(rows), means) * part["std_error"]
+            related = self._correlation(rows, part["std_error"]) if adjust == "mvt" else None
+            p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means, related)
+            half = part["std_error"] * critical_values(
+                self.conf_level, df, adjust, len(rows), means, related
             )
             low[rows] = part["estimate"] - half
             high[rows] = part["estimate"] + half
         table.insert(3, "conf_low", low)
         table.insert(4, "conf_high", high)
         table["p_value"] = p_value
-        if not estimable.all():
-            why = "not estimable: outside the row space of X"
-            table["reason"] = np.where(estimable, "", why)
+        if constant.any() or not estimable.all():
+            table["reason"] = np.where(constant, "constant: no coefficient is part of it", "")
+            table.loc[~estimable, "reason"] = "not estimable: outside the row space of X"
         return pd.concat([self.labels, table], axis=1)
 
-    def _tests(self, estimable: np.ndarray) -> pd.DataFrame:
+    def _tests(self, tested: np.ndarray) -> pd.DataFrame:
         columns = ["estimate", "std_error", "df", "statistic", "p_value"]
         table = pd.DataFrame(np.nan, index=range(len(self.L)), columns=columns)
-        if estimable.any():
-            L = self.L[estimable][:, self.terms.kept]
-            offset = self.offset[estimable]
+        if tested.any():
+            L = self.L[tested][:, self.terms.kept]
+            offset = self.offset[tested]
             found = each(self.fit, L, rhs=-offset, df=self.df)[columns]
             found["estimate"] += offset
-            table.loc[estimable] = found.to_numpy()
+            table.loc[tested] = found.to_numpy()
         return table
+
+    def _correlation(self, rows: np.ndarray, std_error: pd.Series) -> np.ndarray:
+        """Correlations of the estimates of some functions, NaN where there is none."""
+        L = self.L[rows][:, self.terms.kept]
+        scale = std_error.where(std_error > 0).to_numpy()
+        return L @ self.fit.approximation(self.df).vcov @ L.T / np.outer(scale, scale)
 
     def groups(self) -> dict[Any, np.ndarray]:
         """Rows of each combination of the levels of `by`, in the order of the rows."""
@@ -162,9 +177,7 @@ class Functions:
         compared = [name for name in self.labels if name not in by]
         if not compared:
             raise DataError("by takes all the factors of the means: there is nothing to compare")
-        within = Functions(
-            self.fit, self.terms, self.df, self.conf_level, self.labels, by, self.L, self.offset
-        )
+        within = replace(self, by=by)
         names: list[str] = []
         parts, keys = [], []
         kind, size = None, 0
@@ -174,14 +187,24 @@ class Functions:
             names += kind.names
             keys += [key] * len(kind.names)
             parts.append((kind.coefficients, rows))
-        L = np.concatenate([weights @ self.L[rows] for weights, rows in parts])
-        offset = np.concatenate([weights @ self.offset[rows] for weights, rows in parts])
+        L, offset = (
+            np.concatenate(
+                [_combined(weights, values[rows], self.noise) for weights, rows in parts]
+            )
+            for values in (self.L, self.offset)
+        )
         labels = pd.DataFrame({"contrast": names})
         for k, name in enumerate(by):
             labels[name] = [key[k] for key in keys]
         assert kind is not None
-        result = Functions(self.fit, self.terms, self.df, self.conf_level, labels, by, L, offset)
+        result = replace(self, labels=labels, by=by, L=L, offset=offset)
         return result.tabulated(adjust or kind.adjust, kind, size)
+
+
+def _combined(weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
+    """`weights` @ `values`, zero where it is no more than rounding errors."""
+    product = weights @ values
+    return np.where(np.abs(product) <= noise * (np.abs(weights) @ np.abs(values)), 0.0, product)
 
 
 def _texts(labels: pd.DataFrame) -> list[str]:
@@ -309,6 +332,8 @@ def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> Refe
     if not len(fit.beta):
         raise DataError("the model has no fixed effects, so there are no means to estimate")
     terms = fixed_terms(fit)
+    if not isinstance(at, Mapping | None):
+        raise DataError(f"at must be a dict from variables to values, not {at!r}")
     at = dict(at or {})
     for name in at:
         if name not in terms.variables:
@@ -431,8 +456,9 @@ def emtrends(
 ) -> MarginalMeans:
     """Slopes of the predictions in a covariate at the levels of factors.
 
-    The derivative at the values of the reference grid, by central differences (of 1e-4 of the
-    covariate's range): that of a straight line is exact.
+    The derivative at the values of the reference grid, offsets included, by central differences (of
+    1e-4 of the covariate's range): that of a straight line or parabola is exact, where emmeans'
+    forward differences are so for straight lines only.
 
     Args:
         fit, specs, by, at, pairwise, contrast, adjust, df, weights, conf_level: as for `emmeans`.
@@ -454,15 +480,20 @@ def emtrends(
             f"var={var!r} is not a covariate of the fixed effects; these are: "
             f"{', '.join(covariates) or 'none'}"
         )
-    step = STEP * float(np.ptp(grid.terms.table[var].to_numpy(float)))
+    values = grid.terms.table[var].to_numpy(float)
+    extent = np.ptp(values) or np.abs(values).max() or 1.0
+    step = 2.0 ** np.round(np.log2(STEP * extent))  # x + step is exact for most x
+    noise = max(ROUNDING, 4 * np.finfo(float).eps * np.abs(values).max() / step)
     ahead, behind = (
-        grid.terms.rows(grid.table.assign(**{var: grid.table[var].astype(float) + sign * step}))
-        for sign in (1, -1)
+        grid.table.assign(**{var: grid.table[var].astype(float) + sign * step}) for sign in (1, -1)
     )
-    L = (ahead - behind) / (2 * step)
+    L, offset = (
+        (function(ahead) - function(behind)) / (2 * step)
+        for function in (grid.terms.rows, grid.terms.offsets)
+    )
     return _summarised(
-        fit, grid, L, np.zeros(len(L)), specs, by, df, weights, conf_level,
-        _method(pairwise, contrast), adjust,
+        fit, grid, L, offset, specs, by, df, weights, conf_level,
+        _method(pairwise, contrast), adjust, noise,
     )  # fmt: skip
 
 
@@ -492,6 +523,7 @@ def _summarised(
     conf_level: float,
     method: str | Mapping[str, Any] | None,
     adjust: str | None,
+    noise: float = ROUNDING,
 ) -> MarginalMeans:
     """Average the functions of the grid's rows over the variables not named, and compare."""
     within = _names(by, ())
@@ -503,8 +535,9 @@ def _summarised(
                 f"{name!r} is not a variable of the fixed effects{nearest(name, list(grid.levels))}"
             )
     average = grid.averaging(names, weights)
+    labels, averages = grid.labels(names), _combined(average, L, noise)
     functions = Functions(
-        fit, grid.terms, df, conf_level, grid.labels(names), within, average @ L, average @ offset
+        fit, grid.terms, df, conf_level, labels, within, averages, average @ offset, noise
     )
     table = functions.tabulated("none" if method is not None else adjust or "none")
     compared = functions.contrasted(method, within, adjust) if method is not None else None

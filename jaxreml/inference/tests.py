@@ -34,6 +34,7 @@ from jaxreml.kenward_roger import SINGULAR, adjust
 from jaxreml.results import LMMResults
 
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
+CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
 NONE = 1e-14  # pbkrtest: 0 / 0 is 1 there
 NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
 
@@ -50,9 +51,9 @@ class Approximation(Protocol):
         """Degrees of freedom (k,) of the t tests of (k, p) `rows`."""
         ...
 
-    def several(self, rows: np.ndarray) -> tuple[float, float]:
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
         """Denominator degrees of freedom and the factor of F of the joint test of (k, p) `rows`,
-        linearly independent."""
+        of which `rank` are linearly independent."""
         ...
 
 
@@ -67,7 +68,7 @@ class Fixed:
         """See `Approximation`."""
         return np.full(len(rows), self.df)
 
-    def several(self, rows: np.ndarray) -> tuple[float, float]:
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
         """See `Approximation`."""
         return self.df, 1.0
 
@@ -90,11 +91,13 @@ class Satterthwaite:
         """See `Approximation`."""
         variance = np.einsum("kp,pq,kq->k", rows, self.vcov, rows)
         slopes = np.einsum("kp,mpq,kq->km", rows, self.slopes, rows)
-        return 2 * variance**2 / np.einsum("km,mn,kn->k", slopes, self.spread, slopes)
+        with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros, parameters all at 0
+            return 2 * variance**2 / np.einsum("km,mn,kn->k", slopes, self.spread, slopes)
 
-    def several(self, rows: np.ndarray) -> tuple[float, float]:
-        """See `Approximation`."""
-        _, vectors = np.linalg.eigh(rows @ self.vcov @ rows.T)
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
+        """See `Approximation`; depends on how the hypothesis is stated, as in lmerTest: on the
+        eigenvectors of the covariance of all rows, dependent ones too."""
+        vectors = np.linalg.svd(rows @ np.linalg.cholesky(self.vcov))[0][:, :rank]
         df = self.single(vectors.T @ rows)
         if np.ptp(df) < 1e-8 * df.max():  # balanced: exact
             return float(df.mean()), 1.0
@@ -125,13 +128,13 @@ class KenwardRoger:
 
     def single(self, rows: np.ndarray) -> np.ndarray:
         """See `Approximation`."""
-        return np.array([self.several(row[None])[0] for row in rows])
+        return np.array([self.several(row[None], 1)[0] if row.any() else np.nan for row in rows])
 
-    def several(self, rows: np.ndarray) -> tuple[float, float]:
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
         """See `Approximation`; the formulae of pbkrtest (Halekoh and Hojsgaard 2014, J. Stat.
         Softw. 59(9), section 4.2)."""
-        half = np.linalg.qr((rows @ self.root).T)[0]  # its projection is Theta Phi
-        q = half.shape[1]
+        half = np.linalg.svd((rows @ self.root).T)[0][:, :rank]  # its projection is Theta Phi
+        q = rank
         inner = np.einsum("pa,mpq,qb->mab", half, self.slopes, half)
         traces = np.einsum("maa->m", inner)
         a1 = float(traces @ self.spread @ traces)
@@ -205,7 +208,8 @@ def each(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> 
         df: name of the approximation, see the module.
 
     Returns:
-        Columns estimate, std_error, df, statistic, p_value; a row per row of L.
+        Columns estimate, std_error, df, statistic, p_value; a row per row of L. Without an optimum
+        df and p_value are NaN.
     """
     from scipy.special import stdtr
 
@@ -213,7 +217,7 @@ def each(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> 
     method = fit.approximation(df)
     estimate = rows @ fit.beta
     error = np.sqrt(np.einsum("kp,pq,kq->k", rows, method.vcov, rows))
-    degrees = method.single(rows)
+    degrees = method.single(rows) if fit.converged else np.full(len(rows), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = (estimate - values) / error
     columns = {
@@ -229,7 +233,8 @@ def each(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> 
 def joint(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> pd.DataFrame:
     """One F test of all rows of L together; arguments as for `each`.
 
-    Rows that depend on others are left out, as the hypothesis is the same without them.
+    Rows that depend on others change neither the hypothesis nor the statistic, but Satterthwaite's
+    degrees of freedom, as lmerTest's `contestMD`.
 
     Returns:
         Columns statistic, num_df, den_df, p_value; one row.
@@ -239,12 +244,12 @@ def joint(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
     """
     from scipy.stats import f
 
-    rows, values, _ = hypotheses(fit.fixed_names, L, rhs)
-    rows, values = _independent(rows, values)
+    stated, values, _ = hypotheses(fit.fixed_names, L, rhs)
+    rows, values = _independent(stated, values, fit.bse.to_numpy())
     method = fit.approximation(df)
     gap = rows @ fit.beta - values
-    degrees, factor = method.several(rows)
     q = len(rows)
+    degrees, factor = method.several(stated, q)
     statistic = factor * float(gap @ np.linalg.solve(rows @ method.vcov @ rows.T, gap)) / q
     p_value = float(f.sf(statistic, q, degrees))
     if np.isposinf(degrees):  # scipy's F has no such limit
@@ -256,16 +261,20 @@ def joint(fit: LMMResults, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
     )
 
 
-def _independent(rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of L that do not depend on those before them."""
+def _independent(
+    rows: np.ndarray, values: np.ndarray, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of L that do not depend on those before them, with coefficients in `units`."""
     kept: list[int] = []
-    lengths: Any = np.linalg.norm(rows, axis=1)
-    for k, row in enumerate(rows):
-        share = np.linalg.lstsq(rows[kept].T, row)[0] if kept else np.zeros(0)
-        rest = row - rows[kept].T @ share
-        if np.linalg.norm(rest) > NOT_ESTIMATED * lengths[k]:
+    scaled = rows * units
+    for k, row in enumerate(scaled):
+        share = np.linalg.lstsq(scaled[kept].T, row)[0] if kept else np.zeros(0)
+        rest = row - scaled[kept].T @ share
+        if np.linalg.norm(rest) > NOT_ESTIMATED * np.linalg.norm(row):
             kept.append(k)
-        elif abs(values[k] - share @ values[kept]) > 1e-8 * (1 + abs(values[k])):
+            continue
+        size = abs(values[k]) + np.abs(share) @ np.abs(values[kept])
+        if abs(values[k] - share @ values[kept]) > CONTRADICTION * size:
             raise DataError(f"row {k} of the hypothesis contradicts those before it")
     if not kept:
         raise DataError("the hypothesis is empty: all coefficients are zero")

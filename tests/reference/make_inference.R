@@ -71,7 +71,7 @@ models <- list(
                  means(c("Sex", "age"), at = list(age = c(8, 14)), contrasts = NULL)),
     trends = list(trends("age", "Sex"))),
   unbalanced = model(y ~ a*b + a*x + z + (1|g), unbalanced, keep = ~ a + b + x + a:x + z,
-    L = list(unit(10, 7, 8), unit(10, 2, 3)),
+    L = list(unit(10, 7, 8), unit(10, 2, 3), rbind(unit(10, 2, 3), c(0, 1, -1, rep(0, 7)))),
     means = list(means("a", contrasts = all_contrasts), means("a", weights = "proportional"),
                  means("b", weights = "proportional"), means("z"),
                  means("z", weights = "proportional"), means("a", by = "b"),
@@ -156,8 +156,35 @@ one_case <- function(spec, fit, case) {
 }
 drop_null <- function(x) x[!vapply(x, is.null, NA)]
 
+# -- adjustments by the joint distribution of the tests -------------------------------------------
+# Balanced data have whole degrees of freedom, which `mvt` of emmeans rounds others down to.
+adjusted <- function(name, specs, by = NULL, contrasts, ddf = "satterthwaite") {
+  spec <- models[[name]]
+  fit <- suppressMessages(lmerTest::lmer(spec$formula, spec$data, control = control))
+  means <- suppressMessages(emmeans(fit, specs, by = by, lmer.df = ddf))
+  list(model = unbox(name), specs = unbox(specs), by = by, ddf = unbox(ddf),
+       contrasts = lapply(setNames(contrasts, contrasts), function(method) {
+         found <- contrast(means, method)
+         list(default = unbox(found@misc$adjust), rows = lapply(
+           list(dunnettx = "dunnettx", mvt = "mvt"), function(adjust)
+             as.list(figures(found, adjust)[c("contrast", "p_value", "conf_low", "conf_high")])))
+       }))
+}
+adjustments_json <- function() {
+  set.seed(1)
+  controls <- c("trt.vs.ctrl", "trt.vs.ctrlk", "consec")
+  cases <- list(
+    adjusted("machines", "Machine", contrasts = c(controls, "pairwise", "eff")),
+    adjusted("cake_factor", "temperature", contrasts = controls),
+    adjusted("cake_factor", "temperature", by = "recipe", contrasts = "consec", ddf = "kenward-roger"),
+    adjusted("unbalanced", "a", by = "b", contrasts = c(controls, "pairwise"), ddf = "asymptotic"))
+  writeLines(toJSON(cases, digits = NA, null = "null"), file.path(here, "adjustments.json"))
+}
+
 wanted <- commandArgs(trailingOnly = TRUE)
-if (length(wanted) == 0) wanted <- names(models)
+if (length(wanted) == 0) wanted <- c(names(models), "adjustments")
+if ("adjustments" %in% wanted) adjustments_json()
+wanted <- setdiff(wanted, "adjustments")
 out <- gzfile(file.path(here, "unbalanced.csv.gz"), "wb", compression = 9)
 write.csv(unbalanced, out, row.names = FALSE)
 close(out)
