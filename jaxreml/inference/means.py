@@ -1,9 +1,7 @@
 """Estimated marginal means, their contrasts and slopes, as emmeans defines them.
 
-The reference grid has all levels of the factors, and every covariate at its mean over the rows
-used. Factors are text, categories, Booleans, what ``C()`` makes a factor, and covariates of at
-most two values. A marginal mean is the average of the fixed effects' predictions over the cells
-of the grid that the other factors make (Searle, Speed and Milliken 1980, Am. Stat. 34:216).
+A marginal mean is the average of the fixed effects' predictions over the cells of the reference
+grid (`grid`) that the other factors make (Searle, Speed and Milliken 1980, Am. Stat. 34:216).
 Factors nested in others are not looked for: means of cells without rows that the model cannot
 predict are NaN.
 """
@@ -11,10 +9,8 @@ predict are NaN.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,17 +20,15 @@ from jaxreml.errors import DataError
 from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference.adjustments import check_adjustment, critical_values, p_values
 from jaxreml.inference.contrasts import Contrasts, family
-from jaxreml.inference.terms import FixedTerms, fixed_terms
+from jaxreml.inference.grid import OVERALL, ReferenceGrid, is_numeric, reference_grid
+from jaxreml.inference.terms import FixedTerms
 from jaxreml.inference.tests import each
 from jaxreml.results import LMMResults
 from jaxreml.tabular import nearest
 
-TWO_VALUES = 2  # covariates of no more distinct values are taken as factors, as in emmeans
-LARGEST = 50_000_000  # entries of the grid's model matrix
 STEP = 1e-4  # of a covariate's range, for slopes of curves
 ROUNDING = 1e-13
 WEIGHTS = ("equal", "proportional")
-OVERALL = "1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -227,168 +221,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
-class ReferenceGrid:
-    """Values of the variables at which predictions are averaged.
-
-    Attributes:
-        terms: of the fit.
-        levels: per variable its values, the first varies fastest over the grid.
-        counted: the factors whose combinations of levels are counted in the data.
-        constant: added to all predictions: the mean of an offset given as an argument.
-    """
-
-    terms: FixedTerms
-    levels: dict[str, list[Any]]
-    counted: tuple[str, ...]
-    constant: float
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """The grid, in the types of the data's columns."""
-        columns = {}
-        for name, place in zip(self.levels, self.places, strict=True):
-            values = [self.levels[name][k] for k in place]
-            dtype = self.terms.table[name].dtype
-            keep = isinstance(dtype, pd.CategoricalDtype) or not _is_numeric(dtype)
-            columns[name] = pd.Series(values, dtype=dtype if keep else None)
-        return pd.DataFrame(columns, index=range(self.size))
-
-    @property
-    def size(self) -> int:
-        """Rows of the grid."""
-        return int(np.prod([len(values) for values in self.levels.values()], dtype=float))
-
-    @cached_property
-    def places(self) -> list[np.ndarray]:
-        """Per variable the position of its value in each row of the grid."""
-        shape = tuple(len(values) for values in self.levels.values())
-        if not shape:
-            return []
-        return [np.asarray(k) for k in np.unravel_index(np.arange(self.size), shape, order="F")]
-
-    @cached_property
-    def frequencies(self) -> np.ndarray:
-        """How many of the data's rows are in the cell of each row of the grid."""
-        names = list(self.counted)
-        if not names:
-            return np.ones(self.size)
-        found = Counter(self.terms.table[names].itertuples(index=False, name=None))
-        cells = self.table[names].itertuples(index=False, name=None)
-        return np.array([float(found[cell]) for cell in cells])
-
-    def averaging(self, names: Sequence[str], weights: str) -> np.ndarray:
-        """Weights (means, rows of the grid) that average over the variables not in `names`."""
-        kept = [list(self.levels).index(name) for name in names]
-        cell = _positions([self.places[k] for k in kept], [len(self.levels[n]) for n in names])
-        means = int(np.prod([len(self.levels[name]) for name in names], dtype=float))
-        share = np.ones(self.size)
-        if weights == "proportional":
-            others = [k for k in range(len(self.levels)) if k not in kept]
-            sizes = [len(values) for values in self.levels.values()]
-            other = _positions([self.places[k] for k in others], [sizes[k] for k in others])
-            share = np.bincount(other, self.frequencies)[other]
-            if not share.any():
-                raise DataError(
-                    "no rows have these levels, so weights='proportional' has nothing to go by: "
-                    "use weights='equal'"
-                )
-        matrix = np.zeros((means, self.size))
-        matrix[cell, np.arange(self.size)] = share
-        return matrix / matrix.sum(axis=1, keepdims=True)
-
-    def labels(self, names: Sequence[str]) -> pd.DataFrame:
-        """A row per combination of the levels of `names`, the first varies fastest."""
-        if not names:
-            return pd.DataFrame({OVERALL: ["overall"]})
-        shape = [len(self.levels[name]) for name in names]
-        places = np.unravel_index(np.arange(int(np.prod(shape))), shape, order="F")
-        return pd.DataFrame(
-            {n: [self.levels[n][i] for i in k] for n, k in zip(names, places, strict=True)}
-        )
-
-
-def _positions(places: list[np.ndarray], sizes: list[int]) -> np.ndarray:
-    if not places:
-        return np.zeros(1, dtype=int)
-    return np.ravel_multi_index(places, sizes, order="F")
-
-
-def _is_numeric(dtype: Any) -> bool:
-    return pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype)
-
-
-def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> ReferenceGrid:
-    """The reference grid of a fit.
-
-    Args:
-        fit: the fit.
-        at: per variable the values to take instead: levels of a factor, any numbers for a
-            covariate.
-
-    Raises:
-        DataError: no such variable or level, or a grid too large.
-    """
-    if not len(fit.beta):
-        raise DataError("the model has no fixed effects, so there are no means to estimate")
-    terms = fixed_terms(fit)
-    if not isinstance(at, Mapping | None):
-        raise DataError(f"at must be a dict from variables to values, not {at!r}")
-    at = dict(at or {})
-    for name in at:
-        if name not in terms.variables:
-            raise DataError(
-                f"at: {name!r} is not a variable of the fixed effects"
-                f"{nearest(name, terms.variables)}"
-            )
-    levels, counted = {}, []
-    for name in terms.variables:
-        column = pd.Series(terms.table[name])
-        found = _distinct(column)
-        factor = name in terms.factors or not _is_numeric(column.dtype)
-        if name in at:
-            levels[name] = _chosen(name, at[name], found if factor else None)
-        elif factor or len(found) <= TWO_VALUES:
-            levels[name] = found
-        else:
-            levels[name] = [float(np.mean(column.to_numpy(float)))]
-        if factor or (name not in at and len(found) <= TWO_VALUES):
-            counted.append(name)
-    given = fit.table["(offset)"] if "(offset)" in fit.table else np.zeros(1)
-    grid = ReferenceGrid(terms, levels, tuple(counted), float(np.mean(given)))
-    if grid.size * terms.full.shape[1] > LARGEST:
-        most = max(levels, key=lambda name: len(levels[name]))
-        raise DataError(
-            f"the reference grid has {grid.size} rows; take fewer levels of {most!r} by at={{...}}"
-        )
-    return grid
-
-
-def _distinct(column: pd.Series) -> list[Any]:
-    """Levels in their order."""
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return column.cat.remove_unused_categories().cat.categories.tolist()
-    return sorted(column.unique().tolist())
-
-
-def _chosen(name: str, values: Any, levels: list[Any] | None) -> list[Any]:
-    """Values given by `at`, which must be among the levels of a factor."""
-    scalar = isinstance(values, str) or np.ndim(values) == 0
-    chosen = [values] if scalar else list(values)
-    if not chosen:
-        raise DataError(f"at: no values for {name!r}")
-    if levels is None:
-        try:
-            return [float(value) for value in chosen]
-        except (TypeError, ValueError):
-            raise DataError(f"at: the values of {name!r} must be numbers, not {values!r}") from None
-    for value in chosen:
-        if value not in levels:
-            shown = ", ".join(map(repr, levels[:10])) + (", ..." if len(levels) > 10 else "")
-            raise DataError(f"at: {name!r} has no level {value!r}; it has {shown}")
-    return chosen
-
-
 def emmeans(
     fit: LMMResults,
     specs: str | Sequence[str],
@@ -469,12 +301,8 @@ def emtrends(
     """
     _check(weights, conf_level, pairwise, contrast)
     grid = reference_grid(fit, at)
-    if (
-        var not in grid.levels
-        or var in grid.terms.factors
-        or not _is_numeric(grid.table[var].dtype)
-    ):
-        covariates = [n for n in grid.levels if _is_numeric(grid.table[n].dtype)]
+    if var not in grid.levels or var in grid.terms.factors or not is_numeric(grid.table[var].dtype):
+        covariates = [n for n in grid.levels if is_numeric(grid.table[n].dtype)]
         covariates = [n for n in covariates if n not in grid.terms.factors]
         raise DataError(
             f"var={var!r} is not a covariate of the fixed effects; these are: "
