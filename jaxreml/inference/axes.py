@@ -89,7 +89,8 @@ class Parameter:
                 angle = (
                     -math.acos(np.clip(lower[1, 0] / length, -1, 1)) if defined else -math.pi / 2
                 )
-                lower[1, :2] = length, angle
+                lower[0, 0] = math.sqrt(lower[0, 0])
+                lower[1, :2] = math.sqrt(length), angle
             parts.append(lower[covariance.triangle(len(root))])
         moved = 0.0
         if self.kind == "fixed":
@@ -99,7 +100,7 @@ class Parameter:
     def values(self, x: np.ndarray) -> Values:
         """The variance parameters at x (m + 2,)."""
         m = len(self.axes.radius)
-        entries = triangle(x[:m], self.axes.radius, self.axes.angle)
+        entries = triangle(x[:m], self.axes)
         roots = []
         start = 0
         for order in self.orders:
@@ -193,8 +194,8 @@ class _Builder:
         group, term = grouping.name, f"{grouping.effects[i]}.{grouping.effects[j]}"
         orders, order = self._first(k, j, i)
         start, q = self.starts[k], self.sizes[k]
-        radius, axis = start + 1, start + q
-        axes = self._axes(order=order, held=axis, polar=(radius, axis))
+        axis = start + q
+        axes = self._axes(order=order, held=axis, polar=(start, start + 1, axis))
         return Parameter(f"cor_{term}|{group}", group, term, "cor", orders, k, axes, axis)
 
     def sigma(self) -> Parameter:
@@ -241,21 +242,22 @@ class _Builder:
         *,
         order: np.ndarray | None = None,
         held: int | None = None,
-        polar: tuple[int, int] | None = None,
+        polar: tuple[int, int, int] | None = None,
     ) -> Coordinates:
         m, p = int(self.starts[-1]), self.fit.design.p
-        radius, angle = np.zeros(m), np.zeros(m)
+        first, radius, angle = np.zeros(m), np.zeros(m), np.zeros(m)
         on_diagonal = [np.equal(*covariance.triangle(q)) for q in self.sizes]
         pivots = np.append(np.concatenate(on_diagonal), [0.0, 0.0])
         if polar is not None:
-            radius[polar[0]], angle[polar[1]] = 1.0, 1.0
-            pivots[polar[0]], pivots[polar[1]] = 1.0, 0.0
+            first[polar[0]], radius[polar[1]], angle[polar[2]] = 1.0, 1.0, 1.0
+            pivots[polar[1]], pivots[polar[2]] = 1.0, 0.0
         free = np.ones(m + 2)
         free[-1] = 0.0
         if held is not None:
             free[held] = 0.0
         return Coordinates(
             order=np.eye(m) if order is None else order,
+            first=first,
             radius=radius,
             angle=angle,
             pivots=pivots * free,

@@ -4,10 +4,11 @@ the residual SD, fixed effects.
 `Coordinates` give each such parameter an axis of its own, so that holding it is leaving its axis
 out. With the effects of a term reordered, the absolute covariance matrix of the term is T T' for
 a triangular T whose first row is the SD of the first effect; of a correlation's two effects, put
-first, the second row of T is d (cos a, sin a), and the correlation is cos a. All other entries of
-T are free and have no bounds: the criterion is even in each diagonal entry, so that a zero variance
-is an ordinary stationary point, and so is a correlation of +-1. A fixed effect moves the response
-(`Combined`). So one program serves every parameter and every value: they differ in numbers only.
+first, the second row of T is d (cos a, sin a), and the correlation is cos a: unless d or the first
+entry of T is negative, so these are squares of coordinates. All other entries of T are free and
+have no bounds: the criterion is even in each diagonal entry, so that a zero variance is an ordinary
+stationary point, and so is a correlation of +-1. A fixed effect moves the response (`Combined`). So
+one program serves every parameter and every value: they differ in numbers only.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Coordinates(NamedTuple):
 
     Attributes:
         order: (m, m), permutation to the entries of omega from those of T T'.
-        radius, angle: (m,), 1 where x has d and a of a correlation, 0 elsewhere.
+        first, radius, angle: (m,), 1 where x has, of a correlation, the root of the first entry of
+            T, that of d, and a; 0 elsewhere.
         pivots: (m + 2,), 1 for entries on the diagonal of T that are free.
         free: (m + 2,), 1 for what is optimised, 0 for what is held.
         columns: (p + 1, p + 1), combinations of [X y] for the columns of X that are free and y.
@@ -54,6 +56,7 @@ class Coordinates(NamedTuple):
     """
 
     order: Any
+    first: Any
     radius: Any
     angle: Any
     pivots: Any
@@ -98,12 +101,13 @@ class Point(NamedTuple):
     full: Array
 
 
-def triangle(x: Any, radius: Any, angle: Any) -> Any:
+def triangle(x: Any, axes: Coordinates) -> Any:
     """Entries of T, (m,), at x (m,); NumPy or JAX."""
     xp = jnp if isinstance(x, Array) else np
-    length, turn = radius @ x, angle @ x
+    first, radius, angle = axes.first, axes.radius, axes.angle
+    length, turn = (radius @ x) ** 2, angle @ x
     polar = length * (radius * xp.cos(turn) + angle * xp.sin(turn))
-    return x * (1 - radius - angle) + polar
+    return x * (1 - first - radius - angle) + first * x * x + polar
 
 
 @lru_cache
@@ -123,7 +127,7 @@ def _products(sizes: covariance.Sizes) -> np.ndarray:
 
 def _omega(x: Array, axes: Coordinates, sizes: covariance.Sizes) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
-    entries = triangle(x[:-1], axes.radius, axes.angle)
+    entries = triangle(x[:-1], axes)
     absolute = axes.order @ (_products(sizes) @ entries @ entries)
     return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
 
