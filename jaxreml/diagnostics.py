@@ -14,7 +14,7 @@ from jaxreml.batch import BatchFitter
 from jaxreml.effects import row_variances, scaled_rows, whitened
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.estimation import Status
-from jaxreml.frame import ModelFrame, drop_aliased
+from jaxreml.frame import ALIASED, ModelFrame, drop_aliased
 from jaxreml.model import fit_frame
 from jaxreml.results import LMMResults
 
@@ -111,7 +111,8 @@ class Influence:
     """What estimates change by when a group of rows is left out; one row per group.
 
     Attributes:
-        coefficients: change of each fixed effect, without the group less with it.
+        coefficients: change of each fixed effect, without the group less with it; NaN for those
+            that cannot be estimated without it.
         dfbetas: the same over the standard errors without the group, as lme4's.
         cooks_distance: change' vcov^-1 change / p with `vcov` of all rows (Cook's distance of a
             group as in influence.ME; lme4's has another factor, 1 - p / number of groups).
@@ -157,6 +158,7 @@ def influence(fit: LMMResults, by: Any = None, method: str = "exact") -> Influen
         refits = {"rows": np.bincount(codes, minlength=len(labels))}
     elif method == "exact":
         beta, se, parameters, refits = _refits(fit, codes, len(labels))
+        _blank_lost(fit, codes, beta, refits)
         beta, parameters = beta - fit.beta, _differences(parameters, fit.parameters)
     else:
         raise ValueError(f'method must be "exact" or "first-order", not {method!r}')
@@ -196,9 +198,9 @@ def _groups(fit: LMMResults, by: Any) -> tuple[np.ndarray, pd.Index]:
                 f"{', '.join(dict.fromkeys(have))}; give the labels of other groups as an array"
             )
         by = pd.Series(fit.table[by].to_numpy(), name=by)
+    if np.ndim(by) != 1 or len(by) != n or pd.isna(pd.Series(by)).any():
+        raise DataError(f"by must have a label for each of the {n} rows used, or name a column")
     labels = pd.Series(by)
-    if labels.shape != (n,) or labels.isna().any():
-        raise DataError(f"by must have a label for each of the {n} rows used")
     codes, levels = pd.factorize(labels, sort=True)
     return codes, pd.Index(levels, name=labels.name)
 
@@ -233,6 +235,25 @@ def _refits(
             "message": [Status(int(code)).sentence for code in status],
         },
     )
+
+
+def _blank_lost(
+    fit: LMMResults, codes: np.ndarray, beta: np.ndarray, refits: dict[str, Any]
+) -> None:
+    """NaN for coefficients that cannot be estimated without a group.
+
+    A refit drops only the last of columns that depend on each other; without the first level of a
+    factor the intercept that it has left is another level's.
+    """
+    frame = fit.frame
+    for k in np.flatnonzero(refits["converged"] & np.isnan(beta).any(axis=1)):
+        columns = frame.X[codes != k]
+        lengths = np.linalg.norm(columns, axis=0)
+        _, sizes, directions = np.linalg.svd(columns / np.where(lengths > 0, lengths, 1.0))
+        lost = np.any(np.abs(directions[np.sum(sizes > ALIASED * sizes[0]) :]) > ALIASED, axis=0)
+        beta[k, lost] = np.nan
+        names = [name for name, out in zip(frame.fixed_names, lost, strict=True) if out]
+        refits["message"][k] += f"; cannot be estimated without these rows: {', '.join(names)}"
 
 
 def _refit(fit: LMMResults, kept: np.ndarray) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ class ParsedFormula:
     """The parts of a formula.
 
     Attributes:
-        text: the formula as given.
+        text: the formula as given, powers as Python writes them.
         response: text of the left side, "" if there is none.
         fixed: text of the fixed effects, a formulaic right side.
         offsets: texts inside ``offset()``.
@@ -62,7 +62,7 @@ def parse(formula: str) -> ParsedFormula:
     """
     if not isinstance(formula, str):
         raise FormulaError(f"the formula must be a string, not {type(formula).__name__}")
-    text = " ".join(formula.split())
+    text = _powers(" ".join(formula.split()))
     sides = [piece for piece, _ in _split(text, "~")]
     if len(sides) != 2:
         raise FormulaError(
@@ -82,6 +82,11 @@ def parse(formula: str) -> ParsedFormula:
         )
     fixed_text = " ".join(fixed).removeprefix("+ ") or "1"
     return ParsedFormula(text, response, fixed_text, tuple(offsets), tuple(random))
+
+
+def _powers(text: str) -> str:
+    """R's x^2 as x**2, outside quotes: between integers Python's ^ would silently be another."""
+    return re.sub(r"(\"[^\"]*\"|'[^']*'|`[^`]*`)|\^", lambda found: found[1] or "**", text)
 
 
 def _collect(right: str, fixed: list[str], offsets: list[str], random: list[RandomTerm]) -> None:

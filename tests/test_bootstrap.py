@@ -81,8 +81,8 @@ def test_simulation_is_reproducible(sleep):
     assert len(np.unique(many.to_numpy())) == many.size
     blocks = np.concatenate(list(of_fit(sleep).blocks(300, 2)), axis=1)
     np.testing.assert_array_equal(blocks, many)
-    for bad in ({"n": 0}, {"seed": -1}):
-        with pytest.raises(ValueError, match=r"n must|seed must"):
+    for bad in ({"n": 0}, {"n": 1.5}, {"seed": -1}, {"seed": None}):
+        with pytest.raises(ValueError, match=r"n must be an integer|seed must be an integer"):
             sleep.simulate(**bad)
 
 
@@ -286,6 +286,10 @@ def test_statistics_of_the_user(sleep, boot):
         own.conf_int(method="studentized")
     with pytest.raises(ValueError, match="number"):
         sleep.bootstrap(10, lambda beta, components: "no")
+    with pytest.raises(DataError, match="index 2 is out of bounds"):
+        sleep.bootstrap(10, lambda beta, components: beta[2])
+    with pytest.raises(DataError, match=r"components has no 'subject'; .* 'Subject', 'Residual'"):
+        sleep.bootstrap(10, lambda beta, components: components["subject"])
 
 
 def test_boundary():

@@ -188,6 +188,7 @@ def test_names_transforms_and_levels():
     ("g", "message"),
     [
         (lambda b, c: c["subject"], "no 'subject'; this model's are 'Subject', 'Residual'"),
+        (lambda b, c: b[2], "index 2 is out of bounds"),  # JAX would give the last
         (lambda b, c: np.sqrt(c["Residual"]), "jax.numpy in place of numpy"),
         (lambda b, c: math.log(c["Residual"]), "jax.numpy in place of numpy and math"),
         (lambda b, c: b[0] if c["Residual"] > 1 else b[1], "no float.* or if"),

@@ -167,6 +167,14 @@ class TestExactInfluence:
         assert found.coefficients.loc["others"].isna().all()
         assert "too few" in found.refits["message"]["others"]
 
+    def test_coefficients_that_other_levels_would_stand_in_for(self):
+        """Without a factor's first level a refit's intercept is that of another level."""
+        found = fitted("machines").influence("Machine")
+        assert found.refits["converged"].all()
+        assert found.coefficients.loc["A"].isna().all() and found.dfbetas.loc["A"].isna().all()
+        assert list(found.coefficients.loc["C"].isna()) == [False, False, True]
+        assert "rows: Machine[T.C]" in found.refits["message"]["C"]
+
 
 class TestFirstOrder:
     """Against a criterion with V written out, by automatic differentiation."""

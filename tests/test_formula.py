@@ -38,6 +38,14 @@ def test_parts(formula, fixed, random):
         assert found == random
 
 
+def test_powers_are_those_of_r():
+    """Of integers, I(x^2) would be x XOR 2 in Python."""
+    parsed = parse("log(y)^2 ~ I(x^2) + (u + v)^2 + f('^') + `a^b` + (0 + I(x^2) | g)")
+    assert parsed.response == "log(y)**2"
+    assert parsed.fixed == "I(x**2) + (u + v)**2 + f('^') + `a^b`"
+    assert parsed.random[0].effects == "0 + I(x**2)"
+
+
 def test_offsets():
     parsed = parse("y ~ offset(log(t)) + x + offset(z) + (1 | g)")
     assert parsed.fixed == "x"

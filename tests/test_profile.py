@@ -215,6 +215,24 @@ def test_the_lowest_of_several_optima_is_profiled():
     np.testing.assert_allclose(other.loc[list(pairs.values())], own.loc[list(pairs)], rtol=1e-7)
 
 
+def test_correlations_held_keep_their_signs():
+    """No search goes on at the correlation's mirror image, where an SD is negative."""
+    rng = np.random.default_rng(1)
+    g = np.repeat(np.arange(15), 6)
+    x, z = rng.normal(size=(2, 90))
+    b = rng.normal(size=(15, 3)) @ np.array([[1.0, 0.3, -0.3], [0.0, 0.8, 0.1], [0.0, 0.0, 0.5]])
+    y = b[g, 0] + b[g, 1] * x + b[g, 2] * z + rng.normal(size=90)
+    fit = jaxreml.fit("y ~ x + z + (x + z | g)", {"y": y, "x": x, "z": z, "g": g}, "ML")
+    frame = fit.profile("theta_").frame
+    labels = [label for label in frame.columns if label.startswith("cor_")]
+    assert len(labels) == 3
+    for label in labels:
+        part = frame[frame["parameter"] == label].dropna(subset=label)
+        assert len(part) > 8
+        np.testing.assert_allclose(part[label], part["value"], atol=1e-9)
+        assert (np.diff(part["zeta"]) > -1e-6).all()
+
+
 def test_derivatives_in_coordinates_equal_autodiff():
     fit = fitted("sleep_corr")
     own = axes.parameters(fit)

@@ -71,7 +71,7 @@ class Chart:
     def values(self, x: np.ndarray) -> Values:
         """The variance parameters at x (m + 2,)."""
         m = len(self.axes.polar)
-        entries = triangle(x[:m], self.axes.roots, self.axes.polar)
+        entries = triangle(x[:m], self.axes)
         roots = []
         start = 0
         for order in self.orders:

@@ -12,6 +12,7 @@ from jaxreml.batch import Fits
 from jaxreml.estimation import Status
 from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference import intervals
+from jaxreml.inference.components import require_entries
 from jaxreml.inference.likelihood_ratio import NullDistribution as NullDistribution
 from jaxreml.inference.likelihood_ratio import null_distribution as null_distribution
 from jaxreml.inference.refitting import count_failures, refitter, require_some
@@ -232,7 +233,8 @@ def bootstrap(
         The draws; refits without an optimum are left out and counted.
 
     Raises:
-        DataError: the fit did not converge, or no refit did.
+        DataError: the fit did not converge, or no refit did; a statistic that asks for what the
+            model does not have.
         ValueError: n, seed or type out of range.
     """
     if type != "parametric":
@@ -241,6 +243,8 @@ def bootstrap(
     people = of_fit(fit)
     function = statistic or default(fit)
     names, own = evaluate(function, fits_of(fit), fit.term_sizes)
+    if statistic is not None:
+        require_entries(statistic, fit)
     engine = refitter(people.frame, fit.method, fit.structure)
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(n, seed):

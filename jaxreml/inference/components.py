@@ -9,18 +9,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import checkify
 from jax.scipy.linalg import block_diag
 
 from jaxreml import covariance
+from jaxreml.errors import DataError
 from jaxreml.estimation import FAR, LOG_ZERO
 from jaxreml.fitted import RESIDUAL
+
+if TYPE_CHECKING:
+    from jaxreml.results import LMMResults
 
 Components = dict[str, Array]
 Function = Callable[[Array, Components], Array]
 Groups = tuple[tuple[str, int], ...]  # per term the grouping factor and the number of effects
+
+
+class _Named(dict):
+    """Components that say which they are when asked for another."""
+
+    def __missing__(self, key: Any) -> Any:
+        known = ", ".join(map(repr, self))
+        raise DataError(f"components has no {key!r}; this model's are {known}")
+
+
+jax.tree_util.register_pytree_node(
+    _Named,
+    lambda named: (tuple(named.values()), tuple(named)),
+    lambda keys, values: _Named(zip(keys, values, strict=True)),
+)
+
+
+def require_entries(g: Function, fit: LMMResults) -> None:
+    """Raise DataError if g asks for entries that there are none of: JAX would give it others."""
+    groups = fit.term_sizes
+
+    def at(beta: Array, theta: Array, sigma: Array) -> Any:
+        return g(beta, of_theta(theta, sigma, groups))
+
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(part) for part in (fit.beta, fit.theta, fit.sigma)]
+        error, _ = checkify.checkify(at, errors=checkify.index_checks)(*arrays)
+        message = error.get()
+    if message:
+        raise DataError(
+            f"the function asks for an entry that beta or components does not have: {message}"
+        )
 
 
 def of_theta(theta: Array, sigma: Array, groups: Groups) -> Components:
@@ -51,4 +90,4 @@ def _named(matrices: list[Array], sigma2: Array, groups: Groups) -> Components:
     for (name, _), matrix in zip(groups, matrices, strict=True):
         of_factor.setdefault(name, []).append(matrix)
     named = {name: block_diag(*parts) for name, parts in of_factor.items()}
-    return {**named, RESIDUAL: sigma2}
+    return _Named({**named, RESIDUAL: sigma2})

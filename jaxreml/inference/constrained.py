@@ -100,9 +100,10 @@ class Point(NamedTuple):
     full: Array
 
 
-def triangle(x: Any, roots: Any, polar: Any) -> Any:
+def triangle(x: Any, axes: Coordinates) -> Any:
     """Entries of T, (m,), at x (m,); NumPy or JAX."""
     xp = jnp if isinstance(x, Array) else np
+    roots, polar = axes.roots, axes.polar
     entries = x * (1 - roots + roots * x)
     angles = polar.sum(axis=0)
     return entries * (1 - angles) * xp.cos(polar @ x) + (polar.T @ entries) * xp.sin(x)
@@ -125,7 +126,7 @@ def _products(sizes: covariance.Sizes) -> np.ndarray:
 
 def _omega(x: Array, axes: Coordinates, sizes: covariance.Sizes) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
-    entries = triangle(x[:-1], axes.roots, axes.polar)
+    entries = triangle(x[:-1], axes)
     absolute = axes.order @ (_products(sizes) @ entries @ entries)
     return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
 

@@ -109,13 +109,14 @@ def delta(
 
     Raises:
         DataError: a fit without an optimum; a g that JAX cannot differentiate, that asks for
-            components that the model does not have, or that returns something else; a value
-            outside the range of its transform.
+            components, or entries of them or of beta, that the model does not have, or that
+            returns something else; a value outside the range of its transform.
         ValueError: names or transforms of another number than the values; another transform.
     """
     if not callable(g):
         raise DataError(f"g must be a function g(beta, components), not {g!r}")
     linear = linearise(fit, program(g, fit.term_sizes))
+    components.require_entries(g, fit)
     label = getattr(g, "__name__", "g")
     label = "g" if label == "<lambda>" else label
     scalar = len(linear.estimate) == 1
@@ -128,11 +129,11 @@ def program(g: Callable[..., Any], groups: components.Groups) -> Program:
     """Compile a function g(beta, components, *data) of models with terms `groups`."""
 
     def values(beta: Array, theta: Array, sigma: Array, *data: Any) -> Array:
-        return _vector(g(beta, _Named(components.of_theta(theta, sigma, groups)), *data))
+        return _vector(g(beta, components.of_theta(theta, sigma, groups), *data))
 
     def at_params(beta: Array, params: Array, *data: Any) -> tuple[Array, Array]:
         inside = components.inside(params, groups)
-        value = _vector(g(beta, _Named(components.of_params(inside, groups)), *data))
+        value = _vector(g(beta, components.of_params(inside, groups), *data))
         return value, value
 
     options = quick_compilation(jax.default_backend())
@@ -140,14 +141,6 @@ def program(g: Callable[..., Any], groups: components.Groups) -> Program:
         jax.jit(values, compiler_options=options),
         jax.jit(jax.jacfwd(at_params, argnums=(0, 1), has_aux=True), compiler_options=options),
     )
-
-
-class _Named(dict):
-    """Components that say which they are when asked for another."""
-
-    def __missing__(self, key: Any) -> Any:
-        known = ", ".join(map(repr, self))
-        raise DataError(f"components has no {key!r}; this model's are {known}")
 
 
 def _vector(value: Any) -> Array:

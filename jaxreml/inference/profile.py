@@ -206,5 +206,7 @@ def _choose(known: list[Parameter], names: str | Sequence[str] | None) -> list[P
                 f"{name!r} is not a parameter of the fit; there are {', '.join(all_names)}, and "
                 "'theta_' and 'beta_' for all variance parameters and all fixed effects"
             )
+    if not wanted:
+        raise ValueError(f"no parameters to profile; the fit has {', '.join(all_names)}")
     kept = {kind for name in wanted for kind in kinds.get(name, ())}
     return [own for own in known if own.name in wanted or own.kind in kept]

@@ -258,8 +258,7 @@ def _labelled(
 
 
 def check_count(n: int, seed: int) -> None:
-    """Raise ValueError unless n is at least 1 and the seed not negative."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, not {seed}")
+    """Raise ValueError unless n is an integer of at least 1 and the seed one of at least 0."""
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxreml.batch import Fits
 from jaxreml.cache import remembered
+from jaxreml.errors import DataError
 from jaxreml.fitted import RESIDUAL
 from jaxreml.inference import components
 from jaxreml.inference.components import Components, Groups
@@ -152,7 +153,9 @@ def _names(function: Statistic, groups: Groups, p: int, m: int) -> tuple[str, ..
     arguments = [jax.ShapeDtypeStruct(shape, float) for shape in ((p,), (m,), ())]
     try:
         leaves = jax.eval_shape(parts, *arguments)
-    except TypeError as error:
+    except DataError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ValueError(
             "the statistic must be a JAX function g(beta, components) that gives a number, an "
             f"array or a dict of them: {error}"
