@@ -83,14 +83,24 @@ CASES = {
     "uncorrelated": ("table", "~ x + (x || g)", {"weights": "w"}, True),
     "dense": ("table", "~ x + (1 | g) + (1 | h)", {}, False),
 }
+MORE = {("ML", case) for case in CASES if case not in ("collapsed", "spectral")}
 
 
-@pytest.mark.parametrize("method", ["REML", "ML"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        pytest.param(
+            case,
+            method,
+            marks=pytest.mark.long if (method, case) in MORE else (),
+            id=f"{case}-{method}",
+        )
+        for case in CASES
+        for method in ("REML", "ML")
+    ],
+)
 def test_equals_estimate(case, method):
     name, formula, extras, in_lanes = CASES[case]
-    if method == "ML" and case in ("uncorrelated", "spectral_weights"):
-        pytest.skip("as under REML")
     data = table() if name == "table" else jaxreml.datasets.load(name)
     group, slope = ("Subject", "Days") if name == "sleepstudy" else ("g", "x")
     values = responses(data, 40, group=group, slope=slope)

@@ -124,7 +124,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("dyestuff", "pastes") else ())
+        for name in MODELS
+    ],
+)
 def test_refits_are_fits(name):
     formula, structure, method = MODELS[name]
     data = datasets.load(name)

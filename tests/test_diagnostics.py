@@ -223,8 +223,19 @@ class TestFirstOrder:
         np.testing.assert_allclose(found.coefficients, beta, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(found.parameters, params, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("method", ["REML", "ML"])
-    @pytest.mark.parametrize("groups", ["rows", "levels", "pairs of levels", "parts of levels"])
+    @pytest.mark.parametrize(
+        ("groups", "method"),
+        [
+            ("rows", "REML"),
+            pytest.param("rows", "ML", marks=pytest.mark.long),
+            pytest.param("levels", "REML", marks=pytest.mark.long),
+            ("levels", "ML"),
+            ("pairs of levels", "REML"),
+            pytest.param("pairs of levels", "ML", marks=pytest.mark.long),
+            pytest.param("parts of levels", "REML", marks=pytest.mark.long),
+            ("parts of levels", "ML"),
+        ],
+    )
     def test_one_factor(self, method, groups):
         fit = small(method)
         levels = fit.table["g"].to_numpy()
@@ -237,7 +248,8 @@ class TestFirstOrder:
         self.check(fit, None if groups == "rows" else codes, codes)
 
     @pytest.mark.parametrize(
-        ("method", "by"), [("REML", "Worker"), ("ML", "Worker"), ("REML", None)]
+        ("method", "by"),
+        [("REML", "Worker"), pytest.param("ML", "Worker", marks=pytest.mark.long), ("REML", None)],
     )
     def test_crossed_factors(self, method, by):
         fit = fitted("machines", method)

@@ -261,7 +261,15 @@ def responses():
     return machines, values
 
 
-@pytest.mark.parametrize("df", ["satterthwaite", "kenward-roger", "residual", "inf"])
+@pytest.mark.parametrize(
+    "df",
+    [
+        "satterthwaite",
+        "kenward-roger",
+        pytest.param("residual", marks=pytest.mark.long),
+        pytest.param("inf", marks=pytest.mark.long),
+    ],
+)
 def test_many_responses_are_tested_as_single_ones(responses, df):
     machines, values = responses
     results = jaxreml.fit_many(MANY, machines, values, df=df, contrasts=CONTRASTS)

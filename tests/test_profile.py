@@ -399,21 +399,8 @@ def test_contour_refusals():
         profile.contour("sigma", "Days", (95,))
     with pytest.raises(ValueError, match="at least 4 points"):
         profile.contour("sigma", "Days", points=3)
-    machines = fitted("machines_s").profile("theta_")
-    names = machines.parameters
+    machines = fitted("machines_s")
+    _, one, other, *_ = axes.parameters(machines)
+    assert one.kind == other.kind == "cor"
     with pytest.raises(jaxreml.DataError, match="cannot be held together: of one term's effects"):
-        machines.contour(names[1], names[2])
-
-
-def test_a_correlation_keeps_its_sign():
-    """With the SDs free of sign, one held at c was the same as at -c: its interval had no end."""
-    rng = np.random.default_rng(22)
-    g, x = np.repeat(np.arange(12), 5), np.tile(np.arange(5) - 2.0, 12)
-    b = rng.multivariate_normal([0, 0], [[0.6, 0.1], [0.1, 0.06]], size=12)
-    y = 1 + 0.3 * x + b[g, 0] + b[g, 1] * x + rng.normal(size=60)
-    fit = jaxreml.fit("y ~ x + (x | g)", {"y": y, "x": x, "g": g}, "ML")
-    label = "cor_x.(Intercept)|g"
-    lower, upper = fit.profile(label).conf_int().loc[label, ["lower", "upper"]]
-    assert upper == 1
-    rise = brute_force(fit, "ML", label, lower) - fit.criterion
-    assert rise == pytest.approx(PINNED, abs=1e-7)
+        axes.pair(machines, one, other)

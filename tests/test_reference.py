@@ -10,8 +10,16 @@ import jaxreml
 
 # A criterion so flat that lme4's optimiser leaves the last digits of the estimates open.
 FLAT = {"machines_s", "exam", "q4", "zero_slope", "corr_one", "nested_slash"}
+SLOW = {("crossed_nested", "ML")}  # to compile; the REML fit is in the default run
 CASES = [
-    pytest.param((name, method), id=f"{name}-{method}", marks=pytest.mark.xdist_group(name))
+    pytest.param(
+        (name, method),
+        id=f"{name}-{method}",
+        marks=[
+            pytest.mark.xdist_group(name),
+            *([pytest.mark.long] if (name, method) in SLOW else []),
+        ],
+    )
     for name in references.NAMES
     for method in ("REML", "ML")
 ]
