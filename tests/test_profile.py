@@ -404,3 +404,16 @@ def test_contour_refusals():
     assert one.kind == other.kind == "cor"
     with pytest.raises(jaxreml.DataError, match="cannot be held together: of one term's effects"):
         axes.pair(machines, one, other)
+
+
+def test_a_step_too_far_is_bracketed():
+    """From a singular fit the first point may be so far out that Newton's step goes below zero."""
+    y = np.random.default_rng(152).normal(size=40)
+    g = np.repeat(np.arange(8), [2, 2, 3, 4, 5, 6, 8, 10])
+    fit = jaxreml.fit("y ~ 1 + (1 | g)", {"y": y, "g": g}, "ML")
+    assert fit.is_singular
+    label = "sd_(Intercept)|g"
+    lower, upper = fit.profile(label).conf_int().loc[label, ["lower", "upper"]]
+    assert lower == 0
+    rise = brute_force(fit, "ML", label, upper) - fit.criterion
+    assert rise == pytest.approx(PINNED, abs=1e-7)

@@ -140,8 +140,9 @@ class Track:
             return Limit(newton)
         left = max([point.at for point in known if point.zeta < target], default=low)
         right = min([point.at for point in known if point.zeta > target], default=high)
-        if bound not in self.points and not low < newton < high:
-            newton = bound if math.isfinite(bound) else math.nan
+        past = not (newton < high if target > 0 else newton > low)  # or unknown
+        if past and math.isfinite(bound) and bound not in self.points:
+            newton = bound
         elif math.isfinite(right - left) and (
             not left < newton < right or (turn >= BISECT and turn % 2)
         ):
