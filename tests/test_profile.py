@@ -417,3 +417,52 @@ def test_a_step_too_far_is_bracketed():
     assert lower == 0
     rise = brute_force(fit, "ML", label, upper) - fit.criterion
     assert rise == pytest.approx(PINNED, abs=1e-7)
+
+
+def test_a_variance_of_zero_is_a_local_optimum():
+    """Beyond a correlation of the wrong sign; the search along the profile stayed there."""
+    rng = np.random.default_rng(35)
+    g, x = np.repeat(np.arange(12), 5), np.tile(np.arange(5) - 2.0, 12)
+    b = rng.multivariate_normal([0, 0], [[0.3, 0], [0, 0.2]], size=12)
+    y = 1 + 0.3 * x + b[g, 0] + b[g, 1] * x + rng.normal(size=60)
+    fit = jaxreml.fit("y ~ x + (x | g)", {"y": y, "x": x, "g": g}, "ML")
+    label = "cor_x.(Intercept)|g"
+    lower, upper = fit.profile(label).conf_int().loc[label, ["lower", "upper"]]
+    assert upper == 1
+    rise = brute_force(fit, "ML", label, lower) - fit.criterion
+    assert rise == pytest.approx(PINNED, abs=1e-7)
+
+
+@pytest.mark.long
+def test_profiles_of_singular_fits_have_ends():
+    """Small data sets, most of them singular: every limit is found."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        g, x = np.repeat(np.arange(12), 5), np.tile(np.arange(5) - 2.0, 12)
+        spread = [[0.3 * (seed % 2), 0], [0, [0.0, 0.02, 0.2][seed % 3]]]
+        b = rng.multivariate_normal([0, 0], spread, size=12)
+        y = 1 + 0.3 * x + b[g, 0] + b[g, 1] * x + rng.normal(size=60)
+        table = {"y": y, "x": x, "g": g}
+        for method in ("ML", "REML"):
+            fit = jaxreml.fit("y ~ x + (x | g)", table, method)
+            interval = fit.profile(likelihood=method).conf_int()
+            assert np.isfinite(interval[["lower", "upper"]]).all(axis=None), (seed, method)
+
+
+@pytest.mark.long
+def test_profiles_of_three_effects_against_brute_force():
+    """-0.94981379 and 0.15687044 by L-BFGS from 25 starts with the correlation held."""
+    known = {
+        3: ("cor_z.x|g", "lower", -0.94981379),
+        5: ("cor_z.(Intercept)|g", "upper", 0.15687044),
+    }
+    for seed, (label, side, expected) in known.items():
+        rng = np.random.default_rng(seed)
+        g = np.repeat(np.arange(12), 6)
+        x, z = rng.normal(size=(2, 72))
+        root = np.array([[0.8, 0, 0], [0.2, 0.4, 0], [-0.1, 0.1, 0.3 * (seed % 3 > 0)]])
+        b = rng.normal(size=(12, 3)) @ root.T
+        y = 1 + 0.3 * x + b[g, 0] + b[g, 1] * x + b[g, 2] * z + rng.normal(size=72)
+        fit = jaxreml.fit("y ~ x + z + (x + z | g)", {"y": y, "x": x, "z": z, "g": g}, "ML")
+        found = fit.profile("theta_").conf_int().loc[label, side]
+        assert found == pytest.approx(expected, abs=1e-7)

@@ -266,6 +266,9 @@ class _Builder:
         self.basis = np.asarray(fit.design.basis)
         self.sizes = tuple(len(grouping.effects) for grouping in fit.groupings)
         self.starts = np.cumsum([0, *(q * (q + 1) // 2 for q in self.sizes)]).tolist()
+        # Large variances first: below a small one a triangle's valley is curved.
+        sds = [np.linalg.norm(root, axis=1) for root in estimates(fit).roots]
+        self.by_size = [np.argsort(-sd, kind="stable").tolist() for sd in sds]
 
     def sd(self, k: int, j: int) -> Parameter:
         group, term = self.fit.groupings[k].name, self.fit.groupings[k].effects[j]
@@ -344,8 +347,8 @@ class _Builder:
             absent[left:p] = 1.0
             shift = self.shift(fixed[0], fixed)
         orders = tuple(
-            (*first.get(k, ()), *(e for e in range(q) if e not in first.get(k, ())))
-            for k, q in enumerate(self.sizes)
+            (*first.get(k, ()), *(e for e in by_size if e not in first.get(k, ())))
+            for k, by_size in enumerate(self.by_size)
         )
         axes = Coordinates(
             order=self._permutation(orders),

@@ -127,6 +127,13 @@ class Track:
         pairs = pairwise(self.sorted)
         return [(one, other) for one, other in pairs if other.zeta < one.zeta - KINK]
 
+    def bracket(self, target: float) -> tuple[float, float]:
+        """The nearest places on both sides of a value of zeta, the bounds where none is known."""
+        low, high = self.parameter.bounds
+        known = self.points.values()
+        left = max([point.at for point in known if point.zeta < target], default=low)
+        return left, min([point.at for point in known if point.zeta > target], default=high)
+
     def propose(self, target: float, turn: int) -> float | Limit:
         """Where to look next for a value of zeta, or where it is."""
         low, high = self.parameter.bounds
@@ -138,8 +145,7 @@ class Track:
         newton = near.at + (target - near.zeta) / near.slope if near.slope > 0 else math.nan
         if abs(near.zeta - target) <= EXACT and math.isfinite(newton):
             return Limit(newton)
-        left = max([point.at for point in known if point.zeta < target], default=low)
-        right = min([point.at for point in known if point.zeta > target], default=high)
+        left, right = self.bracket(target)
         past = not (newton < high if target > 0 else newton > low)  # or unknown
         if past and math.isfinite(bound) and bound not in self.points:
             newton = bound
@@ -221,10 +227,16 @@ class Search:
             )
 
     def _solve(self, asked: list[tuple[Track, float]]) -> None:
-        """Add these points to their tracks, where the optimum is found."""
-        self._add([(track, at, track.x(at)) for track, at in asked])
-        lost = [(track, at) for track, at in asked if at not in track.points]
-        self._add([(track, at, track.start.copy()) for track, at in lost])
+        """Add these points to their tracks, where the optimum is found.
+
+        It is sought from the nearest point known and, where that one fails or where effects are
+        correlated, from the estimates: with a correlation held at the wrong sign, a variance of
+        zero is a local optimum, which would lead to the next.
+        """
+        again = [(track, at, track.start.copy()) for track, at in asked]
+        near = [(track, at, track.x(at)) for track, at in asked]
+        self._add(near + again if self.elsewhere else near)
+        self._add([(track, at, x) for track, at, x in again if at not in track.points])
 
     def _add(self, asked: list[tuple[Track, float, np.ndarray]]) -> None:
         """Seek optima from these starts; those found that are lower than what is known."""
@@ -265,11 +277,13 @@ class Search:
         wanted = [(own, target) for own in self.tracks for target in targets]
         for _ in range(MENDINGS):
             limits = self._reach(wanted)
-            ends = [
-                (self.tracks[own], self.tracks[own].nearest(limit.at).at)
-                for (own, _), limit in limits.items()
-                if math.isfinite(limit.at) and limit.at not in own.bounds
-            ]
+            ends = []
+            for (own, target), limit in limits.items():
+                track = self.tracks[own]
+                if math.isnan(limit.at):  # zeta jumps to a local optimum between these
+                    ends += [(track, at) for at in track.bracket(target) if at in track.points]
+                elif limit.at not in own.bounds:
+                    ends.append((track, track.nearest(limit.at).at))
             if not self._check(ends):
                 return limits
         reason = "lower optima were found again and again from other starts"
