@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -109,6 +110,21 @@ def test_equals_estimate(case, method):
     fits = fitter.fit(values)
     assert fits.is_singular.any() and not fits.is_singular.all()
     assert_same(fits, one_by_one(formula, data, values[:, :20], method, **extras))
+
+
+def test_programs_of_lapack_calls_end():
+    """Two at a time wait for each other's threads in jaxlib 0.10.2; here is work for ten."""
+    data = table()
+    values = responses(data, 320, group="g", slope="x")
+    fitter = BatchFitter(covariate_frame(CASES["dense"][1], data), "REML", modes=True)
+    faulthandler.dump_traceback_later(300, exit=True)
+    try:
+        fits = fitter.fit(values)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    first = fitter.fit(values[:, :20])
+    np.testing.assert_allclose(fits.criterion[:20], first.criterion, rtol=1e-12)
+    assert (fits.status == Status.CONVERGED).all()
 
 
 def test_satterthwaite_is_fits():
