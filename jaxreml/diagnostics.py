@@ -249,7 +249,8 @@ def _blank_lost(
     for k in np.flatnonzero(refits["converged"] & np.isnan(beta).any(axis=1)):
         columns = frame.X[codes != k]
         lengths = np.linalg.norm(columns, axis=0)
-        _, sizes, directions = np.linalg.svd(columns / np.where(lengths > 0, lengths, 1.0))
+        triangle = np.linalg.qr(columns / np.where(lengths > 0, lengths, 1.0), mode="r")
+        _, sizes, directions = np.linalg.svd(triangle)  # of X itself U would be rows by rows
         lost = np.any(np.abs(directions[np.sum(sizes > ALIASED * sizes[0]) :]) > ALIASED, axis=0)
         beta[k, lost] = np.nan
         names = [name for name, out in zip(frame.fixed_names, lost, strict=True) if out]
