@@ -29,12 +29,14 @@ class Inspection(NamedTuple):
         modes: per term (levels, effects), conditional modes of the random effects given y,
             Omega Z' V0^-1 (y - X beta) (best linear unbiased predictors).
         posterior: what `conditional_variances` makes their variances from.
+        omega: (m,), relative covariances in scaled units.
     """
 
     criterion: Array
     gradient: Array
     modes: tuple[Array, ...]
     posterior: Any
+    omega: Array
 
 
 def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
@@ -53,7 +55,7 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
     value, gradient = criterion(estimate, design, reml)
     omega = covariance.omega_from_theta(covariance.join_triangles(factors), design.sizes)
     posterior = design.structure.posterior(omega, factors)
-    return Inspection(value, gradient, conditional_modes(omega, design), posterior)
+    return Inspection(value, gradient, conditional_modes(omega, design), posterior, omega)
 
 
 def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:

@@ -65,6 +65,9 @@ class FittedModel:
         weights, offset: (n,) or None.
         table: the columns used, complete rows only.
         context: names the formula may use besides columns; not saved.
+        optimality: how it is known that no other optimum is lower: "proved to be the lowest" (one
+            variance ratio), "the lowest of 5 searches", or, with much data, "not lower with a
+            variance at zero".
     """
 
     formula: str
@@ -96,6 +99,7 @@ class FittedModel:
     offset: np.ndarray | None
     table: pd.DataFrame
     context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
+    optimality: str = ""
 
     @cached_property
     def frame(self) -> ModelFrame:
@@ -284,6 +288,8 @@ class FittedModel:
         sentence = Status(self.status).sentence
         if not self.converged:
             return sentence
+        if self.optimality:
+            sentence += f"; {self.optimality}"
         if self.is_singular:
             sentence += "; singular: " + "; ".join(self._boundary)
         if np.isnan(np.diagonal(self.parameters_vcov)[np.isfinite(self.parameters)]).any():

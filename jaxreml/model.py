@@ -17,6 +17,7 @@ from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
 from jaxreml.fitted import Grouping
 from jaxreml.frame import ModelFrame, model_frame
 from jaxreml.results import LMMResults
+from jaxreml.rivals import optimality
 
 
 def fit(
@@ -90,7 +91,10 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     variances = conditional_variances(estimated, inspection, design)
     effects = list(zip(inspection.modes, variances, strict=True))
-    results = _results(frame, design, method, estimated, effects, status, gradient_norm, context)
+    certainty = optimality(design, inspection.omega, reml=is_reml(method))
+    results = _results(
+        frame, design, method, estimated, effects, status, gradient_norm, context, certainty
+    )
     vars(results).update(frame=frame, design=design)  # cached, as they are at hand
     return results
 
@@ -113,6 +117,7 @@ def _results(
     status: Status,
     gradient_norm: float,
     context: Mapping[str, Any] | None,
+    optimality: str,
 ) -> LMMResults:
     assert frame.y is not None  # `model_frame` has one
     fixed = frame.X @ estimated.beta
@@ -158,4 +163,5 @@ def _results(
         offset=frame.offset,
         table=frame.table,
         context=context,
+        optimality=optimality,
     )

@@ -28,6 +28,7 @@ LAYERS = [
     {"programs"},
     {"effects"},
     {"estimation", "kenward_roger"},
+    {"rivals"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
     {"encoding"},
