@@ -26,6 +26,7 @@ from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
 from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
+from jaxreml.rivals import is_lower, path, rises, screened, starts
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
@@ -207,6 +208,16 @@ class _Part(NamedTuple):
         places = np.flatnonzero(which)
         return jax.tree.map(lambda leaf: np.take(np.asarray(leaf), places, axis=-1), self)
 
+    def restarted(self, start: np.ndarray) -> _Part:
+        """The same responses at another root, (r,)."""
+        b = self.columns.size
+        return self._replace(
+            root=np.repeat(start[:, None], b, axis=1),
+            radius=np.ones(b),
+            iterations=np.ones(b, int),
+            hopeless=np.zeros(b, bool),
+        )
+
 
 class _Pattern:
     """The responses of a block that have the same rows."""
@@ -229,6 +240,7 @@ class _Pattern:
         in_lanes = shared.pairs is not None
         self.plan = Plan(fitter.reml, shared.codes is not None, in_lanes, fitter.df)
         self.lanes = self.size = 0  # of a device, and of all
+        self.suspects: list[_Part] = []  # responses that may have a lower optimum
 
     def run(self, columns: np.ndarray) -> None:
         """Fit these columns and store their numbers in the table."""
@@ -256,6 +268,18 @@ class _Pattern:
                 left += self._pass(again, exactly, pool)
             if self.plan.in_lanes:
                 self._pass(slow, self.plan._replace(careful=True), pool)
+            self._search_again(pool)
+
+    def _search_again(self, pool: ThreadPoolExecutor) -> None:
+        """Search from rival starts for the responses that may have a lower optimum.
+
+        With the slower steps, as zero is a saddle point of many of them.
+        """
+        plan, limit = self.plan._replace(careful=True), self.fitter.max_iterations
+        for start in starts(self.shared.sizes) if self.suspects else ():
+            parts = [part.restarted(start) for part in self.suspects]
+            chunks = self._chunks(parts)
+            list(pool.map(lambda chunk: self._work(chunk, limit, plan, rival=True), chunks))
 
     def _pass(self, parts: list[_Part], plan: Plan, pool: ThreadPoolExecutor) -> list[_Part]:
         """Take responses through the programs, in chunks; those that have not converged.
@@ -282,8 +306,13 @@ class _Pattern:
         places = np.arange(whole.columns.size) // self.size
         return [whole.take(places == k) for k in range(places[-1] + 1)]
 
-    def _work(self, chunk: _Part, limit: int, plan: Plan) -> tuple[_Part, np.ndarray]:
-        """One chunk through the programs and into the table; what has not converged, and steps."""
+    def _work(
+        self, chunk: _Part, limit: int, plan: Plan, *, rival: bool = False
+    ) -> tuple[_Part, np.ndarray]:
+        """One chunk through the programs and into the table; what has not converged, and steps.
+
+        The optima of a `rival` search enter the table where they are lower. Others are screened.
+        """
         compiled = programs(self.mesh, plan)
         padded = np.resize(np.arange(chunk.columns.size), self.size)  # repeats
         modes = None
@@ -302,9 +331,12 @@ class _Pattern:
                 before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
             found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
             packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
+            suspect = None if rival else self._suspects(compiled, reduced, found)
             if self.fitter.modes:
                 modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
-        status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
+        status = self.table.store(
+            chunk.columns, np.asarray(packed), modes, self.coefficients, rival=rival
+        )
         width = chunk.columns.size
         iterations = np.asarray(found.iterations)[:width]
         after = _Part(
@@ -315,7 +347,24 @@ class _Pattern:
             before[:width] + iterations,
             hopeless=iterations < limit,
         )
+        if suspect is not None:
+            suspect = suspect[:width] & (status == Status.CONVERGED)
+            if suspect.any():
+                self.suspects.append(after.take(suspect))
         return after.take(status != Status.CONVERGED), iterations
+
+    def _suspects(self, compiled: Any, reduced: Reduced, found: Any) -> np.ndarray:
+        """Which responses of a chunk may have a lower optimum than the one found."""
+        sizes = self.shared.sizes
+        values = np.asarray(compiled.screen(self.shared, reduced))
+        lower, several, minima = screened(values, np.asarray(found.value), sizes)
+        if several.any() and max(sizes) > 1:
+            omega = np.asarray(covariance.omega_from_root(np.asarray(found.root), sizes))
+            ways = path(minima, omega, sizes)
+            points = ways.reshape(-1, *ways.shape[2:])
+            along = np.asarray(compiled.along(self.shared, reduced, points))
+            several &= rises(along.reshape(*ways.shape[:2], -1))
+        return lower | several
 
     def _block(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values less shifts, (groups, n, lanes), and these, (groups, lanes)."""
@@ -376,18 +425,31 @@ class Table:
             )
 
     def store(
-        self, columns: np.ndarray, packed: np.ndarray, modes: Any, coefficients: np.ndarray
+        self,
+        columns: np.ndarray,
+        packed: np.ndarray,
+        modes: Any,
+        coefficients: np.ndarray,
+        *,
+        rival: bool,
     ) -> np.ndarray:
-        """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses."""
+        """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses.
+
+        Of `rival` searches, those with a criterion lower than the one here.
+        """
         packed = packed[:, : columns.size]
         status = packed[0].astype(int)
         good = status == Status.CONVERGED
+        if rival:
+            place = sum(self.widths[: self.FIELDS.index("criterion")])
+            good &= is_lower(packed[1 + place], self.numbers[columns, place])
         places = np.arange(self.numbers.shape[1])
         whole = places.size
         if coefficients.size < self.p:
             fixed = [coefficients + k * self.p for k in range(3)]
             places = np.concatenate([*fixed, places[3 * self.p :]])
-        self.status[columns] = status
+        written = good if rival else np.ones_like(good)
+        self.status[columns[written]] = status[written]
         self.numbers[columns[good, None], places] = packed[1:, good].T
         dropped = np.setdiff1d(np.arange(self.p), coefficients)
         gone = np.flatnonzero(self.contrasts[:, dropped].any(axis=1))

@@ -4,7 +4,8 @@
    optimum itself where the design is balanced.
 2. `climb` finds the optima, all lanes in step, in the spectral form where there is one variance
    ratio, or where a limited number of steps leads.
-3. `conclude` evaluates the criterion of the full design at the roots found, with its derivatives,
+3. `screen` looks on a grid of covariances, the same for all responses, for other optima.
+4. `conclude` evaluates the criterion of the full design at the roots found, with its derivatives,
    and what follows from them: the certificate and every number of a fit.
 
 They are compiled apart, so that the certificate is not the search's own.
@@ -35,9 +36,12 @@ from jaxreml.estimation import (
     start_root,
 )
 from jaxreml.kenward_roger import SINGULAR, adjust, single_degrees
+from jaxreml.objective import profiled
+from jaxreml.rivals import grid
 from jaxreml.shared import Reduced, SharedDesign
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
+TOGETHER = 16  # points of a grid evaluated at a time
 AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
 
 
@@ -117,6 +121,41 @@ def _climb(
         return climb(_searched(shared, reduced, plan), root, radius)
     each = _per_lane(lambda reduced, *state: climb(shared.each(reduced), *state))
     return each(reduced, root, radius)
+
+
+def _screen(shared: SharedDesign, reduced: Reduced, *, plan: Plan) -> Array:
+    """The criterion on the `rivals.grid` of relative covariances, (G, lanes)."""
+    omegas = jax.vmap(lambda root: covariance.omega_from_root(root, shared.sizes))(
+        jnp.asarray(grid(shared.sizes)[0], shared.dtype)
+    )
+    if plan.in_lanes:
+        design = _searched(shared, reduced, plan)
+        shared_by_lanes = omegas[..., None]
+        return jax.lax.map(
+            lambda omega: profiled(omega, design, reml=plan.reml),
+            shared_by_lanes,
+            batch_size=TOGETHER,
+        )
+
+    def at(omega: Array) -> Array:
+        return _per_lane(lambda own: profiled(omega, shared.each(own), reml=plan.reml))(reduced)
+
+    return jax.lax.map(at, omegas)
+
+
+def _along(shared: SharedDesign, reduced: Reduced, omegas: Array, *, plan: Plan) -> Array:
+    """The criterion at points (k, m, lanes) of each response, (k, lanes)."""
+    if plan.in_lanes:
+        design = _searched(shared, reduced, plan)
+        return jax.lax.map(
+            lambda omega: profiled(omega, design, reml=plan.reml), omegas, batch_size=TOGETHER
+        )
+
+    def at(omega: Array) -> Array:
+        each = _per_lane(lambda own, own_omega: profiled(own_omega, shared.each(own), reml=plan.reml))
+        return each(reduced, omega)
+
+    return jax.lax.map(at, omegas)
 
 
 def _conclude(
@@ -268,6 +307,8 @@ class Programs:
         self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), known)
         self.begin = spread(_begin, (first, first), known)
         self.climb = spread(_climb, (*known, everywhere), found)
+        self.screen = spread(_screen, (reduced,), last[1])
+        self.along = spread(_along, (reduced, last[2]), last[1])
         self.conclude = spread(_conclude, (reduced, found, last[0], everywhere), last[1])
         self.modes = spread(_modes_of, (first, first, last[1]), last[2])
 
