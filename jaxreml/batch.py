@@ -26,7 +26,8 @@ from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
 from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
-from jaxreml.rivals import is_lower, path, rises, screened, starts
+from jaxreml.rivals import is_lower, starts
+from jaxreml.screening import Grid, has_one_optimum, path, rises, screened
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
@@ -239,6 +240,8 @@ class _Pattern:
         self.contrasts = fitter.contrasts[:, self.coefficients]
         in_lanes = shared.pairs is not None
         self.plan = Plan(fitter.reml, shared.codes is not None, in_lanes, fitter.df)
+        self.screens = not has_one_optimum(shared)
+        self.grid = Grid(shared, reml=fitter.reml) if in_lanes and self.screens else None
         self.lanes = self.size = 0  # of a device, and of all
         self.suspects: list[_Part] = []  # responses that may have a lower optimum
 
@@ -331,7 +334,8 @@ class _Pattern:
                 before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
             found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
             packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
-            suspect = None if rival else self._suspects(compiled, reduced, found)
+            looks = self.screens and not rival
+            suspect = self._suspects(compiled, reduced, found) if looks else None
             if self.fitter.modes:
                 modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(
@@ -356,7 +360,10 @@ class _Pattern:
     def _suspects(self, compiled: Any, reduced: Reduced, found: Any) -> np.ndarray:
         """Which responses of a chunk may have a lower optimum than the one found."""
         sizes = self.shared.sizes
-        values = np.asarray(compiled.screen(self.shared, reduced))
+        if self.grid is None:
+            values = np.asarray(compiled.screen(self.shared, reduced))
+        else:
+            values = self.grid.values(reduced)
         lower, several, minima = screened(values, np.asarray(found.value), sizes)
         if several.any() and max(sizes) > 1:
             omega = np.asarray(covariance.omega_from_root(np.asarray(found.root), sizes))

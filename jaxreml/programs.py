@@ -37,11 +37,10 @@ from jaxreml.estimation import (
 )
 from jaxreml.kenward_roger import SINGULAR, adjust, single_degrees
 from jaxreml.objective import profiled
-from jaxreml.rivals import grid
+from jaxreml.screening import grid
 from jaxreml.shared import Reduced, SharedDesign
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
-TOGETHER = 16  # points of a grid evaluated at a time
 AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
 
 
@@ -124,35 +123,25 @@ def _climb(
 
 
 def _screen(shared: SharedDesign, reduced: Reduced, *, plan: Plan) -> Array:
-    """The criterion on the `rivals.grid` of relative covariances, (G, lanes)."""
-    omegas = jax.vmap(lambda root: covariance.omega_from_root(root, shared.sizes))(
-        jnp.asarray(grid(shared.sizes)[0], shared.dtype)
-    )
-    if plan.in_lanes:
-        design = _searched(shared, reduced, plan)
-        shared_by_lanes = omegas[..., None]
-        return jax.lax.map(
-            lambda omega: profiled(omega, design, reml=plan.reml),
-            shared_by_lanes,
-            batch_size=TOGETHER,
-        )
+    """The criterion on the `screening.grid`, (G, lanes); not for lanes in step."""
+    omegas = covariance.omega_from_root(jnp.asarray(grid(shared.sizes)[0].T), shared.sizes)
 
     def at(omega: Array) -> Array:
         return _per_lane(lambda own: profiled(omega, shared.each(own), reml=plan.reml))(reduced)
 
-    return jax.lax.map(at, omegas)
+    return jax.lax.map(at, omegas.T)
 
 
 def _along(shared: SharedDesign, reduced: Reduced, omegas: Array, *, plan: Plan) -> Array:
     """The criterion at points (k, m, lanes) of each response, (k, lanes)."""
     if plan.in_lanes:
         design = _searched(shared, reduced, plan)
-        return jax.lax.map(
-            lambda omega: profiled(omega, design, reml=plan.reml), omegas, batch_size=TOGETHER
-        )
+        return jax.lax.map(lambda omega: profiled(omega, design, reml=plan.reml), omegas)
 
     def at(omega: Array) -> Array:
-        each = _per_lane(lambda own, own_omega: profiled(own_omega, shared.each(own), reml=plan.reml))
+        each = _per_lane(
+            lambda own, own_omega: profiled(own_omega, shared.each(own), reml=plan.reml)
+        )
         return each(reduced, omega)
 
     return jax.lax.map(at, omegas)

@@ -7,20 +7,15 @@ starts, and the searches from `starts` beside it in none.
 
 1. `best_of` searches from `starts` too. Where a search is expensive it compares the optimum with
    each variance at zero instead, and goes on from there if that is lower.
-2. A batch is screened on a `grid` of relative covariances that all its responses share, so that
-   all that depends on the covariance is computed once; only responses with several minima on the
-   grid, or a lower one, are searched again (`screened`). Of 4,000 responses with two correlated
-   effects, of which 26 had a lower optimum, this missed one.
-3. With one variance ratio, `is_global` proves that there is nothing lower.
+2. With one variance ratio, `is_global` proves that there is nothing lower.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +28,8 @@ from jaxreml.newton import Trace
 from jaxreml.objective import degrees_of_freedom
 from jaxreml.structures import Grouped
 
-SMALL, LARGE = 0.3, 10.0  # relative SDs of scaled effects to start from
+SMALL, LARGE, HUGE = 0.3, 10.0, 30.0  # relative SDs of scaled effects to start from
 CHEAP = 2**17  # numbers in a structure up to which every rival start is searched from
-GRID = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)  # relative SDs, to two effects
-COARSE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # likewise, for three effects
-CORRELATIONS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-LOWEST = 4  # minima of a grid that are looked at
-STEPS = 8  # of a path
 ROUNDS = 40  # of halving in `is_global`
 MOST_RATIOS = 5000  # that it looks at
 MOST_PRODUCTS = 10**5  # numbers, of the levels' cross-products, that it works with
@@ -49,16 +39,17 @@ MOST_PRODUCTS = 10**5  # numbers, of the levels' cross-products, that it works w
 def starts(sizes: covariance.Sizes) -> np.ndarray:
     """Roots to search from besides the moment estimates, (k + 2, r) for k > 1 effects, else (2, r).
 
-    All relative SDs zero; all large; and each one large with the others small.
+    All relative SDs zero; all huge; and each one large with the others small.
     """
     k = sum(sizes)
-    sds = [np.zeros(k), np.full(k, LARGE)]
+    sds = [np.zeros(k), np.full(k, HUGE)]
     if k > 1:
         sds += [np.where(np.arange(k) == own, LARGE, SMALL) for own in range(k)]
-    return np.array([_diagonal_root(sd, sizes) for sd in sds])
+    return np.array([diagonal_root(sd, sizes) for sd in sds])
 
 
-def _diagonal_root(sds: np.ndarray, sizes: covariance.Sizes) -> np.ndarray:
+def diagonal_root(sds: np.ndarray, sizes: covariance.Sizes) -> np.ndarray:
+    """The root (r,) of uncorrelated effects with relative SDs (k,)."""
     ends = np.cumsum(sizes)[:-1]
     return np.concatenate([np.diag(own).ravel() for own in np.split(sds, ends)])
 
@@ -130,111 +121,6 @@ def best_of(
     first = (nothing, start, jnp.asarray(max_iterations))
     (best, _, _), _ = jax.lax.scan(look, first, jnp.arange(rounds))
     return best
-
-
-@lru_cache
-def grid(sizes: covariance.Sizes) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Roots to screen a batch on, (G, r), and the shape of the grid, whose product is G.
-
-    Relative SDs by correlations where all in all two effects, or three without correlations, make
-    that possible; for more, `starts` alone, which are no grid.
-    """
-    k = sum(sizes)
-    if sizes == (2,):
-        axes: list[Any] = [GRID[:1] + GRID[2:-2]] * 2 + [CORRELATIONS]
-        roots = [
-            [first, 0.0, rho * second, second * math.sqrt(1 - rho * rho)]
-            for first, second, rho in itertools.product(*axes)
-        ]
-    elif k <= 3 and max(sizes) == 1:
-        axes = [GRID if k < 3 else COARSE] * k
-        roots = [_diagonal_root(np.array(sds), sizes) for sds in itertools.product(*axes)]
-    else:
-        return starts(sizes), (len(starts(sizes)),)
-    return np.array(roots), tuple(len(axis) for axis in axes)
-
-
-class Screened(NamedTuple):
-    """What the `grid` shows of other optima.
-
-    Attributes:
-        lower: (b,) booleans, whether a point of the grid is below the optimum found.
-        several: (b,) booleans, whether there are several minima among the points.
-        minima: (LOWEST, b), points that are minima, the lowest first; the last one repeats.
-    """
-
-    lower: np.ndarray
-    several: np.ndarray
-    minima: np.ndarray
-
-
-def screened(values: np.ndarray, found: np.ndarray, sizes: covariance.Sizes) -> Screened:
-    """Look for other optima.
-
-    Args:
-        values: (G, b), the criterion on the `grid`.
-        found: (b,), at the optima.
-        sizes: effects per term.
-    """
-    shape = grid(sizes)[1]
-    values = np.where(np.isfinite(values), values, np.inf)
-    lower = is_lower(values.min(axis=0), found)
-    if not is_grid(sizes):
-        return Screened(lower, np.zeros_like(lower), np.zeros((LOWEST, lower.size), int))
-    cube = values.reshape(*shape, -1)
-    padded = np.pad(cube, [(1, 1)] * len(shape) + [(0, 0)], constant_values=np.inf)
-    lowest_near = np.full(cube.shape, np.inf)
-    for offset in itertools.product((0, 1, 2), repeat=len(shape)):
-        if any(step != 1 for step in offset):
-            near = tuple(slice(a, a + size) for a, size in zip(offset, shape, strict=True))
-            np.minimum(lowest_near, padded[near], out=lowest_near)
-    heights = np.where(cube <= lowest_near, cube, np.inf).reshape(values.shape)
-    chosen = []
-    for _ in range(LOWEST):
-        place = np.argmin(heights, axis=0)
-        height = np.take_along_axis(heights, place[None], axis=0)[0]
-        gone = ~np.isfinite(height)
-        chosen.append(np.where(gone, chosen[-1], place) if chosen else place)
-        # Points that are the same covariance have the same value.
-        heights[~is_lower(height, heights)] = np.inf
-    return Screened(lower, chosen[0] != chosen[1], np.array(chosen))
-
-
-def is_grid(sizes: covariance.Sizes) -> bool:
-    """Whether `grid` is one."""
-    return len(grid(sizes)[1]) == sum(sizes) + (sizes == (2,))
-
-
-def path(minima: np.ndarray, omega: np.ndarray, sizes: covariance.Sizes) -> np.ndarray:
-    """Relative covariances on the straight ways from minima of the grid to the optimum.
-
-    Steps of the grid are coarse where a valley is narrow and oblique, as for two correlated
-    effects: half of all responses have several minima on it. If the criterion nowhere rises on the
-    way, there is no other optimum there.
-
-    Args:
-        minima: (LOWEST, b), as in `Screened`.
-        omega: (m, b), of the optima found.
-        sizes: effects per term.
-
-    Returns:
-        (LOWEST, STEPS + 1, m, b), with both ends.
-    """
-    begins = np.moveaxis(_grid_omegas(sizes)[minima], -1, 1)[:, None]
-    share = np.linspace(0, 1, STEPS + 1)[None, :, None, None]
-    return (1 - share) * begins + share * omega
-
-
-@lru_cache
-def _grid_omegas(sizes: covariance.Sizes) -> np.ndarray:
-    with jax.enable_x64(True):
-        return np.asarray(covariance.omega_from_root(jnp.asarray(grid(sizes)[0].T), sizes)).T
-
-
-def rises(along: np.ndarray) -> np.ndarray:
-    """Whether the criterion rises on a `path`, for its values (LOWEST, STEPS + 1, b)."""
-    along = np.where(np.isfinite(along), along, np.inf)
-    return is_lower(along[:, :-1], along[:, 1:]).any(axis=(0, 1))
 
 
 def optimality(design: Design, omega: np.ndarray, *, reml: bool) -> str:

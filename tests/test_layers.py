@@ -26,6 +26,7 @@ LAYERS = [
     {"fitted"},
     {"batch", "responses"},
     {"programs"},
+    {"screening"},
     {"effects"},
     {"estimation", "kenward_roger"},
     {"rivals"},
