@@ -366,7 +366,7 @@ class _Pattern:
             values = self.grid.values(reduced)
         lower, several, minima = screened(values, np.asarray(found.value), sizes)
         if several.any() and max(sizes) > 1:
-            omega = np.asarray(covariance.omega_from_root(np.asarray(found.root), sizes))
+            omega = np.asarray(covariance.omega_from_root(found.root, sizes))
             ways = path(minima, omega, sizes)
             points = ways.reshape(-1, *ways.shape[2:])
             along = np.asarray(compiled.along(self.shared, reduced, points))
