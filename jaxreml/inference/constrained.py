@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance, newton
+from jaxreml import covariance, linalg, newton
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import CERTIFIED, ZERO
@@ -186,9 +186,12 @@ def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[A
     omega, _ = _omega(x[:-1], axes, design.sizes)
     gram = held.structure.marginal(omega).gram
     p = design.p
-    slopes = jnp.append(-jnp.linalg.solve(gram[:p, :p], gram[:p, p]), 1.0)
+    factor = linalg.cholesky(gram)
+    slopes = -linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
+    slopes = jnp.append(slopes, 1.0)
     columns = jnp.asarray(held.structure.columns)  # pyright: ignore
-    beta = design.beta_ols - jnp.linalg.solve(design.basis, (columns @ slopes)[:p])
+    shift = linalg.solve_upper(jnp.asarray(design.basis), (columns @ slopes)[:p, None])
+    beta = design.beta_ols - shift[:, 0]
     return *jax.value_and_grad(value)(x), beta
 
 
