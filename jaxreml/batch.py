@@ -26,6 +26,7 @@ from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
 from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
+from jaxreml.runtime import neutral, require_own_threads
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
@@ -103,6 +104,7 @@ class BatchFitter:
         lanes: int | None = None,
         devices: Any = None,
     ):
+        require_own_threads()
         spare_memory_maps()
         self.frame, self.method, self.reml = frame, method, is_reml(method)
         self.modes, self.max_iterations = modes, max_iterations
@@ -135,7 +137,7 @@ class BatchFitter:
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
-        with jax.enable_x64(True):
+        with neutral():
             return self._fit(values)
 
     def _fit(self, values: np.ndarray) -> Fits:
@@ -282,6 +284,7 @@ class _Pattern:
         places = np.arange(whole.columns.size) // self.size
         return [whole.take(places == k) for k in range(places[-1] + 1)]
 
+    @neutral()  # in threads of its own
     def _work(self, chunk: _Part, limit: int, plan: Plan) -> tuple[_Part, np.ndarray]:
         """One chunk through the programs and into the table; what has not converged, and steps."""
         compiled = programs(self.mesh, plan)
@@ -289,21 +292,20 @@ class _Pattern:
         modes = None
         block: Any = None
         shift: Any = None
-        with jax.enable_x64(True):
-            if chunk.reduced is None or self.fitter.modes:
-                block, shift = self._block(chunk.columns[padded])
-            if chunk.reduced is None:
-                reduced, root, radius = compiled.begin(self.shared, block, shift)
-                before = np.zeros(self.size, np.int32)
-            else:
-                held = chunk.reduced, chunk.root, chunk.radius
-                held = jax.tree.map(lambda leaf: leaf[..., padded], held)
-                reduced, root, radius = jax.device_put(held, compiled.held)
-                before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
-            found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
-            packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
-            if self.fitter.modes:
-                modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
+        if chunk.reduced is None or self.fitter.modes:
+            block, shift = self._block(chunk.columns[padded])
+        if chunk.reduced is None:
+            reduced, root, radius = compiled.begin(self.shared, block, shift)
+            before = np.zeros(self.size, np.int32)
+        else:
+            held = chunk.reduced, chunk.root, chunk.radius
+            held = jax.tree.map(lambda leaf: leaf[..., padded], held)
+            reduced, root, radius = jax.device_put(held, compiled.held)
+            before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
+        found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
+        packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
+        if self.fitter.modes:
+            modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
         width = chunk.columns.size
         iterations = np.asarray(found.iterations)[:width]

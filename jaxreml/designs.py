@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from jaxreml import covariance, linalg
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.runtime import require_own_threads
 from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
@@ -188,7 +189,8 @@ class Design:
 
 
 def require_precision(design: Design) -> None:
-    """Refuse, at trace time, to run a float64 design in float32."""
+    """Refuse, at trace time, to run a float64 design in float32, or where JAX cannot run."""
+    require_own_threads()
     if design.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise PrecisionError(
             "likelihoods need float64 and JAX is set to float32. Run\n"

@@ -16,6 +16,7 @@ from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import Estimate, is_reml
 from jaxreml.objective import profiled
+from jaxreml.runtime import neutral
 from jaxreml.structures.base import Rows
 
 
@@ -113,7 +114,7 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
         theta: (m,), relative Cholesky factors as in `Estimate`.
         design: the data.
     """
-    with jax.enable_x64(True):
+    with neutral():
         parts = _compiled_henderson()(theta, design.without_names())
         return jax.device_get(parts)
 

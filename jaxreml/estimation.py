@@ -16,6 +16,7 @@ from jax import Array
 from jaxreml import covariance, linalg, newton
 from jaxreml.designs import Design, require_precision
 from jaxreml.objective import Expansion, degrees_of_freedom, expand
+from jaxreml.runtime import usual_promotion
 
 START = 0.1  # least relative SD to start from: zero is a stationary point
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
@@ -156,11 +157,12 @@ def estimate(
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
-    fixed = jax.lax.stop_gradient(design)
-    trace = search(fixed, start_root(fixed, reml), reml, tolerance, max_iterations)
-    trace = jax.lax.stop_gradient(trace)
-    root, point = _optimum(reml, design, trace.at, trace.point)
-    return report(root, point, trace, design)
+    with usual_promotion():
+        fixed = jax.lax.stop_gradient(design)
+        trace = search(fixed, start_root(fixed, reml), reml, tolerance, max_iterations)
+        trace = jax.lax.stop_gradient(trace)
+        root, point = _optimum(reml, design, trace.at, trace.point)
+        return report(root, point, trace, design)
 
 
 class Point(NamedTuple):
@@ -352,6 +354,7 @@ def _optimum(reml: bool, design: Design, root: Array, point: Point) -> tuple[Arr
 
 
 @_optimum.defjvp
+@usual_promotion()
 def _optimum_jvp(reml, primals, tangents):
     root, point = _optimum(reml, *primals)
     design, design_dot = primals[0], tangents[0]

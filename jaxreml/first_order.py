@@ -30,6 +30,7 @@ from jaxreml.designs import MAX_DENSE_BYTES, Design
 from jaxreml.effects import from_basis, scaled_rows, whitened
 from jaxreml.estimation import FAR, LOG_ZERO
 from jaxreml.results import LMMResults
+from jaxreml.runtime import neutral
 from jaxreml.structures.layout import Layout
 
 LEFT = 1e-10  # share of a coefficient's information, or of a row, that a group must leave
@@ -68,7 +69,7 @@ def changes(
         of_level = np.zeros(fit.design.structure.factors.shape[-1], int)  # pyright: ignore
         of_level[levels] = codes
     root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
-    with jax.enable_x64(True):
+    with neutral():
         finite = _finite(fit.parameters, sizes)
         whole = of_level is not None and np.array_equal(of_level[levels], codes)
         if of_level is not None and (of_rows or whole):

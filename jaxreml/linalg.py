@@ -71,6 +71,15 @@ def border(matrix: Array, column: Array, corner: Array) -> Array:
     return jnp.concatenate([top, jnp.concatenate([column, corner[None]])[None]])
 
 
+def alike(tree: Any, like: Array) -> Any:
+    """`tree`, of the type that what depends on `like` has inside `jax.shard_map`: there constants
+    are the same on all devices, and loops and solutions must not change their type."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    never = jnp.any(like < like)
+    return jax.tree.map(lambda leaf: jnp.where(never, leaf, leaf), tree)
+
+
 def lower(matrix: Array) -> Array:
     """(k, k, ...) with zeros above the diagonal."""
     return jnp.where(_where(np.tri(len(matrix)), matrix), matrix, 0.0)
@@ -119,7 +128,7 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
 
     return jax.lax.custom_linear_solve(
         product,
-        jnp.broadcast_to(right, (*right.shape[:2], *lanes)),
+        alike(jnp.broadcast_to(right, (*right.shape[:2], *lanes)), factor),
         lambda _, right: _substitute(factor, right, transposed),
         lambda _, right: _substitute(factor, right, not transposed),
     )

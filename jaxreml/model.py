@@ -17,6 +17,7 @@ from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
 from jaxreml.fitted import Grouping
 from jaxreml.frame import ModelFrame, model_frame
 from jaxreml.results import LMMResults
+from jaxreml.runtime import neutral
 
 
 def fit(
@@ -71,8 +72,8 @@ def fit_frame(
     max_iterations: int = 100,
 ) -> LMMResults:
     """`fit` of a model frame with a response."""
-    spare_memory_maps()
-    with jax.enable_x64(True):
+    with neutral():
+        spare_memory_maps()
         design = with_spare_levels(frame.design(structure))
         bare = design.without_names()
         estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)

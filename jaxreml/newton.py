@@ -184,7 +184,7 @@ def minimise(
     def any_unfinished(state: _State) -> Array:
         return jnp.any(unfinished(state.trace))
 
-    final = jax.lax.while_loop(any_unfinished, advance, initial)
+    final = jax.lax.while_loop(any_unfinished, advance, linalg.alike(initial, start))
     trace = final.trace
     if lanes:
         last = snap(trace.at + final.step)

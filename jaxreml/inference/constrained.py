@@ -28,6 +28,7 @@ from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import CERTIFIED, ZERO
 from jaxreml.objective import expand, neg2_loglik
+from jaxreml.runtime import neutral
 from jaxreml.structures.combined import Combined
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
@@ -247,7 +248,7 @@ def _chunk(
     together = size > 1
     if not together:
         x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
-    with jax.enable_x64(True):
+    with neutral():
         leaves, structure = jax.tree.flatten((x, lanes, design))
         shapes = tuple((np.shape(leaf), leaf.dtype.name) for leaf in leaves)
         climb, look = _programs(structure, shapes, reml, together)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxreml import covariance, linalg
+from jaxreml.runtime import usual_promotion
 from jaxreml.structures.layout import Layout
 
 # Pivots of every Omega_k of at least this much make Omega^-1 safe to use, which saves products
@@ -75,6 +76,7 @@ def solve(layout: Layout, omega: Array, A: Array, C: Array) -> Solution:
 
 
 @solve.defjvp
+@usual_promotion()
 def _solve_jvp(layout, primals, tangents):
     omega, A, C = primals
     omega_dot, A_dot, C_dot = tangents
