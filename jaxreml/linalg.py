@@ -100,7 +100,7 @@ def cholesky(matrix: Array) -> Array:
     columns = []
     rest = matrix
     for k in range(matrix.shape[0]):
-        column = rest[:, 0] / jnp.sqrt(rest[0, 0])
+        column = rest[:, 0] / jnp.sqrt(rest[:1, 0])
         below = column[1:]
         columns.append(jnp.concatenate([jnp.zeros_like(matrix[:k, 0]), column]))
         rest = rest[1:, 1:] - below[:, None] * below[None]
@@ -153,8 +153,8 @@ def _substitute(factor: Array, right: Array, transposed: bool) -> Array:
         return _substitute(transpose(factor)[::-1, ::-1], right[::-1], False)[::-1]
     rows: list[Array] = []
     for i in range(k):
-        rest = reduce(add, [-factor[i, j] * rows[j] for j in range(i)], right[i])
-        rows.append(rest / factor[i, i])
+        rest = reduce(add, [-factor[i, j][None] * rows[j] for j in range(i)], right[i])
+        rows.append(rest / factor[i, i][None])
     return jnp.stack(rows)
 
 
