@@ -147,6 +147,7 @@ def estimate(
     Raises:
         ValueError: another method.
         PrecisionError: a float64 design with JAX set to float32.
+        RuntimeError: in a process that was forked after JAX had run, as `fit`.
     """
     reml = is_reml(method)
     require_precision(design)

@@ -46,6 +46,7 @@ def reml_objective(params: Array, design: Design) -> Array:
     Raises:
         ValueError: `params` of the wrong length.
         PrecisionError: a float64 design with JAX set to float32.
+        RuntimeError: in a process that was forked after JAX had run, as `fit`.
     """
     return _objective(params, design, reml=True)
 
