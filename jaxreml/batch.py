@@ -28,6 +28,7 @@ from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
 from jaxreml.rivals import is_lower, starts
 from jaxreml.screening import Grid, has_one_optimum, path, rises, screened
+from jaxreml.runtime import neutral, require_own_threads
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
@@ -105,6 +106,7 @@ class BatchFitter:
         lanes: int | None = None,
         devices: Any = None,
     ):
+        require_own_threads()
         spare_memory_maps()
         self.frame, self.method, self.reml = frame, method, is_reml(method)
         self.modes, self.max_iterations = modes, max_iterations
@@ -137,7 +139,7 @@ class BatchFitter:
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
-        with jax.enable_x64(True):
+        with neutral():
             return self._fit(values)
 
     def _fit(self, values: np.ndarray) -> Fits:
@@ -309,6 +311,7 @@ class _Pattern:
         places = np.arange(whole.columns.size) // self.size
         return [whole.take(places == k) for k in range(places[-1] + 1)]
 
+    @neutral()  # in threads of its own
     def _work(
         self, chunk: _Part, limit: int, plan: Plan, *, rival: bool = False
     ) -> tuple[_Part, np.ndarray]:
@@ -321,23 +324,22 @@ class _Pattern:
         modes = None
         block: Any = None
         shift: Any = None
-        with jax.enable_x64(True):
-            if chunk.reduced is None or self.fitter.modes:
-                block, shift = self._block(chunk.columns[padded])
-            if chunk.reduced is None:
-                reduced, root, radius = compiled.begin(self.shared, block, shift)
-                before = np.zeros(self.size, np.int32)
-            else:
-                held = chunk.reduced, chunk.root, chunk.radius
-                held = jax.tree.map(lambda leaf: leaf[..., padded], held)
-                reduced, root, radius = jax.device_put(held, compiled.held)
-                before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
-            found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
-            packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
-            looks = self.screens and not rival
-            suspect = self._suspects(compiled, reduced, found) if looks else None
-            if self.fitter.modes:
-                modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
+        if chunk.reduced is None or self.fitter.modes:
+            block, shift = self._block(chunk.columns[padded])
+        if chunk.reduced is None:
+            reduced, root, radius = compiled.begin(self.shared, block, shift)
+            before = np.zeros(self.size, np.int32)
+        else:
+            held = chunk.reduced, chunk.root, chunk.radius
+            held = jax.tree.map(lambda leaf: leaf[..., padded], held)
+            reduced, root, radius = jax.device_put(held, compiled.held)
+            before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
+        found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
+        packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
+        looks = self.screens and not rival
+        suspect = self._suspects(compiled, reduced, found) if looks else None
+        if self.fitter.modes:
+            modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(
             chunk.columns, np.asarray(packed), modes, self.coefficients, rival=rival
         )

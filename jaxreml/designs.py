@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.runtime import require_own_threads
 from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
@@ -188,7 +189,8 @@ class Design:
 
 
 def require_precision(design: Design) -> None:
-    """Refuse, at trace time, to run a float64 design in float32."""
+    """Refuse, at trace time, to run a float64 design in float32, or where JAX cannot run."""
+    require_own_threads()
     if design.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise PrecisionError(
             "likelihoods need float64 and JAX is set to float32. Run\n"
@@ -329,7 +331,7 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     if p >= n:
         raise DataError(f"X has {p} columns and only {n} rows")
     xp = _module(rows)
-    basis, triangle = xp.linalg.qr(rows)
+    basis, triangle = np.linalg.qr(rows) if xp is np else linalg.qr(rows)
     if xp is np:
         require_full_rank(triangle, rows)
     yp = jnp if isinstance(response, Array) or xp is jnp else np
@@ -337,7 +339,10 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     residual = response - basis @ projection
     again = basis.T @ residual  # a second pass takes out what rounding left of a large mean
     residual = residual - basis @ again
-    beta = yp.linalg.solve(triangle, projection + again) if p else yp.zeros(0, response.dtype)
+    if yp is np:
+        beta = np.linalg.solve(triangle, projection + again)
+    else:
+        beta = linalg.solve_upper(jnp.asarray(triangle), (projection + again)[:, None])[:, 0]
     return triangle, yp.concatenate([basis, residual[:, None]], axis=1), beta
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import Estimate, is_reml
 from jaxreml.objective import profiled
+from jaxreml.runtime import neutral
 from jaxreml.structures.base import Rows
 
 
@@ -85,10 +85,10 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     """Per term (levels, effects), Omega Z' V0^-1 (y - X beta) at relative covariances `omega`."""
     p = design.p
     projection = design.structure.project(omega)
-    factor = jnp.linalg.cholesky(projection.gram)
+    factor = linalg.cholesky(projection.gram)
     # In the orthonormal basis, on top of what `beta_ols` explains
-    beta = solve_triangular(factor[:p, :p].T, factor[p, :p]) if p else factor[p, :p]
-    residual = jnp.append(-beta, 1.0)[:, None]
+    beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
+    residual = jnp.concatenate([-beta, jnp.ones_like(beta, shape=(1, 1))])
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(mode / scale for mode, scale in zip(modes, design.scales, strict=True))
@@ -116,7 +116,7 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
         theta: (m,), relative Cholesky factors as in `Estimate`.
         design: the data.
     """
-    with jax.enable_x64(True):
+    with neutral():
         parts = _compiled_henderson()(theta, design.without_names())
         return jax.device_get(parts)
 
@@ -140,7 +140,7 @@ def _henderson(theta: Array, design: Design) -> Henderson:
     return Henderson(
         structure.posterior(omega, factors),
         tuple(part[..., :p] for part in shifts),
-        jnp.linalg.cholesky(projection.gram[:p, :p]),
+        linalg.cholesky(projection.gram[:p, :p]),
     )
 
 

@@ -17,6 +17,7 @@ from jaxreml import covariance, linalg, newton
 from jaxreml.designs import Design, require_precision
 from jaxreml.objective import Expansion, degrees_of_freedom, expand, profiled
 from jaxreml.rivals import best_of, is_cheap
+from jaxreml.runtime import usual_promotion
 
 START = 0.1  # least relative SD to start from: zero is a stationary point
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
@@ -150,6 +151,7 @@ def estimate(
     Raises:
         ValueError: another method.
         PrecisionError: a float64 design with JAX set to float32.
+        RuntimeError: in a process that was forked after JAX had run, as `fit`.
     """
     reml = is_reml(method)
     require_precision(design)
@@ -160,19 +162,20 @@ def estimate(
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
-    fixed = jax.lax.stop_gradient(design)
-    sizes = design.sizes
-    trace = best_of(
-        lambda root, limit: search(fixed, root, reml, tolerance, limit),
-        lambda root: profiled(covariance.omega_from_root(root, sizes), fixed, reml=reml),
-        start_root(fixed, reml),
-        sizes,
-        max_iterations,
-        cheap=is_cheap(design),
-    )
-    trace = jax.lax.stop_gradient(trace)
-    root, point = _optimum(reml, design, trace.at, trace.point)
-    return report(root, point, trace, design)
+    with usual_promotion():
+        fixed = jax.lax.stop_gradient(design)
+        sizes = design.sizes
+        trace = best_of(
+            lambda root, limit: search(fixed, root, reml, tolerance, limit),
+            lambda root: profiled(covariance.omega_from_root(root, sizes), fixed, reml=reml),
+            start_root(fixed, reml),
+            sizes,
+            max_iterations,
+            cheap=is_cheap(design),
+        )
+        trace = jax.lax.stop_gradient(trace)
+        root, point = _optimum(reml, design, trace.at, trace.point)
+        return report(root, point, trace, design)
 
 
 class Point(NamedTuple):
@@ -364,6 +367,7 @@ def _optimum(reml: bool, design: Design, root: Array, point: Point) -> tuple[Arr
 
 
 @_optimum.defjvp
+@usual_promotion()
 def _optimum_jvp(reml, primals, tangents):
     root, point = _optimum(reml, *primals)
     design, design_dot = primals[0], tangents[0]

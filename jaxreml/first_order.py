@@ -30,6 +30,7 @@ from jaxreml.designs import MAX_DENSE_BYTES, Design
 from jaxreml.effects import from_basis, scaled_rows, whitened
 from jaxreml.estimation import FAR, LOG_ZERO
 from jaxreml.results import LMMResults
+from jaxreml.runtime import neutral
 from jaxreml.structures.layout import Layout
 
 LEFT = 1e-10  # share of a coefficient's information, or of a row, that a group must leave
@@ -68,7 +69,7 @@ def changes(
         of_level = np.zeros(fit.design.structure.factors.shape[-1], int)  # pyright: ignore
         of_level[levels] = codes
     root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
-    with jax.enable_x64(True):
+    with neutral():
         finite = _finite(fit.parameters, sizes)
         whole = of_level is not None and np.array_equal(of_level[levels], codes)
         if of_level is not None and (of_rows or whole):
@@ -254,14 +255,14 @@ def _parts(
     omega, log_sigma2 = covariance.omega_from_params(params, design.sizes)
     omega = omega * covariance.relative_scale(design.scales)
     projection = structure.project(omega)
-    factor = jnp.linalg.cholesky(projection.gram)
+    factor = linalg.cholesky(projection.gram)
     rss = factor[p, p] ** 2
     ratio = rss / jnp.exp(log_sigma2)
-    to_beta = jnp.linalg.inv(factor[:p, :p].T @ design.basis) if p else factor[:p, :p]
+    to_white = linalg.solve_lower(factor, jnp.eye(p + 1)).T
+    to_beta = linalg.solve_upper(jnp.asarray(design.basis), to_white[:p, :p])
     beta = design.beta_ols + to_beta @ factor[p, :p]
 
     # In columns of which [X y]' V0^-1 [X y] is the identity: [X y] and V0^-1 [X y]
-    to_white = jnp.linalg.inv(factor).T
     loaded = Z @ block_diag(*covariance.symmetric_matrices(omega, design.sizes))
     cross = structure.combine(projection.cross, to_white)[:, :, levels]
     white = columns @ to_white
@@ -280,17 +281,17 @@ def _parts(
         logdet = 2 * jnp.sum(jnp.log(roots), axis=0)
         products = white[:, :, None] * solved[:, None]
         taken = jax.ops.segment_sum(products, cases[levels], count)
-        left = jnp.eye(p + 1) - (taken + taken.transpose(0, 2, 1)) / 2
-        of_x = jnp.linalg.cholesky(left[:, :p, :p])
-        pivots = jnp.diagonal(of_x, axis1=1, axis2=2)
-        of_x = jnp.where(jnp.all(pivots**2 > LEFT, axis=1)[:, None, None], of_x, jnp.nan)
-        half = jax.scipy.linalg.solve_triangular(of_x, left[:, :p, p:], lower=True)
-        remaining = left[:, p, p] - jnp.sum(half**2, axis=(1, 2))
+        taken = jnp.moveaxis(taken, 0, -1)
+        left = linalg.eye_like(taken) - (taken + linalg.transpose(taken)) / 2
+        of_x = linalg.cholesky(left[:p, :p])
+        pivots = linalg.diagonal(of_x)
+        of_x = jnp.where(jnp.all(pivots**2 > LEFT, axis=0), of_x, jnp.nan)
+        half = linalg.solve_lower(of_x, left[:p, p:])
+        remaining = left[p, p] - jnp.sum(half**2, axis=(0, 1))
         rows = jax.ops.segment_sum(jnp.ones(len(levels)), cases[levels], count)
         psi = rows * log_sigma2 + jax.ops.segment_sum(logdet, cases, count)
         psi = psi + ratio * (1 - remaining)
         if reml:
-            psi = psi - 2 * jnp.sum(jnp.log(jnp.diagonal(of_x, axis1=1, axis2=2)), axis=1)
-        across = jax.scipy.linalg.solve_triangular(of_x, half, lower=True, trans=1)
-        own = -across[..., 0]
+            psi = psi - 2 * jnp.sum(jnp.log(linalg.diagonal(of_x)), axis=0)
+        own = -linalg.solve_lower(of_x, half, transposed=True)[:, 0].T
     return psi, -(own @ to_beta.T) * jnp.sqrt(rss), beta

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 
@@ -17,6 +16,7 @@ from jaxreml.effects import Henderson, henderson
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
+from jaxreml.runtime import neutral
 
 RESIDUAL = "Residual"
 
@@ -122,7 +122,7 @@ class FittedModel:
 
         A grouped design may have some levels more, without rows, which change nothing.
         """
-        with jax.enable_x64(True):
+        with neutral():
             return with_spare_levels(self.frame.design(self.structure))
 
     # Fixed effects

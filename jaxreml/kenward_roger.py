@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.designs import Design
 from jaxreml.objective import degrees_of_freedom, expand
 
@@ -65,10 +64,10 @@ def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
     information = jnp.block([[corner, side.T], [side, -found.hessian]]) / 2
     unit = 1 / jnp.sqrt(jnp.diagonal(information))
     scaled = information * unit[:, None] * unit
-    spread = jnp.linalg.inv(scaled) * unit[:, None] * unit
+    spread = linalg.inverse(scaled, False)[0] * unit[:, None] * unit
 
     triangle = found.gram_factor[:p, :p]
-    to_unit = solve_triangular(triangle, identity, lower=True).T
+    to_unit = linalg.solve_lower(triangle, identity).T
     projection = design.structure.project(omega)
     within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
     # sum of W_ij Q_ij: directions V_i among themselves, then those with V_0
@@ -76,9 +75,9 @@ def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
     second = second - 2 * jnp.einsum("j,juv->uv", spread[0, 1:], slopes[1:])
     second = second + spread[0, 0] * identity
     first = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
-    root = solve_triangular(design.basis, to_unit) if p else to_unit
+    root = linalg.solve_upper(jnp.asarray(design.basis), to_unit)
     vcov = sigma2 * root @ (identity + 2 * (second - first)) @ root.T
-    smallest = jnp.linalg.eigvalsh(scaled)[0]
+    smallest = linalg.eigh(scaled)[0][0]
     return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, smallest)
 
 

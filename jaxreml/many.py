@@ -142,6 +142,7 @@ def fit_many(
         FormulaError: a formula outside the grammar, or with a left side.
         DataError: data or responses that the model cannot be fitted to, named; an output that
             exists; an interrupted run of another model or of other data.
+        RuntimeError: as `fit`.
     """
     is_reml(method)
     if batch_size is not None and batch_size < 1:

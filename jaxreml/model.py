@@ -18,6 +18,7 @@ from jaxreml.fitted import Grouping
 from jaxreml.frame import ModelFrame, model_frame
 from jaxreml.results import LMMResults
 from jaxreml.rivals import optimality
+from jaxreml.runtime import neutral
 
 
 def fit(
@@ -33,7 +34,9 @@ def fit(
 ) -> LMMResults:
     """Fit a linear mixed model.
 
-    Computes in float64 whatever JAX's settings, and changes none of them.
+    Computes in float64 whatever JAX's settings, and changes none of them. In processes of
+    `multiprocessing`, start them by ``get_context("spawn")``, or by joblib's default backend: JAX
+    does not work in one that is forked (Linux's default before Python 3.14) after it has run.
 
     Args:
         formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
@@ -58,6 +61,7 @@ def fit(
     Raises:
         FormulaError: a formula outside the grammar.
         DataError: data that the model cannot be fitted to, named.
+        RuntimeError: in a process that was forked after JAX had run.
     """
     is_reml(method)
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
@@ -72,8 +76,8 @@ def fit_frame(
     max_iterations: int = 100,
 ) -> LMMResults:
     """`fit` of a model frame with a response."""
-    spare_memory_maps()
-    with jax.enable_x64(True):
+    with neutral():
+        spare_memory_maps()
         design = with_spare_levels(frame.design(structure))
         bare = design.without_names()
         estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)

@@ -184,7 +184,7 @@ def minimise(
     def any_unfinished(state: _State) -> Array:
         return jnp.any(unfinished(state.trace))
 
-    final = jax.lax.while_loop(any_unfinished, advance, initial)
+    final = jax.lax.while_loop(any_unfinished, advance, linalg.alike(initial, start))
     trace = final.trace
     if lanes:
         last = snap(trace.at + final.step)
@@ -204,7 +204,7 @@ def _norm(vector: Array) -> Array:
 
 def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
     """Newton step, its decrement, a step along negative curvature, whether there is any."""
-    values, vectors = jnp.linalg.eigh(hessian, symmetrize_input=False)
+    values, vectors = linalg.eigh(hessian)
     size = jnp.max(jnp.abs(values))
     size = jnp.where(size > 0, size, 1.0)
     along = gradient @ vectors
@@ -267,7 +267,7 @@ def is_convex(hessian: Array) -> Array:
 
 def inertia(hessian: Array) -> Array:
     """Numbers of negative, zero and positive eigenvalues, (3, ...) integers."""
-    values = jnp.moveaxis(jnp.linalg.eigvalsh(jnp.moveaxis(hessian, (0, 1), (-2, -1))), -1, 0)
+    values, _ = linalg.eigh(hessian)
     size = jnp.max(jnp.abs(values), axis=0)
     negative = values < -NEGATIVE * size
     positive = values > NEGATIVE * size
@@ -276,8 +276,9 @@ def inertia(hessian: Array) -> Array:
 
 def solve_flat(hessian: Array, right: Array) -> Array:
     """Minimum-norm solution of ``hessian x = right``, flat directions left out."""
-    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(hessian))
+    values, vectors = linalg.eigh(jax.lax.stop_gradient(hessian))
     size = jnp.max(jnp.abs(values))
     flat = jnp.where(jnp.abs(values) <= FLAT * size, 1.0, 0.0)
     onto_flat = (vectors * flat) @ vectors.T
-    return jnp.linalg.solve(hessian + size * onto_flat, right - onto_flat @ right)
+    filled, _ = linalg.inverse(hessian + size * onto_flat, False)
+    return filled @ (right - onto_flat @ right)

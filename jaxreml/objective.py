@@ -16,6 +16,7 @@ log|X'X|; the constants of lme4, Bates et al. 2015, J. Stat. Softw. 67(1), eqs 3
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jax import Array
 
 from jaxreml import covariance, linalg
 from jaxreml.designs import Design, require_precision
+from jaxreml.runtime import usual_promotion
 from jaxreml.structures import Marginal
 
 
@@ -44,6 +46,7 @@ def reml_objective(params: Array, design: Design) -> Array:
     Raises:
         ValueError: `params` of the wrong length.
         PrecisionError: a float64 design with JAX set to float32.
+        RuntimeError: in a process that was forked after JAX had run, as `fit`.
     """
     return _objective(params, design, reml=True)
 
@@ -62,9 +65,15 @@ def _objective(params: Array, design: Design, *, reml: bool) -> Array:
             f"params must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {params.shape}"
         )
-    omega, log_sigma2 = covariance.omega_from_params(params.astype(design.dtype), design.sizes)
-    omega = omega * covariance.relative_scale(design.scales)
-    return neg2_loglik(omega, log_sigma2, design, reml=reml)
+    return _compiled_objective(params.astype(design.dtype), design.without_names(), reml)
+
+
+@partial(jax.jit, static_argnums=2)
+def _compiled_objective(params: Array, design: Design, reml: bool) -> Array:
+    with usual_promotion():
+        omega, log_sigma2 = covariance.omega_from_params(params, design.sizes)
+        omega = omega * covariance.relative_scale(design.scales)
+        return neg2_loglik(omega, log_sigma2, design, reml=reml)
 
 
 def neg2_loglik(omega: Array, log_sigma2: Array, design: Design, *, reml: bool) -> Array:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.designs import Design
 from jaxreml.newton import Trace
 from jaxreml.objective import degrees_of_freedom
@@ -96,17 +96,19 @@ def best_of(
         cheap: whether to search from all `starts`, or from the lowest of the `faces` of the optimum
             if it is below it.
     """
-    rivals = jnp.asarray(starts(sizes), start.dtype)
+    rivals, limit = linalg.alike(
+        (jnp.asarray(starts(sizes), start.dtype), jnp.asarray(max_iterations)), start
+    )
 
     def following(k: Array, best: Trace) -> tuple[Array, Array]:
         if cheap:
-            return rivals[jnp.minimum(k, len(rivals) - 1)], jnp.asarray(max_iterations)
+            return rivals[jnp.minimum(k, len(rivals) - 1)], limit
         nearby = faces(best.at, sizes)
         values = jax.lax.map(criterion, nearby)
         values = jnp.where(jnp.isfinite(values), values, jnp.inf)
         lowest = jnp.argmin(values)
         lower = best.converged & is_lower(values[lowest], best.point.value)
-        return nearby[lowest], jnp.where(lower, max_iterations, 0)
+        return nearby[lowest], jnp.where(lower, limit, 0)
 
     def look(state: tuple[Trace, Array, Array], k: Array) -> tuple[Any, None]:
         best, root, limit = state
@@ -115,10 +117,10 @@ def best_of(
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
         return (best, *following(k, best)), None
 
-    shapes = jax.eval_shape(search, start, jnp.asarray(max_iterations))
+    shapes = jax.eval_shape(search, start, limit)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     rounds = 1 + (len(rivals) if cheap else 1)
-    first = (nothing, start, jnp.asarray(max_iterations))
+    first = (linalg.alike(nothing, start), start, limit)
     (best, _, _), _ = jax.lax.scan(look, first, jnp.arange(rounds))
     return best
 

@@ -14,12 +14,12 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxreml import covariance
 from jaxreml.rivals import diagonal_root, is_lower, starts
+from jaxreml.runtime import neutral
 from jaxreml.shared import Reduced, SharedDesign
 from jaxreml.structures.collapse import SAME
 
@@ -122,7 +122,7 @@ def path(minima: np.ndarray, omega: np.ndarray, sizes: covariance.Sizes) -> np.n
 
 @lru_cache
 def _grid_omegas(sizes: covariance.Sizes) -> np.ndarray:
-    with jax.enable_x64(True):
+    with neutral():
         return np.asarray(covariance.omega_from_root(jnp.asarray(grid(sizes)[0].T), sizes)).T
 
 

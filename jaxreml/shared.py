@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
 from jaxreml import linalg
 from jaxreml.designs import Design, require_full_rank, structure_basis
@@ -146,7 +145,7 @@ class SharedDesign:
             scores = self.collapse.scores(scores)
         of_shift = self.basis @ self.constant
         total = total + shift * (2 * (of_shift @ coefficients) + shift * jnp.sum(of_shift**2))
-        beta = solve_triangular(self.basis, coefficients) if self.p else coefficients
+        beta = linalg.solve_upper(jnp.asarray(self.basis), coefficients)
         return Reduced(
             scores,
             rest_xy,

@@ -37,7 +37,7 @@ LAYERS = [
     {"structures"},
     {"covariance"},
     {"linalg"},
-    {"cache", "datasets", "errors"},
+    {"cache", "datasets", "errors", "runtime"},
 ]
 HEIGHT = {name: -k for k, layer in enumerate(LAYERS) for name in layer}
 

@@ -21,6 +21,7 @@ from jaxreml import covariance
 from jaxreml.errors import DataError
 from jaxreml.estimation import FAR, LOG_ZERO
 from jaxreml.fitted import RESIDUAL
+from jaxreml.runtime import neutral
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults
@@ -52,7 +53,7 @@ def require_entries(g: Function, fit: LMMResults) -> None:
     def at(beta: Array, theta: Array, sigma: Array) -> Any:
         return g(beta, of_theta(theta, sigma, groups))
 
-    with jax.enable_x64(True):
+    with neutral():
         arrays = [jnp.asarray(part) for part in (fit.beta, fit.theta, fit.sigma)]
         error, _ = checkify.checkify(at, errors=checkify.index_checks)(*arrays)
         message = error.get()

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance, newton
+from jaxreml import covariance, linalg, newton
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.estimation import CERTIFIED, ZERO
 from jaxreml.objective import expand, neg2_loglik
+from jaxreml.runtime import neutral
 from jaxreml.structures.combined import Combined
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
@@ -186,9 +187,12 @@ def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[A
     omega, _ = _omega(x[:-1], axes, design.sizes)
     gram = held.structure.marginal(omega).gram
     p = design.p
-    slopes = jnp.append(-jnp.linalg.solve(gram[:p, :p], gram[:p, p]), 1.0)
+    factor = linalg.cholesky(gram)
+    slopes = -linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
+    slopes = jnp.append(slopes, 1.0)
     columns = jnp.asarray(held.structure.columns)  # pyright: ignore
-    beta = design.beta_ols - jnp.linalg.solve(design.basis, (columns @ slopes)[:p])
+    shift = linalg.solve_upper(jnp.asarray(design.basis), (columns @ slopes)[:p, None])
+    beta = design.beta_ols - shift[:, 0]
     return *jax.value_and_grad(value)(x), beta
 
 
@@ -244,7 +248,7 @@ def _chunk(
     together = size > 1
     if not together:
         x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
-    with jax.enable_x64(True):
+    with neutral():
         leaves, structure = jax.tree.flatten((x, lanes, design))
         shapes = tuple((np.shape(leaf), leaf.dtype.name) for leaf in leaves)
         climb, look = _programs(structure, shapes, reml, together)

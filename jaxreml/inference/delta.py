@@ -25,6 +25,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitted import RESIDUAL
 from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference import components
+from jaxreml.runtime import neutral
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults
@@ -165,7 +166,7 @@ def linearise(fit: LMMResults, program: Program, *data: Any) -> Linearised:
     """
     fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
-    with jax.enable_x64(True):
+    with neutral():
         try:
             slopes, values = program.slopes(fit.beta, fit.parameters, *data)
             interior = slopes

@@ -28,6 +28,7 @@ from jaxreml.estimation import Estimate, Status, estimate, is_reml
 from jaxreml.frame import ModelFrame
 from jaxreml.objective import ml_objective, reml_objective
 from jaxreml.programs import pack, satterthwaite_tests
+from jaxreml.runtime import neutral
 from jaxreml.shared import Reduced, SharedDesign
 from jaxreml.structures import Crossed
 from jaxreml.structures.planning import CrossedBasis
@@ -93,7 +94,7 @@ class SharedRefitter:
     def gradients(self, params: np.ndarray, values: np.ndarray) -> np.ndarray:
         """As in `Refitter`."""
         shared = replace(self._fitter.whole[0], collapse=None, spectral=None)
-        with jax.enable_x64(True):
+        with neutral():
             return np.asarray(_programs(self._reml).shared_gradients(shared, params, values))
 
 
@@ -168,7 +169,7 @@ class CrossedRefitter:
 
         def work(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             lanes = self._reduce(values[:, np.resize(columns, self.lanes)])
-            with jax.enable_x64(True):
+            with neutral():
                 found = programs.estimate(self.shared, lanes)
                 return columns, np.asarray(programs.certify(self.shared, lanes, found))
 
@@ -184,7 +185,7 @@ class CrossedRefitter:
         for start in range(0, values.shape[1], self.lanes):
             columns = np.arange(start, min(start + self.lanes, values.shape[1]))
             lanes = self._reduce(values[:, np.resize(columns, self.lanes)])
-            with jax.enable_x64(True):
+            with neutral():
                 gradients = _programs(self._reml).gradients(self.shared, params, lanes)
             found.append(np.asarray(gradients)[: columns.size])
         return np.concatenate(found)

@@ -19,6 +19,7 @@ from jaxreml.fitted import RESIDUAL
 from jaxreml.inference import components
 from jaxreml.inference.components import Components, Groups
 from jaxreml.results import LMMResults
+from jaxreml.runtime import neutral
 
 Statistic = Callable[[Array, Components], Any]
 TOGETHER = 1024  # refits that a statistic is computed of at a time
@@ -112,7 +113,7 @@ def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str
     b, p = fits.beta.shape
     size = min(TOGETHER, b)
     rows = []
-    with jax.enable_x64(True):
+    with neutral():
         names = _names(function, groups, p, fits.theta.shape[1])
         for start in range(0, b, max(size, 1)):  # of one size, for one compilation
             which = np.resize(np.arange(start, min(start + size, b)), size)
@@ -169,14 +170,14 @@ def _names(function: Statistic, groups: Groups, p: int, m: int) -> tuple[str, ..
 
 def finite_params(fit: LMMResults) -> np.ndarray:
     """`Estimate.params` of a fit, finite as `components.inside` makes them."""
-    with jax.enable_x64(True):
+    with neutral():
         return np.asarray(components.inside(jnp.asarray(fit.parameters), fit.term_sizes))
 
 
 def slopes(function: Statistic, fit: LMMResults) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of the statistics in beta, (k, p), and in `Estimate.params`, (k, m + 1)."""
 
-    with jax.enable_x64(True):
+    with neutral():
         slopes = _slopes(function, fit.term_sizes)(fit.beta, finite_params(fit))
         return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
 

@@ -32,6 +32,7 @@ from jaxreml.errors import DataError
 from jaxreml.hypotheses import check_df, hypotheses
 from jaxreml.kenward_roger import SINGULAR, adjust
 from jaxreml.results import LMMResults
+from jaxreml.runtime import neutral
 
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
 CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
@@ -165,7 +166,7 @@ def kenward_roger(fit: LMMResults) -> KenwardRoger:
     Raises:
         DataError: variance parameters that cannot be told apart.
     """
-    with jax.enable_x64(True):
+    with neutral():
         found = jax.device_get(_adjust()(fit.theta, fit.sigma**2, fit.design.without_names()))
     if not found.smallest > SINGULAR:
         raise DataError(

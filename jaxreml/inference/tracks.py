@@ -25,6 +25,7 @@ from jaxreml.inference.axes import (
     without_rounding,
 )
 from jaxreml.inference.constrained import Optimum, optima
+from jaxreml.runtime import neutral
 
 if TYPE_CHECKING:
     from jaxreml.results import LMMResults
@@ -186,7 +187,7 @@ class Search:
     ):
         self.reml = reml
         self.name = "restricted likelihood" if reml else "likelihood"
-        with jax.enable_x64(True):
+        with neutral():
             self.design = jax.device_put(fit.design.without_names())
         sigma = next(parameter for parameter in known if parameter.kind == "sigma")
         free = sigma.axes.free.copy()

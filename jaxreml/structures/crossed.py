@@ -180,7 +180,7 @@ class Crossed:
 
         flat = jnp.concatenate(chain)
         parts = np.cumsum([omega.size for omega in chain])[:-1]
-        units = np.eye(flat.size, dtype=flat.dtype)
+        units = linalg.alike(jnp.eye(flat.size, dtype=flat.dtype), flat)
 
         def derivatives(function: Any) -> Any:
             """Derivatives in the parameters of the chain, on the first axis."""

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.structures.base import Explicit, Marginal, Projection, Rows, blank_response
 from jaxreml.structures.layout import Layout
 
@@ -52,18 +51,18 @@ class Dense(Explicit):
         for factor, matrix in zip(self.layout.split(self.factors, axis=1), matrices, strict=True):
             scaled = jnp.einsum("raj,ab->rbj", factor, matrix)
             inner = inner + jnp.einsum("rbj,sbj->rs", scaled, factor)
-        factor = jnp.linalg.cholesky(inner)
+        factor = linalg.cholesky(inner)
         return factor, 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
 
     def marginal(self, omega: Array) -> Marginal:
         factor, logdet = self._factorise(omega)
-        scores = solve_triangular(factor, self.scores, lower=True)
+        scores = linalg.solve_lower(factor, self.scores)
         return Marginal(logdet, self.remainder + scores.T @ scores)
 
     def project(self, omega: Array) -> Projection:
         factor, logdet = self._factorise(omega)
-        loadings = solve_triangular(factor, self.factors, lower=True)
-        scores = solve_triangular(factor, self.scores, lower=True)
+        loadings = linalg.solve_lower(factor, self.factors)
+        scores = linalg.solve_lower(factor, self.scores)
         gram = self.remainder + scores.T @ scores
         return Projection(logdet, gram, loadings.T @ loadings, loadings.T @ scores)
 
@@ -102,9 +101,7 @@ class Dense(Explicit):
         inner = loadings.T @ loadings + jnp.eye(loadings.shape[1], dtype=loadings.dtype)
         across = tuple(factor.T for factor in factors)
         identity = jnp.eye(len(inner), dtype=inner.dtype)
-        return self.layout.times(
-            solve_triangular(jnp.linalg.cholesky(inner), identity, lower=True), across
-        )
+        return self.layout.times(linalg.solve_lower(linalg.cholesky(inner), identity), across)
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
         half = np.asarray(posterior)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.linalg import cho_solve, solve_triangular
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
+from jaxreml.runtime import usual_promotion
 from jaxreml.structures.layout import Layout
 
 # Pivots of every Omega_k of at least this much make Omega^-1 safe to use, which saves products
@@ -66,15 +66,17 @@ def solve(layout: Layout, omega: Array, A: Array, C: Array) -> Solution:
     identity = jnp.eye(len(A), dtype=A.dtype)
     across = _flip(roots)
     inside = identity + layout.times(layout.times(A, roots).T, roots)
-    factor = jax.lax.linalg.cholesky(inside, symmetrize_input=False)
-    half = solve_triangular(factor, layout.times(C.T, roots).T, lower=True)
-    modes = layout.times(solve_triangular(factor, half, lower=True, trans=1).T, across).T
-    inverse = layout.times(layout.times(cho_solve((factor, True), identity), across).T, across)
+    factor = linalg.cholesky(inside)
+    half = linalg.solve_lower(factor, layout.times(C.T, roots).T)
+    modes = layout.times(linalg.solve_lower(factor, half, transposed=True).T, across).T
+    inverse = linalg.solve_lower(factor, linalg.solve_lower(factor, identity), transposed=True)
+    inverse = layout.times(layout.times(inverse, across).T, across)
     logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
     return Solution(logdet, inverse, modes, half.T @ half)
 
 
 @solve.defjvp
+@usual_promotion()
 def _solve_jvp(layout, primals, tangents):
     omega, A, C = primals
     omega_dot, A_dot, C_dot = tangents
@@ -141,6 +143,6 @@ def _inverses(layout: Layout, omega: Array) -> tuple[tuple[Array, ...], Array]:
     matrices = covariance.symmetric_matrices(omega, layout.sizes)
     eyes = [jnp.eye(q, dtype=omega.dtype) for q in layout.sizes]
     return tuple(
-        jnp.linalg.inv(jnp.where(regular, matrix, eye))
+        linalg.inverse(jnp.where(regular, matrix, eye), True)[0]
         for matrix, eye in zip(matrices, eyes, strict=True)
     ), regular
