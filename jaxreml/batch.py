@@ -27,8 +27,8 @@ from jaxreml.frame import ModelFrame, drop_aliased
 from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
 from jaxreml.rivals import is_lower, starts
-from jaxreml.screening import Grid, has_one_optimum, path, rises, screened
 from jaxreml.runtime import neutral, require_own_threads
+from jaxreml.screening import Grid, has_one_optimum, path, rises, screened
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
