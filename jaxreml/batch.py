@@ -255,10 +255,7 @@ class _Pattern:
         self.size = self.lanes * len(self.fitter.devices)
         exactly = self.plan._replace(exact=True)
         plan = exactly if DOUBTFUL * len(self.values) > 0.1 else self.plan
-        # Batches of LAPACK calls use all cores anyway, and block: two programs of them at a time
-        # can leave every thread of jaxlib 0.10.2 waiting for another, for ever.
-        threads = _threads(self.fitter.devices) if self.plan.in_lanes else 1
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(_threads(self.fitter.devices)) as pool:
             left = self._pass([_Part.fresh(columns)], plan, pool)
             slow: list[_Part] = []
             while left:

@@ -80,6 +80,14 @@ def alike(tree: Any, like: Array) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(never, leaf, leaf), tree)
 
 
+def cond(which: Any, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """`jax.lax.cond`. Inside `jax.shard_map` both are computed, as `vmap` does: JAX (0.10.2) cannot
+    map there what has constants inside."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return jax.lax.cond(which, first, second)
+    return jax.tree.map(partial(jnp.where, which), first(), second())
+
+
 def lower(matrix: Array) -> Array:
     """(k, k, ...) with zeros above the diagonal."""
     return jnp.where(_where(np.tri(len(matrix)), matrix), matrix, 0.0)

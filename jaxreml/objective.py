@@ -210,7 +210,7 @@ def expand(
     if exact is True or not structure.costly:
         hessian = observed()
     else:
-        hessian = jax.lax.cond(exact, observed, average)
+        hessian = linalg.cond(exact, observed, average)
 
     # d2 rss / rss = d2 log rss + (d log rss)^2
     slope_y = slopes[:, p, p]

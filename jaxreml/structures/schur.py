@@ -109,7 +109,7 @@ def complements(layout: Layout, omega: Array, A: Array, R: Array) -> tuple[Array
         B = A @ W
         return W, (B + B.T) / 2
 
-    return jax.lax.cond(regular, quick, slow)
+    return linalg.cond(regular, quick, slow)
 
 
 def inner_blocks(layout: Layout, omega: Array, A: Array, R: Array) -> list[Array]:
@@ -127,13 +127,13 @@ def inner_blocks(layout: Layout, omega: Array, A: Array, R: Array) -> list[Array
         explained = layout.diagonal_blocks(A @ R, A)
         return [a - b for a, b in zip(layout.blocks(A), explained, strict=True)]
 
-    return jax.lax.cond(regular, quick, slow)
+    return linalg.cond(regular, quick, slow)
 
 
 def times_complement(layout: Layout, omega: Array, A: Array, product: Array, M: Array) -> Array:
     """M W for symmetric M, given `product` = M R."""
     inverses, regular = _inverses(layout, omega)
-    return jax.lax.cond(regular, lambda: layout.times(product, inverses), lambda: M - product @ A)
+    return linalg.cond(regular, lambda: layout.times(product, inverses), lambda: M - product @ A)
 
 
 def _inverses(layout: Layout, omega: Array) -> tuple[tuple[Array, ...], Array]:
