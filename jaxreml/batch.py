@@ -24,7 +24,7 @@ from jaxreml.cache import spare_memory_maps
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
-from jaxreml.hypotheses import check_df
+from jaxreml.hypotheses import RowSpace, check_df
 from jaxreml.programs import Plan, programs
 from jaxreml.shared import DOUBTFUL, Reduced, SharedDesign, share
 
@@ -45,7 +45,9 @@ class Fits(NamedTuple):
         theta: (b, m), relative Cholesky factors as in `Estimate`.
         parameters, parameters_se: (b, m + 1), `Estimate.params` and their standard errors.
         criterion, gradient_norm: (b,).
-        iterations, nobs, missing: (b,) integers; `missing` counts rows without a value.
+        iterations, nobs, missing, rank: (b,) integers; `missing` counts rows without a value,
+            `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
+            `beta` and `contrast` that these rows say nothing about are NaN.
         is_singular: (b,) booleans.
         status: (b,) `Status` codes.
         contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
@@ -64,12 +66,29 @@ class Fits(NamedTuple):
     iterations: np.ndarray
     nobs: np.ndarray
     missing: np.ndarray
+    rank: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
     contrast: np.ndarray
     contrast_se: np.ndarray
     contrast_df: np.ndarray
     modes: tuple[np.ndarray, ...] | None = None
+
+
+class Rows(NamedTuple):
+    """The design in some of the rows.
+
+    Attributes:
+        shared: the design.
+        coefficients: which columns of X it has, so many as their rank in these rows.
+        estimable: (p + k,) booleans, which coefficients and contrasts the rows say anything about:
+            one whose row is in the row space of X. Another would be a comparison with what is not
+            in the rows, such as a level of a factor, under its name.
+    """
+
+    shared: SharedDesign
+    coefficients: np.ndarray
+    estimable: np.ndarray
 
 
 class BatchFitter:
@@ -113,15 +132,20 @@ class BatchFitter:
         self.asked_structure, self.lanes = structure, lanes
         self.devices = list(jax.local_devices() if devices is None else devices)
         self.whole = self._share(None)
-        self.structure = "dense" if self.whole[0].codes is None else "grouped"
+        self.structure = "dense" if self.whole.shared.codes is None else "grouped"
 
-    def _share(self, kept: np.ndarray | None) -> tuple[SharedDesign, np.ndarray]:
-        """The design in the rows `kept`, and which coefficients it has."""
+    def _share(self, kept: np.ndarray | None) -> Rows:
+        """The design in the rows `kept`; None for all."""
         frame = self.frame
-        columns = np.arange(frame.X.shape[1])
+        p = frame.X.shape[1]
+        columns = np.arange(p)
+        estimable = np.ones(p + len(self.contrasts), bool)
         if kept is not None:  # a column may depend on others in these rows only
-            _, names, _ = drop_aliased(frame.X[kept], tuple(map(str, columns)))
+            X = frame.X[kept]
+            _, names, _ = drop_aliased(X, tuple(map(str, columns)))
             columns = np.array(names, int)
+            if columns.size < p:
+                estimable = RowSpace(X, columns).has(np.concatenate([np.eye(p), self.contrasts]))
         shared = share(
             frame.X[:, columns],
             [(term.codes, term.effects) for term in frame.terms],
@@ -131,7 +155,7 @@ class BatchFitter:
             reml=self.reml,
             kept=kept,
         )
-        return shared, columns
+        return Rows(shared, columns, estimable)
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
@@ -147,7 +171,7 @@ class BatchFitter:
         missing[doubtful] = np.isnan(some).sum(axis=0)
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
-        table = Table(self.frame, b, self.modes, self.contrasts)
+        table = Table(self.frame, b, self.modes, len(self.contrasts))
         table.status[missing == n] = Status.TOO_FEW_ROWS
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
@@ -214,18 +238,18 @@ class _Pattern:
     def __init__(
         self,
         fitter: BatchFitter,
-        design: tuple[SharedDesign, np.ndarray],
+        design: Rows,
         values: np.ndarray,
         kept: np.ndarray | None,
         table: Table,
     ):
         self.fitter, self.values, self.kept, self.table = fitter, values, kept, table
-        shared, self.coefficients = design
+        shared, self.design = design.shared, design
         self.mesh = Mesh(np.array(fitter.devices), ("responses",))
         self.shared = jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
         self.shifts = bool(np.any(shared.constant))
         self.first_row = 0 if kept is None else int(np.argmax(kept))
-        self.contrasts = fitter.contrasts[:, self.coefficients]
+        self.contrasts = fitter.contrasts[:, design.coefficients]
         in_lanes = shared.pairs is not None
         self.plan = Plan(fitter.reml, shared.codes is not None, in_lanes, fitter.df)
         self.lanes = self.size = 0  # of a device, and of all
@@ -304,7 +328,7 @@ class _Pattern:
             packed = compiled.conclude(self.shared, reduced, found, before, self.contrasts)
             if self.fitter.modes:
                 modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
-        status = self.table.store(chunk.columns, np.asarray(packed), modes, self.coefficients)
+        status = self.table.store(chunk.columns, np.asarray(packed), modes, self.design)
         width = chunk.columns.size
         iterations = np.asarray(found.iterations)[:width]
         after = _Part(
@@ -349,6 +373,7 @@ class Table:
 
     Attributes:
         status: (b,) `Status` codes.
+        rank: (b,), as in `Fits`.
         numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
         widths: columns of each field.
         modes: per random term (b, levels, effects), or None.
@@ -359,15 +384,14 @@ class Table:
         "gradient_norm", "iterations", "is_singular", "contrast", "contrast_se", "contrast_df",
     )  # fmt: skip
 
-    def __init__(self, frame: ModelFrame, b: int, modes: bool, contrasts: np.ndarray):
+    def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
         p = len(frame.fixed_names)
         m = covariance.count_theta(tuple(len(term.effect_names) for term in frame.terms))
-        self.p = p
-        self.contrasts = contrasts
-        k = len(contrasts)
+        self.p, self.k = p, k
         self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
+        self.rank = np.full(b, p)
         self.modes = None
         if modes:
             self.modes = tuple(
@@ -375,25 +399,21 @@ class Table:
                 for term in frame.terms
             )
 
-    def store(
-        self, columns: np.ndarray, packed: np.ndarray, modes: Any, coefficients: np.ndarray
-    ) -> np.ndarray:
+    def store(self, columns: np.ndarray, packed: np.ndarray, modes: Any, rows: Rows) -> np.ndarray:
         """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses."""
         packed = packed[:, : columns.size]
         status = packed[0].astype(int)
         good = status == Status.CONVERGED
-        places = np.arange(self.numbers.shape[1])
-        whole = places.size
-        if coefficients.size < self.p:
-            fixed = [coefficients + k * self.p for k in range(3)]
-            places = np.concatenate([*fixed, places[3 * self.p :]])
+        p, k, whole = self.p, self.k, self.numbers.shape[1]
+        fixed = [rows.coefficients + part * p for part in range(3)]
+        places = np.concatenate([*fixed, np.arange(3 * p, whole)])
         self.status[columns] = status
+        self.rank[columns[good]] = rows.coefficients.size
         self.numbers[columns[good, None], places] = packed[1:, good].T
-        dropped = np.setdiff1d(np.arange(self.p), coefficients)
-        gone = np.flatnonzero(self.contrasts[:, dropped].any(axis=1))
-        for k in range(3):  # a contrast with a coefficient that these responses do not have
-            first = whole - (3 - k) * len(self.contrasts)
-            self.numbers[np.ix_(columns[good], first + gone)] = np.nan
+        unknown = np.flatnonzero(~rows.estimable[:p]), np.flatnonzero(~rows.estimable[p:])
+        for part in range(3):  # estimates, standard errors, degrees of freedom
+            for first, some in zip((part * p, whole - (3 - part) * k), unknown, strict=True):
+                self.numbers[np.ix_(columns[good], first + some)] = np.nan
         if modes is not None:
             for own, new in zip(self.modes, modes, strict=True):  # pyright: ignore
                 own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]
@@ -412,6 +432,7 @@ class Table:
             **{name: np.ascontiguousarray(part) for name, part in named.items()},
             nobs=nobs,
             missing=missing,
+            rank=self.rank,
             status=self.status,
             modes=self.modes,
         )

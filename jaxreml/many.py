@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -134,9 +135,14 @@ def fit_many(
     all call `fit_many` with the same arguments and get the same results. `output` is then on a
     filesystem that they share.
 
+    Columns of X are made once, from all rows of the data: coefficients have one meaning for all
+    responses. One that the rows of a response say nothing about, being outside the row space of X
+    there, is NaN, and so is a contrast; what these rows do tell is given (of levels a, b, c the
+    difference of b and c, where all of the reference level a is missing).
+
     Returns:
         The results, or, with `output`, where they are. Responses without an optimum have a
-        ``status`` that says why.
+        ``status`` that says why, and `messages` name what is not estimable.
 
     Raises:
         FormulaError: a formula outside the grammar, or with a left side.
@@ -269,6 +275,8 @@ def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarra
                 f"the contrast {name!r} must be one linear function of the fixed effects, without "
                 "a right side"
             )
+        if not own.any():
+            raise DataError(f"the contrast {name!r} has no coefficient other than zero")
         rows = np.concatenate([rows, own])
     return rows
 
@@ -330,7 +338,21 @@ def _fit_alone(
         context=context,
         max_iterations=max_iterations,
     )
+    _warn_of_coding(frame, result, ~np.isnan(y))
     return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
+
+
+def _warn_of_coding(frame: ModelFrame, result: LMMResults, kept: np.ndarray) -> None:
+    """Warn where `fit` of the rows `kept` has coded them otherwise than `fit_many` had."""
+    same = result.fixed_names == frame.fixed_names
+    if kept.all() or (same and np.allclose(result.frame.X, frame.X[kept], rtol=1e-9, atol=1e-12)):
+        return
+    warnings.warn(
+        "coded from the rows where the response is not missing, where other levels are the "
+        "reference or functions of the data have other values: the coefficients, "
+        f"{', '.join(result.fixed_names)}, are not those of `BatchResults.params`",
+        stacklevel=4,
+    )
 
 
 @contextmanager
