@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml import covariance
 from jaxreml.cache import spare_memory_maps
+from jaxreml.devices import local_devices
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
@@ -103,10 +104,10 @@ class BatchFitter:
         contrasts: (k, p), more linear functions of the fixed effects to give.
         max_iterations: as in `estimate`.
         lanes: responses in a chunk, for each device; chosen by the size of caches if left out.
-        devices: JAX devices to spread chunks over; those of this process if left out.
+        devices: as in `local_devices`, to spread chunks over.
 
     Raises:
-        DataError: as `fit`.
+        DataError: as `fit`, and `local_devices`.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class BatchFitter:
         p = frame.X.shape[1]
         self.contrasts = np.zeros((0, p)) if contrasts is None else np.asarray(contrasts, float)
         self.asked_structure, self.lanes = structure, lanes
-        self.devices = list(jax.local_devices() if devices is None else devices)
+        self.devices = local_devices(devices)
         self.whole = self._share(None)
         self.structure = "dense" if self.whole.shared.codes is None else "grouped"
 

@@ -237,12 +237,12 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
     """Everything but the modes as a wide frame, one row per response.
 
     Columns: response, nobs, n_missing, rank (fixed effects fitted); per fixed effect ``beta[x]``,
-    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]``; per contrast ``contrast[c]``, ``contrast_se[c]``, ``contrast_df[c]``;
-    sigma; ``variance[g, x]`` with ``variance[Residual]``; ``correlation[g, x1, x2]``; the variance
-    parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as `Design.parameter_names`, with
-    standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1, x2]``; ``theta[g, x]`` and
-    ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion, gradient_norm, n_iter,
-    is_singular, converged, status, message.
+    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]``; per contrast ``contrast[c]``, ``contrast_se[c]``,
+    ``contrast_df[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
+    ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
+    as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
+    ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
+    criterion, gradient_norm, n_iter, is_singular, converged, status, message.
 
     Raises:
         DataError: names of columns of the data with commas give two columns one name.

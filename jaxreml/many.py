@@ -110,12 +110,14 @@ def fit_many(
         data: the covariates, as for `fit`, n rows. Rows with a missing value in a column that the
             formula uses are dropped for all responses.
         responses: a dataframe (pandas, polars, pyarrow, ...), a column per response; an (n, B)
-            array (NumPy, JAX, memory map); the path of a .parquet or .npy file; or an iterable of
-            blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`, NaN where
-            a value is missing.
+            array (NumPy, JAX, xarray, memory map); the path of a .parquet or .npy file; or an
+            iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
+            NaN where a value is missing.
         method: "REML" or "ML".
         id: name of a column of `data` and of the responses by which rows are matched; their order
-            may then differ. By position if left out.
+            may then differ. It may be the name of an index, or be so in one of the two with the
+            other's index holding the same values. By position if left out; tables are refused then
+            whose row labels differ, or whose labels are values of a column in another order.
         weights, offset, structure, context, max_iterations: as for `fit`.
         modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
         df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
@@ -124,7 +126,8 @@ def fit_many(
             a row of p numbers, a dict from names of fixed effects to coefficients, or an expression
             such as ``"`group[T.b]` - `group[T.c]`"`` (`BatchResults.contrasts`).
         batch_size: responses to read, fit and write at a time; chosen by memory if left out.
-        devices: JAX devices to share the responses between; this process's if left out.
+        devices: JAX devices to share the responses between, or "cpu" or "gpu" for all of a kind;
+            this process's if left out.
         output: a .parquet file to write the results to, block by block, in bounded memory. A run
             that was interrupted goes on when it is started again with the same arguments: blocks
             fitted are kept in the folder ``<output>.parts`` until all are.
@@ -147,7 +150,8 @@ def fit_many(
     Raises:
         FormulaError: a formula outside the grammar, or with a left side.
         DataError: data or responses that the model cannot be fitted to, named; an output that
-            exists; an interrupted run of another model or of other data.
+            exists; an interrupted run of another model or of other data; no device of that kind.
+        ValueError: another method, or devices that are none.
     """
     is_reml(method)
     if batch_size is not None and batch_size < 1:

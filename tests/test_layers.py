@@ -30,11 +30,12 @@ LAYERS = [
     {"estimation", "kenward_roger"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
-    {"encoding"},
+    {"encoding", "labels"},
     {"designs", "formula", "hypotheses", "tabular"},
     {"structures"},
     {"covariance"},
     {"linalg"},
+    {"devices"},
     {"cache", "datasets", "errors"},
 ]
 HEIGHT = {name: -k for k, layer in enumerate(LAYERS) for name in layer}
