@@ -154,7 +154,7 @@ class BatchResults:
             "df": fits.contrast_df,
             "statistic": statistic,
             "p_value": p_value,
-            "p_adjusted": _benjamini_hochberg(p_value),
+            "p_adjusted": benjamini_hochberg(p_value),
         }
         parts = {
             name: pd.DataFrame({key: part[:, k] for key, part in named.items()}, self.responses)
@@ -168,7 +168,7 @@ class BatchResults:
     def pvalues_adjusted(self) -> pd.DataFrame:
         """`pvalues` adjusted over the responses for the false discovery rate, each coefficient by
         itself (Benjamini and Hochberg 1995); responses without one stay out."""
-        return self._fixed(_benjamini_hochberg(self.pvalues.to_numpy()))
+        return self._fixed(benjamini_hochberg(self.pvalues.to_numpy()))
 
     # Variance parameters
 
@@ -349,7 +349,7 @@ class BatchResults:
 
     def to_frame(self) -> pd.DataFrame:
         """Everything but the modes as a wide frame, one row per response; the columns of
-        `to_parquet`."""
+        `to_parquet`, with p-values as they are and adjusted as in `pvalues_adjusted`."""
         from jaxreml.batch_tables import to_frame
 
         return to_frame(self)
@@ -416,7 +416,7 @@ class BatchResults:
         return matrices
 
 
-def _benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
     """Adjusted p-values (b, k), column by column, NaN where there is none."""
     from scipy.stats import false_discovery_control
 

@@ -32,8 +32,8 @@ VERSION = 2  # 1 did not write the rank of X
 KEY = b"jaxreml"
 
 
-def to_table(results: BatchResults) -> Any:
-    """Results as a pyarrow table.
+def to_table(results: BatchResults, *, adjusted: bool = True) -> Any:
+    """Results as a pyarrow table; without adjusted p-values for a part of the responses.
 
     Raises:
         DataError: pyarrow is not installed, or names of responses that are neither all strings
@@ -42,7 +42,7 @@ def to_table(results: BatchResults) -> Any:
     import_parquet("a pyarrow table")
     import pyarrow as pa
 
-    frame = to_frame(results)
+    frame = to_frame(results, adjusted=adjusted)
     columns = {name: pa.array(frame[name].to_numpy()) for name in frame.columns[1:-1]}
     codes, sentences = results.message_codes
     message = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(sentences, pa.string()))

@@ -233,12 +233,23 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
     }
 
 
-def to_frame(results: BatchResults) -> pd.DataFrame:
+def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
+    """Columns of p-values, and after them those of the same adjusted over the responses: of fixed
+    effects and of contrasts."""
+    return [
+        ([f"{p}[{name}]" for name in names], [f"{p}_adjusted[{name}]" for name in names])
+        for p, names in (("p", model.fixed_names), ("contrast_p", model.contrasts))
+    ]
+
+
+def to_frame(results: BatchResults, *, adjusted: bool = True) -> pd.DataFrame:
     """Everything but the modes as a wide frame, one row per response.
 
     Columns: response, nobs, n_missing, rank (fixed effects fitted); per fixed effect ``beta[x]``,
-    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]``; per contrast ``contrast[c]``, ``contrast_se[c]``,
-    ``contrast_df[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
+    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false, ``p_adjusted[x]``
+    (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]`` and likewise
+    ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
+    ``contrast_p_adjusted[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
     ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
     as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
     ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
@@ -265,8 +276,18 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
     add_field("nobs", "missing", "rank", "beta", "se")
     add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
     add_field("df")
-    add([f"p[{name}]" for name in model.fixed_names], results.pvalues.to_numpy())
-    add_field("contrast", "contrast_se", "contrast_df")
+    (p, p_adjusted), (contrast_p, contrast_p_adjusted) = p_value_columns(model)
+    add(p, results.pvalues.to_numpy())
+    if adjusted:
+        add(p_adjusted, results.pvalues_adjusted.to_numpy())
+    add_field("contrast", "contrast_se")
+    if model.contrasts:
+        tests = results.contrasts.swaplevel(axis=1)
+        add([f"contrast_t[{name}]" for name in model.contrasts], tests["statistic"].to_numpy())
+        add_field("contrast_df")
+        add(contrast_p, tests["p_value"].to_numpy())
+        if adjusted:
+            add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
     add_field("sigma")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]

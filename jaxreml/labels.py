@@ -7,6 +7,7 @@ that identify rows. Rows that are matched by position must not contradict what t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -98,9 +99,10 @@ class DataRows:
         found = {}
         for name in names:
             if names.count(name) == 1:
-                column = to_pandas(self.data, [name])[name]
-                if _may_identify(column):
-                    found[name] = _text(column)
+                with suppress(DataError):  # a column that no model could use may well be unused
+                    column = to_pandas(self.data, [name])[name]
+                    if _may_identify(column):
+                        found[name] = _text(column)
         return found
 
     def ids(self, name: str) -> pd.Series | None:

@@ -23,7 +23,14 @@ from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, covariate_frame
 from jaxreml.hypotheses import hypotheses
 from jaxreml.model import fit
-from jaxreml.parts import Parts, StreamedResults, check_output, count_failures, describe_run
+from jaxreml.parts import (
+    Parts,
+    StreamedResults,
+    check_output,
+    count_failures,
+    describe_run,
+    first_failed,
+)
 from jaxreml.processes import Crew, gather, widths
 from jaxreml.responses import Responses
 from jaxreml.results import LMMResults
@@ -257,10 +264,12 @@ def _fit_to_file(
         _wait_for(written)
     with job.crew.together():
         if first:
-            parts.assemble(count)
+            parts.assemble(count, job.model)
     pq = import_parquet("output to parquet")
-    status = pq.read_table(parts.output, columns=["status"]).column("status").to_numpy()
-    return StreamedResults(parts.output, job.model, len(status), count_failures(status))
+    table = pq.read_table(parts.output, columns=["response", "status"])
+    names, status = (table.column(name).to_numpy() for name in table.column_names)
+    failures = count_failures(status), first_failed(names, status)
+    return StreamedResults(parts.output, job.model, len(status), *failures)
 
 
 def _wait_for(futures: list[Future]) -> None:

@@ -96,14 +96,20 @@ class Table:
             return _not_numeric(self.table, self.names)
         kinds = self.table.dtypes.iloc[self._positions]
         pairs = zip(self.names, kinds, strict=True)
-        return [(name, kind) for name, kind in pairs if not _is_number(kind)]
+        return [
+            (name, kind)
+            for name, kind in pairs
+            if not _is_number(kind)
+            # Objects may be numbers all the same, as in the data.
+            and not (_is_object(kind) and _is_number(to_pandas(self.table, [name]).dtypes.iloc[0]))
+        ]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Columns start..stop-1, (n, stop - start), a copy."""
         if not self.pandas:
             return _matrix(self.table, list(self.names[start:stop]))
         part = self.table.iloc[:, self._positions[start:stop]]
-        if all(isinstance(kind, np.dtype) for kind in part.dtypes):
+        if all(isinstance(kind, np.dtype) and not _is_object(kind) for kind in part.dtypes):
             return np.array(part, dtype=float, order="C")
         columns = [column.to_numpy(float, na_value=np.nan) for _, column in part.items()]
         return np.stack(columns, axis=1)
@@ -329,6 +335,10 @@ def _is_table(value: Any) -> bool:
 
 def _is_arrow(table: Any) -> bool:
     return hasattr(table, "schema") and hasattr(table.schema, "pandas_metadata")
+
+
+def _is_object(kind: Any) -> bool:
+    return pd.api.types.is_object_dtype(kind)
 
 
 def _is_number(kind: Any) -> bool:

@@ -113,6 +113,13 @@ def test_what_is_not_estimable_is_said_and_not_counted(data, values, results, tm
         FORMULA, data, values, contrasts=CONTRASTS, batch_size=2, output=tmp_path / "out.parquet"
     )
     again = streamed.read()
+    written = pd.read_parquet(streamed.path)
+    frame = results.to_frame()
+    assert written.columns.tolist() == frame.columns.tolist()
+    for name in ("p_adjusted[arm[T.b]]", "contrast_p_adjusted[b-c]"):  # over both blocks
+        np.testing.assert_allclose(written[name], frame[name], rtol=1e-6)
+    of_contrast = results.contrasts["b-c"]["p_adjusted"]
+    np.testing.assert_array_equal(frame["contrast_p_adjusted[b-c]"], of_contrast)
     assert again.messages.tolist() == results.messages.tolist()
     assert pd.read_parquet(streamed.path)["message"].tolist() == results.messages.tolist()
     for name in ("beta", "se", "df", "contrast", "contrast_se", "contrast_df", "rank"):

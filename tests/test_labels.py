@@ -182,6 +182,14 @@ def test_series_of_a_dict_that_differ(data, table):
         read(columns, data)
 
 
+def test_unused_columns_may_hold_anything(data, table):
+    """They are looked at for labels only; what cannot be labels is passed over."""
+    odd = data.assign(mixed=[1, "a", None, 2.5, (3,), [4], {5}, "b"], wave=1j, sample=NAMES)
+    np.testing.assert_array_equal(read(table, odd), table)
+    with pytest.raises(DataError, match=REMEDY):
+        read(table[::-1], odd)
+
+
 def test_missing_covariates_and_ids(data, table):
     """Rows that the model leaves out, with rows in another order."""
     rows = np.arange(N) != 2

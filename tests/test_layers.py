@@ -14,6 +14,7 @@ PACKAGE = Path(jaxreml.__file__).parent
 # From the top down; a module may import what stands below it.
 LAYERS = [
     {"cli"},
+    {"cli_tables"},
     {"plots"},
     {"inference", "diagnostics", "prediction"},
     {"many"},
