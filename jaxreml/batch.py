@@ -21,10 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml import covariance
 from jaxreml.cache import spare_memory_maps
+from jaxreml.devices import local_devices
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
-from jaxreml.hypotheses import check_df
+from jaxreml.hypotheses import RowSpace, check_df
 from jaxreml.programs import Plan, programs
 from jaxreml.rivals import is_lower, starts
 from jaxreml.runtime import neutral, require_own_threads
@@ -48,7 +49,9 @@ class Fits(NamedTuple):
         theta: (b, m), relative Cholesky factors as in `Estimate`.
         parameters, parameters_se: (b, m + 1), `Estimate.params` and their standard errors.
         criterion, gradient_norm: (b,).
-        iterations, nobs, missing: (b,) integers; `missing` counts rows without a value.
+        iterations, nobs, missing, rank: (b,) integers; `missing` counts rows without a value,
+            `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
+            `beta` and `contrast` that these rows say nothing about are NaN.
         is_singular: (b,) booleans.
         status: (b,) `Status` codes.
         contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
@@ -67,12 +70,29 @@ class Fits(NamedTuple):
     iterations: np.ndarray
     nobs: np.ndarray
     missing: np.ndarray
+    rank: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
     contrast: np.ndarray
     contrast_se: np.ndarray
     contrast_df: np.ndarray
     modes: tuple[np.ndarray, ...] | None = None
+
+
+class Rows(NamedTuple):
+    """The design in some of the rows.
+
+    Attributes:
+        shared: the design.
+        coefficients: which columns of X it has, so many as their rank in these rows.
+        estimable: (p + k,) booleans, which coefficients and contrasts the rows say anything about:
+            one whose row is in the row space of X. Another would be a comparison with what is not
+            in the rows, such as a level of a factor, under its name.
+    """
+
+    shared: SharedDesign
+    coefficients: np.ndarray
+    estimable: np.ndarray
 
 
 class BatchFitter:
@@ -87,10 +107,10 @@ class BatchFitter:
         contrasts: (k, p), more linear functions of the fixed effects to give.
         max_iterations: as in `estimate`.
         lanes: responses in a chunk, for each device; chosen by the size of caches if left out.
-        devices: JAX devices to spread chunks over; those of this process if left out.
+        devices: as in `local_devices`, to spread chunks over.
 
     Raises:
-        DataError: as `fit`.
+        DataError: as `fit`, and `local_devices`.
     """
 
     def __init__(
@@ -115,17 +135,22 @@ class BatchFitter:
         p = frame.X.shape[1]
         self.contrasts = np.zeros((0, p)) if contrasts is None else np.asarray(contrasts, float)
         self.asked_structure, self.lanes = structure, lanes
-        self.devices = list(jax.local_devices() if devices is None else devices)
+        self.devices = local_devices(devices)
         self.whole = self._share(None)
-        self.structure = "dense" if self.whole[0].codes is None else "grouped"
+        self.structure = "dense" if self.whole.shared.codes is None else "grouped"
 
-    def _share(self, kept: np.ndarray | None) -> tuple[SharedDesign, np.ndarray]:
-        """The design in the rows `kept`, and which coefficients it has."""
+    def _share(self, kept: np.ndarray | None) -> Rows:
+        """The design in the rows `kept`; None for all."""
         frame = self.frame
-        columns = np.arange(frame.X.shape[1])
+        p = frame.X.shape[1]
+        columns = np.arange(p)
+        estimable = np.ones(p + len(self.contrasts), bool)
         if kept is not None:  # a column may depend on others in these rows only
-            _, names, _ = drop_aliased(frame.X[kept], tuple(map(str, columns)))
+            X = frame.X[kept]
+            _, names, _ = drop_aliased(X, tuple(map(str, columns)))
             columns = np.array(names, int)
+            if columns.size < p:
+                estimable = RowSpace(X, columns).has(np.concatenate([np.eye(p), self.contrasts]))
         shared = share(
             frame.X[:, columns],
             [(term.codes, term.effects) for term in frame.terms],
@@ -135,7 +160,7 @@ class BatchFitter:
             reml=self.reml,
             kept=kept,
         )
-        return shared, columns
+        return Rows(shared, columns, estimable)
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
@@ -151,7 +176,7 @@ class BatchFitter:
         missing[doubtful] = np.isnan(some).sum(axis=0)
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
-        table = Table(self.frame, b, self.modes, self.contrasts)
+        table = Table(self.frame, b, self.modes, len(self.contrasts))
         table.status[missing == n] = Status.TOO_FEW_ROWS
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
@@ -228,18 +253,18 @@ class _Pattern:
     def __init__(
         self,
         fitter: BatchFitter,
-        design: tuple[SharedDesign, np.ndarray],
+        design: Rows,
         values: np.ndarray,
         kept: np.ndarray | None,
         table: Table,
     ):
         self.fitter, self.values, self.kept, self.table = fitter, values, kept, table
-        shared, self.coefficients = design
+        shared, self.design = design.shared, design
         self.mesh = Mesh(np.array(fitter.devices), ("responses",))
         self.shared = jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
         self.shifts = bool(np.any(shared.constant))
         self.first_row = 0 if kept is None else int(np.argmax(kept))
-        self.contrasts = fitter.contrasts[:, self.coefficients]
+        self.contrasts = fitter.contrasts[:, design.coefficients]
         in_lanes = shared.pairs is not None
         self.plan = Plan(fitter.reml, shared.codes is not None, in_lanes, fitter.df)
         self.screens = not has_one_optimum(shared)
@@ -338,7 +363,7 @@ class _Pattern:
         if self.fitter.modes:
             modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(
-            chunk.columns, np.asarray(packed), modes, self.coefficients, rival=rival
+            chunk.columns, np.asarray(packed), modes, self.design, rival=rival
         )
         width = chunk.columns.size
         iterations = np.asarray(found.iterations)[:width]
@@ -404,6 +429,7 @@ class Table:
 
     Attributes:
         status: (b,) `Status` codes.
+        rank: (b,), as in `Fits`.
         numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
         widths: columns of each field.
         modes: per random term (b, levels, effects), or None.
@@ -414,15 +440,14 @@ class Table:
         "gradient_norm", "iterations", "is_singular", "contrast", "contrast_se", "contrast_df",
     )  # fmt: skip
 
-    def __init__(self, frame: ModelFrame, b: int, modes: bool, contrasts: np.ndarray):
+    def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
         p = len(frame.fixed_names)
         m = covariance.count_theta(tuple(len(term.effect_names) for term in frame.terms))
-        self.p = p
-        self.contrasts = contrasts
-        k = len(contrasts)
+        self.p, self.k = p, k
         self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
+        self.rank = np.full(b, p)
         self.modes = None
         if modes:
             self.modes = tuple(
@@ -435,7 +460,7 @@ class Table:
         columns: np.ndarray,
         packed: np.ndarray,
         modes: Any,
-        coefficients: np.ndarray,
+        rows: Rows,
         *,
         rival: bool,
     ) -> np.ndarray:
@@ -449,19 +474,17 @@ class Table:
         if rival:
             place = sum(self.widths[: self.FIELDS.index("criterion")])
             good &= is_lower(packed[1 + place], self.numbers[columns, place])
-        places = np.arange(self.numbers.shape[1])
-        whole = places.size
-        if coefficients.size < self.p:
-            fixed = [coefficients + k * self.p for k in range(3)]
-            places = np.concatenate([*fixed, places[3 * self.p :]])
+        p, k, whole = self.p, self.k, self.numbers.shape[1]
+        fixed = [rows.coefficients + part * p for part in range(3)]
+        places = np.concatenate([*fixed, np.arange(3 * p, whole)])
         written = good if rival else np.ones_like(good)
         self.status[columns[written]] = status[written]
+        self.rank[columns[good]] = rows.coefficients.size
         self.numbers[columns[good, None], places] = packed[1:, good].T
-        dropped = np.setdiff1d(np.arange(self.p), coefficients)
-        gone = np.flatnonzero(self.contrasts[:, dropped].any(axis=1))
-        for k in range(3):  # a contrast with a coefficient that these responses do not have
-            first = whole - (3 - k) * len(self.contrasts)
-            self.numbers[np.ix_(columns[good], first + gone)] = np.nan
+        unknown = np.flatnonzero(~rows.estimable[:p]), np.flatnonzero(~rows.estimable[p:])
+        for part in range(3):  # estimates, standard errors, degrees of freedom
+            for first, some in zip((part * p, whole - (3 - part) * k), unknown, strict=True):
+                self.numbers[np.ix_(columns[good], first + some)] = np.nan
         if modes is not None:
             for own, new in zip(self.modes, modes, strict=True):  # pyright: ignore
                 own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]
@@ -480,6 +503,7 @@ class Table:
             **{name: np.ascontiguousarray(part) for name, part in named.items()},
             nobs=nobs,
             missing=missing,
+            rank=self.rank,
             status=self.status,
             modes=self.modes,
         )

@@ -79,7 +79,10 @@ class BatchResults:
     """One model fitted to many responses.
 
     Every labelled property has the responses as its index. A response without an optimum has a
-    `status` other than 0, its `messages` say why, and its numbers are NaN.
+    `status` other than 0, its `messages` say why, and its numbers are NaN. Coefficients and
+    contrasts that the rows of a response say nothing about, because its missing values leave no row
+    of a level for example, are NaN for it, and its message names them; the others have the meaning
+    that they have for all responses.
 
     Attributes:
         model: what the responses share.
@@ -151,7 +154,7 @@ class BatchResults:
             "df": fits.contrast_df,
             "statistic": statistic,
             "p_value": p_value,
-            "p_adjusted": _benjamini_hochberg(p_value),
+            "p_adjusted": benjamini_hochberg(p_value),
         }
         parts = {
             name: pd.DataFrame({key: part[:, k] for key, part in named.items()}, self.responses)
@@ -165,7 +168,7 @@ class BatchResults:
     def pvalues_adjusted(self) -> pd.DataFrame:
         """`pvalues` adjusted over the responses for the false discovery rate, each coefficient by
         itself (Benjamini and Hochberg 1995); responses without one stay out."""
-        return self._fixed(_benjamini_hochberg(self.pvalues.to_numpy()))
+        return self._fixed(benjamini_hochberg(self.pvalues.to_numpy()))
 
     # Variance parameters
 
@@ -225,9 +228,28 @@ class BatchResults:
 
     @property
     def messages(self) -> pd.Series:
-        """How each fit ended, in words."""
-        sentences = {code: Status(code).sentence for code in np.unique(self.fits.status)}
-        return self._series([sentences[code] for code in self.fits.status], "message")
+        """How each fit ended, in words, and what the rows of the response say nothing about."""
+        codes, sentences = self.message_codes
+        return self._series([sentences[code] for code in codes], "message")
+
+    @cached_property
+    def message_codes(self) -> tuple[np.ndarray, list[str]]:
+        """The messages as (b,) positions in a list of sentences that begins with those of
+        `Status`."""
+        codes = self.fits.status.astype(np.int32)
+        sentences = [status.sentence for status in Status]  # a status code is its position
+        unknown = np.isnan(np.concatenate([self.fits.beta, self.fits.contrast], axis=1))
+        some = np.flatnonzero((codes == Status.CONVERGED) & unknown.any(axis=1))
+        patterns, which = np.unique(unknown[some], axis=0, return_inverse=True)
+        codes[some] = len(sentences) + which.reshape(-1)
+        labels = [*self.model.fixed_names, *self.model.contrasts]
+        for pattern in patterns:
+            names = ", ".join(labels[k] for k in np.flatnonzero(pattern))
+            sentences.append(
+                f"{Status.CONVERGED.sentence}; not estimable from the rows where the response is "
+                f"not missing: {names}"
+            )
+        return codes, sentences
 
     @property
     def is_singular(self) -> pd.Series:
@@ -277,6 +299,11 @@ class BatchResults:
     def estimate(self, i: int | str) -> LMMResults:
         """The fit of one response alone, with everything that `fit` reports.
 
+        It is `fit` of the rows where the response is not missing, coded from these rows: where they
+        lack a level, a factor has fewer columns and perhaps another reference level, and functions
+        such as ``poly`` or ``scale`` have other values. A warning says so where coefficients are
+        not those of `params` then.
+
         Args:
             i: its position, or its name.
 
@@ -322,7 +349,7 @@ class BatchResults:
 
     def to_frame(self) -> pd.DataFrame:
         """Everything but the modes as a wide frame, one row per response; the columns of
-        `to_parquet`."""
+        `to_parquet`, with p-values as they are and adjusted as in `pvalues_adjusted`."""
         from jaxreml.batch_tables import to_frame
 
         return to_frame(self)
@@ -389,7 +416,7 @@ class BatchResults:
         return matrices
 
 
-def _benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
     """Adjusted p-values (b, k), column by column, NaN where there is none."""
     from scipy.stats import false_discovery_control
 

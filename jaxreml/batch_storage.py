@@ -21,18 +21,19 @@ import pandas as pd
 import jaxreml
 from jaxreml.batch import Fits
 from jaxreml.batch_results import BatchModel, BatchResults
-from jaxreml.batch_tables import SENTENCES, field_columns, to_frame
+from jaxreml.batch_tables import field_columns, to_frame
 from jaxreml.errors import DataError
+from jaxreml.estimation import Status
 from jaxreml.sources import import_parquet
 from jaxreml.storage import check_version, decode_fields, encode
 
 FORMAT = "jaxreml.BatchResults"
-VERSION = 1
+VERSION = 2  # 1 did not write the rank of X
 KEY = b"jaxreml"
 
 
-def to_table(results: BatchResults) -> Any:
-    """Results as a pyarrow table.
+def to_table(results: BatchResults, *, adjusted: bool = True) -> Any:
+    """Results as a pyarrow table; without adjusted p-values for a part of the responses.
 
     Raises:
         DataError: pyarrow is not installed, or names of responses that are neither all strings
@@ -41,11 +42,10 @@ def to_table(results: BatchResults) -> Any:
     import_parquet("a pyarrow table")
     import pyarrow as pa
 
-    frame = to_frame(results)
+    frame = to_frame(results, adjusted=adjusted)
     columns = {name: pa.array(frame[name].to_numpy()) for name in frame.columns[1:-1]}
-    # The same sentences in all tables, so that tables of one model have one schema.
-    codes = pa.array(results.fits.status, pa.int8())
-    message = pa.DictionaryArray.from_arrays(codes, pa.array(SENTENCES, pa.string()))
+    codes, sentences = results.message_codes
+    message = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(sentences, pa.string()))
     columns = {"response": _names_to_arrow(results.responses), **columns, "message": message}
     columns |= _modes_to_arrow(results)
     model = {field.name: encode(getattr(results.model, field.name)) for field in fields(BatchModel)}
@@ -151,6 +151,8 @@ def _read(schema: Any, read: Any, what: str) -> BatchResults:
     check_version(record, VERSION, what)
     model = BatchModel(**decode_fields(BatchModel, record.get("model"), what))
     columns = field_columns(model)
+    if record["version"] == 1:
+        del columns["rank"]
     modes = [_mode_names(group, effects) for group, effects in model.groups]
     kept = any(name in schema.names for names in modes for name in names)
     needed = ["response"]
@@ -164,6 +166,10 @@ def _read(schema: Any, read: Any, what: str) -> BatchResults:
         field: _column(table, names) if isinstance(names, str) else _matrix(table, names)
         for field, names in columns.items()
     }
+    if "rank" not in numbers:  # what could not be estimated had not been fitted
+        rank = np.sum(~np.isnan(numbers["beta"]), axis=1)
+        p = len(model.fixed_names)
+        numbers["rank"] = np.where(numbers["status"] == Status.CONVERGED, rank, p)
     lists = (
         tuple(
             _modes_from_arrow(table, names, len(levels))

@@ -10,7 +10,6 @@ import pandas as pd
 
 from jaxreml import covariance
 from jaxreml.errors import DataError
-from jaxreml.estimation import Status
 from jaxreml.fitted import RESIDUAL
 from jaxreml.hypotheses import check_conf_level
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 EFFECTS = ("fixed", "ran_pars", "contrasts")
 Labels = list[tuple[str, str | None, str]]  # effect, group, term
 Part = tuple[Labels, dict[str, np.ndarray]]
-SENTENCES = tuple(status.sentence for status in Status)  # a status code is its position
 
 
 # Long
@@ -35,9 +33,9 @@ def tidy(
 ) -> pd.DataFrame:
     """Estimates as a long frame, one row per response and term.
 
-    For each response the rows of `LMMResults.tidy`, by the same conventions. Coefficients that its
-    missing values leave without an estimate have rows of NaN, as all terms of responses without an
-    optimum have.
+    For each response the rows of `LMMResults.tidy`, by the same conventions. Coefficients and
+    contrasts that its rows say nothing about have rows of NaN, as all terms of responses without
+    an optimum have.
 
     Args:
         results: B responses.
@@ -176,10 +174,7 @@ def glance(results: BatchResults) -> pd.DataFrame:
     the response), status, message.
     """
     fits, model = results.fits, results.model
-    # A coefficient without an estimate was not fitted; where nothing was, the model's count holds.
-    converged = results.converged.to_numpy()
-    p = np.where(converged, np.sum(~np.isnan(fits.beta), axis=1), fits.beta.shape[1])
-    df_model = p + fits.theta.shape[1] + 1
+    df_model = fits.rank + fits.theta.shape[1] + 1
     with np.errstate(divide="ignore"):  # no rows
         log_nobs = np.log(fits.nobs)
     return pd.DataFrame(
@@ -192,7 +187,7 @@ def glance(results: BatchResults) -> pd.DataFrame:
             "bic": fits.criterion + log_nobs * df_model,
             "reml_crit" if model.method == "REML" else "deviance": fits.criterion,
             "df_residual": fits.nobs - df_model,
-            "converged": converged,
+            "converged": results.converged.to_numpy(),
             "is_singular": fits.is_singular,
             "n_dropped": fits.missing + model.n_dropped,
             "n_missing": fits.missing,
@@ -203,7 +198,7 @@ def glance(results: BatchResults) -> pd.DataFrame:
 
 
 def _messages(results: BatchResults) -> pd.Categorical:
-    codes = pd.Categorical.from_codes(results.fits.status, SENTENCES)  # pyright: ignore
+    codes = pd.Categorical.from_codes(*results.message_codes)  # pyright: ignore
     return codes.remove_unused_categories()
 
 
@@ -219,6 +214,7 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
     return {
         "nobs": "nobs",
         "missing": "n_missing",
+        "rank": "rank",
         "beta": each("beta"),
         "se": each("se"),
         "df": each("df"),
@@ -237,16 +233,27 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
     }
 
 
-def to_frame(results: BatchResults) -> pd.DataFrame:
+def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
+    """Columns of p-values, and after them those of the same adjusted over the responses: of fixed
+    effects and of contrasts."""
+    return [
+        ([f"{p}[{name}]" for name in names], [f"{p}_adjusted[{name}]" for name in names])
+        for p, names in (("p", model.fixed_names), ("contrast_p", model.contrasts))
+    ]
+
+
+def to_frame(results: BatchResults, *, adjusted: bool = True) -> pd.DataFrame:
     """Everything but the modes as a wide frame, one row per response.
 
-    Columns: response, nobs, n_missing; per fixed effect ``beta[x]``, ``se[x]``, ``t[x]``,
-    ``df[x]``, ``p[x]``; per contrast ``contrast[c]``, ``contrast_se[c]``, ``contrast_df[c]``;
-    sigma; ``variance[g, x]`` with ``variance[Residual]``; ``correlation[g, x1, x2]``; the variance
-    parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as `Design.parameter_names`, with
-    standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1, x2]``; ``theta[g, x]`` and
-    ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion, gradient_norm, n_iter,
-    is_singular, converged, status, message.
+    Columns: response, nobs, n_missing, rank (fixed effects fitted); per fixed effect ``beta[x]``,
+    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false, ``p_adjusted[x]``
+    (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]`` and likewise
+    ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
+    ``contrast_p_adjusted[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
+    ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
+    as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
+    ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
+    criterion, gradient_norm, n_iter, is_singular, converged, status, message.
 
     Raises:
         DataError: names of columns of the data with commas give two columns one name.
@@ -266,11 +273,21 @@ def to_frame(results: BatchResults) -> pd.DataFrame:
         for field in fields:
             add(columns[field], getattr(fits, field))
 
-    add_field("nobs", "missing", "beta", "se")
+    add_field("nobs", "missing", "rank", "beta", "se")
     add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
     add_field("df")
-    add([f"p[{name}]" for name in model.fixed_names], results.pvalues.to_numpy())
-    add_field("contrast", "contrast_se", "contrast_df")
+    (p, p_adjusted), (contrast_p, contrast_p_adjusted) = p_value_columns(model)
+    add(p, results.pvalues.to_numpy())
+    if adjusted:
+        add(p_adjusted, results.pvalues_adjusted.to_numpy())
+    add_field("contrast", "contrast_se")
+    if model.contrasts:
+        tests = results.contrasts.swaplevel(axis=1)
+        add([f"contrast_t[{name}]" for name in model.contrasts], tests["statistic"].to_numpy())
+        add_field("contrast_df")
+        add(contrast_p, tests["p_value"].to_numpy())
+        if adjusted:
+            add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
     add_field("sigma")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]
@@ -348,6 +365,7 @@ def to_xarray(results: BatchResults) -> Any:
             "n_iter": fits.iterations,
             "nobs": fits.nobs,
             "n_missing": fits.missing,
+            "rank": fits.rank,
             "is_singular": fits.is_singular,
             "converged": results.converged.to_numpy(),
             "status": fits.status,

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,10 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import jaxreml
+from jaxreml.cli_tables import Dialect, read_responses, read_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from jaxreml.results import LMMResults
 
 DATA_ERROR, NOT_CONVERGED = 1, 3
@@ -45,6 +47,15 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Df(StrEnum):
+    """Degrees of freedom of tests."""
+
+    satterthwaite = "satterthwaite"
+    kenward_roger = "kenward-roger"
+    residual = "residual"
+    inf = "inf"
+
+
 class Device(StrEnum):
     """What computes."""
 
@@ -61,7 +72,33 @@ def _version(value: bool) -> None:
 # Options of both commands
 Ml = Annotated[bool, typer.Option("--ml", help="Maximum likelihood instead of REML.")]
 Weights = Annotated[str | None, typer.Option(help="Column of prior weights, as in lme4.")]
+Degrees = Annotated[
+    Df, typer.Option("--df", help="Degrees of freedom of tests of fixed effects and contrasts.")
+]
+Sep = Annotated[
+    str | None,
+    typer.Option(
+        help="What separates the columns of text files, such as ';'. "
+        "[default: , in .csv, a tabulator in .tsv]"
+    ),
+]
+NaValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--na-values",
+        help="Text that stands for a missing value, besides the empty field, NA and NaN; "
+        "several separated by commas.",
+    ),
+]
+Encoding = Annotated[str, typer.Option(help="Of text files, such as latin-1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No messages on stderr.")]
+EXIT_CODES = """\b
+Exit codes:
+  0  fitted
+  1  data that cannot be fitted, a file that cannot be read, no such device
+  2  usage
+  3  fitted without an optimum (fit-many: more than --max-failures)
+"""
 
 
 @app.callback()
@@ -73,7 +110,17 @@ def main(
     """Linear mixed models by REML and ML."""
 
 
-@app.command()
+@app.command(
+    epilog=EXIT_CODES,
+    help="""Fit a model to data and print its summary.
+
+\b
+Examples:
+  jaxreml fit sleepstudy "Reaction ~ Days + (Days | Subject)"
+  jaxreml fit study.csv "y ~ arm * week + (week | patient)" --anova --df kenward-roger
+  jaxreml fit study.csv "y ~ arm + (1 | patient)" --sep ";" --na-values . -o fit.csv
+""",
+)
 def fit(
     data: Annotated[
         str,
@@ -85,31 +132,46 @@ def fit(
     formula: Annotated[str, typer.Argument(help='For example "y ~ x + (x | group)".')],
     ml: Ml = False,
     weights: Weights = None,
-    format: Annotated[Format, typer.Option(help="Summary, or tidy estimates.")] = Format.text,
+    df: Degrees = Df.satterthwaite,
+    anova: Annotated[
+        bool, typer.Option("--anova", help="F tests of the terms too, of type III.")
+    ] = False,
+    sep: Sep = None,
+    na_values: NaValues = None,
+    encoding: Encoding = "utf-8",
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="Summary, or tidy estimates (with --anova as csv: the tests of the terms alone). "
+            "[default: by the output's suffix, else text]"
+        ),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there instead of to stdout.")
+        Path | None,
+        typer.Option("-o", "--output", help="Write there (.csv, .json, .txt), not to stdout."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Fit a model to data and print its summary."""
+    if format is None:
+        suffix = "" if output is None else output.suffix[1:]
+        format = Format(suffix) if suffix in ("csv", "json") else Format.text
     _favour_start()
     from jaxreml.cache import enable_compilation_cache
-    from jaxreml.errors import JaxremlError
+    from jaxreml.devices import local_devices
 
-    try:
-        table = _read(data)
+    with _errors_as_exits():
+        local_devices()
+        table = read_table(data, Dialect.of(sep, na_values, encoding))
         enable_compilation_cache()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = jaxreml.fit(formula, table, "ML" if ml else "REML", weights=weights)
-        text = _render(result, format)
+        text = _render(result, format, df.value, anova)
         if output is None:
             sys.stdout.write(text)
         else:
             output.write_text(text, encoding="utf-8")
-    except (JaxremlError, OSError, UnicodeDecodeError) as error:
-        typer.echo(f"jaxreml: {error}", err=True)
-        raise typer.Exit(DATA_ERROR) from None
     if not quiet:
         _report_drops(result.n_dropped, result.aliased)
     if not result.converged:
@@ -119,7 +181,18 @@ def fit(
         typer.echo(f"jaxreml: {result.message}", err=True)
 
 
-@app.command("fit-many")
+@app.command(
+    "fit-many",
+    epilog=EXIT_CODES,
+    help="""Fit one model to many responses and write a table of results.
+
+\b
+Examples:
+  jaxreml fit-many genes.parquet "~ age + (1 | donor)" --data donors.csv --id sample -o fits.parquet
+  jaxreml fit-many genes.csv "~ arm + (1 | donor)" --data donors.csv --responses "gene_*" \\
+      --df kenward-roger --contrasts "b-c: `arm[T.b]` - `arm[T.c]`" -o fits.csv
+""",
+)
 def fit_many(
     responses: Annotated[
         str,
@@ -138,12 +211,16 @@ def fit_many(
             "-o",
             "--output",
             help=".parquet: a row per response; an interrupted run goes on when started again. "
-            ".csv: tidy estimates.",
+            ".csv: tidy estimates, a row per response and term. Both have p-values as they are "
+            "and adjusted over the responses (Benjamini and Hochberg).",
         ),
     ],
     id: Annotated[
         str | None,
-        typer.Option(help="Column of both tables that matches rows. [default: by position]"),
+        typer.Option(
+            help="Column of both tables that matches rows; row names, a first column without a "
+            "name, serve in one of them. [default: by position]"
+        ),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -153,6 +230,19 @@ def fit_many(
     ] = None,
     ml: Ml = False,
     weights: Weights = None,
+    df: Degrees = Df.satterthwaite,
+    contrasts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contrasts",
+            help="Linear functions of the fixed effects to test: NAME: EXPRESSION, several "
+            "separated by ; or the option repeated. Names of fixed effects that are not plain "
+            'words stand in backticks: "b-c: `arm[T.b]` - `arm[T.c]`; slope: 2 * age".',
+        ),
+    ] = None,
+    sep: Sep = None,
+    na_values: NaValues = None,
+    encoding: Encoding = "utf-8",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Responses at a time. [default: by memory]")
     ] = None,
@@ -176,30 +266,32 @@ def fit_many(
     if device is not None:  # read when JAX is imported
         os.environ["JAX_PLATFORMS"] = "cuda" if device is Device.gpu else "cpu"
     from jaxreml.cache import enable_compilation_cache
-    from jaxreml.errors import DataError, JaxremlError
-    from jaxreml.parts import count_failures
+    from jaxreml.devices import local_devices
+    from jaxreml.errors import DataError
+    from jaxreml.parts import count_failures, first_failed
 
     started = time.perf_counter()
-    try:
+    with _errors_as_exits():
         if output.exists() and not overwrite:
             raise DataError(f"{str(output)!r} exists; give --overwrite or another name")
-        _require_device(device)
-        table = _read(data)
-        source = _read_responses(responses, id, pattern)
+        local_devices("gpu" if device is Device.gpu else None)
+        dialect = Dialect.of(sep, na_values, encoding)
+        table = read_table(data, dialect, labelled=True)
+        source = read_responses(responses, id, pattern, dialect)
         enable_compilation_cache()
         options: dict[str, Any] = {"id": id, "weights": weights, "batch_size": batch}
+        options |= {"df": df.value, "contrasts": _contrasts(contrasts or [])}
         options["progress"] = False if quiet else None
         if output.suffix == ".parquet":
             options |= {"output": output, "overwrite": overwrite}
         result = jaxreml.fit_many(formula, table, source, "ML" if ml else "REML", **options)
         if output.suffix == ".parquet":
-            count, failures = result.n_responses, result.failures
+            count, failures, names = result.n_responses, result.failures, result.failed
         else:
-            count, failures = len(result), count_failures(result.fits.status)
-            result.tidy().to_csv(output, index=False)
-    except (JaxremlError, OSError, UnicodeDecodeError) as error:
-        typer.echo(f"jaxreml: {error}", err=True)
-        raise typer.Exit(DATA_ERROR) from None
+            count, status = len(result), result.fits.status
+            failures, names = count_failures(status), first_failed(result.responses, status)
+            effects = ("fixed", "contrasts", "ran_pars") if contrasts else ("fixed", "ran_pars")
+            result.tidy(effects).to_csv(output, index=False)
     failed = sum(failures.values())
     if not quiet:
         _report_drops(result.model.n_dropped, result.model.aliased)
@@ -208,7 +300,8 @@ def fit_many(
             f"jaxreml: {count} responses in {seconds:.1f} s, {failed} without an optimum", err=True
         )
         for reason, times in failures.items():
-            typer.echo(f"jaxreml: {times}: {reason}", err=True)
+            some = [*map(str, names[reason]), *["..."] * (times > len(names[reason]))]
+            typer.echo(f"jaxreml: {times}: {reason} ({', '.join(some)})", err=True)
     if failed > (max_failures * count if max_failures < 1 else max_failures):
         typer.echo(
             f"jaxreml: {failed} of {count} responses have no optimum, more than --max-failures "
@@ -239,6 +332,40 @@ def _favour_start() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
 
 
+@contextmanager
+def _errors_as_exits() -> Iterator[None]:
+    """One line on stderr and an exit code for what is wrong with data, files or devices."""
+    from jaxreml.errors import JaxremlError
+
+    try:
+        yield
+    except (JaxremlError, OSError, UnicodeDecodeError) as error:
+        text = re.sub(r'\bid="([^"]*)"', r"--id '\1'", str(error)).replace("(id=...)", "(--id)")
+        typer.echo(f"jaxreml: {text}", err=True)
+        raise typer.Exit(DATA_ERROR) from None
+
+
+def _contrasts(texts: list[str]) -> dict[str, str]:
+    """Contrasts by name; one without a name is called by its expression.
+
+    A ; or : between backticks belongs to a name of a fixed effect.
+    """
+    from jaxreml.errors import DataError
+
+    outside = r"(?=(?:[^`]*`[^`]*`)*[^`]*$)"
+    found: dict[str, str] = {}
+    for text in [part for given in texts for part in re.split(f";{outside}", given)]:
+        if not text.strip():
+            continue
+        parts = [part.strip() for part in re.split(f":{outside}", text, maxsplit=1)]
+        if not all(parts):
+            raise DataError(f"--contrasts {text.strip()!r}: write NAME: EXPRESSION")
+        if parts[0] in found:
+            raise DataError(f"--contrasts: two are called {parts[0]!r}")
+        found[parts[0]] = parts[-1]
+    return found
+
+
 def _report_drops(rows: int, columns: tuple[str, ...]) -> None:
     if rows:
         typer.echo(f"jaxreml: {rows} rows with missing values dropped", err=True)
@@ -246,100 +373,17 @@ def _report_drops(rows: int, columns: tuple[str, ...]) -> None:
         typer.echo(f"jaxreml: dependent columns dropped: {', '.join(columns)}", err=True)
 
 
-def _require_device(device: Device | None) -> None:
-    """DataError if JAX cannot compute on the device asked for."""
-    if device is not Device.gpu:
-        return
-    import jax
-
-    from jaxreml.errors import DataError
-
-    try:
-        jax.devices("cuda")
-    except RuntimeError as error:
-        raise DataError(
-            "--device gpu: JAX finds no GPU. Install JAX for it (pip install 'jax[cuda12]'), or "
-            f"use --device cpu. JAX says: {error}"
-        ) from None
-
-
-def _read_responses(responses: str, id: str | None, pattern: str | None) -> Any:
-    """What `fit_many` takes for the argument RESPONSES; files that can stay on disk do."""
-    from jaxreml.errors import DataError
-    from jaxreml.sources import Parquet, matching
-
-    path = Path(responses)
-    if not path.is_file():
-        raise DataError(f"there is no file {responses!r}")
-    if path.suffix == ".npy":
-        if pattern is not None:
-            raise DataError("--responses chooses columns by name, and a .npy file has no names")
-        return path
-    if path.suffix == ".parquet":
-        return Parquet(path, id, pattern)
-    table = _read(responses)
-    names = matching([name for name in table.columns if name != id], pattern)
-    return table[names if id is None or id not in table else [id, *names]]
-
-
-def _read(data: str) -> pd.DataFrame:
-    """The table behind the argument DATA."""
-    import pandas as pd
-
-    from jaxreml.datasets import load, names
-    from jaxreml.errors import DataError
-
-    if data in names() and not Path(data).exists():
-        return load(data)
-    path = Path(data)
-    suffix = next((s for s in reversed(path.suffixes) if s not in (".gz", ".xz", ".bz2")), "")
-    readers: dict[str, Any] = {
-        ".csv": pd.read_csv,
-        ".tsv": lambda source: pd.read_csv(source, sep="\t"),
-        ".parquet": pd.read_parquet,
-        ".feather": pd.read_feather,
-    }
-    if data != "-" and suffix not in readers:
-        raise DataError(
-            f"{data!r} is neither a file ending in {', '.join(readers)} nor a bundled data set "
-            f"({', '.join(names())})"
-        )
-    if data != "-" and not path.is_file():
-        raise DataError(f"there is no file {data!r}")
-    try:
-        table = pd.read_csv(sys.stdin) if data == "-" else readers[suffix](path)
-        if suffix in (".csv", ".tsv", "") and data != "-":
-            _refuse_repeated_header(path, "\t" if suffix == ".tsv" else ",")
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{data!r} is empty") from None
-    except pd.errors.ParserError as error:
-        raise DataError(f"{data!r} cannot be read: {error}") from None
-    except ImportError:
-        raise DataError(
-            f"reading {suffix} files needs pyarrow: pip install 'jaxreml[arrow]'"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{data!r} cannot be read: {error}") from None
-    return table
-
-
-def _refuse_repeated_header(path: Path, separator: str) -> None:
-    """pandas renames repeated columns silently (x, x.1); a formula would take the first."""
-    import pandas as pd
-
-    from jaxreml.errors import DataError
-
-    header = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str).iloc[0]
-    repeated = header[header.duplicated()].dropna()
-    if len(repeated):
-        raise DataError(f"column {repeated.iloc[0]!r} occurs more than once in {str(path)!r}")
-
-
-def _render(result: LMMResults, format: Format) -> str:
+def _render(result: LMMResults, format: Format, df: str, anova: bool) -> str:
+    tests = result.anova(df=df) if anova else None
     if format is Format.text:
-        return result.summary()
+        text = result.summary(df)
+        if tests is not None:
+            text += f"\nAnalysis of variance, type III, df by {df}:\n{tests.to_string()}\n"
+        return text
     if format is Format.csv:
-        return result.tidy(conf_int=True).to_csv(index=False)
+        if tests is not None:
+            return tests.rename_axis("term").to_csv()
+        return result.tidy(conf_int=True, df=df).to_csv(index=False)
     import json
 
     from jaxreml.storage import json_ready
@@ -351,8 +395,10 @@ def _render(result: LMMResults, format: Format) -> str:
         "ngroups": result.ngroups,
         "message": result.message,
         "aliased": list(result.aliased),
-        "fixed": result.tidy("fixed", conf_int=True).to_dict("records"),
+        "fixed": result.tidy("fixed", conf_int=True, df=df).to_dict("records"),
         "variance_components": result.variance_components.to_dict("records"),
         "correlations": result.correlations.to_dict("records"),
     }
+    if tests is not None:
+        record["anova"] = tests.rename_axis("term").reset_index().to_dict("records")
     return json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n"

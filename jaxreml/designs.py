@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -386,7 +386,7 @@ def _with_levels(design: Design, n_levels: int) -> Design:
     return replace(design, structure=structure.padded(n_levels))
 
 
-def stack(designs: Sequence[Design]) -> Design:
+def stack(designs: Iterable[Design]) -> Design:
     """Stack designs for `vmap`: ``jax.vmap(estimate)(stack(designs))``.
 
     They may differ in everything but shape: responses, X, effects, weights. Grouped designs may
@@ -396,11 +396,31 @@ def stack(designs: Sequence[Design]) -> Design:
     or y alone is mapped it stays grouped, where effects or weights are it is "dense".
 
     Args:
-        designs: equal numbers of fixed effects, terms and effects; ungrouped ones of rows too.
+        designs: equal numbers of fixed effects, terms and effects; ungrouped ones of rows too. An
+            iterator of them will do. Where their names differ the stack has placeholders.
 
     Raises:
-        DataError: designs that differ in more than the number of levels.
+        DataError: designs that differ in more than the number of levels and in names; none.
     """
+    designs = list(designs)
+    if not designs:
+        raise DataError("there are no designs to stack")
+    if not all(isinstance(design, Design) for design in designs):
+        wrong = next(design for design in designs if not isinstance(design, Design))
+        raise DataError(f"stack takes designs, not {type(wrong).__name__}: see jaxreml.design")
+    for what, values in (
+        ("numbers of fixed effects", [design.p for design in designs]),
+        ("numbers of effects per term", [design.sizes for design in designs]),
+        ("structures", [type(design.structure).__name__.lower() for design in designs]),
+        ("precisions", [design.dtype for design in designs]),
+    ):
+        if len(set(values)) > 1:
+            other = next(value for value in values if value != values[0])
+            raise DataError(
+                f"designs with different {what} cannot be stacked: {values[0]} and {other}"
+            )
+    if len({design.names for design in designs}) > 1:
+        designs = [design.without_names() for design in designs]
     if all(isinstance(design.structure, Grouped) for design in designs):
         most = max(design.structure.factors.shape[-1] for design in designs)  # type: ignore[attr-defined]
         designs = [_with_levels(design, most) for design in designs]

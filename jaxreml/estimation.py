@@ -42,6 +42,7 @@ class Status(IntEnum):
     CONSTANT = 7
     INFINITE = 8
     TOO_FEW_ROWS = 9
+    UNDERFLOW = 10
 
     @property
     def sentence(self) -> str:
@@ -67,6 +68,8 @@ _SENTENCES = {
     Status.CONSTANT: "the response is constant: there is nothing to fit",
     Status.INFINITE: "the response has an infinite value; set it to NaN to leave its row out, or "
     "correct it",
+    Status.UNDERFLOW: "squares of the response underflow; rescale it, for example to a standard "
+    "deviation of 1",
     Status.TOO_FEW_ROWS: "the rows where the response is not missing are too few for the model: no "
     "more than the fixed or the random effects, or all in one level",
 }
@@ -441,6 +444,9 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     perfect = perfect | ((status != Status.CONVERGED) & (rss < NEARLY_PERFECT * design.residual_ss))
     perfect = perfect & jnp.isfinite(design.total_ss)
     status = jnp.where(perfect, Status.PERFECT_FIT, status)
+    precision = jnp.finfo(rss.dtype)  # of sums of squares, residuals being much smaller than y
+    tiny = design.total_ss < precision.tiny / precision.eps**2
+    status = jnp.where(tiny, Status.UNDERFLOW, status)
     return Estimate(
         theta=covariance.join_triangles(factors),
         params=shown,

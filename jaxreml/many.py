@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,14 @@ from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, covariate_frame
 from jaxreml.hypotheses import hypotheses
 from jaxreml.model import fit
-from jaxreml.parts import Parts, StreamedResults, check_output, count_failures, describe_run
+from jaxreml.parts import (
+    Parts,
+    StreamedResults,
+    check_output,
+    count_failures,
+    describe_run,
+    first_failed,
+)
 from jaxreml.processes import Crew, gather, widths
 from jaxreml.responses import Responses
 from jaxreml.results import LMMResults
@@ -109,12 +117,14 @@ def fit_many(
         data: the covariates, as for `fit`, n rows. Rows with a missing value in a column that the
             formula uses are dropped for all responses.
         responses: a dataframe (pandas, polars, pyarrow, ...), a column per response; an (n, B)
-            array (NumPy, JAX, memory map); the path of a .parquet or .npy file; or an iterable of
-            blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`, NaN where
-            a value is missing.
+            array (NumPy, JAX, xarray, memory map); the path of a .parquet or .npy file; or an
+            iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
+            NaN where a value is missing.
         method: "REML" or "ML".
         id: name of a column of `data` and of the responses by which rows are matched; their order
-            may then differ. By position if left out.
+            may then differ. It may be the name of an index, or be so in one of the two with the
+            other's index holding the same values. By position if left out; tables are refused then
+            whose row labels differ, or whose labels are values of a column in another order.
         weights, offset, structure, context, max_iterations: as for `fit`.
         modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
         df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
@@ -123,7 +133,8 @@ def fit_many(
             a row of p numbers, a dict from names of fixed effects to coefficients, or an expression
             such as ``"`group[T.b]` - `group[T.c]`"`` (`BatchResults.contrasts`).
         batch_size: responses to read, fit and write at a time; chosen by memory if left out.
-        devices: JAX devices to share the responses between; this process's if left out.
+        devices: JAX devices to share the responses between, or "cpu" or "gpu" for all of a kind;
+            this process's if left out.
         output: a .parquet file to write the results to, block by block, in bounded memory. A run
             that was interrupted goes on when it is started again with the same arguments: blocks
             fitted are kept in the folder ``<output>.parts`` until all are.
@@ -134,14 +145,20 @@ def fit_many(
     all call `fit_many` with the same arguments and get the same results. `output` is then on a
     filesystem that they share.
 
+    Columns of X are made once, from all rows of the data: coefficients have one meaning for all
+    responses. One that the rows of a response say nothing about, being outside the row space of X
+    there, is NaN, and so is a contrast; what these rows do tell is given (of levels a, b, c the
+    difference of b and c, where all of the reference level a is missing).
+
     Returns:
         The results, or, with `output`, where they are. Responses without an optimum have a
-        ``status`` that says why.
+        ``status`` that says why, and `messages` name what is not estimable.
 
     Raises:
         FormulaError: a formula outside the grammar, or with a left side.
         DataError: data or responses that the model cannot be fitted to, named; an output that
-            exists; an interrupted run of another model or of other data.
+            exists; an interrupted run of another model or of other data; no device of that kind.
+        ValueError: another method, or devices that are none.
         RuntimeError: as `fit`.
     """
     is_reml(method)
@@ -248,10 +265,12 @@ def _fit_to_file(
         _wait_for(written)
     with job.crew.together():
         if first:
-            parts.assemble(count)
+            parts.assemble(count, job.model)
     pq = import_parquet("output to parquet")
-    status = pq.read_table(parts.output, columns=["status"]).column("status").to_numpy()
-    return StreamedResults(parts.output, job.model, len(status), count_failures(status))
+    table = pq.read_table(parts.output, columns=["response", "status"])
+    names, status = (table.column(name).to_numpy() for name in table.column_names)
+    failures = count_failures(status), first_failed(names, status)
+    return StreamedResults(parts.output, job.model, len(status), *failures)
 
 
 def _wait_for(futures: list[Future]) -> None:
@@ -270,6 +289,8 @@ def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarra
                 f"the contrast {name!r} must be one linear function of the fixed effects, without "
                 "a right side"
             )
+        if not own.any():
+            raise DataError(f"the contrast {name!r} has no coefficient other than zero")
         rows = np.concatenate([rows, own])
     return rows
 
@@ -331,7 +352,21 @@ def _fit_alone(
         context=context,
         max_iterations=max_iterations,
     )
+    _warn_of_coding(frame, result, ~np.isnan(y))
     return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
+
+
+def _warn_of_coding(frame: ModelFrame, result: LMMResults, kept: np.ndarray) -> None:
+    """Warn where `fit` of the rows `kept` has coded them otherwise than `fit_many` had."""
+    same = result.fixed_names == frame.fixed_names
+    if kept.all() or (same and np.allclose(result.frame.X, frame.X[kept], rtol=1e-9, atol=1e-12)):
+        return
+    warnings.warn(
+        "coded from the rows where the response is not missing, where other levels are the "
+        "reference or functions of the data have other values: the coefficients, "
+        f"{', '.join(result.fixed_names)}, are not those of `BatchResults.params`",
+        stacklevel=4,
+    )
 
 
 @contextmanager

@@ -78,13 +78,14 @@ def fit_frame(
     """`fit` of a model frame with a response."""
     with neutral():
         spare_memory_maps()
-        design = with_spare_levels(frame.design(structure))
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
+            design = with_spare_levels(frame.design(structure))
         bare = design.without_names()
         estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)
         inspection = _compiled(inspect, method)(estimated, bare)
         estimated, inspection = jax.device_get((estimated, inspection))
     status = Status(int(estimated.status))
-    if status in (Status.PERFECT_FIT, Status.NOT_FINITE):
+    if status in (Status.PERFECT_FIT, Status.NOT_FINITE, Status.UNDERFLOW):
         raise DataError(status.sentence)
     gradient_norm = float(np.linalg.norm(inspection.gradient))
     scale = 1 + abs(float(estimated.criterion))

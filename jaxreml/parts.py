@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import numpy as np
 import pandas as pd
 
 import jaxreml
-from jaxreml import batch_storage
-from jaxreml.batch_results import BatchModel, BatchResults
+from jaxreml import batch_storage, batch_tables
+from jaxreml.batch_results import BatchModel, BatchResults, benjamini_hochberg
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame
@@ -38,12 +39,14 @@ class StreamedResults:
         model: what the responses share.
         n_responses: how many there are.
         failures: how many have no optimum, by reason.
+        failed: the names of the first of these, by reason.
     """
 
     path: Path
     model: BatchModel
     n_responses: int
     failures: dict[str, int]
+    failed: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def n_failed(self) -> int:
@@ -66,6 +69,15 @@ def count_failures(status: np.ndarray) -> dict[str, int]:
     codes, counts = np.unique(status[status != Status.CONVERGED], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return {Status(int(codes[k])).sentence: int(counts[k]) for k in order}
+
+
+def first_failed(names: Any, status: np.ndarray, most: int = 5) -> dict[str, list[Any]]:
+    """The names of the first responses without an optimum, by sentence."""
+    found = {}
+    for code in np.unique(status[status != Status.CONVERGED]):
+        places = np.flatnonzero(status == code)[:most]
+        found[Status(int(code)).sentence] = pd.Index(names[places]).tolist()
+    return found
 
 
 def check_output(path: str | Path, overwrite: bool) -> Path:
@@ -178,7 +190,7 @@ class Parts:
 
     def write(self, k: int, names: pd.Index, values: np.ndarray, results: BatchResults) -> None:
         """Keep the results of block `k`."""
-        table = batch_storage.to_table(results)
+        table = batch_storage.to_table(results, adjusted=False)
         metadata = {**(table.schema.metadata or {}), MARK: self._mark(k, names, values)}
         table = table.replace_schema_metadata(metadata)
         batch_storage.write_whole(
@@ -186,8 +198,11 @@ class Parts:
             lambda path: self._pq.write_table(table, path, write_page_checksum=True),
         )
 
-    def assemble(self, count: int) -> None:
+    def assemble(self, count: int, model: BatchModel) -> None:
         """Make one file of parts 0..count-1, a row group each, and remove the parts.
+
+        p-values adjusted over the responses are added, which only all parts together have: a number
+        per response and test in memory.
 
         Raises:
             DataError: a part that is missing, cannot be read, or is of another run.
@@ -197,20 +212,43 @@ class Parts:
             if path not in expected:
                 raise self._wrong(path, f"is none of the {count} blocks of these responses")
 
+        groups = batch_tables.p_value_columns(model)
+
         def write(path: Path) -> None:
-            first = self._read(0)
-            metadata = {**first.schema.metadata}
+            schema = self._read(0).schema
+            metadata = {**schema.metadata}
             metadata.pop(MARK)
-            schema = first.schema.with_metadata(metadata)
-            with self._pq.ParquetWriter(path, schema) as writer:
+            adjusted = self._adjusted(count, [name for names, _ in groups for name in names])
+            start = 0
+            with ExitStack() as files:
+                writer = None
                 for k in range(count):
                     table = self._read(k)
                     if not table.schema.equals(schema):
                         raise self._wrong(self._path(k), "has other columns than the first part")
-                    writer.write_table(table.replace_schema_metadata(metadata), len(table))
+                    part = iter(adjusted[start : start + len(table)].T)
+                    start += len(table)
+                    for names, new in groups:
+                        places = [table.schema.get_field_index(name) for name in names]
+                        for i, name in enumerate(new):
+                            table = table.add_column(places[-1] + 1 + i, name, [next(part)])
+                    table = table.replace_schema_metadata(metadata)
+                    if writer is None:
+                        writer = self._pq.ParquetWriter(path, table.schema)
+                        files.enter_context(writer)
+                    writer.write_table(table, len(table))
 
         batch_storage.write_whole(self.output, write, self.folder / "assembled")
         self.discard()
+
+    def _adjusted(self, count: int, names: list[str]) -> np.ndarray:
+        """The p-values in some columns of all parts, adjusted, (B, len(names))."""
+        values = []
+        for k in range(count):
+            table = self._read(k, names or ["status"])
+            columns = [table.column(name).to_numpy() for name in names]
+            values.append(np.stack(columns, axis=1) if names else np.zeros((len(table), 0)))
+        return benjamini_hochberg(np.concatenate(values))
 
     def _path(self, k: int) -> Path:
         return self.folder / f"part-{k:06d}.parquet"
@@ -235,7 +273,8 @@ class Parts:
             with self._pq.ParquetFile(path, page_checksum_verification=True) as file:
                 return file.read(columns=columns)
         except (ArrowException, OSError, KeyError) as error:
-            raise self._wrong(path, f"cannot be read ({error})") from None
+            said = " ".join(str(error).split())
+            raise self._wrong(path, f"cannot be read ({said})") from None
 
     def _wrong(self, path: Path, what: str) -> DataError:
         part = path.name.startswith("part-")

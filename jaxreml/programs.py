@@ -202,9 +202,10 @@ def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
     slopes = jnp.einsum("kp,mpq...,kq->mk...", rows, estimate.vcov_slopes, rows)
     free = jnp.isfinite(estimate.params)
     spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
+    slopes = slopes / variance  # relative, so that no fourth power of the response's unit arises
     of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
     estimates = jnp.tensordot(rows, estimate.beta, axes=1)
-    return Tests(estimates, jnp.sqrt(variance), 2 * variance**2 / of_variance)
+    return Tests(estimates, jnp.sqrt(variance), 2 / of_variance)
 
 
 def _kenward_roger_tests(shared: SharedDesign, estimate: Estimate, rows: Array) -> Tests:

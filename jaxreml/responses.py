@@ -10,15 +10,17 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.errors import DataError
+from jaxreml.labels import DataRows, is_count, match_ids, missing_ids, shown
 from jaxreml.sources import (
     Array,
     Source,
     check_names,
-    id_column,
     open_piece,
     open_source,
+    refuse_not_numeric,
     refuse_repeated,
 )
+from jaxreml.tabular import column_names
 
 
 class Block(NamedTuple):
@@ -40,8 +42,9 @@ class Responses:
         responses: see `fit_many`.
         data: the table of the model, all its rows.
         rows: booleans, which of them the model uses.
-        id: name of a column of `data` and of the responses that says which rows belong together;
-            by position if left out.
+        id: name of a column of `data` and of the responses, or of their index, that says which
+            rows belong together; by position if left out, and then what labels there are must not
+            contradict it.
 
     Attributes:
         names: (B,), or None for a stream, which tells them as it goes.
@@ -52,8 +55,7 @@ class Responses:
 
     def __init__(self, responses: Any, data: Any, rows: np.ndarray, id: str | None = None):
         self._rows, self._id = rows, id
-        self._data_ids = None if id is None else id_column(data, id)
-        self._data_index = data.index if isinstance(data, pd.DataFrame) else None
+        self._data = DataRows(data)
         self.source = open_source(responses, id)
         self.names = None
         if self.source is None:
@@ -111,59 +113,64 @@ class Responses:
     def _align(self, source: Source) -> np.ndarray | slice:
         """What to take of the rows of the responses: those of the model, in its order."""
         n = len(self._rows)
-        if self._id is not None and self._data_ids is not None:
-            order = _match(self._data_ids, source.ids(self._id), self._id)
+        bad = source.not_numeric()
+        self._refuse_transposed(source, source.names.difference([name for name, _ in bad], False))
+        if self._id is not None:
+            order = match_ids(*self._ids(source, self._id), self._id)
+            refuse_not_numeric(bad)
             return order[self._rows]
         if source.n != n:
-            turned = isinstance(source, Array) and source.values.shape[1] == n
-            hint = "; transpose them" if turned else "; match them by an id column (id=...)"
-            raise DataError(f"the data have {n} rows and the responses {source.n}{hint}")
-        theirs = getattr(source, "index", None)
-        if self._data_index is not None and theirs is not None:
-            _refuse_shuffled(self._data_index, theirs)
+            raise DataError(
+                f"the data have {n} rows and the responses {source.n}; match them by an id column "
+                f"(id=...){self._data.difference(source.labels)}"
+            )
+        self._data.check(source.labels)
+        if not isinstance(source, Array):
+            for name in source.names[source.names.isin(column_names(self._data.data))]:
+                ids = source.ids(name)
+                assert ids is not None
+                self._data.check_column(name, ids)
+        refuse_not_numeric(bad)
         return slice(None) if self._rows.all() else self._rows
+
+    def _refuse_transposed(self, source: Source, names: pd.Index) -> None:
+        """DataError for a table with a row per response; `names` are of its columns of numbers."""
+        n = len(self._rows)
+        place = self._data.holding(names)
+        if place is not None:
+            what = f"the names of the responses ({shown(names)}) are labels of rows: {place}"
+        elif source.n != n and len(names) == n:
+            what = f"the data have {n} rows and the responses {source.n}"
+        else:
+            return
+        raise DataError(
+            f"{what}. They have a row per response; transpose them (responses.T, with the names of "
+            "the responses as the index before)"
+        )
+
+    def _ids(self, source: Source, id: str) -> tuple[pd.Series, pd.Series]:
+        """The ids in the data and in the responses.
+
+        The name is that of a column or of the index of both; or of one of them, and the other has
+        an index of another name or of none.
+        """
+        ours, theirs = self._data.ids(id), source.ids(id)
+        sides = (ours, self._data.labels), (theirs, source.labels)
+        if ours is not None or theirs is not None:
+            ours, theirs = (
+                pd.Series(labels) if ids is None and _are_names(labels) else ids
+                for ids, labels in sides
+            )
+        if ours is None:
+            raise missing_ids(id, "data", column_names(self._data.data), self._data.labels)
+        if theirs is None:
+            raise missing_ids(id, "responses", list(source.columns), source.labels)  # pyright: ignore
+        return ours, theirs
+
+
+def _are_names(labels: pd.Index | None) -> bool:
+    return labels is not None and not isinstance(labels, pd.MultiIndex) and not is_count(labels)
 
 
 def _joined(names: list[Any], values: list[np.ndarray]) -> Block:
     return Block(pd.Index(names), partial(np.concatenate, values, axis=1))
-
-
-def _match(ours: pd.Series, theirs: pd.Series, id: str) -> np.ndarray:
-    """For each row of the data, the row of the responses with the same id."""
-    for where, ids in (("data", ours), ("responses", theirs)):
-        if ids.isna().any():
-            raise DataError(
-                f"{int(ids.isna().sum())} rows of the {where} have no {id!r}; fill it in, or drop "
-                "the rows"
-            )
-        repeated = ids.loc[ids.duplicated()]
-        if len(repeated):
-            raise DataError(
-                f"the id {repeated.iloc[0]!r} occurs more than once in column {id!r} "
-                f"of the {where}; ids must be unique there"
-            )
-    left, right = pd.Index(ours.tolist()), pd.Index(theirs.tolist())
-    order = right.get_indexer(left)
-    complaints = []
-    for where, ids in (("data", left[order < 0]), ("responses", right[~right.isin(left)])):
-        if len(ids):
-            some = ", ".join(map(repr, ids[:3].tolist())) + (", ..." if len(ids) > 3 else "")
-            complaints.append(f"{len(ids)} only in the {where} ({some})")
-    if complaints:
-        raise DataError(
-            f"the ids in {id!r} do not match: {' and '.join(complaints)}; keep the same "
-            "rows in both"
-        )
-    return order
-
-
-def _refuse_shuffled(ours: pd.Index, theirs: pd.Index) -> None:
-    """The same row labels in another order: rows matched by position would be the wrong ones."""
-    if len(ours) == len(theirs) and not ours.equals(theirs) and ours.is_unique:
-        position = theirs.get_indexer(ours) if theirs.is_unique else np.array([-1])
-        if np.all(position >= 0):
-            raise DataError(
-                "the data and the responses have the same row labels in different orders, and "
-                "without id rows are matched by position; bring them in one order (for example "
-                "responses.loc[data.index]), or reset the index of one"
-            )

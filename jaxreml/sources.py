@@ -1,6 +1,7 @@
 """Where responses come from: arrays, memory maps, dataframes and files, as columns of float64.
 
-None is modified, and only what is in memory already is ever whole in memory.
+None is modified, and only what is in memory already is ever whole in memory. A source has `names`,
+`n` rows and their `labels` (None without), and says which of its columns are no numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.errors import DataError
-from jaxreml.tabular import column_names, nearest, to_pandas
+from jaxreml.labels import arrow_index, from_arrow, ids_of, row_labels, shown
+from jaxreml.tabular import column_names, to_pandas
 
 KINDS = (
     "a dataframe, an (n, B) array, the path of a .parquet or .npy file, or an iterable of "
@@ -26,6 +28,8 @@ KINDS = (
 
 class Array:
     """Columns of an array: NumPy's, a memory map, or anything that slices like one."""
+
+    labels: pd.Index | None = None
 
     def __init__(self, values: Any, names: Any = None):
         if not hasattr(values, "ndim") or not hasattr(values, "dtype"):
@@ -59,7 +63,11 @@ class Array:
         _let_go(self.values)
         return block
 
-    def ids(self, name: str) -> pd.Series:
+    def not_numeric(self) -> list[tuple[Any, Any]]:
+        """Columns that are not numbers, with their kinds: none."""
+        return []
+
+    def ids(self, name: str) -> pd.Series | None:
         """Values of the id column, which an array cannot have: DataError."""
         raise DataError(
             f"id={name!r} needs responses in a dataframe with that column, not an array"
@@ -67,38 +75,53 @@ class Array:
 
 
 class Table:
-    """Columns of a dataframe in memory; the one named `id` is no response."""
+    """Columns of a dataframe in memory; the one named `id` is no response, nor is an index."""
 
     def __init__(self, table: Any, id: str | None = None):
+        self.labels = row_labels(table)
         if isinstance(table, Mapping):
             table = to_pandas(table, list(table))
-        columns = column_names(table)
-        self.names = check_names([name for name in columns if name != id])
         self.pandas = isinstance(table, pd.DataFrame)
+        index = [] if self.pandas or not _is_arrow(table) else arrow_index(table.schema)[0]
+        columns = column_names(table)
+        own = [name != id and name not in index for name in columns]
+        self._positions = np.flatnonzero(own)
+        self.names = check_names([columns[k] for k in self._positions])
         self.table = table if self.pandas else nw.from_native(table, eager_only=True)
-        if self.pandas:
-            kinds = zip(columns, table.dtypes, strict=True)
-            bad = [(name, kind) for name, kind in kinds if name != id and not _is_number(kind)]
-        else:
-            bad = _not_numeric(self.table, id)
-        _refuse(bad)
         self.n = len(table)
-        self.index = table.index if isinstance(table, pd.DataFrame) else None
-        self._positions = np.flatnonzero([name != id for name in columns])
+
+    def not_numeric(self) -> list[tuple[Any, Any]]:
+        """Columns that are not numbers, with their kinds."""
+        if not self.pandas:
+            return _not_numeric(self.table, self.names)
+        kinds = self.table.dtypes.iloc[self._positions]
+        pairs = zip(self.names, kinds, strict=True)
+        return [
+            (name, kind)
+            for name, kind in pairs
+            if not _is_number(kind)
+            # Objects may be numbers all the same, as in the data.
+            and not (_is_object(kind) and _is_number(to_pandas(self.table, [name]).dtypes.iloc[0]))
+        ]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Columns start..stop-1, (n, stop - start), a copy."""
         if not self.pandas:
             return _matrix(self.table, list(self.names[start:stop]))
         part = self.table.iloc[:, self._positions[start:stop]]
-        if all(isinstance(kind, np.dtype) for kind in part.dtypes):
+        if all(isinstance(kind, np.dtype) and not _is_object(kind) for kind in part.dtypes):
             return np.array(part, dtype=float, order="C")
         columns = [column.to_numpy(float, na_value=np.nan) for _, column in part.items()]
         return np.stack(columns, axis=1)
 
-    def ids(self, name: str) -> pd.Series:
-        """Values of the id column."""
-        return id_column(self.table if self.pandas else self.table.to_native(), name)
+    def ids(self, name: str) -> pd.Series | None:
+        """Values of the id column, or of the index of that name; None if there is neither."""
+        return ids_of(self.table if self.pandas else self.table.to_native(), self.labels, name)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return column_names(self.table if self.pandas else self.table.to_native())
 
 
 class Parquet:
@@ -121,12 +144,16 @@ class Parquet:
             raise DataError(f"{self.path!r} cannot be read: {error}") from None
         schema = self.file.schema_arrow
         # An index that pandas wrote as a column is no response.
-        index = (schema.pandas_metadata or {}).get("index_columns", [])
+        index, count = arrow_index(schema)
         names = [name for name in schema.names if name != id and name not in index]
         self.names = check_names(matching(names, pattern))
-        empty = schema.empty_table().select(list(self.names))
-        _refuse(_not_numeric(nw.from_native(empty, eager_only=True), id))
         self.n = self.file.metadata.num_rows
+        self.labels = from_arrow(self.file.read(columns=index), index) if index else count
+
+    def not_numeric(self) -> list[tuple[Any, Any]]:
+        """Columns that are not numbers, with their kinds."""
+        empty = self.file.schema_arrow.empty_table().select(list(self.names))
+        return _not_numeric(nw.from_native(empty, eager_only=True), self.names)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Columns start..stop-1, (n, stop - start)."""
@@ -135,12 +162,17 @@ class Parquet:
         table = self.file.read(columns=names).select(names)
         return _matrix(nw.from_native(table, eager_only=True), names)
 
-    def ids(self, name: str) -> pd.Series:
-        """Values of the id column."""
-        names = self.file.schema_arrow.names
-        if name not in names:
-            raise DataError(f"id={name!r} is not a column of {self.path!r}{nearest(name, names)}")
-        return id_column(self.file.read(columns=[name]).select([name]), name)
+    def ids(self, name: str) -> pd.Series | None:
+        """Values of the id column, or of the index of that name; None if there is neither."""
+        if name in self.columns:
+            return ids_of(self.file.read(columns=[name]).select([name]), None, name)
+        found = self.labels is not None and name in self.labels.names
+        return pd.Series(self.labels.get_level_values(name)) if found else None  # pyright: ignore
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns."""
+        return self.file.schema_arrow.names
 
 
 Source = Array | Table | Parquet
@@ -154,6 +186,8 @@ def open_source(responses: Any, id: str | None) -> Source | None:
     """
     if isinstance(responses, Source):
         return responses
+    _refuse_kind(responses, "responses are")
+    responses = _plain(responses)
     if isinstance(responses, str | Path):
         return _open_file(Path(responses), id)
     if isinstance(responses, pd.Series):
@@ -168,6 +202,46 @@ def open_source(responses: Any, id: str | None) -> Source | None:
     if isinstance(responses, Iterable):
         return None
     raise DataError(f"responses must be {KINDS}, not {type(responses).__name__}")
+
+
+def _refuse_kind(value: Any, what: str) -> None:
+    """DataError with the remedy for what looks like responses and holds none as it is."""
+    package = type(value).__module__.partition(".")[0]
+    name = type(value).__name__
+    if package == "scipy" and hasattr(value, "toarray"):
+        raise DataError(
+            f"{what} a SciPy sparse matrix: pass .toarray(), or blocks of columns made dense, "
+            "((names[k : k + 500], matrix[:, k : k + 500].toarray()) for k in range(0, B, 500))"
+        )
+    if package in ("anndata", "mudata"):
+        raise DataError(
+            f"{what} an {name} object: pass adata.to_df(), or adata.to_df(layer) of a layer, with "
+            "adata.obs as the data"
+        )
+    if isinstance(value, list | tuple) and value and all(_is_row(row) for row in value):
+        raise DataError(
+            f"{what} a {name} of {type(value[0]).__name__}s: pass np.array(responses, float), a "
+            "row for each row of the data and a column per response"
+        )
+
+
+def _is_row(value: Any) -> bool:
+    """Whether it is a list of numbers, or a number."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(number, float | int | np.number | None) for number in value)
+    return isinstance(value, float | int | np.number)
+
+
+def _plain(responses: Any) -> Any:
+    """An array of xarray with its labels as a dataframe; all else as it is."""
+    package = type(responses).__module__.partition(".")[0]
+    if package == "xarray" and hasattr(responses, "to_pandas"):
+        if len(getattr(responses, "dims", ())) > 2:
+            raise DataError(
+                f"responses must have two dimensions, rows and responses, not {responses.dims}"
+            )
+        return responses.to_pandas()
+    return responses
 
 
 def import_parquet(what: str) -> Any:
@@ -212,7 +286,7 @@ def refuse_repeated(repeated: list[Any]) -> None:
     if repeated:
         more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
         raise DataError(
-            f"response {repeated[0]!r}{more} occurs more than once; names must be unique: "
+            f"response {shown(repeated[:1])}{more} occurs more than once; names must be unique: "
             "rename or drop the columns"
         )
 
@@ -237,6 +311,8 @@ def _open_file(path: Path, id: str | None) -> Source:
 
 def open_piece(piece: Any, k: int, id: str | None) -> Array | Table:
     """Block number k of a stream."""
+    values = piece[1] if isinstance(piece, tuple) and len(piece) == 2 else piece
+    _refuse_kind(values, f"block {k} of the responses is")
     if isinstance(piece, tuple) and len(piece) == 2 and not isinstance(piece[0], str):
         names, values = piece
         if np.ndim(values) != 2:
@@ -257,20 +333,30 @@ def _is_table(value: Any) -> bool:
     return isinstance(frame, nw.DataFrame)
 
 
+def _is_arrow(table: Any) -> bool:
+    return hasattr(table, "schema") and hasattr(table.schema, "pandas_metadata")
+
+
+def _is_object(kind: Any) -> bool:
+    return pd.api.types.is_object_dtype(kind)
+
+
 def _is_number(kind: Any) -> bool:
     types = pd.api.types
     return bool(types.is_numeric_dtype(kind) and not types.is_complex_dtype(kind))
 
 
-def _not_numeric(table: nw.DataFrame, id: str | None) -> list[tuple[str, Any]]:
+def _not_numeric(table: nw.DataFrame, names: Iterable[Any]) -> list[tuple[Any, Any]]:
+    kinds = table.schema
     return [
-        (name, kind)
-        for name, kind in table.schema.items()
-        if name != id and not (kind.is_numeric() or kind == nw.Boolean)
+        (name, kinds[name])
+        for name in names
+        if not (kinds[name].is_numeric() or kinds[name] == nw.Boolean)
     ]
 
 
-def _refuse(bad: list[tuple[Any, Any]]) -> None:
+def refuse_not_numeric(bad: list[tuple[Any, Any]]) -> None:
+    """DataError if there are columns in `bad`, (name, kind)."""
     if bad:
         listed = ", ".join(f"{name!r} ({kind})" for name, kind in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -284,16 +370,6 @@ def _matrix(table: nw.DataFrame, names: list[Any]) -> np.ndarray:
     """Columns as float64, (n, b), missing values as NaN."""
     columns = [table[name].cast(nw.Float64).to_numpy() for name in names]
     return np.stack(columns, axis=1)
-
-
-def id_column(table: Any, name: str) -> pd.Series:
-    """The column `name`; DataError if there is none, or several."""
-    columns = column_names(table)
-    if name not in columns:
-        raise DataError(f"id={name!r} is not a column of the table{nearest(name, columns)}")
-    if columns.count(name) > 1:
-        raise DataError(f"column {name!r} occurs more than once; rename one")
-    return to_pandas(table, [name]).iloc[:, 0]
 
 
 def _let_go(values: Any) -> None:

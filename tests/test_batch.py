@@ -169,7 +169,7 @@ def test_lanes_are_single_expansions():
     values = responses(data, 3, group="g", slope="x")
     frame = covariate_frame("~ z + (1 + x + z | g)", data)
     fitter = BatchFitter(frame)
-    shared, _ = fitter.whole
+    shared = fitter.whole.shared
     design = shared.batch(shared.reduce(jnp.asarray(values), exact=False))
     roots = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
     lanes = expand_root(roots, design, reml=True)

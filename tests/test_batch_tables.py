@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -83,6 +84,7 @@ def many_terms():
         iterations=counts + 5,
         nobs=60 - counts,
         missing=counts,
+        rank=np.ones(6, int),
         is_singular=counts == 5,
         status=np.zeros(6, int),
         contrast=rng.normal(size=(6, 0)),
@@ -348,6 +350,15 @@ def test_tables_may_be_cut_and_joined(many_terms):
     assert none.to_xarray().sizes["response"] == 0
 
 
+def test_first_version_counts_what_has_an_estimate(many_terms):
+    """Files without the rank of X: what could not be estimated was not fitted then."""
+    fits = many_terms.fits._replace(beta=np.array([[1.0], [np.nan], *[[2.0]] * 4]))
+    table = to_table(replace(many_terms, fits=fits)).drop_columns(["rank"])
+    assert from_table(record(table, version=1)).fits.rank.tolist() == [1, 0, 1, 1, 1, 1]
+    with pytest.raises(DataError, match="no column 'rank'"):
+        from_table(table)
+
+
 def test_file_is_replaced_only_on_request_and_as_a_whole(many_terms, tmp_path, monkeypatch):
     path = tmp_path / "fits.parquet"
     path.write_text("precious")
@@ -390,7 +401,7 @@ def record(table, **changes):
         (lambda t: t.replace_schema_metadata(None), "does not hold results of fit_many"),
         (lambda t: t.replace_schema_metadata({b"jaxreml": b"{"}), "does not hold results of"),
         (lambda t: record(t, format="jaxreml.LMMResults"), "does not hold results of fit_many"),
-        (lambda t: record(t, version=2), "written by a later version of jaxreml"),
+        (lambda t: record(t, version=3), "written by a later version of jaxreml"),
         (lambda t: record(t, version=None), "incomplete: it does not say of which version"),
         (lambda t: record(t, model={"method": "ML"}), "incomplete: formula, structure, fixed_"),
         (lambda t: record(t, model=None), "incomplete: formula, method, structure"),

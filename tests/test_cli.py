@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,73 @@ def test_files(tmp_path, kind):
     assert result.exit_code == 0, result.stderr
     table = pd.read_csv(io.StringIO(result.stdout))
     assert table.loc[table["term"] == "Days", "estimate"].item() == pytest.approx(10.467286)
+
+
+def test_tests_and_suffixes(tmp_path):
+    """--df and --anova in every format; the output's suffix chooses it."""
+    data = jaxreml.datasets.load("sleepstudy")
+    fit = jaxreml.fit(SLEEP, data)
+    options = ["--df", "kenward-roger"]
+    for name in ("out.csv", "out.json", "out.txt"):
+        result = run("fit", "sleepstudy", SLEEP, *options, "-o", str(tmp_path / name))
+        assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+    tidy = pd.read_csv(tmp_path / "out.csv").set_index("term")
+    degrees = fit.coefficients("kenward-roger")["df"]["Days"]
+    assert tidy.loc["Days", "df"] == pytest.approx(degrees)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["fixed"][1]["df"] == pytest.approx(degrees)
+    assert (tmp_path / "out.txt").read_text() == fit.summary("kenward-roger")
+    expected = fit.anova(df="kenward-roger")
+    for format in ("text", "csv", "json"):
+        result = run("fit", "sleepstudy", SLEEP, *options, "--anova", "--format", format)
+        assert result.exit_code == 0, result.stderr
+        if format == "text":
+            assert result.stdout.startswith(fit.summary("kenward-roger"))
+            assert "Analysis of variance, type III, df by kenward-roger" in result.stdout
+            continue
+        text = result.stdout
+        rows = pd.read_csv(io.StringIO(text)) if format == "csv" else json.loads(text)["anova"]
+        found = pd.DataFrame(rows).set_index("term")
+        assert found.loc["Days", "statistic"] == pytest.approx(expected.loc["Days", "statistic"])
+
+
+def test_text_files_of_other_dialects(tmp_path):
+    """Separators by name or as they are, missing values, encodings, a byte order mark."""
+    data = jaxreml.datasets.load("sleepstudy").rename(columns={"Days": "Tage_ä"})
+    data.loc[3, "Tage_ä"] = np.nan
+    formula = "Reaction ~ Tage_ä + (Tage_ä | Subject)"
+    dialects = {
+        "a.csv": (";", "latin-1", ["--sep", ";", "--encoding", "latin-1"]),
+        "b.dat": ("\t", "utf-8", ["--sep", "tab"]),
+        "c.txt": (" ", "utf-8-sig", ["--sep", r"\s+", "--encoding", "utf-8-sig"]),
+    }
+    for name, (sep, encoding, options) in dialects.items():
+        data.to_csv(tmp_path / name, sep=sep, encoding=encoding, na_rep="?", index=False)
+        result = run("fit", str(tmp_path / name), formula, *options, "--na-values", ".,?")
+        assert result.exit_code == 0, (result.stderr, name)
+        assert "1 rows with missing values dropped" in result.stderr
+    result = run("fit", str(tmp_path / "a.csv"), formula, "--sep", ";")
+    assert result.exit_code == 1
+    assert "is not text in utf-8" in result.stderr and "--encoding" in result.stderr
+    result = run("fit", str(tmp_path / "b.dat"), formula)
+    assert result.exit_code == 1 and "with --sep any text file is read" in result.stderr
+
+
+def test_help_has_examples_and_exit_codes():
+    for command in ("fit", "fit-many"):
+        text = run(command, "--help").stdout
+        assert "Examples:\n    jaxreml " in text and "Exit codes:\n    0  fitted\n" in text
+
+
+def test_no_device_exits_1():
+    """One line where JAX_PLATFORMS asks for a platform that is not there."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    code = "from jaxreml.cli import app; app()"
+    command = [sys.executable, "-c", code, "fit", "sleepstudy", SLEEP]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (1, "")
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("jaxreml: no GPU that JAX can use")
 
 
 def test_singular_and_dropped_rows_go_to_stderr_unless_quiet(tmp_path):

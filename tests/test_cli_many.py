@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,6 +24,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     data = jaxreml.datasets.load("sleepstudy")
     data["row"] = np.arange(len(data))
+    data["name"] = [f"s{k}" for k in range(len(data))]
     data.to_csv(folder / "data.csv", index=False)
     noise = np.random.default_rng(2).normal(size=(len(data), 10))
     values = data["Reaction"].to_numpy()[:, None] + 30 * noise
@@ -35,6 +38,13 @@ def study(tmp_path_factory):
     table.to_parquet(folder / "values.parquet", index=False)
     table.reset_index(drop=True).to_feather(folder / "values.feather")
     table.assign(sex="m").to_csv(folder / "text.csv", index=False)
+    labelled = table.drop(columns="row").set_axis(data["name"][::-1].rename(None))
+    labelled.to_csv(folder / "labelled.csv")  # an unnamed first column
+    labelled.T.to_csv(folder / "turned.csv")
+    german = labelled.rename_axis("name").replace(values[5, 3], np.nan)
+    german.rename(columns={"other": "größe"}).to_csv(
+        folder / "german.txt", sep=";", encoding="latin-1", na_rep="-99"
+    )
     np.save(folder / "values.npy", values)
     return folder
 
@@ -67,6 +77,45 @@ def test_files(study, tmp_path, expected, suffix):
     np.testing.assert_allclose(found.fits.beta, expected.fits.beta, rtol=1e-9)
     names = list(range(10)) if suffix == "npy" else expected.responses.tolist()
     assert found.responses.tolist() == names
+
+
+def test_row_names_serve_as_ids(study, tmp_path, expected):
+    """R and pandas write them as a first column without a name."""
+    out = tmp_path / "out.parquet"
+    assert run(study, "labelled.csv", "--id", "name", "-o", out).exit_code == 0
+    found = jaxreml.BatchResults.read_parquet(out)
+    np.testing.assert_allclose(found.fits.beta, expected.fits.beta, rtol=1e-9)
+
+
+def test_text_of_any_kind_tests_and_failures(study, tmp_path):
+    """Separators, missing values and encodings; df, contrasts; failed responses by name."""
+    out = tmp_path / "out.csv"
+    jaxreml.datasets.load("sleepstudy").assign(name=[f"s{k}" for k in range(180)]).to_csv(
+        tmp_path / "data.csv", sep=";", index=False
+    )
+    command = ["fit-many", study / "german.txt", FORMULA, "--data", tmp_path / "data.csv"]
+    options = ["--sep", ";", "--na-values", "-99,.", "--encoding", "latin-1", "--id", "name"]
+    tests = ["--df", "kenward-roger", "--contrasts", "a week: 7 * Days; `(Intercept)` + Days"]
+    result = CliRunner().invoke(app, [*map(str, [*command, *options, *tests, "-o", out])])
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"jaxreml: 1: the response is constant.* \(flat\)$", result.stderr, re.M)
+    tidy = pd.read_csv(out).set_index(["response", "term"])
+    assert "größe" in tidy.index.get_level_values(0)
+    week, day = tidy.loc[("gene_3", "a week")], tidy.loc[("gene_3", "Days")]
+    for name, factor in {"estimate": 7, "std_error": 7, "p_value": 1, "p_adjusted": 1}.items():
+        assert week[name] == pytest.approx(factor * day[name])
+    assert ("gene_0", "`(Intercept)` + Days") in tidy.index
+    data = pd.read_csv(study / "data.csv")
+    values = pd.read_csv(study / "values.csv").sort_values("row").reset_index()["gene_3"]
+    values[5] = np.nan
+    single = jaxreml.fit(f"y {FORMULA}", data.assign(y=values))
+    expected = single.coefficients("kenward-roger").loc["Days"]
+    assert day["df"] == pytest.approx(expected["df"], rel=1e-6)
+    assert day["p_value"] == pytest.approx(expected["p_value"], rel=1e-5)
+    for wrong, message in ((["--sep", ";"], "--encoding"), (["--encoding", "klingon"], "klingon")):
+        arguments = [*command, *wrong, "-o", tmp_path / "o.csv"]
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        assert result.exit_code == 1 and message in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -133,22 +182,23 @@ def test_output_is_not_replaced_unasked(study, tmp_path, monkeypatch, suffix):
         ("values.npy", ["--responses", "gene_*"], "a .npy file has no names"),
         ("values.npy", ["--id", "row"], "needs responses in a dataframe"),
         ("values.csv", ["--id", "raw"], "did you mean 'row'"),
-        ("text.csv", ["--responses", "s*"], "not numeric: 'sex' (str)"),
+        ("text.csv", ["--responses", "s*"], "not numeric: 'sex' ("),
         ("values.npy", ["--weights", "w"], "'w' is not a column"),
-        ("values.npy", ["--device", "gpu"], "--device gpu: JAX finds no GPU"),
+        ("values.npy", ["--device", "gpu"], "no GPU that JAX can use: install"),
+        ("values.csv", [], "'row' of the data and of the responses .*: pass --id 'row'"),
+        ("labelled.csv", [], "values of the column 'name' of the data.*: pass --id 'name'"),
+        ("turned.csv", [], "labels of rows: the column 'name' of the data.* transpose them"),
+        ("values.npy", ["--contrasts", "a: "], "--contrasts 'a:': write NAME: EXPRESSION"),
+        ("values.npy", ["--contrasts", "a: Days; a: Days"], "two are called 'a'"),
+        ("values.npy", ["--contrasts", "Dais"], "'Dais' is not a hypothesis about"),
+        ("values.npy", ["--ml", "--df", "kenward-roger"], "defined for REML"),
     ],
 )
-def test_errors_exit_1(study, tmp_path, responses, options, message, monkeypatch):
-    if "gpu" in options:
-        import jax
-
-        def devices(kind):
-            raise RuntimeError(f"Unknown backend {kind}")
-
-        monkeypatch.setattr(jax, "devices", devices)
+def test_errors_exit_1(study, tmp_path, responses, options, message):
     result = run(study, responses, *options, "-o", tmp_path / "out.parquet")
     assert result.exit_code == 1, result.stderr
-    assert message in result.stderr
+    assert message in result.stderr or (".*" in message and re.search(message, result.stderr))
+    assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
     assert not list(tmp_path.glob("out.parquet*"))
 

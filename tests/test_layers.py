@@ -14,6 +14,7 @@ PACKAGE = Path(jaxreml.__file__).parent
 # From the top down; a module may import what stands below it.
 LAYERS = [
     {"cli"},
+    {"cli_tables"},
     {"plots"},
     {"inference", "diagnostics", "prediction"},
     {"many"},
@@ -32,11 +33,12 @@ LAYERS = [
     {"rivals"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
-    {"encoding"},
+    {"encoding", "labels"},
     {"designs", "formula", "hypotheses", "tabular"},
     {"structures"},
     {"covariance"},
     {"linalg"},
+    {"devices"},
     {"cache", "datasets", "errors", "runtime"},
 ]
 HEIGHT = {name: -k for k, layer in enumerate(LAYERS) for name in layer}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from decimal import Decimal
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pytest
 
 import jaxreml
-from jaxreml import DataError, FormulaError, fit_many
+from jaxreml import DataError, FormulaError, Status, fit_many
+from jaxreml.devices import local_devices
 from jaxreml.frame import covariate_frame
 from jaxreml.responses import Responses
 
@@ -56,7 +58,7 @@ def parquet(table, folder):
     """A parquet file, in row groups, whose names are prefixes of others."""
     path = folder / "responses.parquet"
     names = {f"gene_{k}": "gene_1" + ".x" * (k - 1) for k in range(1, 4)}
-    table = table.rename(columns=names).set_axis(pd.Index(np.arange(len(table)) * 2), axis=0)
+    table = table.rename(columns=names).set_axis(pd.Index(list(range(len(table)))), axis=0)
     table.to_parquet(path, row_group_size=50, index=True)
     return path
 
@@ -246,7 +248,7 @@ def ids(table, **changes):
         (lambda t: ids(t, _3=None), "1 rows of the responses have no 'row'"),
         (lambda t: ids(t, _3="x"), r"1 only in the data \('r3'\) and 1 only in the resp.*\('x'\)"),
         (lambda t: ids(t)[:-20], r"20 only in the data \('r\d+', 'r\d+', 'r\d+', \.\.\.\); keep"),
-        (lambda t: t, "id='row' is not a column of the table"),
+        (lambda t: t, "id='row' is not a column of the responses"),
         (lambda t: t.to_numpy(), "needs responses in a dataframe"),
         (lambda t: blocks(t), "needs responses in a dataframe"),
         (lambda t: ids(t)[["row"]], "no columns but the id"),
@@ -268,12 +270,23 @@ def stream(*pieces):
     return iter(pieces)
 
 
+def sparse(table):
+    """A SciPy sparse array."""
+    import scipy.sparse
+
+    return scipy.sparse.csr_array(table.to_numpy())
+
+
+def anndata(table):
+    return pytest.importorskip("anndata").AnnData(table.set_axis(list(map(str, table.index))))
+
+
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
         (lambda t: t[:-1], "the data have 180 rows and the responses 179; match them by an id"),
-        (lambda t: t.to_numpy().T, "the responses 24; transpose them"),
-        (lambda t: t.assign(sex="m", site="x"), r"not numeric: 'sex' \(str\), 'site' \(str\)"),
+        (lambda t: t.to_numpy().T, "responses 24. They have a row per response; transpose"),
+        (lambda t: t.assign(sex="m", site="x"), r"not numeric: 'sex' \((str|object)\), 'site'"),
         (lambda t: t.assign(when=pd.Timestamp("2024-01-01")), "not numeric: 'when'"),
         (lambda t: t.assign(kind=pd.Categorical(["a"] * 180)), "not numeric: 'kind'"),
         (lambda t: t.assign(mixed=t["gene_0"].astype(object)), r"'mixed' \(object\)"),
@@ -297,7 +310,15 @@ def stream(*pieces):
         (lambda t: stream(t[["gene_0"]], t[["gene_0"]]), "'gene_0' occurs more than once"),
         (lambda t: stream(t, ([1], np.zeros((180, 1)))), "all strings or all integers"),
         (lambda t: stream(t, (["a"], np.zeros((9, 1)))), "180 rows and the responses 9"),
-        (lambda t: t.to_numpy().tolist(), "block 0 of the responses is of type list"),
+        (lambda t: t.to_numpy().tolist(), "list of lists: pass np.array\\(responses, float\\)"),
+        (lambda t: t["gene_0"].tolist(), "list of floats"),
+        (
+            lambda t: sparse(t),
+            r"are a SciPy sparse matrix: pass .toarray\(\), or blocks of c",
+        ),
+        (lambda t: stream((["a"], sparse(t)[:, :1])), "block 0 .* is a SciPy sparse matrix: pass"),
+        (lambda t: stream(sparse(t)), "block 0 of the responses is a SciPy sparse matrix"),
+        (lambda t: anndata(t), r"an AnnData object: pass adata.to_df\(\)"),
         (lambda t: t.iloc[::-1], "same row labels in different orders"),
     ],
 )
@@ -358,3 +379,78 @@ def test_crossed_structure_is_refused():
     values = np.tile(data["diameter"].to_numpy()[:, None], 3)
     with pytest.raises(jaxreml.DataError, match="single responses"):
         jaxreml.fit_many("~ 1 + (1 | plate) + (1 | sample)", data, values, structure="crossed")
+
+
+def test_devices_are_a_kind_or_devices(data, table):
+    """One sentence where there are none of the kind, in Python as on the command line."""
+    few = table.iloc[:, :2]
+    with pytest.raises(DataError, match=r"no GPU that JAX can use: install.* JAX says: "):
+        fit_many(FORMULA, data, few, devices="gpu")
+    for devices in ("quantum", [], 7, [7]):
+        with pytest.raises(ValueError, match="devices must be JAX devices"):
+            fit_many(FORMULA, data, few, devices=devices)
+    assert local_devices("cpu") == local_devices(jax.devices()) == local_devices(None)
+    assert local_devices(jax.devices()[0]) == [jax.devices()[0]]
+
+
+def test_no_device_of_the_platform_asked_for():
+    """JAX_PLATFORMS is read when JAX starts; its AssertionError has no words."""
+    code = "import jaxreml.devices as d\ntry: d.local_devices()\nexcept d.DataError as e: print(e)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.startswith("no GPU that JAX can use (JAX_PLATFORMS=cuda asks for it): ")
+
+
+@pytest.mark.parametrize("method", ["REML", "ML"])
+def test_units_of_the_response(data, table, method):
+    """Any unit gives the same tests, or a status that says to rescale; never another result."""
+    y = table["gene_0"].to_numpy()
+    powers = [0, -300, -160, -150, -137, -100, -80, 80, 100, 150, 160, 300]
+    values = np.column_stack([y * 10.0**k for k in powers])
+    results = fit_many(FORMULA, data, values, method)
+    few = np.abs(powers) <= 100
+    sentences = [Status.UNDERFLOW.sentence, Status.NOT_FINITE.sentence]
+    assert set(results.messages[~results.converged]) == set(sentences)
+    assert results.converged[few].all() and not results.converged[[1, 2, 3, 10, 11]].any()
+    for i in np.flatnonzero(results.converged):
+        np.testing.assert_allclose(results.tvalues.iloc[i], results.tvalues.iloc[0], rtol=1e-8)
+        np.testing.assert_allclose(results.pvalues.iloc[i], results.pvalues.iloc[0], rtol=1e-6)
+    for i in np.flatnonzero(few):
+        alone = results.estimate(i).coefficients()
+        np.testing.assert_allclose(alone["p_value"], results.pvalues.iloc[0], rtol=1e-6)
+    for i in (2, 10):
+        with pytest.raises(DataError, match="rescale"):
+            results.estimate(i)
+
+
+def test_numbers_of_any_type_or_a_refusal_by_name(data):
+    """Integers, Booleans and decimals are numbers; words and dates are named."""
+    n = len(data)
+    counts = np.arange(n)
+    decimals = [Decimal(int(k)) / 4 for k in counts]
+    frame = pd.DataFrame(
+        {
+            "int8": (counts % 100).astype(np.int8),
+            "uint64": counts.astype(np.uint64),
+            "half": counts.astype(np.float16),
+            "sparse": pd.arrays.SparseArray(counts.astype(float)),
+            "arrow": pd.array(decimals, pd.ArrowDtype(pa.decimal128(12, 2))),
+        }
+    )
+    expected = frame.astype(float)
+    typed = (frame, pl.DataFrame({"d": decimals}), pa.table({"d": decimals}))
+    for responses in typed:
+        (block,) = Responses(responses, data, np.ones(n, bool)).blocks(10)
+        reference = expected if responses is frame else expected[["arrow"]]
+        np.testing.assert_array_equal(block.read(), reference)
+    for name, column in {
+        "word": ["a"] * n,
+        "stray": [*map(str, counts[1:]), "."],
+        "day": pd.date_range("2024-01-01", periods=n),
+        "span": pd.to_timedelta(counts, "D"),
+    }.items():
+        for responses in (pd.DataFrame({name: column}), pl.DataFrame({name: column})):
+            with pytest.raises(DataError, match=name):
+                Responses(responses, data, np.ones(n, bool))

@@ -93,7 +93,8 @@ class Satterthwaite:
         variance = np.einsum("kp,pq,kq->k", rows, self.vcov, rows)
         slopes = np.einsum("kp,mpq,kq->km", rows, self.slopes, rows)
         with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros, parameters all at 0
-            return 2 * variance**2 / np.einsum("km,mn,kn->k", slopes, self.spread, slopes)
+            slopes = slopes / variance[:, None]  # no fourth power of the response's unit arises
+            return 2 / np.einsum("km,mn,kn->k", slopes, self.spread, slopes)
 
     def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
         """See `Approximation`; depends on how the hypothesis is stated, as in lmerTest: on the

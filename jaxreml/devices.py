@@ -1,0 +1,48 @@
+"""What computes: the devices of this process, or one sentence that says why there are none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from jaxreml.errors import DataError
+
+KINDS = ("cpu", "gpu", "cuda", "rocm", "tpu")
+
+
+def local_devices(devices: Any = None) -> list[Any]:
+    """JAX devices to compute on.
+
+    Args:
+        devices: a kind ("cpu", "gpu", ...) for all of it that this process has; a device or
+            several; JAX's choice if left out.
+
+    Raises:
+        DataError: JAX has no such devices here.
+        ValueError: neither devices nor a kind of them.
+    """
+    import jax
+
+    if isinstance(devices, str) and devices not in KINDS:
+        raise ValueError(f"devices must be JAX devices or one of {', '.join(KINDS)}, not {devices}")
+    if devices is None or isinstance(devices, str):
+        try:
+            return list(jax.local_devices(backend=devices))
+        except (RuntimeError, AssertionError) as error:  # the latter where no platform asked for is
+            raise _none(devices, str(error)) from None
+    found = [devices] if not isinstance(devices, Iterable) else list(devices)
+    if not found or not all(isinstance(device, jax.Device) for device in found):
+        raise ValueError(f"devices must be JAX devices, such as jax.devices(), not {devices!r}")
+    return found
+
+
+def _none(kind: str | None, reason: str) -> DataError:
+    asked = (kind or os.environ.get("JAX_PLATFORMS") or "cpu").partition(",")[0]
+    what = asked.upper() if asked in ("cpu", "tpu") else "GPU"
+    set_to = "" if kind else f" (JAX_PLATFORMS={asked} asks for it)"
+    said = f". JAX says: {' '.join(reason.split())}" if reason.strip() else ""
+    return DataError(
+        f"no {what} that JAX can use{set_to}: install JAX for it (pip install 'jax[cuda12]' for "
+        f"NVIDIA's), or compute on the CPU (JAX_PLATFORMS=cpu){said}"
+    )
