@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxreml.columns import complete_rows, is_amount, label, require_no_stray
 from jaxreml.designs import Design, Term
 from jaxreml.encoding import Encoding, encode
 from jaxreml.errors import DataError, FormulaError
+from jaxreml.estimability import RowSpace
 from jaxreml.evaluation import summands
 from jaxreml.formula import (
     ParsedFormula,
@@ -95,6 +97,15 @@ class ModelFrame:
     def n_dropped(self) -> int:
         """Rows left out because a column used has a missing value there."""
         return int(np.sum(~self.rows))
+
+    @cached_property
+    def row_space(self) -> RowSpace | None:
+        """Of X with its aliased columns, for estimability; None if no column is aliased."""
+        if not self.aliased:
+            return None
+        names = self.fixed_encoding.names
+        kept = np.array([names.index(name) for name in self.fixed_names], int)
+        return RowSpace(self.fixed_encoding.matrix(self.table), kept)
 
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""

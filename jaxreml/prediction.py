@@ -9,11 +9,16 @@ prediction of a row (x, z) is x'beta_hat + z_1'b_hat_1 + offset. Two intervals g
 - ``"prediction"``, for a new observation there: it adds sigma2 / weight, and z_2'Sigma_2 z_2 for
   the random effects that are left out, those of levels drawn anew.
 
-Both take the variance parameters for known, as lme4 and merTools do; normal quantiles.
+Where columns of X depend on others, rows outside the row space of X, such as a combination of
+levels without data, are NaN, with an EstimabilityWarning: what their mean is would depend on which
+columns were left out. R's ``predict.lm(rankdeficient = "NA")``.
+
+Both intervals take the variance parameters for known, as lme4 and merTools do; normal quantiles.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +27,7 @@ from scipy.special import ndtri
 
 from jaxreml.columns import codes_of, complete_rows, label, like_fitted, require_same_kind
 from jaxreml.effects import row_variances
-from jaxreml.errors import DataError, FormulaError
+from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.formula import parse
 from jaxreml.frame import (
     EXTRAS,
@@ -45,6 +50,7 @@ class Rows(NamedTuple):
     Attributes:
         index: labels of all rows asked for.
         complete: which of them are complete, booleans.
+        estimable: (k,) booleans, for which complete rows the data determine x'beta.
         X: (k, p), as in the fit.
         effects: per term (k, q).
         codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
@@ -53,6 +59,7 @@ class Rows(NamedTuple):
 
     index: pd.Index
     complete: np.ndarray
+    estimable: np.ndarray
     X: np.ndarray
     effects: list[np.ndarray]
     codes: list[np.ndarray]
@@ -89,7 +96,8 @@ def predict(
     if not allow_new_levels:
         _require_known(frame, rows, used, newdata)
 
-    mean = rows.X @ fit.beta + rows.offset
+    _warn_not_estimable(frame, rows)
+    mean = np.where(rows.estimable, rows.X @ fit.beta + rows.offset, np.nan)
     own = []  # the part of each row of Z whose effects have modes
     variance = np.zeros(len(mean))
     start = 0
@@ -120,7 +128,7 @@ def predict(
     variance += sigma2 * row_variances(fit.henderson, fit.design, rows.X, own)
     if interval == "prediction":
         variance += sigma2 / rows.weights
-    se = np.sqrt(variance)
+    se = np.sqrt(np.where(rows.estimable, variance, np.nan))
     half = ndtri((1 + conf_level) / 2) * se
     columns = {"prediction": mean, "se": se, "lower": mean - half, "upper": mean + half}
     return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
@@ -185,6 +193,7 @@ def _own_rows(fit: LMMResults) -> Rows:
     return Rows(
         fit.table.index,
         np.ones(n, bool),
+        np.ones(n, bool),
         frame.X,
         [term.effects for term in frame.terms],
         [term.codes for term in frame.terms],
@@ -240,6 +249,7 @@ def _new_rows(
             table[name] = like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
     k = len(table)
     X = np.zeros((k, len(frame.fixed_names)))
+    estimable = np.ones(k, bool)
     effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
     codes = [np.zeros(k, int) for _ in frame.terms]
     given = {role: table[EXTRAS[role]].to_numpy(float) for role in extras if EXTRAS[role] in table}
@@ -252,7 +262,10 @@ def _new_rows(
         )
     if k:
         places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
-        X = frame.fixed_encoding.matrix(table)[:, places]
+        full = frame.fixed_encoding.matrix(table)
+        X = full[:, places]
+        if frame.row_space is not None:
+            estimable = frame.row_space.contains(full)
         for encoding in frame.offset_encodings:
             total_offset = total_offset + encoding.matrix(table)[:, 0]
         for i, (term, keep, need) in enumerate(zip(frame.terms, used, needed, strict=True)):
@@ -260,7 +273,7 @@ def _new_rows(
                 effects[i] = term.encoding.matrix(table)
             if keep.any():
                 codes[i] = _codes(term, frame.table, table)
-    return Rows(index, complete, X, effects, codes, total_offset, prior)
+    return Rows(index, complete, estimable, X, effects, codes, total_offset, prior)
 
 
 def _labels(newdata: Any) -> pd.Index:
@@ -284,6 +297,20 @@ def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.
     of_level = np.full(int(combined.max()) + 1, -1)
     of_level[combined[: len(fitted)]] = term.codes
     return of_level[combined[len(fitted) :]]
+
+
+def _warn_not_estimable(frame: ModelFrame, rows: Rows) -> None:
+    """Say which rows are NaN because their combination of the fixed effects is not determined."""
+    found = np.flatnonzero(rows.complete)[~rows.estimable]
+    if found.size:
+        shown = ", ".join(map(repr, rows.index[found[:5]].tolist()))
+        warnings.warn(
+            f"{found.size} row(s) of newdata are NaN ({shown}{', ...' if found.size > 5 else ''}): "
+            "the data do not determine their fixed effects, as these columns of X depend on others "
+            f"in the data but not there: {', '.join(frame.aliased)}",
+            EstimabilityWarning,
+            stacklevel=4,
+        )
 
 
 def _require_known(frame: ModelFrame, rows: Rows, used: Mask, newdata: Any) -> None:

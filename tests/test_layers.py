@@ -32,7 +32,7 @@ LAYERS = [
     {"frame", "shared", "sources"},
     {"encoding"},
     {"evaluation"},
-    {"designs", "formula", "hypotheses", "tabular", "transforms"},
+    {"designs", "estimability", "formula", "hypotheses", "tabular", "transforms"},
     {"columns"},
     {"structures"},
     {"covariance"},

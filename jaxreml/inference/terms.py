@@ -11,10 +11,9 @@ import pandas as pd
 from formulaic.parser.types import Factor, Term
 
 from jaxreml.encoding import Encoding
+from jaxreml.estimability import RowSpace
 from jaxreml.evaluation import model_matrix, plain
 from jaxreml.results import LMMResults
-
-ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
 
 
 @dataclass(frozen=True)
@@ -118,28 +117,11 @@ class FixedTerms:
 
     def estimable(self, L: np.ndarray) -> np.ndarray:
         """Which rows of (m, P) `L` are in the row space of X, booleans."""
-        L = L / self._lengths
-        squared = np.einsum("mp,mp->m", L, L)
-        outside = L @ self._null_space
-        return np.einsum("md,md->m", outside, outside) <= ESTIMABLE * np.maximum(squared, 1e-300)
+        return self._row_space.contains(L)
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
-        """(P,), of the columns of X: its units change nothing then."""
-        lengths = np.linalg.norm(self.full, axis=0)
-        return np.where(lengths > 0, lengths, 1.0)
-
-    @cached_property
-    def _null_space(self) -> np.ndarray:
-        """Orthonormal basis (P, d) of the coefficients that X, in columns of length 1, takes to
-        zero."""
-        p = self.full.shape[1]
-        dropped = np.setdiff1d(np.arange(p), self.kept)
-        vectors = np.zeros((p, dropped.size))
-        vectors[dropped, np.arange(dropped.size)] = 1.0
-        scaled: Any = self.full / self._lengths
-        vectors[self.kept] = -np.linalg.lstsq(scaled[:, self.kept], scaled[:, dropped])[0]
-        return np.linalg.qr(vectors)[0]
+    def _row_space(self) -> RowSpace:
+        return RowSpace(self.full, self.kept)
 
 
 def fixed_terms(fit: LMMResults) -> FixedTerms:
