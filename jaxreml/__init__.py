@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxreml.designs import stack as stack
     from jaxreml.errors import ConvergenceWarning as ConvergenceWarning
     from jaxreml.errors import DataError as DataError
+    from jaxreml.errors import EstimabilityWarning as EstimabilityWarning
     from jaxreml.errors import FormulaError as FormulaError
     from jaxreml.errors import JaxremlError as JaxremlError
     from jaxreml.errors import PrecisionError as PrecisionError
@@ -46,6 +47,7 @@ _HOMES = {
     "ConvergenceWarning": "errors",
     "DataError": "errors",
     "Design": "designs",
+    "EstimabilityWarning": "errors",
     "Estimate": "estimation",
     "FormulaError": "errors",
     "JaxremlError": "errors",

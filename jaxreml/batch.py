@@ -23,9 +23,10 @@ from jaxreml import covariance
 from jaxreml.cache import spare_memory_maps
 from jaxreml.devices import local_devices
 from jaxreml.errors import DataError
+from jaxreml.estimability import RowSpace
 from jaxreml.estimation import Status, is_reml
 from jaxreml.frame import ModelFrame, drop_aliased
-from jaxreml.hypotheses import RowSpace, check_df
+from jaxreml.hypotheses import check_df
 from jaxreml.programs import Plan, programs
 from jaxreml.rivals import is_lower, starts
 from jaxreml.runtime import neutral, require_own_threads
@@ -150,7 +151,9 @@ class BatchFitter:
             _, names, _ = drop_aliased(X, tuple(map(str, columns)))
             columns = np.array(names, int)
             if columns.size < p:
-                estimable = RowSpace(X, columns).has(np.concatenate([np.eye(p), self.contrasts]))
+                estimable = RowSpace(X, columns).contains(
+                    np.concatenate([np.eye(p), self.contrasts])
+                )
         shared = share(
             frame.X[:, columns],
             [(term.codes, term.effects) for term in frame.terms],
@@ -363,7 +366,7 @@ class _Pattern:
         if self.fitter.modes:
             modes = jax.device_get(compiled.modes(self.shared, block, shift, found.root))
         status = self.table.store(
-            chunk.columns, np.asarray(packed), modes, self.design, rival=rival
+            chunk.columns, np.asarray(packed), modes, *self.design[1:], rival=rival
         )
         width = chunk.columns.size
         iterations = np.asarray(found.iterations)[:width]
@@ -460,11 +463,14 @@ class Table:
         columns: np.ndarray,
         packed: np.ndarray,
         modes: Any,
-        rows: Rows,
+        coefficients: np.ndarray,
+        estimable: np.ndarray,
         *,
-        rival: bool,
+        rival: bool = False,
     ) -> np.ndarray:
         """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses.
+
+        `coefficients` and `estimable` as in `Rows`.
 
         Of `rival` searches, those with a criterion lower than the one here.
         """
@@ -475,13 +481,13 @@ class Table:
             place = sum(self.widths[: self.FIELDS.index("criterion")])
             good &= is_lower(packed[1 + place], self.numbers[columns, place])
         p, k, whole = self.p, self.k, self.numbers.shape[1]
-        fixed = [rows.coefficients + part * p for part in range(3)]
+        fixed = [coefficients + part * p for part in range(3)]
         places = np.concatenate([*fixed, np.arange(3 * p, whole)])
         written = good if rival else np.ones_like(good)
         self.status[columns[written]] = status[written]
-        self.rank[columns[good]] = rows.coefficients.size
+        self.rank[columns[good]] = coefficients.size
         self.numbers[columns[good, None], places] = packed[1:, good].T
-        unknown = np.flatnonzero(~rows.estimable[:p]), np.flatnonzero(~rows.estimable[p:])
+        unknown = np.flatnonzero(~estimable[:p]), np.flatnonzero(~estimable[p:])
         for part in range(3):  # estimates, standard errors, degrees of freedom
             for first, some in zip((part * p, whole - (3 - part) * k), unknown, strict=True):
                 self.numbers[np.ix_(columns[good], first + some)] = np.nan

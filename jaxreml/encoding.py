@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import formulaic
 import numpy as np
 import pandas as pd
 from formulaic.errors import DataMismatchWarning, FormulaicError
 
+from jaxreml import evaluation
+from jaxreml.columns import label, require_no_stray, unseen_level
 from jaxreml.errors import DataError, FormulaError
+from jaxreml.evaluation import plain
 from jaxreml.formula import names_in
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of formulaic's messages, for terminals
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Encoding:
         text: a formulaic right side.
         what: what the columns are, for messages.
         names: of all columns, those left out as aliased too.
-        spec: formulaic's `ModelSpec`.
+        spec: formulaic's `ModelSpec`, in which names are marked (`evaluation.plain`).
         context: names that the text may use besides columns.
     """
 
@@ -64,19 +69,13 @@ class Encoding:
         for factor, variables in self.spec.factor_variables.items():
             _, state = self.spec.encoder_state.get(str(factor), (None, {}))
             known = state.get("categories")
-            columns = [str(name) for name in variables if str(name) in table]
+            columns = [plain(name) for name in variables if plain(name) in table]
             if known is None or len(columns) != 1:
                 continue
             unknown = table[columns[0]][~table[columns[0]].isin(list(known))]
             if len(unknown):
                 return unseen_level(columns[0], unknown.tolist()[0], list(known))
         return ""
-
-
-def unseen_level(column: str, level: Any, known: list[Any]) -> str:
-    """A sentence for a level that the fit has not."""
-    listed = ", ".join(map(repr, known[:8])) + (", ..." if len(known) > 8 else "")
-    return f"column {column!r} has the level {level!r}, which the fit has not seen ({listed})"
 
 
 def encode(
@@ -86,9 +85,18 @@ def encode(
     with np.errstate(all="ignore"):  # what is not finite is refused by name below
         matrix = _model_matrix(None, text, table, context, what)
     spec = matrix.model_spec
-    names = spec.column_names
+    names = tuple(
+        plain(name) if term.degree else "(Intercept)"
+        for term, _, columns in spec.structure
+        for name in columns
+    )
+    repeated = [name for k, name in enumerate(names) if name in names[:k]]
+    if repeated:
+        raise FormulaError(
+            f"two columns in {what} are called {repeated[0]!r}; rename the column of the data that "
+            "has a name like that"
+        )
     values = np.asarray(matrix, float).reshape(len(table), len(names))
-    names = tuple("(Intercept)" if name == "Intercept" else str(name) for name in names)
     require_finite(values, names, table, what)
     return values, Encoding(text, what, names, spec, context)
 
@@ -98,17 +106,27 @@ def _model_matrix(
 ) -> Any:
     try:
         with np.errstate(all="ignore"):
-            if spec is not None:
-                return spec.get_model_matrix(table, context=context)
-            return formulaic.Formula(text).get_model_matrix(  # pyright: ignore
-                table, na_action="raise", output="numpy", context=context
-            )
+            return evaluation.model_matrix(spec, text, table, context)
     except DataMismatchWarning:
         raise
+    except DataError as error:
+        raise DataError(f"{what}, {text!r}: {error}") from None
     except FormulaicError as error:
-        raise (FormulaError if spec is None else DataError)(f"{what}, {text!r}: {error}") from error
+        _name_strays(text, table)
+        message = _COLOURS.sub("", str(error))
+        raise (FormulaError if spec is None else DataError)(
+            f"{what}, {text!r}: {message}"
+        ) from error
     except Exception as error:  # whatever a user's function may raise
+        _name_strays(text, table)
         raise DataError(f"{what}, {text!r}, cannot be computed: {error}") from error
+
+
+def _name_strays(text: str, table: pd.DataFrame) -> None:
+    """Raise DataError if a column of an expression that failed is text because of a few values."""
+    for name in names_in(text):
+        if name in table:
+            require_no_stray(name, pd.Series(table[name]))
 
 
 def require_finite(
@@ -118,5 +136,5 @@ def require_finite(
     bad = ~np.isfinite(values).all(axis=0)
     if bad.any():
         k = int(np.argmax(bad))
-        row = table.index[int(np.argmax(~np.isfinite(values[:, k])))]
-        raise DataError(f"{names[k]!r} in {what} is not finite in row {row!r}")
+        row = label(table.index[~np.isfinite(values[:, k])])
+        raise DataError(f"{names[k]!r} in {what} is not finite in row {row}")

@@ -19,3 +19,7 @@ class PrecisionError(TypeError):
 
 class ConvergenceWarning(UserWarning):
     """The optimiser stopped without certifying an optimum; the status says why."""
+
+
+class EstimabilityWarning(UserWarning):
+    """Something asked for is not determined by the data, and is NaN."""

@@ -8,12 +8,15 @@ inside the bars.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxreml.errors import FormulaError
 
 _OPEN, _CLOSE = "([{", ")]}"
 _NAME = re.compile(r"`[^`]+`|[^\W\d]\w*", re.UNICODE)
+QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`")
+RESIDUAL = "Residual"  # what the residual variance is called among the grouping factors
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class RandomTerm:
         effects: text left of the bar, a formulaic right side.
         factors: names of the columns whose combinations are the levels: one, or several for
             ``a:b``, the outermost last as lme4 names them (``cask:batch`` for ``batch/cask``).
-        name: the grouping factor's name as lme4 gives it.
+        name: the grouping factor's name as lme4 gives it; a column called Residual is
+            "`Residual`", not to be taken for the residual.
         correlated: whether the effects are correlated (one bar) or not (two).
     """
 
@@ -62,14 +66,14 @@ def parse(formula: str) -> ParsedFormula:
     """
     if not isinstance(formula, str):
         raise FormulaError(f"the formula must be a string, not {type(formula).__name__}")
-    text = _powers(" ".join(formula.split()))
+    text = _outside_quotes(r"\s+|\^", lambda piece: "**" if piece == "^" else " ", formula).strip()
     sides = [piece for piece, _ in _split(text, "~")]
     if len(sides) != 2:
         raise FormulaError(
             f"the formula {text!r} must have exactly one ~, as in 'y ~ x + (x | group)'"
         )
     response, right = sides
-    if "|" in response:
+    if _count_bars(response):
         raise FormulaError(f"{response!r}, the left side of the formula, contains a bar")
     fixed: list[str] = []
     offsets: list[str] = []
@@ -84,9 +88,14 @@ def parse(formula: str) -> ParsedFormula:
     return ParsedFormula(text, response, fixed_text, tuple(offsets), tuple(random))
 
 
-def _powers(text: str) -> str:
-    """R's x^2 as x**2, outside quotes: between integers Python's ^ would silently be another."""
-    return re.sub(r"(\"[^\"]*\"|'[^']*'|`[^`]*`)|\^", lambda found: found[1] or "**", text)
+def _outside_quotes(pattern: str, change: Callable[[str], str], text: str) -> str:
+    """Change what matches a pattern, but not inside quotes or backticks.
+
+    Blanks become one; R's x^2 becomes x**2, as Python's ^ would silently be another between
+    integers.
+    """
+    either = re.compile(f"({QUOTED.pattern})|{pattern}")
+    return either.sub(lambda found: found[1] or change(found[0]), text)
 
 
 def _collect(right: str, fixed: list[str], offsets: list[str], random: list[RandomTerm]) -> None:
@@ -141,6 +150,7 @@ def _random_terms(inner: str) -> list[RandomTerm]:
     for level, _ in _split(_strip(group), "/"):
         factors = tuple(_factor(name, group) for name, _ in _split(_strip(level), ":"))
         name = ":".join(factors)
+        name = f"`{name}`" if name == RESIDUAL else name
         if outer:
             name = f"{name}:({outer_name})" if ":" in outer_name else f"{name}:{outer_name}"
         outer = (*factors, *outer)
@@ -155,9 +165,23 @@ def _factor(name: str, group: str) -> str:
     if not _NAME.fullmatch(name):
         raise FormulaError(
             f"{name!r} in the grouping factor {group!r} is not a column name; grouping factors are "
-            "columns joined by : or /, in backticks if their names have spaces or dots"
+            "columns joined by : or /, in backticks if their names have spaces or dots, as in "
+            f"(1 | `{name}`)"
         )
     return name.strip("`")
+
+
+def single_name(text: str) -> str | None:
+    """The name that a text consists of, without backticks; None for any other expression."""
+    text = text.strip()
+    return text.strip("`") if _NAME.fullmatch(text) else None
+
+
+def dotted_names(expression: str) -> list[str]:
+    """Names with dots that stand without backticks, functions left out: ``age.group``."""
+    text = QUOTED.sub(" ", expression)
+    found = re.finditer(r"(?<![\w.])([^\W\d]\w*(?:\.\w+)+)(?!\w|\s*\()", text)
+    return list(dict.fromkeys(match[1] for match in found))
 
 
 def _strip(text: str) -> str:
@@ -230,14 +254,13 @@ def _depths(text: str):
 
 def names_in(expression: str) -> list[str]:
     """Names in an expression that can be columns: not functions, keywords or string contents."""
-    text = re.sub(r"\"[^\"]*\"|'[^']*'", " ", expression)
     found = []
-    for match in re.finditer(r"`([^`]+)`|(?<![\w.])([^\W\d]\w*)", text):
+    for match in re.finditer(rf"({QUOTED.pattern})|(?<![\w.])([^\W\d]\w*)", expression):
         quoted, name = match.groups()
         if quoted:
-            found.append(quoted)
+            found += [quoted[1:-1]] if quoted[0] == "`" and len(quoted) > 2 else []
             continue
-        rest = text[match.end() :].lstrip()
+        rest = expression[match.end() :].lstrip()
         is_keyword_argument = rest.startswith("=") and not rest.startswith("==")
         if rest[:1] in ("(", ".") or is_keyword_argument:
             continue

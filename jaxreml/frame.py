@@ -9,23 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
-import formulaic
 import numpy as np
 import pandas as pd
 from formulaic.errors import FormulaicError
 from formulaic.transforms import TRANSFORMS
 
+from jaxreml.columns import complete_rows, is_amount, label, require_no_stray
 from jaxreml.designs import Design, Term
 from jaxreml.encoding import Encoding, encode
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
-from jaxreml.tabular import column_names, nearest, to_pandas
+from jaxreml.estimability import RowSpace
+from jaxreml.evaluation import summands
+from jaxreml.formula import (
+    ParsedFormula,
+    RandomTerm,
+    dotted_names,
+    names_in,
+    parse,
+    single_name,
+)
+from jaxreml.tabular import as_typed, beside, nearest, texts_of_names, to_pandas
+from jaxreml.transforms import R_NAMES
 
 ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
-R_NAMES = {"factor": TRANSFORMS["C"], "sqrt": np.sqrt, "abs": np.abs}
+EXTRAS = {"weights": "(weights)", "offset": "(offset)"}  # columns of a model frame's table
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,15 @@ class ModelFrame:
     def n_dropped(self) -> int:
         """Rows left out because a column used has a missing value there."""
         return int(np.sum(~self.rows))
+
+    @cached_property
+    def row_space(self) -> RowSpace | None:
+        """Of X with its aliased columns, for estimability; None if no column is aliased."""
+        if not self.aliased:
+            return None
+        names = self.fixed_encoding.names
+        kept = np.array([names.index(name) for name in self.fixed_names], int)
+        return RowSpace(self.fixed_encoding.matrix(self.table), kept)
 
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""
@@ -154,10 +174,9 @@ def _model_frame(
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
     table = _used_columns(parsed, data, context)
-    extras = {"weights": weights, "offset": offset}
-    for role, value in extras.items():
+    for role, value in {"weights": weights, "offset": offset}.items():
         if value is not None:
-            table[f"({role})"] = extra_column(role, value, data, len(table))
+            table[EXTRAS[role]] = beside(role, value, data, len(table))
     table, rows = _complete_rows(table)
     check_finite(table)
     n = len(table)
@@ -177,9 +196,10 @@ def _model_frame(
         total_offset = values if total_offset is None else total_offset + values
     prior = None if weights is None else table["(weights)"].to_numpy(float)
     if prior is not None and np.any(prior <= 0):
-        row = table.index[int(np.argmax(prior <= 0))]
+        row = int(np.argmax(prior <= 0))
         raise DataError(
-            f"weights must be positive; row {row!r} has {prior.min():g}. Drop rows of weight zero"
+            f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}. Drop "
+            "rows of weight zero"
         )
     return ModelFrame(
         formula=parsed,
@@ -216,21 +236,27 @@ def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) 
     expressions = [parsed.response] if parsed.response else []
     expressions += [parsed.fixed, *parsed.offsets]
     expressions += [bar.effects for bar in parsed.random]
-    names = [name for expression in expressions for name in names_in(expression)]
-    names += [factor for bar in parsed.random for factor in bar.factors]
-    columns = column_names(data)
-    repeated = sorted({name for name in names if columns.count(name) > 1})
-    if repeated:
-        raise DataError(f"column {repeated[0]!r} occurs more than once in the data; rename one")
+    columns = texts_of_names(data)
     if any(re_dot == "." for re_dot in parsed.fixed.replace("+", " ").split()):
         raise FormulaError("'.' for all other columns is not supported: write the names out")
+    for expression in expressions:
+        _require_backticks(expression, columns, context)
+    names = {name: True for expression in expressions for name in names_in(expression)}
+    names |= {factor: False for bar in parsed.random for factor in bar.factors}
     wanted = []
-    for name in dict.fromkeys(names):
+    for name, may_be_function in names.items():
+        if name in EXTRAS.values():
+            raise FormulaError(
+                f"{name!r} is the name of the argument's values in the results; rename the column"
+            )
+        if columns.count(name) > 1:
+            raise DataError(f"column {name!r} occurs more than once in the data; rename one")
         if name in columns:
             wanted.append(name)
-        elif name not in context and name not in TRANSFORMS and name != "np":
+        elif not may_be_function or (name not in context and name not in TRANSFORMS):
             raise DataError(
-                f"column {name!r} of the formula is not in the data{nearest(name, columns)}"
+                f"column {as_typed(name)!r} of the formula is not in the data"
+                f"{nearest(name, columns, quoted=True)}"
             )
     table = to_pandas(data, wanted)
     if not len(table):
@@ -238,34 +264,29 @@ def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) 
     return table
 
 
-def extra_column(role: str, value: Any, data: Any, n: int) -> np.ndarray:
-    """Values of the argument `weights` or `offset`: a column's name or an array."""
-    if isinstance(value, str):
-        columns = column_names(data)
-        if value not in columns:
+def _require_backticks(expression: str, columns: list[str], context: Mapping[str, Any]) -> None:
+    """Refuse a name with dots, which would be an attribute in Python, unless of a module."""
+    for name in dotted_names(expression):
+        root = name.split(".")[0]
+        if name in columns:
+            raise FormulaError(f"{name!r} has a dot and needs backticks: write `{name}`")
+        if root not in context and root not in TRANSFORMS:
             raise DataError(
-                f"{role}={value!r} is not a column of the data{nearest(value, columns)}"
+                f"column {name!r} of the formula is not in the data"
+                f"{nearest(name, columns, quoted=True)}"
             )
-        value = to_pandas(data, [value])[value]
-    try:
-        values = np.asarray(value, float)
-    except (TypeError, ValueError):
-        raise DataError(f"{role} must be numeric") from None
-    if values.shape != (n,):
-        raise DataError(f"{role} must be a column name or {n} values, not {values.shape}")
-    return values
 
 
 def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Leave out rows with missing values, and then the levels that no row has."""
     missing = table.isna()
-    complete = ~missing.any(axis=1).to_numpy()
+    table, complete = complete_rows(table)
     if not complete.any():
         empty = [str(name) for name, column in missing.items() if np.all(column)]
         which = f"; nothing but missing values in {', '.join(empty)}" if empty else ""
-        raise DataError(f"all {len(table)} rows have a missing value in a column used{which}")
-    table = table.loc[complete].copy()
+        raise DataError(f"all {len(missing)} rows have a missing value in a column used{which}")
     for name in table.columns:
+        require_no_stray(str(name), pd.Series(table[name]), as_factor=True)
         if isinstance(table[name].dtype, pd.CategoricalDtype):
             table[name] = table[name].cat.remove_unused_categories()
     return table, complete
@@ -277,26 +298,24 @@ def check_finite(table: pd.DataFrame) -> None:
         if pd.api.types.is_float_dtype(table[name].dtype):
             infinite = ~np.isfinite(table[name].to_numpy())
             if infinite.any():
-                row = table.index[int(np.argmax(infinite))]
                 raise DataError(
                     f"column {str(name)!r} has {int(infinite.sum())} infinite value(s), the first "
-                    f"in row {row!r}; set them to NaN to drop the rows, or correct them"
+                    f"in row {label(table.index[infinite])}; set them to NaN to drop the rows, or "
+                    "correct them"
                 )
 
 
 def _is_column(text: str, table: pd.DataFrame) -> str | None:
-    name = text.strip().strip("`")
+    name = single_name(text)
     return name if name in table.columns else None
 
 
 def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, Any]) -> np.ndarray:
     text = parsed.response
     name = _is_column(text, table)
-    if name is not None and (
-        not pd.api.types.is_numeric_dtype(table[name].dtype)
-        or isinstance(table[name].dtype, pd.CategoricalDtype)
-    ):
-        example = table[name].iloc[0]
+    if name is not None and not is_amount(pd.Series(table[name])):
+        require_no_stray(name, pd.Series(table[name]))
+        example = table[name].tolist()[0]
         raise DataError(
             f"the response {name!r} is not numeric (it has values such as {example!r}); convert "
             "it, for example with pandas.to_numeric"
@@ -307,8 +326,8 @@ def _response(parsed: ParsedFormula, table: pd.DataFrame, context: Mapping[str, 
         else table[name].to_numpy(float)
     )
     if not np.all(np.isfinite(y)):
-        row = table.index[int(np.argmax(~np.isfinite(y)))]
-        raise DataError(f"the response {text!r} is not finite in row {row!r}")
+        row = label(table.index[~np.isfinite(y)])
+        raise DataError(f"the response {text!r} is not finite in row {row}")
     if np.all(y == y[0]):
         raise DataError(f"the response {text!r} is constant ({y[0]:g}): there is nothing to fit")
     return y
@@ -321,11 +340,9 @@ def _evaluate(
     name = _is_column(text, table)
     what = f"the {role} {text!r}"
     if name is not None:
-        try:
-            numeric = pd.DataFrame({name: table[name].to_numpy(float)}, table.index)
-        except (TypeError, ValueError):
-            raise DataError(f"the {role} {name!r} is not numeric") from None
-        values, encoding = encode(f"0 + `{name}`", numeric, context, what)
+        if not is_amount(pd.Series(table[name])):
+            raise DataError(f"the {role} {name!r} is not numeric")
+        values, encoding = encode(f"0 + `{name}`", table, context, what)
     else:
         values, encoding = encode(f"0 + I({text})", table, context, what)
     if values.shape[1] != 1:
@@ -355,7 +372,10 @@ def grouping_terms(
 ) -> list[GroupingTerm]:
     """One term for correlated effects, one for each summand of uncorrelated ones."""
     codes, levels = _grouping_factor(bar, table)
-    texts = [bar.effects] if bar.correlated else _summands(bar.effects)
+    try:
+        texts = [bar.effects] if bar.correlated else summands(bar.effects)
+    except FormulaicError as error:
+        raise FormulaError(f"{bar.effects!r}: {error}") from error
     terms = []
     for text in texts:
         effects, encoding = encode(text, table, context, f"the random effects on {bar.name}")
@@ -366,29 +386,27 @@ def grouping_terms(
     return terms
 
 
-def _summands(effects: str) -> list[str]:
-    """(1 + x || g) as the right sides "1" and "0 + x"; a factor stays one summand, as in lme4."""
-    try:
-        summands = [str(term) for term in formulaic.Formula(effects)]  # pyright: ignore
-    except FormulaicError as error:
-        raise FormulaError(f"{effects!r}: {error}") from error
-    return ["1" if summand == "1" else f"0 + {summand}" for summand in summands]
-
-
 def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, tuple[Any, ...]]:
     """Codes and level labels; combinations of several columns, in R's order, if there are more."""
     factors = [pd.Categorical(table[name]) for name in bar.factors]
-    codes = np.asarray(factors[0].codes, dtype=np.int64)
-    for factor in factors[1:]:
-        codes = codes * len(factor.categories) + factor.codes
-    present, codes = np.unique(codes, return_inverse=True)
+    codes = combined_codes([np.asarray(factor.codes) for factor in factors])
+    first = np.unique(codes, return_index=True)[1]
     if len(factors) == 1:
-        return codes, tuple(factors[0].categories[present].tolist())
-    parts = []
-    for factor in reversed(factors):
-        parts.append([str(factor.categories[k]) for k in present % len(factor.categories)])
-        present = present // len(factor.categories)
-    return codes, tuple(":".join(label) for label in zip(*reversed(parts), strict=True))
+        return codes, tuple(factors[0].categories[factors[0].codes[first]].tolist())
+    parts = [map(str, factor.categories[factor.codes[first]].tolist()) for factor in factors]
+    return codes, tuple(":".join(label) for label in zip(*parts, strict=True))
+
+
+def combined_codes(factors: list[np.ndarray]) -> np.ndarray:
+    """Codes 0, 1, ... of the combinations of several factors that occur, the first varies slowest.
+
+    Numbered anew after every factor, so that many factors do not exceed 64 bits.
+    """
+    codes = np.zeros(len(factors[0]), np.int64)
+    for factor in factors:
+        pairs = codes * (int(factor.max(initial=0)) + 1) + factor
+        codes = np.unique(pairs, return_inverse=True)[1]
+    return codes
 
 
 def _lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:

@@ -11,7 +11,6 @@ from formulaic.utils.constraints import LinearConstraints
 
 from jaxreml.errors import DataError
 
-ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
 DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
 
 
@@ -51,34 +50,6 @@ def numbers(values: Any, what: str) -> np.ndarray:
     if not np.all(np.isfinite(array)):
         raise DataError(f"{what} has values that are not finite")
     return array
-
-
-class RowSpace:
-    """What the rows of X say anything about: linear functions L beta with L in their row space.
-
-    Args:
-        X: (n, P), columns that depend on others included.
-        kept: (p,), columns that have coefficients; the others depend on these.
-    """
-
-    def __init__(self, X: np.ndarray, kept: np.ndarray):
-        lengths = np.linalg.norm(X, axis=0)
-        self.lengths = np.where(lengths > 0, lengths, 1.0)  # the columns' units change nothing then
-        dropped = np.setdiff1d(np.arange(X.shape[1]), kept)
-        vectors = np.zeros((X.shape[1], dropped.size))
-        vectors[dropped, np.arange(dropped.size)] = 1.0
-        if dropped.size:
-            scaled: Any = X / self.lengths
-            vectors[kept] = -np.linalg.lstsq(scaled[:, kept], scaled[:, dropped])[0]
-        # An orthonormal basis of the coefficients that X, in columns of length 1, takes to zero.
-        self.null_space = np.linalg.qr(vectors)[0]
-
-    def has(self, L: np.ndarray) -> np.ndarray:
-        """Which rows of (m, P) `L` are in it, booleans (m,)."""
-        L = L / self.lengths
-        squared = np.einsum("mp,mp->m", L, L)
-        outside = L @ self.null_space
-        return np.einsum("md,md->m", outside, outside) <= ESTIMABLE * np.maximum(squared, 1e-300)
 
 
 def hypotheses(

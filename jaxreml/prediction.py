@@ -9,25 +9,37 @@ prediction of a row (x, z) is x'beta_hat + z_1'b_hat_1 + offset. Two intervals g
 - ``"prediction"``, for a new observation there: it adds sigma2 / weight, and z_2'Sigma_2 z_2 for
   the random effects that are left out, those of levels drawn anew.
 
-Both take the variance parameters for known, as lme4 and merTools do; normal quantiles.
+Where columns of X depend on others, rows outside the row space of X, such as a combination of
+levels without data, are NaN, with an EstimabilityWarning: what their mean is would depend on which
+columns were left out. R's ``predict.lm(rankdeficient = "NA")``.
+
+Both intervals take the variance parameters for known, as lme4 and merTools do; normal quantiles.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri
 
+from jaxreml.columns import codes_of, complete_rows, label, like_fitted, require_same_kind
 from jaxreml.effects import row_variances
-from jaxreml.encoding import unseen_level
-from jaxreml.errors import DataError, FormulaError
+from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.formula import parse
-from jaxreml.frame import GroupingTerm, ModelFrame, check_finite, extra_column, grouping_terms
+from jaxreml.frame import (
+    EXTRAS,
+    GroupingTerm,
+    ModelFrame,
+    check_finite,
+    combined_codes,
+    grouping_terms,
+)
 from jaxreml.hypotheses import check_conf_level
 from jaxreml.results import LMMResults
-from jaxreml.tabular import column_names, nearest, to_pandas
+from jaxreml.tabular import beside, nearest, texts_of_names, to_pandas
 
 Mask = tuple[np.ndarray, ...]  # per term (q,) booleans, which effects
 
@@ -38,6 +50,7 @@ class Rows(NamedTuple):
     Attributes:
         index: labels of all rows asked for.
         complete: which of them are complete, booleans.
+        estimable: (k,) booleans, for which complete rows the data determine x'beta.
         X: (k, p), as in the fit.
         effects: per term (k, q).
         codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
@@ -46,6 +59,7 @@ class Rows(NamedTuple):
 
     index: pd.Index
     complete: np.ndarray
+    estimable: np.ndarray
     X: np.ndarray
     effects: list[np.ndarray]
     codes: list[np.ndarray]
@@ -82,7 +96,8 @@ def predict(
     if not allow_new_levels:
         _require_known(frame, rows, used, newdata)
 
-    mean = rows.X @ fit.beta + rows.offset
+    _warn_not_estimable(frame, rows)
+    mean = np.where(rows.estimable, rows.X @ fit.beta + rows.offset, np.nan)
     own = []  # the part of each row of Z whose effects have modes
     variance = np.zeros(len(mean))
     start = 0
@@ -113,7 +128,7 @@ def predict(
     variance += sigma2 * row_variances(fit.henderson, fit.design, rows.X, own)
     if interval == "prediction":
         variance += sigma2 / rows.weights
-    se = np.sqrt(variance)
+    se = np.sqrt(np.where(rows.estimable, variance, np.nan))
     half = ndtri((1 + conf_level) / 2) * se
     columns = {"prediction": mean, "se": se, "lower": mean - half, "upper": mean + half}
     return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
@@ -178,6 +193,7 @@ def _own_rows(fit: LMMResults) -> Rows:
     return Rows(
         fit.table.index,
         np.ones(n, bool),
+        np.ones(n, bool),
         frame.X,
         [term.effects for term in frame.terms],
         [term.codes for term in frame.terms],
@@ -192,7 +208,7 @@ def _new_rows(
     """Rows of a new table, in the encodings of the fit."""
     frame = fit.frame
     extras = {"offset": offset, "weights": weights}
-    if offset is None and "(offset)" in fit.table:
+    if offset is None and EXTRAS["offset"] in fit.table:
         raise ValueError(
             "the fit was made with offset=...; give the offset of the new rows too (zeros for none)"
         )
@@ -205,13 +221,17 @@ def _new_rows(
     encodings = [frame.fixed_encoding, *frame.offset_encodings]
     encodings += [t.encoding for t, need in zip(frame.terms, needed, strict=True) if need]
     names = [name for encoding in encodings for name in encoding.variables]
-    for term, keep in zip(frame.terms, used, strict=True):
-        names += term.factors if keep.any() else ()
-    columns = column_names(newdata)
+    used_terms = zip(frame.terms, used, strict=True)
+    factors = [name for term, keep in used_terms if keep.any() for name in term.factors]
+    names += factors
+    columns = texts_of_names(newdata)
     names = [name for name in dict.fromkeys(names) if name in frame.table]
     for name in names:
         if name not in columns:
-            raise DataError(f"newdata has no column {name!r}{nearest(name, columns)}")
+            hint = nearest(name, columns)
+            if name in factors:
+                hint += '. re_form="~0" predicts without random effects'
+            raise DataError(f"newdata has no column {name!r}{hint}")
         if columns.count(name) > 1:
             raise DataError(f"column {name!r} occurs more than once in newdata; rename one")
     table = to_pandas(newdata, names)
@@ -220,26 +240,32 @@ def _new_rows(
     index = table.index
     for role, value in extras.items():
         if value is not None:
-            table[f"({role})"] = extra_column(role, value, newdata, len(index))
-    complete = ~table.isna().any(axis=1).to_numpy(bool)
-    table = table.loc[complete].infer_objects()
+            table[EXTRAS[role]] = beside(role, value, newdata, len(index))
+    table, complete = complete_rows(table)
     check_finite(table)
     in_columns = {name for encoding in encodings for name in encoding.variables}
     for name in names if len(table) else ():
         if name in in_columns:
-            table[name] = _like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
+            table[name] = like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
     k = len(table)
     X = np.zeros((k, len(frame.fixed_names)))
+    estimable = np.ones(k, bool)
     effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
     codes = [np.zeros(k, int) for _ in frame.terms]
-    total_offset = table["(offset)"].to_numpy(float) if offset is not None else np.zeros(k)
-    prior = table["(weights)"].to_numpy(float) if weights is not None else np.ones(k)
+    given = {role: table[EXTRAS[role]].to_numpy(float) for role in extras if EXTRAS[role] in table}
+    total_offset = given.get("offset", np.zeros(k))
+    prior = given.get("weights", np.ones(k))
     if np.any(prior <= 0):
-        row = table.index[int(np.argmax(prior <= 0))]
-        raise DataError(f"weights must be positive; row {row!r} has {prior.min():g}")
+        row = int(np.argmax(prior <= 0))
+        raise DataError(
+            f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}"
+        )
     if k:
         places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
-        X = frame.fixed_encoding.matrix(table)[:, places]
+        full = frame.fixed_encoding.matrix(table)
+        X = full[:, places]
+        if frame.row_space is not None:
+            estimable = frame.row_space.contains(full)
         for encoding in frame.offset_encodings:
             total_offset = total_offset + encoding.matrix(table)[:, 0]
         for i, (term, keep, need) in enumerate(zip(frame.terms, used, needed, strict=True)):
@@ -247,61 +273,44 @@ def _new_rows(
                 effects[i] = term.encoding.matrix(table)
             if keep.any():
                 codes[i] = _codes(term, frame.table, table)
-    return Rows(index, complete, X, effects, codes, total_offset, prior)
+    return Rows(index, complete, estimable, X, effects, codes, total_offset, prior)
 
 
 def _labels(newdata: Any) -> pd.Index:
     """Row labels of a table of which no column is used."""
-    names = column_names(newdata)
+    names = texts_of_names(newdata)
     if not names:
         raise DataError("newdata has no columns, so that it does not say how many rows there are")
     return to_pandas(newdata, names[:1]).index
-
-
-def _like_fitted(name: str, column: pd.Series, fitted: pd.Series) -> pd.Series:
-    """A column of new rows in the type that it had in the fit.
-
-    A numeric column where the fit has a factor would pass for a covariate, and the other way round.
-    """
-    if pd.api.types.is_numeric_dtype(fitted.dtype):
-        _require_same_kind(name, column, fitted)
-        return column
-    categories = pd.Categorical(fitted).categories
-    unseen = ~column.isin(categories)
-    if unseen.any():
-        raise DataError(unseen_level(name, column[unseen].tolist()[0], categories.tolist()))
-    if not isinstance(fitted.dtype, pd.CategoricalDtype):
-        return column.astype(fitted.dtype)
-    return pd.Series(pd.Categorical(column, dtype=fitted.dtype), column.index)
-
-
-def _require_same_kind(name: str, column: pd.Series, fitted: pd.Series) -> None:
-    numeric = _is_numeric(column)
-    if numeric != _is_numeric(fitted):
-        raise DataError(
-            f"column {name!r} of newdata is {'' if numeric else 'not '}numeric (it has values such "
-            f"as {column.tolist()[0]!r}), other than in the fit (such as {fitted.tolist()[0]!r})"
-        )
-
-
-def _is_numeric(column: pd.Series) -> bool:
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return pd.api.types.is_numeric_dtype(column.dtype.categories.dtype)
-    return pd.api.types.is_numeric_dtype(column.dtype)
 
 
 def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.ndarray:
     """Levels of a grouping factor, -1 for those that the fit has not seen."""
     old, new = [], []
     for name in term.factors:
-        categories = pd.Categorical(fitted[name]).categories
-        _require_same_kind(name, pd.Series(table[name]), pd.Series(categories))
-        old.append(categories.get_indexer(np.asarray(fitted[name])))
-        new.append(categories.get_indexer(np.asarray(table[name])))
-    known = pd.MultiIndex.from_arrays(old)
-    first = ~known.duplicated()
-    places = known.drop_duplicates().get_indexer(pd.MultiIndex.from_arrays(new))
-    return np.where(places < 0, -1, term.codes[first][places])
+        levels = pd.Categorical(fitted[name]).categories
+        values = pd.Series(table[name])
+        require_same_kind(name, values, pd.Series(levels))
+        old.append(codes_of(pd.Series(fitted[name]), levels.tolist()))
+        new.append(codes_of(values, levels.tolist()))
+    combined = combined_codes([np.concatenate(pair) + 1 for pair in zip(old, new, strict=True)])
+    of_level = np.full(int(combined.max()) + 1, -1)
+    of_level[combined[: len(fitted)]] = term.codes
+    return of_level[combined[len(fitted) :]]
+
+
+def _warn_not_estimable(frame: ModelFrame, rows: Rows) -> None:
+    """Say which rows are NaN because their combination of the fixed effects is not determined."""
+    found = np.flatnonzero(rows.complete)[~rows.estimable]
+    if found.size:
+        shown = ", ".join(map(repr, rows.index[found[:5]].tolist()))
+        warnings.warn(
+            f"{found.size} row(s) of newdata are NaN ({shown}{', ...' if found.size > 5 else ''}): "
+            "the data do not determine their fixed effects, as these columns of X depend on others "
+            f"in the data but not there: {', '.join(frame.aliased)}",
+            EstimabilityWarning,
+            stacklevel=4,
+        )
 
 
 def _require_known(frame: ModelFrame, rows: Rows, used: Mask, newdata: Any) -> None:
@@ -313,9 +322,9 @@ def _require_known(frame: ModelFrame, rows: Rows, used: Mask, newdata: Any) -> N
         row = int(np.flatnonzero(rows.complete)[np.argmax(unknown)])
         values = to_pandas(newdata, list(term.factors)).iloc[row].tolist()
         level = values[0] if len(values) == 1 else ":".join(map(str, values))
-        label = rows.index[[row]].tolist()[0]
         raise DataError(
-            f"the level {level!r} of {term.name!r} in row {label!r} of newdata is not in the fit "
-            f"({int(unknown.sum())} such row(s)); its levels are such as {term.levels[0]!r}. "
+            f"the level {level!r} of {term.name!r} in row {label(rows.index[row:])} of newdata is "
+            f"not in the fit ({int(unknown.sum())} such row(s)); its levels are such as "
+            f"{term.levels[0]!r}. "
             're_form="~0" predicts without random effects, allow_new_levels=True for new levels'
         )

@@ -403,7 +403,9 @@ class LMMResults(FittedModel):
         Args:
             newdata: any table as for `fit`; the rows of the fit if left out. The response is not
                 needed, nor are the grouping factors of random effects that `re_form` leaves out.
-                A row with a missing value in a column that is needed has NaN for its prediction.
+                A row with a missing value in a column that is needed has NaN for its prediction,
+                and so has, with an EstimabilityWarning, one whose fixed effects the data do not
+                determine, such as a combination of levels without data.
             re_form: which random effects to use: None for all, "~0" or False for none, or a
                 formula with some of them, such as ``"~ (1 | school)"``.
             allow_new_levels: predict for levels of grouping factors that the fit has not seen,

@@ -6,8 +6,10 @@ JSON to any reader.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,15 @@ from jaxreml.fitted import Grouping
 from jaxreml.results import LMMResults
 
 FORMAT = "jaxreml.LMMResults"
-VERSION = 1
+VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
 
 
 def save(fit: LMMResults, path: str | Path) -> None:
-    """Write a fit to a JSON file."""
+    """Write a fit to a JSON file.
+
+    Raises:
+        DataError: labels of a type that cannot be written, named.
+    """
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(LMMResults):
         record[name] = encode(getattr(fit, name))
@@ -84,11 +90,11 @@ def encode_number(value: float) -> float | str | None:
 
 def encode(value: Any) -> Any:
     """A value as plain JSON that `decode` reads: scalars, arrays, tuples, frames of them."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
+    if value is None or value is pd.NA or isinstance(value, str | bool | int):
+        return None if value is pd.NA else value
     if isinstance(value, float):
         return {"float": encode_number(value)}
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and not isinstance(value, np.datetime64 | np.timedelta64):
         return encode(value.item())
     if isinstance(value, np.ndarray):
         flat = [encode_number(float(x)) for x in value.ravel()]
@@ -99,12 +105,61 @@ def encode(value: Any) -> Any:
         return {"grouping": [encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
         columns = [[str(name), _encode_column(column)] for name, column in value.items()]
-        return {"frame": columns, "index": _encode_column(pd.Series(value.index))}
-    return str(value)  # labels of other types, such as dates
+        return {"frame": columns, "index": _encode_index(value.index)}
+    for kind, (types, parts, _) in LABELS.items():
+        if isinstance(value, types):
+            return {kind: [encode(part) for part in parts(value)]}
+    raise DataError(
+        f"the label {value!r} is of a type that cannot be saved, {type(value).__name__}; make the "
+        "column text with .astype(str)"
+    )
+
+
+def _utc(value: pd.Timestamp | np.datetime64) -> tuple[str, str | None]:
+    stamp: Any = pd.Timestamp(value)
+    if stamp.tz is None:
+        return stamp.isoformat(), None
+    return stamp.tz_convert("UTC").tz_localize(None).isoformat(), str(stamp.tz)
+
+
+def _stamp(text: str, zone: str | None) -> Any:
+    stamp = pd.Timestamp(text)
+    return stamp if zone is None else stamp.tz_localize("UTC").tz_convert(zone)
+
+
+# Labels that JSON has no type for: by name their types, their parts, and the label of these.
+LABELS: dict[str, tuple[Any, Callable[[Any], tuple], Callable[..., Any]]] = {
+    "nat": (type(pd.NaT), lambda value: (), lambda: pd.NaT),
+    "timestamp": (pd.Timestamp | np.datetime64, _utc, _stamp),
+    "datetime": (dt.datetime, lambda value: (value.isoformat(),), dt.datetime.fromisoformat),
+    "date": (dt.date, lambda value: (value.isoformat(),), dt.date.fromisoformat),
+    "time": (dt.time, lambda value: (value.isoformat(),), dt.time.fromisoformat),
+    "nanoseconds": (
+        pd.Timedelta | np.timedelta64,
+        lambda value: (pd.Timedelta(value).value,),
+        lambda value: pd.Timedelta(value, "ns"),
+    ),
+    "timedelta": (
+        dt.timedelta,
+        lambda value: (value.days, value.seconds, value.microseconds),
+        dt.timedelta,
+    ),
+    "period": (
+        pd.Period,
+        lambda value: (value.ordinal, value.freqstr),
+        lambda ordinal, freq: pd.Period(ordinal=ordinal, freq=freq),
+    ),
+    "interval": (
+        pd.Interval,
+        lambda value: (value.left, value.right, value.closed),
+        pd.Interval,
+    ),
+    "bytes": (bytes, lambda value: (value.hex(),), bytes.fromhex),
+}
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given; labels that JSON has no type for, as strings."""
+    """The value that `encode` was given."""
     if not isinstance(value, dict):
         return value
     (kind, content), *rest = value.items()
@@ -116,8 +171,10 @@ def decode(value: Any) -> Any:
         return tuple(decode(item) for item in content)
     if kind == "grouping":
         return Grouping(*(decode(item) for item in content))
+    if kind in LABELS:
+        return LABELS[kind][2](*(decode(part) for part in content))
     frame = pd.DataFrame({name: _decode_column(column) for name, column in content})
-    return frame.set_index(pd.Index(_decode_column(rest[0][1])))
+    return frame.set_axis(_decode_index(rest[0][1]))
 
 
 def _decode_number(value: Any) -> float:
@@ -131,14 +188,37 @@ def _encode_column(column: pd.Series) -> dict[str, Any]:
             "categories": [encode(x) for x in column.cat.categories],
             "ordered": bool(column.cat.ordered),
         }
-    return {"values": [encode(x) for x in column.tolist()]}
+    return {"values": [encode(x) for x in column.tolist()], "dtype": str(column.dtype)}
 
 
 def _decode_column(column: dict[str, Any]) -> Any:
     if "codes" in column:
         categories = [decode(x) for x in column["categories"]]
         return pd.Categorical.from_codes(column["codes"], categories, ordered=column["ordered"])
-    return [decode(x) for x in column["values"]]
+    return pd.Series([decode(x) for x in column["values"]], dtype=column.get("dtype"))
+
+
+def _encode_index(index: pd.Index) -> dict[str, Any]:
+    if isinstance(index, pd.RangeIndex):
+        parts: Any = [index.start, index.stop, index.step]
+        return {"range": parts, "names": [encode(index.name)]}
+    levels = [index.get_level_values(k).to_series() for k in range(index.nlevels)]
+    return {
+        "levels": [_encode_column(level) for level in levels],
+        "names": [encode(name) for name in index.names],
+    }
+
+
+def _decode_index(record: dict[str, Any]) -> pd.Index:
+    if "range" in record:
+        return pd.RangeIndex(*record["range"], name=decode(record["names"][0]))
+    if "levels" not in record:  # version 1
+        return pd.Index(_decode_column(record), tupleize_cols=False)
+    levels = [pd.Index(_decode_column(level), tupleize_cols=False) for level in record["levels"]]
+    names = [decode(name) for name in record["names"]]
+    if len(levels) == 1:
+        return levels[0].rename(names[0])
+    return pd.MultiIndex.from_arrays(levels, names=names)
 
 
 def json_ready(value: Any) -> Any:

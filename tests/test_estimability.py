@@ -11,8 +11,8 @@ import pytest
 
 import jaxreml
 from jaxreml import DataError, fit, fit_many
+from jaxreml.estimability import RowSpace
 from jaxreml.frame import covariate_frame
-from jaxreml.hypotheses import RowSpace
 from jaxreml.inference.tests import each
 
 FORMULA = "~ arm + (1 | g)"
@@ -60,7 +60,7 @@ def test_row_space_is_that_of_ranks():
                 kept.append(k)
         L = np.vstack([np.eye(5), X[:3], X[:2] + np.eye(5)[4], np.zeros(5)])
         expected = [np.linalg.matrix_rank(np.vstack([X, row])) == len(kept) for row in L]
-        found = RowSpace(X * units, np.array(kept, int)).has(L * units)
+        found = RowSpace(X * units, np.array(kept, int)).contains(L * units)
         assert found.tolist() == expected
 
 

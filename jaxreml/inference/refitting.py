@@ -163,8 +163,9 @@ class CrossedRefitter:
     def fit(self, values: np.ndarray) -> Fits:
         """As in `Refitter`."""
         b = values.shape[1]
-        table = Table(self._frame, b, False, np.zeros((0, self.shared.p)))
-        coefficients = np.arange(self.shared.p)
+        table = Table(self._frame, b, False, 0)
+        p = self.shared.p
+        coefficients, estimable = np.arange(p), np.ones(p, bool)
         programs = _programs(self._reml)
 
         def work(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +177,7 @@ class CrossedRefitter:
         chunks = np.split(np.arange(b), range(self.lanes, b, self.lanes))
         with ThreadPoolExecutor(os.cpu_count() if self.lanes == LANES else 1) as pool:
             for columns, packed in pool.map(work, chunks):
-                table.store(columns, packed, None, coefficients)
+                table.store(columns, packed, None, coefficients, estimable)
         return table.fits(np.full(b, len(values)), np.zeros(b, int))
 
     def gradients(self, params: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import formulaic
 import numpy as np
 import pandas as pd
 from formulaic.parser.types import Factor, Term
 
 from jaxreml.encoding import Encoding
-from jaxreml.hypotheses import RowSpace
+from jaxreml.estimability import RowSpace
+from jaxreml.evaluation import model_matrix, plain
 from jaxreml.results import LMMResults
 
 
@@ -45,12 +45,12 @@ class FixedTerms:
     @property
     def names(self) -> list[str]:
         """The terms as formulaic writes them, without the intercept."""
-        return [str(term) for term in self.spec.terms if term.degree]
+        return [plain(term) for term in self.spec.terms if term.degree]
 
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
         """Per term its columns among those kept."""
-        slices = {str(term): place for term, place in self.spec.term_slices.items()}
+        slices = {plain(term): place for term, place in self.spec.term_slices.items()}
         found = {}
         for name in self.names:
             place = slices[name]
@@ -59,7 +59,7 @@ class FixedTerms:
 
     def containing(self, name: str) -> list[str]:
         """Terms that contain another: all its variables, the same covariates, more factors."""
-        terms = {str(term): term for term in self.spec.terms if term.degree}
+        terms = {plain(term): term for term in self.spec.terms if term.degree}
         inner, inner_covariates = self._variables(terms[name])
         found = []
         for other, term in terms.items():
@@ -80,14 +80,9 @@ class FixedTerms:
         table = self.table.copy()
         for name in table.select_dtypes("bool"):
             table[name] = pd.Categorical(table[name])
+        text, context = self.encoding.text, self.encoding.context
         with np.errstate(all="ignore"):
-            return formulaic.Formula(self.encoding.text).get_model_matrix(  # pyright: ignore
-                table,
-                na_action="raise",
-                output="numpy",
-                context=self.encoding.context,
-                ensure_full_rank=False,
-            )
+            return model_matrix(None, text, table, context, ensure_full_rank=False)
 
     def rows(self, table: pd.DataFrame) -> np.ndarray:
         """Rows (m, P) of X, aliased columns too, at the values in `table`.
@@ -117,12 +112,12 @@ class FixedTerms:
         found = set()
         for factor, names in self.spec.factor_variables.items():
             if _is_categorical(self.spec, factor.expr):
-                found |= {str(name) for name in names} & set(self.table.columns)
+                found |= {plain(name) for name in names} & set(self.table.columns)
         return found
 
     def estimable(self, L: np.ndarray) -> np.ndarray:
         """Which rows of (m, P) `L` are in the row space of X, booleans."""
-        return self._row_space.has(L)
+        return self._row_space.contains(L)
 
     @cached_property
     def _row_space(self) -> RowSpace:

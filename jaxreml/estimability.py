@@ -1,0 +1,41 @@
+"""Which linear functions of the fixed effects the data determine: those in the row space of X.
+
+With columns of X that depend on others, coefficients are those of one choice of columns, and only
+functions in the row space are the same for every choice (Searle 1971, Linear Models, ch. 5.4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
+
+
+class RowSpace:
+    """The row space of a model matrix.
+
+    Args:
+        full: (n, P), X with its aliased columns.
+        kept: (p,), the columns that have coefficients; the others depend on them.
+    """
+
+    def __init__(self, full: np.ndarray, kept: np.ndarray):
+        p = full.shape[1]
+        lengths = np.linalg.norm(full, axis=0)
+        self._lengths = np.where(lengths > 0, lengths, 1.0)  # units of columns change nothing then
+        dropped = np.setdiff1d(np.arange(p), kept)
+        vectors = np.zeros((p, dropped.size))
+        vectors[dropped, np.arange(dropped.size)] = 1.0
+        scaled: Any = full / self._lengths
+        if dropped.size:
+            vectors[kept] = -np.linalg.lstsq(scaled[:, kept], scaled[:, dropped])[0]
+        self._null_space = np.linalg.qr(vectors)[0]  # what `scaled` takes to zero, (P, d)
+
+    def contains(self, L: np.ndarray) -> np.ndarray:
+        """Which rows of (m, P) `L` are in it, booleans."""
+        L = L / self._lengths
+        outside = L @ self._null_space
+        squared = np.einsum("mp,mp->m", L, L)
+        return np.einsum("md,md->m", outside, outside) <= ESTIMABLE * np.maximum(squared, 1e-300)
