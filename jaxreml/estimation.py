@@ -198,17 +198,17 @@ def _chain(root: Array, sizes: covariance.Sizes, expansion: Expansion) -> tuple[
 def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array, ...]:
     """Lower-triangular factors of a root's covariances, pivots of at most `zero` set to zero.
 
-    An effect whose whole variance is rounding error has a row of zeros: what is left of its
-    covariances would pass for a correlation.
+    In a row with a pivot of zero, rounding errors are zeros: they would pass for a correlation, or
+    for what a correlation of +-1 leaves.
     """
     factors = []
     start = 0
     for q in sizes:
         square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
-        matrix = linalg.matmul(square, linalg.transpose(square))
-        factor, _ = covariance.factor_semidefinite(matrix, zero)
-        varies = linalg.diagonal(matrix) > _rounding(root) ** 2
-        factors.append(jnp.where(varies[:, None], factor, 0.0))
+        factor = covariance.lower_factor(square, zero)
+        error = _rounding(root) ** 2 * jnp.maximum(jnp.sum(square**2, axis=1), 1.0)
+        kept = (linalg.diagonal(factor) > 0)[:, None] | (factor**2 > error[:, None])
+        factors.append(jnp.where(kept, factor, 0.0))
         start += q * q
     return tuple(factors)
 
@@ -388,7 +388,7 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     # Variance parameters, in the user's units of the effects.
     factors = tuple(f / s[:, None] for f, s in zip(scaled, design.scales, strict=True))
     finite = covariance.params_from_factors(factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
-    free, shown = covariance.boundary(factors, finite, FAR)
+    free, shown = covariance.boundary(factors, finite)
     per_unit = covariance.relative_scale(design.scales)
     per_unit = jnp.concatenate([per_unit, jnp.ones_like(per_unit[:1])])
     slopes = jnp.concatenate([expansion.gradient, jnp.zeros_like(expansion.gradient[:1])])
