@@ -384,8 +384,8 @@ def boundary(factors: tuple[Array, ...], params: Array) -> tuple[Array, Array]:
     """Which of `params` are inside the parameter space, and what to show for the others.
 
     That is read off the exact zeros of the factors: with all pivots positive everything is inside.
-    A pivot of zero uses up its effect's variance at the last entry of its row that is not zero: that
-    partial correlation is +-1 and those behind it are not identified.
+    A pivot of zero uses up its effect's variance at the last entry of its row that is not zero:
+    that partial correlation is +-1 and those behind it are not identified.
 
     Args:
         factors: relative Cholesky factors as `factor_semidefinite` gives them, zeros exact.

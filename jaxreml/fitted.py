@@ -361,7 +361,7 @@ class FittedModel:
         """What is on the boundary of the parameter space, in words."""
         found = []
         for grouping, factor in zip(self.groupings, self._factors, strict=True):
-            positive = factor.any(axis=1)
+            positive = np.any(factor != 0, axis=1)
             zero = [e for e, varies in zip(grouping.effects, positive, strict=True) if not varies]
             found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]
             if np.count_nonzero(np.diagonal(factor)) < np.count_nonzero(positive):
