@@ -225,12 +225,6 @@ def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:
     return tuple(omega[start + places(q)] for start, q in zip(starts, sizes, strict=False))
 
 
-def relative_scale(scales: tuple[Array, ...]) -> Array:
-    """omega in units of scaled effects over omega in the user's: scale_r * scale_c, length m."""
-    parts = [s[triangle(s.shape[0])[0]] * s[triangle(s.shape[0])[1]] for s in scales]
-    return jnp.concatenate(parts)
-
-
 def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     """Lower Cholesky factor of a semidefinite matrix, with exact zeros where it is singular.
 
@@ -258,7 +252,7 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     return jnp.stack([jnp.stack(column) for column in columns], axis=1), jnp.stack(zero)
 
 
-def lower_factor(root: Array, tolerance: float) -> Array:
+def lower_factor(root: Array, tolerance: float, rank: Array | None = None) -> Array:
     """Lower Cholesky factor of L L' for a square root L, with exact zeros where it is singular.
 
     By orthogonalising the rows of L one after the other (twice, for rounding): L L' is not formed,
@@ -267,6 +261,8 @@ def lower_factor(root: Array, tolerance: float) -> Array:
     Args:
         root: (q, q, ...), lanes last.
         tolerance: as in `factor_semidefinite`.
+        rank: (...), of L if it is known. So many pivots are not zero, however small, unless there
+            are others to choose from and their root is at most `tolerance` of the row's length.
 
     Returns:
         The factor, (q, q, ...), as `factor_semidefinite` gives it.
@@ -274,15 +270,20 @@ def lower_factor(root: Array, tolerance: float) -> Array:
     q = root.shape[0]
     directions: list[Array] = []
     rows = []
+    used: Array | int = 0
     for i in range(q):
         rest, entries = root[i], [jnp.zeros_like(root[i, 0]) for _ in directions]
-        least = tolerance**2 * jnp.maximum(jnp.sum(rest**2, axis=0), 1.0)
+        least = jnp.sum(rest**2, axis=0)
+        least = tolerance**2 * (jnp.maximum(least, 1.0) if rank is None else least)
         for _ in range(2 if directions else 0):
             parts = [jnp.sum(rest * direction, axis=0) for direction in directions]
             entries = [entry + part for entry, part in zip(entries, parts, strict=True)]
             rest = rest - sum(part * d for part, d in zip(parts, directions, strict=True))
         pivot = jnp.sum(rest**2, axis=0)
         is_zero = pivot <= least
+        if rank is not None:
+            is_zero = (is_zero & (rank - used < q - i)) | (used >= rank)
+            used = used + ~is_zero
         length = jnp.sqrt(jnp.where(is_zero, 1.0, pivot))
         directions.append(jnp.where(is_zero, 0.0, rest / length))
         entries.append(jnp.where(is_zero, 0.0, length))
@@ -358,6 +359,30 @@ def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
     of_variances, of_correlations = positions(sizes)
     scale = _scale_of_omega(params[of_variances], sizes)
     return scale * _correlations(params[of_correlations], sizes), params[-1]
+
+
+def factors_from_params(params: Array, sizes: Sizes) -> tuple[Array, ...]:
+    """Relative Cholesky factors (q_k, q_k) of `params` (m + 1,) as `boundary` shows them."""
+    factors = []
+    start = 0
+    for q in sizes:
+        log_variances = params[start : start + q] - params[-1]
+        varies = log_variances > -jnp.inf
+        sd = jnp.where(varies, jnp.exp(jnp.where(varies, log_variances, 0.0) / 2), 0.0)
+        start += q
+        rows = []
+        for i in range(q):
+            rest, row = sd[i], []
+            for z in params[start : start + i]:
+                finite = jnp.isfinite(z)
+                inside = jnp.where(finite, z, 0.0)
+                at_limit = jnp.isinf(z)
+                row.append(rest * jnp.where(at_limit, jnp.sign(z), jnp.tanh(inside)))
+                rest = rest * jnp.where(at_limit, 0.0, 1 / jnp.cosh(inside))
+            start += i
+            rows.append(jnp.stack([*row, rest, *[jnp.zeros_like(rest)] * (q - 1 - i)]))
+        factors.append(jnp.stack(rows))
+    return tuple(factors)
 
 
 def params_from_factors(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance, linalg
+from jaxreml import linalg
 from jaxreml.designs import Design, require_precision
 from jaxreml.structures import Marginal
 
@@ -62,8 +62,7 @@ def _objective(params: Array, design: Design, *, reml: bool) -> Array:
             f"params must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {params.shape}"
         )
-    omega, log_sigma2 = covariance.omega_from_params(params.astype(design.dtype), design.sizes)
-    omega = omega * covariance.relative_scale(design.scales)
+    omega, log_sigma2 = design.units.omega(params.astype(design.dtype))
     return neg2_loglik(omega, log_sigma2, design, reml=reml)
 
 

@@ -32,7 +32,7 @@ LAYERS = [
     {"frame", "shared", "sources"},
     {"encoding"},
     {"designs", "formula", "hypotheses", "tabular"},
-    {"structures"},
+    {"structures", "units"},
     {"covariance"},
     {"linalg"},
     {"cache", "datasets", "errors"},
