@@ -225,12 +225,6 @@ def symmetric_matrices(omega: Array, sizes: Sizes) -> tuple[Array, ...]:
     return tuple(omega[start + places(q)] for start, q in zip(starts, sizes, strict=False))
 
 
-def relative_scale(scales: tuple[Array, ...]) -> Array:
-    """omega in units of scaled effects over omega in the user's: scale_r * scale_c, length m."""
-    parts = [s[triangle(s.shape[0])[0]] * s[triangle(s.shape[0])[1]] for s in scales]
-    return jnp.concatenate(parts)
-
-
 def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     """Lower Cholesky factor of a semidefinite matrix, with exact zeros where it is singular.
 
@@ -258,6 +252,45 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     return jnp.stack([jnp.stack(column) for column in columns], axis=1), jnp.stack(zero)
 
 
+def lower_factor(root: Array, tolerance: float, rank: Array | None = None) -> Array:
+    """Lower Cholesky factor of L L' for a square root L, with exact zeros where it is singular.
+
+    By orthogonalising the rows of L one after the other (twice, for rounding): L L' is not formed,
+    so that a pivot of zero comes out as the rounding error of L and not as its root.
+
+    Args:
+        root: (q, q, ...), lanes last.
+        tolerance: as in `factor_semidefinite`.
+        rank: (...), of L if it is known. So many pivots are not zero, however small, unless there
+            are others to choose from and their root is at most `tolerance` of the row's length.
+
+    Returns:
+        The factor, (q, q, ...), as `factor_semidefinite` gives it.
+    """
+    q = root.shape[0]
+    directions: list[Array] = []
+    rows = []
+    used: Array | int = 0
+    for i in range(q):
+        rest, entries = root[i], [jnp.zeros_like(root[i, 0]) for _ in directions]
+        least = jnp.sum(rest**2, axis=0)
+        least = tolerance**2 * (jnp.maximum(least, 1.0) if rank is None else least)
+        for _ in range(2 if directions else 0):
+            parts = [jnp.sum(rest * direction, axis=0) for direction in directions]
+            entries = [entry + part for entry, part in zip(entries, parts, strict=True)]
+            rest = rest - sum(part * d for part, d in zip(parts, directions, strict=True))
+        pivot = jnp.sum(rest**2, axis=0)
+        is_zero = pivot <= least
+        if rank is not None:
+            is_zero = (is_zero & (rank - used < q - i)) | (used >= rank)
+            used = used + ~is_zero
+        length = jnp.sqrt(jnp.where(is_zero, 1.0, pivot))
+        directions.append(jnp.where(is_zero, 0.0, rest / length))
+        entries.append(jnp.where(is_zero, 0.0, length))
+        rows.append(jnp.stack([*entries, *[jnp.zeros_like(length)] * (q - 1 - i)]))
+    return jnp.stack(rows)
+
+
 def _correlation_factor(z: Array, q: int) -> Array:
     """Cholesky factor of the correlation matrix with partial correlations tanh(z), row by row."""
     rows: list[list[Array]] = []
@@ -273,21 +306,30 @@ def _correlation_factor(z: Array, q: int) -> Array:
     return jnp.stack([jnp.stack(row) for row in rows])
 
 
+def _tails(row: Array, i: int) -> tuple[list[Array], list[Array]]:
+    """What row i of a triangle has left behind each of its entries but the last, the root of the
+    sum of squares, (i,) of them: ones where that is exactly zero, and whether it is not."""
+    squares = jnp.zeros_like(row[0])
+    tails, left = [], []
+    for j in reversed(range(i)):
+        squares = squares + row[j + 1] ** 2
+        left.append(squares > 0)
+        tails.append(jnp.sqrt(jnp.where(squares > 0, squares, 1.0)))
+    return tails[::-1], left[::-1]
+
+
 def _correlation_coordinates(factor: Array, limit: float) -> Array:
-    """Inverse of `_correlation_factor`; a partial correlation of +-1 becomes +-`limit`."""
-    q = factor.shape[0]
+    """Inverse of `_correlation_factor` for rows of any length; a partial correlation of +-1
+    becomes +-`limit`.
+
+    A partial correlation is tanh z of sinh z = entry / what the row has left behind it, which
+    loses no digits next to +-1.
+    """
     coordinates = []
-    for i in range(1, q):
-        rest = jnp.ones_like(factor[0, 0])
-        for j in range(i):
-            gone = rest <= 0
-            partial = jnp.where(gone, 0.0, factor[i, j] / jnp.where(gone, 1.0, rest))
-            inside = jnp.abs(partial) < 1 - 1e-15
-            z = jnp.arctanh(jnp.where(inside, partial, 0.0))
-            coordinates.append(
-                jnp.where(inside, jnp.clip(z, -limit, limit), jnp.sign(partial) * limit)
-            )
-            rest = rest * jnp.sqrt(jnp.maximum(1 - partial**2, 0.0))
+    for i in range(1, factor.shape[0]):
+        for entry, tail, left in zip(factor[i], *_tails(factor[i], i), strict=False):
+            z = jnp.arcsinh(entry / tail)
+            coordinates.append(jnp.where(left, z, jnp.sign(entry) * limit))
     return jnp.stack(coordinates) if coordinates else jnp.zeros_like(factor[:0, 0])
 
 
@@ -319,6 +361,30 @@ def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
     return scale * _correlations(params[of_correlations], sizes), params[-1]
 
 
+def factors_from_params(params: Array, sizes: Sizes) -> tuple[Array, ...]:
+    """Relative Cholesky factors (q_k, q_k) of `params` (m + 1,) as `boundary` shows them."""
+    factors = []
+    start = 0
+    for q in sizes:
+        log_variances = params[start : start + q] - params[-1]
+        varies = log_variances > -jnp.inf
+        sd = jnp.where(varies, jnp.exp(jnp.where(varies, log_variances, 0.0) / 2), 0.0)
+        start += q
+        rows = []
+        for i in range(q):
+            rest, row = sd[i], []
+            for z in params[start : start + i]:
+                finite = jnp.isfinite(z)
+                inside = jnp.where(finite, z, 0.0)
+                at_limit = jnp.isinf(z)
+                row.append(rest * jnp.where(at_limit, jnp.sign(z), jnp.tanh(inside)))
+                rest = rest * jnp.where(at_limit, 0.0, 1 / jnp.cosh(inside))
+            start += i
+            rows.append(jnp.stack([*row, rest, *[jnp.zeros_like(rest)] * (q - 1 - i)]))
+        factors.append(jnp.stack(rows))
+    return tuple(factors)
+
+
 def params_from_factors(
     factors: tuple[Array, ...], log_sigma2: Array, *, zero: float, limit: float
 ) -> Array:
@@ -335,18 +401,20 @@ def params_from_factors(
         variances = jnp.sum(factor**2, axis=1)
         positive = variances > 0
         log_variances = jnp.where(positive, jnp.log(jnp.where(positive, variances, 1.0)), zero)
-        sd = jnp.sqrt(jnp.where(positive, variances, 1.0))
-        parts += [log_variances + log_sigma2, _correlation_coordinates(factor / sd[:, None], limit)]
+        parts += [log_variances + log_sigma2, _correlation_coordinates(factor, limit)]
     return jnp.concatenate([*parts, log_sigma2[None]])
 
 
-def boundary(factors: tuple[Array, ...], params: Array, limit: float) -> tuple[Array, Array]:
+def boundary(factors: tuple[Array, ...], params: Array) -> tuple[Array, Array]:
     """Which of `params` are inside the parameter space, and what to show for the others.
+
+    That is read off the exact zeros of the factors: with all pivots positive everything is inside.
+    A pivot of zero uses up its effect's variance at the last entry of its row that is not zero:
+    that partial correlation is +-1 and those behind it are not identified.
 
     Args:
         factors: relative Cholesky factors as `factor_semidefinite` gives them, zeros exact.
         params: their `params_from_factors`.
-        limit: the `limit` used there.
 
     Returns:
         (m + 1,) booleans, and `params` with -inf for the log of a zero variance, +-inf for the
@@ -364,15 +432,13 @@ def boundary(factors: tuple[Array, ...], params: Array, limit: float) -> tuple[A
         shown.append(jnp.where(positive, variances, -jnp.inf))
         start += q
         for i in range(1, q):
+            _, left = _tails(factor[i], i)
             for j in range(i):
                 z = params[start]
-                at_limit = jnp.abs(z) >= limit
-                identified = positive[i] & pivots[j]
-                # A pivot of zero uses up effect i's variance at the last coordinate that is +-1.
-                spent = jnp.any(jnp.abs(params[start - j : start]) >= limit, axis=0)
-                inside = identified & ~at_limit & ~spent
+                inside = positive[i] & pivots[j] & left[j]
+                at_limit = pivots[j] & ~left[j] & (factor[i, j] != 0)
                 free.append(inside[None])
-                outside = jnp.where(identified & at_limit & ~spent, jnp.sign(z) * jnp.inf, jnp.nan)
+                outside = jnp.where(at_limit, jnp.sign(z) * jnp.inf, jnp.nan)
                 shown.append(jnp.where(inside, z, outside)[None])
                 start += 1
     free.append(jnp.ones_like(params[-1:], bool))

@@ -19,6 +19,7 @@ from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
 from jaxreml.structures.planning import CrossedBasis
+from jaxreml.units import Units, orthonormal
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 MAX_DENSE_BYTES = 2 * 2**30
@@ -59,8 +60,7 @@ class Design:
         residual_ss: (), the weighted sum of squares of that residual.
         total_ss: (), the weighted sum of squares of y less its offset.
         log_weights: (), sum of the logarithms of the prior weights.
-        scales: per term (q_k,), root mean squares of the columns of Z, the unit of its effects
-            inside `structure`.
+        units: of the effects inside `structure`.
         n: number of observations.
         p: number of fixed effects.
         names: per term the grouping factor's name and the effects' names.
@@ -73,7 +73,7 @@ class Design:
     residual_ss: Array
     total_ss: Array
     log_weights: Array
-    scales: tuple[Array, ...]
+    units: Units
     n: Array | int
     p: int = field(metadata={"static": True})
     names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
@@ -95,8 +95,7 @@ class Design:
 
     def scaled_factors(self, theta: Array) -> tuple[Array, ...]:
         """Relative Cholesky factors of scaled effects, (q_k, q_k), of those in the user's units."""
-        factors = covariance.split_triangles(theta, self.sizes)
-        return tuple(f * scale[:, None] for f, scale in zip(factors, self.scales, strict=True))
+        return self.units.inner_factors(covariance.split_triangles(theta, self.sizes))
 
     @staticmethod
     def from_arrays(
@@ -147,18 +146,14 @@ class Design:
         if not parsed:
             raise DataError("at least one random term is needed; without one use least squares")
         root_weights, log_weights = _root_weights(weights, kind)
-        effects = []
-        scales = []
-        for codes, columns, n_levels, *_ in parsed:
-            if root_weights is not None:
-                columns = columns * root_weights[:, None]
-            xp = _module(columns)
-            scale = xp.sqrt(xp.mean(columns * columns, axis=0))
-            scale = xp.where(scale > 0, scale, 1)
-            if xp is jnp:  # a unit, which the likelihood does not depend on
-                scale = jax.lax.stop_gradient(scale)
-            effects.append((codes, columns / scale, n_levels))
-            scales.append(scale)
+        weighted = [columns for _, columns, *_ in parsed]
+        if root_weights is not None:
+            weighted = [columns * root_weights[:, None] for columns in weighted]
+        units = Units.of(weighted, n)
+        effects = [
+            (codes, units.rows(k, weighted[k]), n_levels)
+            for k, (codes, _, n_levels, *_) in enumerate(parsed)
+        ]
         names = tuple((name, effect_names) for *_, name, effect_names in parsed)
         sizes = tuple(len(effect_names) for _, effect_names in names)
         basis = structure_basis(effects, structure, n)
@@ -174,7 +169,7 @@ class Design:
             residual_ss=columns[:, -1] @ columns[:, -1],
             total_ss=response @ response,
             log_weights=log_weights,
-            scales=tuple(scales),
+            units=units,
             n=n,
             p=X.shape[1],
             names=names,
@@ -331,7 +326,8 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     if p >= n:
         raise DataError(f"X has {p} columns and only {n} rows")
     xp = _module(rows)
-    basis, triangle = np.linalg.qr(rows) if xp is np else linalg.qr(rows)
+    factors: Any = orthonormal(rows) if xp is np else linalg.qr(rows)
+    basis, triangle = factors
     if xp is np:
         require_full_rank(triangle, rows)
     yp = jnp if isinstance(response, Array) or xp is jnp else np
@@ -424,6 +420,8 @@ def stack(designs: Iterable[Design]) -> Design:
     if all(isinstance(design.structure, Grouped) for design in designs):
         most = max(design.structure.factors.shape[-1] for design in designs)  # type: ignore[attr-defined]
         designs = [_with_levels(design, most) for design in designs]
+    if len({design.units.rotated for design in designs}) > 1:
+        designs = [replace(design, units=design.units.general()) for design in designs]
     try:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *designs)
     except ValueError as error:

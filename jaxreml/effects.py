@@ -76,8 +76,7 @@ def conditional_variances(
     relative = design.structure.variances(inspection.posterior)
     sigma2 = float(estimate.sigma) ** 2
     return tuple(
-        sigma2 * variance / np.outer(scale, scale)
-        for variance, scale in zip(relative, design.scales, strict=True)
+        sigma2 * design.units.variances(k, variance) for k, variance in enumerate(relative)
     )
 
 
@@ -91,7 +90,7 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     residual = jnp.concatenate([-beta, jnp.ones_like(beta, shape=(1, 1))])
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
-    return tuple(mode / scale for mode, scale in zip(modes, design.scales, strict=True))
+    return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))
 
 
 class Henderson(NamedTuple):
@@ -166,8 +165,8 @@ def row_variances(parts: Henderson, design: Design, X: np.ndarray, rows: Rows) -
 def scaled_rows(design: Design, rows: Rows) -> Rows:
     """Rows of Z in the units of the structure."""
     return [
-        (codes, effects / np.asarray(scale))
-        for (codes, effects), scale in zip(rows, design.scales, strict=True)
+        (codes, np.asarray(design.units.rows(k, effects)))
+        for k, (codes, effects) in enumerate(rows)
     ]
 
 

@@ -216,17 +216,17 @@ def _chain(root: Array, sizes: covariance.Sizes, expansion: Expansion) -> tuple[
 def _triangles(root: Array, sizes: covariance.Sizes, zero: float) -> tuple[Array, ...]:
     """Lower-triangular factors of a root's covariances, pivots of at most `zero` set to zero.
 
-    An effect whose whole variance is rounding error has a row of zeros: what is left of its
-    covariances would pass for a correlation.
+    In a row with a pivot of zero, rounding errors are zeros: they would pass for a correlation, or
+    for what a correlation of +-1 leaves.
     """
     factors = []
     start = 0
     for q in sizes:
         square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
-        matrix = linalg.matmul(square, linalg.transpose(square))
-        factor, _ = covariance.factor_semidefinite(matrix, zero)
-        varies = linalg.diagonal(matrix) > _rounding(root) ** 2
-        factors.append(jnp.where(varies[:, None], factor, 0.0))
+        factor = covariance.lower_factor(square, zero)
+        error = _rounding(root) ** 2 * jnp.maximum(jnp.sum(square**2, axis=1), 1.0)
+        kept = (linalg.diagonal(factor) > 0)[:, None] | (factor**2 > error[:, None])
+        factors.append(jnp.where(kept, factor, 0.0))
         start += q * q
     return tuple(factors)
 
@@ -381,6 +381,11 @@ def _optimum_jvp(reml, primals, tangents):
     return (root, point), (root_dot, point_dot)
 
 
+def _congruent(matrix: Array, form: Array) -> Array:
+    """matrix' form matrix."""
+    return linalg.matmul(linalg.transpose(matrix), linalg.matmul(form, matrix))
+
+
 def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
     """Everything that follows from the optimum; also for a batch on the last axis."""
     sizes = design.sizes
@@ -404,22 +409,17 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     beta = design.beta_ols + linalg.matmul(root_vcov, factor[p, :p][:, None])[:, 0]
     vcov = sigma2 * linalg.matmul(root_vcov, linalg.transpose(root_vcov))
 
-    # Variance parameters, in the user's units of the effects.
-    factors = tuple(f / s[:, None] for f, s in zip(scaled, design.scales, strict=True))
-    finite = covariance.params_from_factors(factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
-    free, shown = covariance.boundary(factors, finite, FAR)
-    per_unit = covariance.relative_scale(design.scales)
-    per_unit = jnp.concatenate([per_unit, jnp.ones_like(per_unit[:1])])
+    # Variance parameters, inside and then in the user's units of the effects.
+    finite = covariance.params_from_factors(scaled, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
+    free, inner = covariance.boundary(scaled, finite)
     slopes = jnp.concatenate([expansion.gradient, jnp.zeros_like(expansion.gradient[:1])])
-    curves = expansion.joint_hessian * per_unit[:, None] * per_unit
-    jacobian, hessian = covariance.hessian_in_params(finite, slopes * per_unit, curves, sizes)
+    jacobian, hessian = covariance.hessian_in_params(finite, slopes, expansion.joint_hessian, sizes)
     of_omega = [
         -linalg.matmul(root_vcov, linalg.matmul(slope, linalg.transpose(root_vcov)))
         for slope in (expansion.gram_slopes[i, :p, :p] for i in range(len(theta)))
     ]
     of_all = jnp.stack([*(sigma2 * slope for slope in of_omega), vcov])
-    scaled_jacobian = jacobian * per_unit[:, None] * free
-    vcov_slopes = jnp.sum(scaled_jacobian[:, :, None, None] * of_all[:, None], axis=0)
+    vcov_slopes = jnp.sum((jacobian * free)[:, :, None, None] * of_all[:, None], axis=0)
     both = free[:, None] & free
     identity = linalg.eye_like(hessian)
     unit = jnp.sqrt(jnp.where(free, linalg.diagonal(hessian), 1.0))
@@ -428,6 +428,19 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     regular = jnp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > FLAT  # false where it gave NaN
     inverse = linalg.solve_lower(unit_factor, identity) / unit
     params_vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
+    factors = design.units.factors(scaled)
+    finite = covariance.params_from_factors(factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
+    theirs, shown = covariance.boundary(factors, finite)
+    if any(design.units.rotated):
+        # The gradient vanishes in what is free: derivatives change as tensors do.
+        out, back = design.units.jacobians(shown, inner)
+        out = jnp.where(theirs[:, None] & free, out, 0.0)
+        back = jnp.where(free[:, None] & theirs, back, 0.0)
+        params_vcov = _congruent(linalg.transpose(out), jnp.where(both, params_vcov, 0.0))
+        hessian = _congruent(back, jnp.where(both, hessian, 0.0))
+        vcov_slopes = jnp.sum(back[:, :, None, None] * vcov_slopes[:, None], axis=0)
+    free = theirs
+    both = free[:, None] & free
     params_vcov = jnp.where(both & regular, params_vcov, jnp.nan)
     positions, _ = covariance.positions(sizes)
 

@@ -109,10 +109,9 @@ def _of_any(
         )
     rows = scaled_rows(design, [(term.codes, term.effects) for term in frame.terms])
     Z = layout.sparse([(levels, effects * root[:, None]) for levels, effects in rows])
-    relative = covariance.relative_scale(design.scales)
 
     def scaled(params: Any) -> Any:
-        return covariance.omega_from_params(params, design.sizes)[0] * relative
+        return design.units.omega(params)[0]
 
     omega, jacobian = scaled(params), np.asarray(jax.jacfwd(scaled)(params))
     matrices = covariance.symmetric_matrices(omega, design.sizes)
@@ -201,8 +200,8 @@ def _of_levels(
     levels = frame.terms[0].codes
     X = frame.X * root[:, None]
     y = (frame.y if frame.offset is None else frame.y - frame.offset) * root  # pyright: ignore
-    Z = np.concatenate([term.effects for term in frame.terms], axis=1) * root[:, None]
-    Z = Z / np.concatenate([np.asarray(scale) for scale in design.scales])
+    rows = scaled_rows(design, [(term.codes, term.effects) for term in frame.terms])
+    Z = np.concatenate([effects for _, effects in rows], axis=1) * root[:, None]
     columns = np.column_stack([from_basis(design, X), y - X @ np.asarray(design.beta_ols)])
     program = _compiled(fit.method == "REML", of_rows, count)
     return program(params, design.without_names(), columns, Z, levels, of_level)
@@ -252,8 +251,7 @@ def _parts(
     """
     p = design.p
     structure: Any = design.structure
-    omega, log_sigma2 = covariance.omega_from_params(params, design.sizes)
-    omega = omega * covariance.relative_scale(design.scales)
+    omega, log_sigma2 = design.units.omega(params)
     projection = structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     rss = factor[p, p] ** 2

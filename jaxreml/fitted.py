@@ -345,31 +345,35 @@ class FittedModel:
         return tuple(len(grouping.effects) for grouping in self.groupings)
 
     @cached_property
-    def _covariances(self) -> list[np.ndarray]:
-        """Covariance matrix of each term's effects."""
-        matrices = []
+    def _factors(self) -> list[np.ndarray]:
+        """Relative Cholesky factor of each term's effects, with exact zeros where singular."""
+        factors = []
         start = 0
         for q in self._sizes:
             factor = np.zeros((q, q))
             rows, columns = covariance.triangle(q)
             factor[rows, columns] = self.theta[start : start + rows.size]
-            matrices.append(self.sigma**2 * factor @ factor.T)
+            factors.append(factor)
             start += rows.size
-        return matrices
+        return factors
+
+    @cached_property
+    def _covariances(self) -> list[np.ndarray]:
+        """Covariance matrix of each term's effects."""
+        return [self.sigma**2 * factor @ factor.T for factor in self._factors]
 
     @property
     def _boundary(self) -> list[str]:
         """What is on the boundary of the parameter space, in words."""
         found = []
-        for grouping, matrix in zip(self.groupings, self._covariances, strict=True):
-            variances = np.diagonal(matrix)
-            zero = [e for e, v in zip(grouping.effects, variances, strict=True) if v == 0]
+        for grouping, factor in zip(self.groupings, self._factors, strict=True):
+            positive = np.any(factor != 0, axis=1)
+            zero = [e for e, varies in zip(grouping.effects, positive, strict=True) if not varies]
             found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]
-            q = int((variances > 0).sum())
-            if np.linalg.matrix_rank(matrix, tol=1e-8 * variances.max(initial=0.0)) < q:
+            if np.count_nonzero(np.diagonal(factor)) < np.count_nonzero(positive):
                 found.append(
                     f"the correlation of the effects of {grouping.name} is +-1"
-                    if q == 2
+                    if positive.sum() == 2
                     else f"the correlation matrix of the effects of {grouping.name} has lost rank"
                 )
         return found

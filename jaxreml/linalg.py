@@ -324,4 +324,5 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
 
 @_one_at_a_time(lambda matrix: qr(matrix))
 def _qr(matrix: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.qr(matrix))
+    basis, triangle = jnp.linalg.qr(matrix)
+    return basis, triangle

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml import covariance, linalg
+from jaxreml import linalg
 from jaxreml.designs import Design, require_precision
 from jaxreml.runtime import usual_promotion
 from jaxreml.structures import Marginal
@@ -71,8 +71,7 @@ def _objective(params: Array, design: Design, *, reml: bool) -> Array:
 @partial(jax.jit, static_argnums=2)
 def _compiled_objective(params: Array, design: Design, reml: bool) -> Array:
     with usual_promotion():
-        omega, log_sigma2 = covariance.omega_from_params(params, design.sizes)
-        omega = omega * covariance.relative_scale(design.scales)
+        omega, log_sigma2 = design.units.omega(params)
         return neg2_loglik(omega, log_sigma2, design, reml=reml)
 
 

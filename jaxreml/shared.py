@@ -24,6 +24,7 @@ from jaxreml.structures.collapse import Collapse, collapse
 from jaxreml.structures.dense import Dense
 from jaxreml.structures.grouped import GroupedBasis
 from jaxreml.structures.spectral import Spectral, spectral
+from jaxreml.units import Units, orthonormal
 
 # Share of the sum of squares, per row, that rounding leaves uncertain in what X and Z do not
 # explain, so that the criterion would be off by 1e-9.
@@ -68,7 +69,7 @@ class SharedDesign:
         constant: (p,), coefficients with which X makes 1 in every row, zeros if it does not.
         factors, scores_x, remainder_xx: F, Q'U and rest'rest.
         log_weights, n: ().
-        scales: per term (q_k,).
+        units: as in `Design`.
         collapse, spectral: plans, or None.
         pairs: `cross_products` of the (collapsed) scores of X where batches are a `GroupedBatch`,
             else None.
@@ -89,7 +90,7 @@ class SharedDesign:
     remainder_xx: Array
     log_weights: Array
     n: Array
-    scales: tuple[Array, ...]
+    units: Units
     collapse: Collapse | None
     spectral: Spectral | None
     pairs: Array | None
@@ -241,7 +242,7 @@ class SharedDesign:
             residual_ss=reduced.residual_ss,
             total_ss=reduced.total_ss,
             log_weights=shared(self.log_weights),
-            scales=tuple(shared(scale) for scale in self.scales),
+            units=self.units.with_lanes(len(lanes)),
             n=shared(self.n),
             p=self.p,
             names=names,
@@ -313,14 +314,14 @@ def share(
     if weights is not None:
         roots = np.sqrt(weights) * used
         log_weights = float(np.sum(np.log(weights[used])))
-    effects = []
-    scales = []
-    for codes, columns in terms:
-        columns = columns if roots is None else columns * roots[:, None]
-        scale = np.sqrt(np.sum(columns * columns, axis=0) / n_used)
-        scale = np.where(scale > 0, scale, 1.0)
-        effects.append((codes, columns / scale, int(codes.max()) + 1))
-        scales.append(scale)
+    weighted = [columns for _, columns in terms]
+    if roots is not None:
+        weighted = [columns * roots[:, None] for columns in weighted]
+    units = Units.of(weighted, n_used)
+    effects = [
+        (codes, units.rows(k, weighted[k]), int(codes.max()) + 1)
+        for k, (codes, _) in enumerate(terms)
+    ]
     sizes = tuple(columns.shape[1] for _, columns in terms)
     if structure == "crossed":
         raise DataError(
@@ -331,7 +332,7 @@ def share(
         structure = "dense"  # the only one for several factors that takes many responses
     basis = structure_basis(effects, structure, n)
     rows = X if roots is None else X * roots[:, None]
-    basis_rows, triangle = np.linalg.qr(rows)
+    basis_rows, triangle = orthonormal(rows)
     require_full_rank(triangle, rows)
 
     plan = eigen = pairs = None
@@ -367,7 +368,7 @@ def share(
         remainder_xx=of_x.remainder,
         log_weights=np.float64(log_weights),  # pyright: ignore
         n=np.float64(n_used),  # pyright: ignore
-        scales=tuple(scales),  # pyright: ignore
+        units=units,
         collapse=plan,
         spectral=eigen,
         pairs=pairs,  # pyright: ignore

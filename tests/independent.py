@@ -8,16 +8,23 @@ import numpy as np
 
 
 def covariance_matrix(variances: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Covariance matrix of effects from variances and one Fisher z (q <= 2)."""
+    """Covariance matrix of effects from variances and the partial correlations tanh z.
+
+    The rows of the correlations' Cholesky factor are unit vectors in spherical coordinates.
+    """
     sd = np.sqrt(variances)
-    correlation = np.eye(sd.size)
-    if sd.size == 2:
-        correlation[0, 1] = correlation[1, 0] = np.tanh(z[0])
-    return sd[:, None] * correlation * sd
+    factor = np.zeros((sd.size, sd.size))
+    start = 0
+    for i in range(sd.size):
+        partial = np.tanh(z[start : start + i])
+        left = np.cumprod(np.append(1.0, np.sqrt(1 - partial**2)))
+        factor[i, : i + 1] = np.append(partial, 1.0) * left
+        start += i
+    return sd[:, None] * (factor @ factor.T) * sd
 
 
 def marginal_covariance(params, terms, weights, n) -> np.ndarray:
-    """V of `params` as jaxreml orders them; terms are (codes, Z) with q <= 2."""
+    """V of `params` as jaxreml orders them; terms are (codes, Z)."""
     params = np.asarray(params, float)
     V = np.exp(params[-1]) * np.diag(1 / (np.ones(n) if weights is None else weights))
     start = 0

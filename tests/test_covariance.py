@@ -112,6 +112,20 @@ def test_semidefinite_factor_has_exact_zeros():
     assert list(zero) == [True, False]
 
 
+def test_lower_factor_of_a_root():
+    """As numpy's Cholesky factor, without its loss of digits; zeros where rank is lost."""
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(3, 3, 5))
+    factor = np.asarray(covariance.lower_factor(jnp.asarray(root), 1e-7))
+    for lane in range(5):
+        own = root[..., lane]
+        np.testing.assert_allclose(factor[..., lane], np.linalg.cholesky(own @ own.T), atol=1e-13)
+    near = np.array([[1.0, 0.0], [1.0, 1e-10]])
+    np.testing.assert_array_equal(covariance.lower_factor(jnp.asarray(near), 0.0), near)
+    lost = covariance.lower_factor(jnp.asarray(rng.normal(size=(3, 1)) * np.ones(3)), 1e-7)
+    np.testing.assert_array_equal(np.asarray(lost) == 0, np.arange(3) > np.zeros((3, 1)))
+
+
 @pytest.mark.parametrize(
     ("theta", "free", "shown"),
     [
@@ -126,7 +140,32 @@ def test_semidefinite_factor_has_exact_zeros():
 def test_boundary(theta, free, shown):
     factors = covariance.split_triangles(jnp.array(theta), (2,))
     params = covariance.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
-    inside, reported = covariance.boundary(factors, params, 20.0)
+    inside, reported = covariance.boundary(factors, params)
     np.testing.assert_array_equal(inside, np.array(free, bool))
     if shown is not None:
         np.testing.assert_array_equal(reported[2], shown)
+
+
+@pytest.mark.parametrize(
+    ("theta", "z"),
+    [
+        ([1.0, 0.5, 0.3, 2.0, -0.7, 0.0], [1, 1, -np.inf]),
+        ([1.0, 0.5, 0.3, 2.0, 1e-6, 0.0], [1, 1, np.inf]),
+        ([1.0, 0.5, 0.3, 2.0, 0.0, 0.0], [1, np.inf, np.nan]),
+        ([1.0, 0.5, 0.3, 0.0, 0.0, 0.0], [np.inf, np.inf, np.nan]),
+        ([1.0, 0.5, 0.3, 0.0, 0.0, 1e-6], [np.inf, 1, np.nan]),
+        ([0.0, 0.0, 0.0, 2.0, 0.3, 0.0], [np.nan, np.nan, np.inf]),
+        ([1.0, 0.5, 0.0, 2.0, 0.0, 0.0], [1, np.nan, np.nan]),
+    ],
+)
+def test_boundary_of_three_effects(theta, z):
+    """Read off the exact zeros, whatever rounding does to the rows' lengths."""
+    rng = np.random.default_rng(0)
+    for unit in rng.uniform(0.1, 10, size=(20, 3)):
+        (factor,) = covariance.split_triangles(jnp.array(theta), (3,))
+        factors = (factor * unit[:, None],)
+        params = covariance.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
+        inside, shown = covariance.boundary(factors, params)
+        np.testing.assert_array_equal(inside[3:6], np.isfinite(z))
+        np.testing.assert_array_equal(np.where(np.isfinite(shown[3:6]), 1, shown[3:6]), z)
+        np.testing.assert_array_equal(inside[:3], (np.asarray(factor) != 0).any(axis=1))

@@ -331,3 +331,42 @@ def test_no_start_finds_a_lower_criterion(n, n_groups, q):
             for start in starts
         )
         assert float(fits.criterion[k]) <= best + 1e-6
+
+
+def test_singular_fits_of_three_effects():
+    """Singular is what has a pivot of zero, in any unit of the effects; the parameters that are
+    free are as many as the matrices of that rank have, with standard errors given the others."""
+    rng = np.random.default_rng(3)
+    codes, q = np.repeat(np.arange(15), 8), 3
+    Z = np.column_stack([np.ones(120), rng.normal(size=(120, 2))])
+    unit = np.array([1.0, 3.3, 0.7])
+    ranks = []
+    for k in range(60):
+        loadings = rng.normal(size=(q, 1 + k % 3)) * 0.6
+        modes = rng.normal(size=(15, 1 + k % 3)) @ loadings.T
+        y = np.sum(modes[codes] * Z, axis=1) + rng.normal(size=120)
+        fit = estimate(Design.from_arrays(y, Z, [(codes, Z)]))
+        other = estimate(Design.from_arrays(y, Z * unit, [(codes, Z * unit)]))
+        assert int(fit.status) == int(other.status) == Status.CONVERGED
+        rank = int((fit.theta[np.array([0, 3, 5])] > 0).sum())
+        assert bool(fit.is_singular) == bool(other.is_singular) == (rank < q)
+        free = np.isfinite(np.asarray(fit.params[:-1]))
+        assert free.sum() == q * rank - rank * (rank - 1) // 2
+        assert np.isinf(fit.params[3:6]).sum() == q - rank
+        errors = np.sqrt(np.diagonal(fit.params_vcov))
+        np.testing.assert_array_equal(np.isfinite(errors[:-1]), free)
+        np.testing.assert_allclose(errors, np.sqrt(np.diagonal(other.params_vcov)), rtol=1e-8)
+        if rank not in ranks:  # one of each rank by an independent route
+            free = np.append(free, True)
+            params = np.nan_to_num(np.asarray(fit.params), posinf=20.0, neginf=-20.0)
+
+            def value(some, params=params, free=free, y=y):
+                moved = params.copy()
+                moved[free] = some
+                return independent.neg2_loglik(moved, y, Z, [(codes, Z)], reml=True)
+
+            hessian = independent.hessian(value, params[free])
+            expected = np.sqrt(np.diagonal(2 * np.linalg.inv(hessian)))
+            np.testing.assert_allclose(errors[free], expected, rtol=1e-4)
+        ranks.append(rank)
+    assert set(ranks) >= {1, 2, 3}

@@ -37,7 +37,7 @@ LAYERS = [
     {"evaluation"},
     {"designs", "estimability", "formula", "hypotheses", "tabular", "transforms"},
     {"columns"},
-    {"structures"},
+    {"structures", "units"},
     {"covariance"},
     {"linalg"},
     {"devices"},

@@ -79,7 +79,9 @@ def test_marginal_equals_explicit_covariance(seed, shape):
     omega = random_omega(seed, (q,))
     (matrix,) = covariance.symmetric_matrices(omega, (q,))
     V = np.eye(n) + (Z @ np.asarray(matrix) @ Z.T) * (codes[:, None] == codes)
-    scaled = omega * covariance.relative_scale(design.scales)
+    scale = np.diagonal(design.units.matrices[0])
+    rows, columns = covariance.triangle(q)
+    scaled = omega * (scale[rows] * scale[columns])
     marginal = design.structure.marginal(scaled)
     logdet = np.linalg.slogdet(V)[1]
     assert float(marginal.logdet) == pytest.approx(logdet, rel=1e-9, abs=1e-9)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 from jaxreml import covariance
 from jaxreml.errors import DataError
@@ -41,28 +42,27 @@ class Chart:
     """Coordinates of the variance parameters, in which some that people read are axes.
 
     Attributes:
-        orders: per term the order of its effects, those first that are axes.
+        bases: per term (q, q), what each effect is in the inner ones of the design: those first
+            that are axes, in the user's units, and then inner ones.
         polar: terms (their places) of which the second row of T is d (cos a, sin a).
         axes: the coordinates in numbers.
     """
 
-    orders: tuple[tuple[int, ...], ...]
+    bases: tuple[np.ndarray, ...]
     polar: tuple[int, ...]
     axes: Coordinates
 
     def x(self, values: Values, floor: float = 0.0) -> np.ndarray:
         """Coordinates (m + 2,), with entries on diagonals of at least `floor`; the last is 0."""
         parts = []
-        for k, (root, order) in enumerate(zip(values.roots, self.orders, strict=True)):
-            upper = np.linalg.qr(root[list(order)].T, mode="r")
+        for k, (root, basis) in enumerate(zip(values.roots, self.bases, strict=True)):
+            upper = np.linalg.qr((basis @ root).T, mode="r")
             lower = (np.where(np.diagonal(upper) < 0, -1.0, 1.0)[:, None] * upper).T
             np.fill_diagonal(lower, np.maximum(np.diagonal(lower), floor))
             if k in self.polar:
                 length = np.hypot(lower[1, 0], lower[1, 1])
                 defined = lower[0, 0] > 0 and length > 0
-                angle = (
-                    -math.acos(np.clip(lower[1, 0] / length, -1, 1)) if defined else -math.pi / 2
-                )
+                angle = -math.atan2(lower[1, 1], lower[1, 0]) if defined else -math.pi / 2
                 lower[1, :2] = math.sqrt(length), angle
                 lower[0, 0] = math.sqrt(lower[0, 0])
             parts.append(lower[covariance.triangle(len(root))])
@@ -74,12 +74,12 @@ class Chart:
         entries = triangle(x[:m], self.axes)
         roots = []
         start = 0
-        for order in self.orders:
-            q = len(order)
+        for basis in self.bases:
+            q = len(basis)
             rows, columns = covariance.triangle(q)
             lower = np.zeros((q, q))
             lower[rows, columns] = entries[start : start + rows.size]
-            roots.append(lower[np.argsort(order)])
+            roots.append(np.linalg.solve(basis, lower))
             start += rows.size
         return Values(tuple(roots), float(x[m]))
 
@@ -183,27 +183,25 @@ def parameters(fit: LMMResults) -> list[Parameter]:
 
 def estimates(fit: LMMResults) -> Values:
     """The variance parameters of a fit."""
-    factors = []
-    start = 0
-    for scale in fit.design.scales:
-        q = len(scale)
-        rows, columns = covariance.triangle(q)
-        factor = np.zeros((q, q))
-        factor[rows, columns] = fit.theta[start : start + rows.size]
-        factors.append(factor * np.asarray(scale)[:, None])
-        start += rows.size
-    return Values(tuple(factors), 0.0)
+    pairs = zip(fit.design.units.matrices, fit._factors, strict=True)
+    return Values(tuple(np.asarray(matrix) @ factor for matrix, factor in pairs), 0.0)
+
+
+def _of_inner(fit: LMMResults, k: int) -> np.ndarray:
+    """What the effects of term `k` are in the inner ones of the design, (q, q)."""
+    return np.asarray(fit.design.units.effects(k, np.eye(fit.design.sizes[k])))
 
 
 def readings(values: Values, fit: LMMResults) -> list[float]:
     """SDs, correlations and sigma in the user's units, in the order of `parameters`."""
     found = []
-    for root, scale in zip(values.roots, fit.design.scales, strict=True):
+    for k, inner in enumerate(values.roots):
+        root = _of_inner(fit, k) @ inner
         sd = np.linalg.norm(root, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             unit = root / sd[:, None]
         for j in range(len(root)):
-            found.append(fit.sigma * sd[j] / float(scale[j]))
+            found.append(fit.sigma * sd[j])
             found += [float(unit[i] @ unit[j]) for i in range(j + 1, len(root))]
     return [*found, fit.sigma * math.exp(values.log_sigma)]
 
@@ -272,7 +270,7 @@ class _Builder:
 
     def sd(self, k: int, j: int) -> Parameter:
         group, term = self.fit.groupings[k].name, self.fit.groupings[k].effects[j]
-        scale = self.fit.sigma / float(self.fit.design.scales[k][j])
+        scale = self.fit.sigma * float(np.linalg.norm(_of_inner(self.fit, k)[j]))
         return self._parameter(f"sd_{term}|{group}", group, term, "sd", k, (j,), scale)
 
     def correlation(self, k: int, i: int, j: int) -> Parameter:
@@ -346,12 +344,9 @@ class _Builder:
             columns[:p, :left] = self._directions(fixed)[:, :left]
             absent[left:p] = 1.0
             shift = self.shift(fixed[0], fixed)
-        orders = tuple(
-            (*first.get(k, ()), *(e for e in by_size if e not in first.get(k, ())))
-            for k, by_size in enumerate(self.by_size)
-        )
+        bases = tuple(self._basis(k, first.get(k, ())) for k in range(len(self.sizes)))
         axes = Coordinates(
-            order=self._permutation(orders),
+            order=_to_root(bases),
             roots=roots,
             polar=turn,
             pivots=pivots * free,
@@ -361,7 +356,7 @@ class _Builder:
             absent=absent,
             log_unit=math.log(self.fit.sigma),
         )
-        return Chart(orders, polar, axes)
+        return Chart(bases, polar, axes)
 
     def shift(self, j: int, fixed: Sequence[int]) -> np.ndarray:
         """What the response gains per standard error of x_j in the directions that X without
@@ -373,11 +368,26 @@ class _Builder:
         """Orthonormal (p, p), the last ones orthogonal to all columns but the `fixed`."""
         return np.linalg.qr(np.delete(self.basis, fixed, axis=1), mode="complete")[0]
 
-    def _permutation(self, orders: tuple[tuple[int, ...], ...]) -> np.ndarray:
-        """To omega's entries from those with the effects in other orders, (m, m)."""
-        where = []
-        for start, order in zip(self.starts, orders, strict=False):
-            place = np.argsort(order)
-            rows, columns = covariance.triangle(len(order))
-            where.append(start + covariance.places(len(order))[place[rows], place[columns]])
-        return np.eye(self.starts[-1])[np.concatenate(where)]
+    def _basis(self, k: int, first: tuple[int, ...]) -> np.ndarray:
+        """The effects `first` of term `k` in their own units, then the inner ones that are not
+        nearly combinations of them, (q, q)."""
+        whole = np.eye(self.sizes[k])
+        own = _of_inner(self.fit, k)[list(first)]
+        own = own / np.linalg.norm(own, axis=1, keepdims=True)
+        rest, replaced = own.copy(), []
+        for i in range(len(rest)):
+            replaced.append(int(np.argmax(np.abs(rest[i]))))
+            pivot = rest[i] / rest[i, replaced[-1]]
+            rest[i + 1 :] -= rest[i + 1 :, replaced[-1:]] * pivot
+        left = [effect for effect in self.by_size[k] if effect not in replaced]
+        return np.concatenate([own, whole[left]])
+
+
+def _to_root(bases: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Entries of a root of inner effects from those of a triangle in other bases, (r, m)."""
+    blocks = []
+    for basis in bases:
+        rows, columns = covariance.triangle(len(basis))
+        turned = np.kron(np.linalg.inv(basis), np.eye(len(basis)))
+        blocks.append(turned[:, rows * len(basis) + columns])
+    return np.asarray(scipy.linalg.block_diag(*blocks))

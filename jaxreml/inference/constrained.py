@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,8 @@ class Coordinates(NamedTuple):
     All arrays are of floats.
 
     Attributes:
-        order: (m, m), permutation to the entries of omega from those of T T'.
+        order: (r, m), to the entries of a root of Omega from those of T: of the effects in another
+            order, or another basis.
         roots: (m,), 1 where x has the square root of an entry, 0 elsewhere.
         polar: (m, m), 1 in the row of d and the column of a where x has these, 0 elsewhere.
         pivots: (m + 2,), 1 for entries on the diagonal of T that are free.
@@ -110,25 +111,10 @@ def triangle(x: Any, axes: Coordinates) -> Any:
     return entries * (1 - angles) * xp.cos(polar @ x) + (polar.T @ entries) * xp.sin(x)
 
 
-@lru_cache
-def _products(sizes: covariance.Sizes) -> np.ndarray:
-    """The entries of T T' as quadratic forms in those of T, (m, m, m)."""
-    m = covariance.count_theta(sizes)
-    forms = np.zeros((m, m, m))
-    start = 0
-    for q in sizes:
-        rows, columns = covariance.triangle(q)
-        for i, j in np.argwhere((columns[:, None] == columns) & (rows[:, None] >= rows)):
-            product = covariance.places(q)[rows[i], rows[j]]
-            forms[start + product, start + i, start + j] = 1.0
-        start += rows.size
-    return forms
-
-
 def _omega(x: Array, axes: Coordinates, sizes: covariance.Sizes) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
     entries = triangle(x[:-1], axes)
-    absolute = axes.order @ (_products(sizes) @ entries @ entries)
+    absolute = covariance.omega_from_root(axes.order @ entries, sizes)
     return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
 
 

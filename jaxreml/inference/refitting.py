@@ -32,6 +32,7 @@ from jaxreml.runtime import neutral
 from jaxreml.shared import Reduced, SharedDesign
 from jaxreml.structures import Crossed
 from jaxreml.structures.planning import CrossedBasis
+from jaxreml.units import Units, orthonormal
 
 LANES = 64  # most responses that `estimate` is mapped over at a time
 NUMBERS = 2**21  # and most numbers in the larger arrays of them
@@ -131,15 +132,15 @@ class CrossedRefitter:
         roots = np.ones((n, 1)) if frame.weights is None else np.sqrt(frame.weights)[:, None]
         self._roots = roots
         weighted = [term.effects * roots for term in frame.terms]
-        scales = [np.sqrt(np.mean(columns**2, axis=0)) for columns in weighted]
+        units = Units.of(weighted, n)
         effects = [
-            (term.codes, columns / scale, len(term.levels))
-            for term, columns, scale in zip(frame.terms, weighted, scales, strict=True)
+            (term.codes, units.rows(k, weighted[k]), len(term.levels))
+            for k, term in enumerate(frame.terms)
         ]
         basis: Any = structure_basis(effects, "crossed", n)
         self._basis: CrossedBasis = basis
         self._sizes = tuple(columns.shape[1] for columns in weighted)
-        self._rows, self._triangle = np.linalg.qr(frame.X * roots)
+        self._rows, self._triangle = orthonormal(frame.X * roots)
         fields: Any = {
             "structure": basis.structure(self._rows, self._sizes),
             "basis": self._triangle,
@@ -147,7 +148,7 @@ class CrossedRefitter:
             "residual_ss": np.zeros(()),
             "total_ss": np.zeros(()),
             "log_weights": 2 * np.sum(np.log(roots)),
-            "scales": tuple(scales),
+            "units": units,
             "n": np.float64(n),
         }
         names = tuple((term.name, term.effect_names) for term in frame.terms)

@@ -75,7 +75,7 @@ class Structure(Protocol):
     """A pytree of the cross-products of one data set, with these contractions.
 
     `omega` is always the vector of `covariance`, length m. Effects are in scaled units
-    (`Design.scales`). `cross` is D in the structure's own layout, `inner` what it makes B from.
+    (`Design.units`). `cross` is D in the structure's own layout, `inner` what it makes B from.
     """
 
     @property
