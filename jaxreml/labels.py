@@ -100,7 +100,7 @@ class DataRows:
         for name in names:
             if names.count(name) == 1:
                 with suppress(DataError):  # a column that no model could use may well be unused
-                    column = to_pandas(self.data, [name])[name]
+                    column = to_pandas(self.data, [name]).iloc[:, 0]
                     if _may_identify(column):
                         found[name] = _text(column)
         return found
@@ -219,7 +219,7 @@ def ids_of(table: Any, labels: pd.Index | None, name: str) -> pd.Series | None:
     if columns.count(name) > 1:
         raise DataError(f"column {name!r} occurs more than once; rename one")
     if name in columns:
-        return to_pandas(table, [name])[name].reset_index(drop=True)
+        return to_pandas(table, [name]).iloc[:, 0].reset_index(drop=True)
     if labels is not None and name in labels.names:
         return pd.Series(labels.get_level_values(name))
     return None
