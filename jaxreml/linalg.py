@@ -319,9 +319,11 @@ def _inverse(matrix: Array) -> tuple[Array, Array]:
 
 @_one_at_a_time(lambda matrix: eigh(matrix))
 def _eigh(matrix: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.eigh(matrix, symmetrize_input=False))
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
 
 
 @_one_at_a_time(lambda matrix: qr(matrix))
 def _qr(matrix: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.qr(matrix))
+    basis, triangle = jnp.linalg.qr(matrix)
+    return basis, triangle
