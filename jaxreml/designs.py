@@ -326,14 +326,15 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     if p >= n:
         raise DataError(f"X has {p} columns and only {n} rows")
     xp = _module(rows)
-    factors: Any = orthonormal(rows) if xp is np else linalg.qr(rows)
-    basis, triangle = factors
     if xp is np:
+        basis, triangle = orthonormal(rows)
         require_full_rank(triangle, rows)
+    else:
+        basis, triangle = linalg.qr(rows)
     yp = jnp if isinstance(response, Array) or xp is jnp else np
     projection = basis.T @ response
     residual = response - basis @ projection
-    again = basis.T @ residual  # a second pass takes out what rounding left of a large mean
+    again: Any = basis.T @ residual  # a second pass takes out what rounding left of a large mean
     residual = residual - basis @ again
     if yp is np:
         beta = np.linalg.solve(triangle, projection + again)

@@ -319,7 +319,8 @@ def _inverse(matrix: Array) -> tuple[Array, Array]:
 
 @_one_at_a_time(lambda matrix: eigh(matrix))
 def _eigh(matrix: Array) -> tuple[Array, Array]:
-    return tuple(jnp.linalg.eigh(matrix, symmetrize_input=False))
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
 
 
 @_one_at_a_time(lambda matrix: qr(matrix))
