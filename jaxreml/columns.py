@@ -130,10 +130,13 @@ def _integers(values: pd.Series, unsigned: bool) -> pd.Series:
 def _category(name: Any, values: pd.Series) -> pd.Series:
     """Categories of NumPy's types, text as objects."""
     kind: Any = values.dtype
-    levels = column(name, pd.Series(kind.categories)) if len(kind.categories) else None
-    if levels is None or levels.dtype == kind.categories.dtype:
+    stored = kind.categories.dtype
+    if not len(kind.categories) or isinstance(stored, pd.IntervalDtype | pd.PeriodDtype):
         return values
-    plain = pd.CategoricalDtype(pd.Index(levels), kind.ordered)
+    levels = column(name, pd.Series(kind.categories))
+    if levels.dtype == stored:
+        return values
+    plain = pd.CategoricalDtype(pd.Index(levels, dtype=levels.dtype), kind.ordered)
     return pd.Series(pd.Categorical.from_codes(values.cat.codes, dtype=plain), values.index)
 
 

@@ -189,7 +189,8 @@ def _called(helper: str, node: ast.expr) -> ast.expr:
 def double(values: Any) -> Any:
     """Columns and arrays of numbers or Booleans as float64; anything else as it is."""
     kind = getattr(getattr(values, "dtype", None), "kind", "")
-    return values.astype(float) if kind in "biuf" and np.ndim(values) else values
+    numeric = kind in {"b", "i", "u", "f"} and np.ndim(values)
+    return values.astype(float) if numeric else values
 
 
 def wide(values: Any) -> Any:
