@@ -342,3 +342,15 @@ def require_no_stray(name: str, values: pd.Series, as_factor: bool = False) -> N
         "pandas.to_numeric(column, errors='coerce'); otherwise correct it"
         + ("" if as_factor or marks else f", or write C({name}) for a factor")
     )
+
+
+def require_amounts_possible(name: str, values: pd.Series) -> None:
+    """Say why a column that ought to be numbers is none, if that is known.
+
+    Raises:
+        DataError: points or spans of time; text because of a few values.
+    """
+    kind = getattr(values.dtype, "kind", "")
+    if kind in REMEDIES:
+        raise _refused(name, REMEDIES[kind])
+    require_no_stray(name, values)

@@ -18,6 +18,7 @@ import formulaic
 import numpy as np
 import pandas as pd
 from formulaic.materializers.pandas import PandasMaterializer
+from formulaic.parser.types import Factor
 from formulaic.transforms import TRANSFORMS
 from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
@@ -139,12 +140,17 @@ class Materializer(PandasMaterializer):
         }
 
     @override
+    def _evaluate_factor(self, factor: Any, spec: Any, drop_rows: Any) -> Any:
+        found = super()._evaluate_factor(factor, spec, drop_rows)
+        kind = getattr(getattr(found.values, "dtype", None), "kind", "")
+        if kind in REMEDIES and found.metadata.kind is Factor.Kind.NUMERICAL:
+            raise DataError(f"{plain(factor.expr)!r} has {REMEDIES[kind]}")
+        return found
+
+    @override
     def _encode_numerical(
         self, values: Any, metadata: Any, encoder_state: Any, spec: Any, drop_rows: Any
     ) -> Any:
-        kind = getattr(getattr(values, "dtype", None), "kind", "")
-        if kind in REMEDIES:
-            raise DataError(f"it has {REMEDIES[kind]}")
         return np.asarray(values, float)
 
 

@@ -30,6 +30,7 @@ LAYERS = [
     {"estimation", "kenward_roger"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
+    {"grouping"},
     {"encoding"},
     {"evaluation"},
     {"designs", "estimability", "formula", "hypotheses", "tabular", "transforms"},
