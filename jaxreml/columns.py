@@ -130,10 +130,13 @@ def _integers(values: pd.Series, unsigned: bool) -> pd.Series:
 def _category(name: Any, values: pd.Series) -> pd.Series:
     """Categories of NumPy's types, text as objects."""
     kind: Any = values.dtype
-    levels = column(name, pd.Series(kind.categories)) if len(kind.categories) else None
-    if levels is None or levels.dtype == kind.categories.dtype:
+    stored = kind.categories.dtype
+    if not len(kind.categories) or isinstance(stored, pd.IntervalDtype | pd.PeriodDtype):
         return values
-    plain = pd.CategoricalDtype(pd.Index(levels), kind.ordered)
+    levels = column(name, pd.Series(kind.categories))
+    if levels.dtype == stored:
+        return values
+    plain = pd.CategoricalDtype(pd.Index(levels, dtype=levels.dtype), kind.ordered)
     return pd.Series(pd.Categorical.from_codes(values.cat.codes, dtype=plain), values.index)
 
 
@@ -339,3 +342,15 @@ def require_no_stray(name: str, values: pd.Series, as_factor: bool = False) -> N
         "pandas.to_numeric(column, errors='coerce'); otherwise correct it"
         + ("" if as_factor or marks else f", or write C({name}) for a factor")
     )
+
+
+def require_amounts_possible(name: str, values: pd.Series) -> None:
+    """Say why a column that ought to be numbers is none, if that is known.
+
+    Raises:
+        DataError: points or spans of time; text because of a few values.
+    """
+    kind = getattr(values.dtype, "kind", "")
+    if kind in REMEDIES:
+        raise _refused(name, REMEDIES[kind])
+    require_no_stray(name, values)

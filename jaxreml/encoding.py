@@ -13,7 +13,7 @@ import pandas as pd
 from formulaic.errors import DataMismatchWarning, FormulaicError
 
 from jaxreml import evaluation
-from jaxreml.columns import label, require_no_stray, unseen_level
+from jaxreml.columns import label, require_amounts_possible, unseen_level
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.evaluation import plain
 from jaxreml.formula import names_in
@@ -112,21 +112,21 @@ def _model_matrix(
     except DataError as error:
         raise DataError(f"{what}, {text!r}: {error}") from None
     except FormulaicError as error:
-        _name_strays(text, table)
+        _name_cause(text, table)
         message = _COLOURS.sub("", str(error))
         raise (FormulaError if spec is None else DataError)(
             f"{what}, {text!r}: {message}"
         ) from error
     except Exception as error:  # whatever a user's function may raise
-        _name_strays(text, table)
+        _name_cause(text, table)
         raise DataError(f"{what}, {text!r}, cannot be computed: {error}") from error
 
 
-def _name_strays(text: str, table: pd.DataFrame) -> None:
-    """Raise DataError if a column of an expression that failed is text because of a few values."""
+def _name_cause(text: str, table: pd.DataFrame) -> None:
+    """Raise DataError if a column of an expression that failed cannot be computed with."""
     for name in names_in(text):
         if name in table:
-            require_no_stray(name, pd.Series(table[name]))
+            require_amounts_possible(name, pd.Series(table[name]))
 
 
 def require_finite(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
 ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
 
 

@@ -18,6 +18,7 @@ import formulaic
 import numpy as np
 import pandas as pd
 from formulaic.materializers.pandas import PandasMaterializer
+from formulaic.parser.types import Factor
 from formulaic.transforms import TRANSFORMS
 from formulaic.utils.layered_mapping import LayeredMapping
 from formulaic.utils.stateful_transforms import stateful_eval
@@ -139,12 +140,17 @@ class Materializer(PandasMaterializer):
         }
 
     @override
+    def _evaluate_factor(self, factor: Any, spec: Any, drop_rows: Any) -> Any:
+        found = super()._evaluate_factor(factor, spec, drop_rows)
+        kind = getattr(getattr(found.values, "dtype", None), "kind", "")
+        if kind in REMEDIES and found.metadata.kind is Factor.Kind.NUMERICAL:
+            raise DataError(f"{plain(factor.expr)!r} has {REMEDIES[kind]}")
+        return found
+
+    @override
     def _encode_numerical(
         self, values: Any, metadata: Any, encoder_state: Any, spec: Any, drop_rows: Any
     ) -> Any:
-        kind = getattr(getattr(values, "dtype", None), "kind", "")
-        if kind in REMEDIES:
-            raise DataError(f"it has {REMEDIES[kind]}")
         return np.asarray(values, float)
 
 
@@ -189,7 +195,8 @@ def _called(helper: str, node: ast.expr) -> ast.expr:
 def double(values: Any) -> Any:
     """Columns and arrays of numbers or Booleans as float64; anything else as it is."""
     kind = getattr(getattr(values, "dtype", None), "kind", "")
-    return values.astype(float) if kind in "biuf" and np.ndim(values) else values
+    numeric = kind in {"b", "i", "u", "f"} and np.ndim(values)
+    return values.astype(float) if numeric else values
 
 
 def wide(values: Any) -> Any:

@@ -110,7 +110,7 @@ def _collect(right: str, fixed: list[str], offsets: list[str], random: list[Rand
         inner = _unwrap(piece)
         bars = _count_bars(piece)
         if bars == 0:
-            call = re.fullmatch(r"offset\s*\((.*)\)", piece)
+            call = re.fullmatch(r"offset\s*\((.*)\)", piece, re.DOTALL)
             if call is None:
                 fixed += [here, piece]
             elif here == "-":
@@ -160,7 +160,7 @@ def _random_terms(inner: str) -> list[RandomTerm]:
 
 
 def _factor(name: str, group: str) -> str:
-    call = re.fullmatch(r"(?:factor|as\.factor|C)\((.*)\)", name)
+    call = re.fullmatch(r"(?:factor|as\.factor|C)\((.*)\)", name, re.DOTALL)
     name = call.group(1).strip() if call else name
     if not _NAME.fullmatch(name):
         raise FormulaError(

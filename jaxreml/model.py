@@ -31,6 +31,7 @@ def fit(
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
+    **others: Any,
 ) -> LMMResults:
     """Fit a linear mixed model.
 
@@ -53,6 +54,7 @@ def fit(
             left out.
         context: names the formula may use besides columns, functions for example.
         max_iterations: evaluations of the criterion with its derivatives.
+        others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:
         The fit. Without an optimum it comes with ``converged`` False, a `message` and a
@@ -62,10 +64,43 @@ def fit(
         FormulaError: a formula outside the grammar.
         DataError: data that the model cannot be fitted to, named.
         RuntimeError: in a process that was forked after JAX had run.
+        TypeError: an argument that `fit` does not have.
     """
+    refuse_arguments("fit", others)
     is_reml(method)
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
     return fit_frame(frame, method, structure, context, max_iterations)
+
+
+_RANDOM = 'random effects are terms of the formula, such as "y ~ x + (1 | group)"'
+_GAUSSIAN = "responses are Gaussian here; for others use glmmTMB or lme4's glmer in R, or bambi"
+_ELSEWHERE = {
+    "REML": 'write method="REML" or method="ML"',
+    "reml": 'write method="REML" or method="ML"',
+    "groups": _RANDOM,
+    "re_formula": _RANDOM + ' or "(x | group)" for slopes',
+    "vc_formula": _RANDOM + ", several for several variance components",
+    "exog_re": _RANDOM,
+    "random": _RANDOM,
+    "cluster": _RANDOM + "; standard errors that are robust to clusters are not offered",
+    "family": _GAUSSIAN,
+    "link": _GAUSSIAN,
+    "subset": "give the rows wanted as data, such as data[data.x > 0]",
+    "na_action": "rows with a missing value in a column used are dropped and counted",
+    "missing": "rows with a missing value in a column used are dropped and counted",
+    "contrasts": "write them in the formula, such as C(f, contr.sum)",
+    "control": "the optimiser has one setting, max_iterations",
+    "optimizer": "the optimiser has one setting, max_iterations",
+    "maxiter": "write max_iterations",
+    "start": "starting values are not needed",
+}
+
+
+def refuse_arguments(function: str, others: Mapping[str, Any]) -> None:
+    """Raise TypeError for arguments that a function does not have, with those to use instead."""
+    for name in others:
+        hint = _ELSEWHERE.get(name)
+        raise TypeError(f"{function} has no argument {name!r}{f': {hint}' if hint else ''}")
 
 
 def fit_frame(

@@ -29,14 +29,8 @@ from jaxreml.columns import codes_of, complete_rows, label, like_fitted, require
 from jaxreml.effects import row_variances
 from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.formula import parse
-from jaxreml.frame import (
-    EXTRAS,
-    GroupingTerm,
-    ModelFrame,
-    check_finite,
-    combined_codes,
-    grouping_terms,
-)
+from jaxreml.frame import EXTRAS, ModelFrame, check_finite
+from jaxreml.grouping import GroupingTerm, combined_codes, grouping_terms
 from jaxreml.hypotheses import check_conf_level
 from jaxreml.results import LMMResults
 from jaxreml.tabular import beside, nearest, texts_of_names, to_pandas

@@ -39,7 +39,9 @@ def ns(
     """
     x = np.asarray(x, float)
     if "knots" not in _state:
-        ends = [x.min(), x.max()] if boundary is None else sorted(map(float, boundary))
+        ends = (
+            [float(x.min()), float(x.max())] if boundary is None else sorted(map(float, boundary))
+        )
         if knots is None:
             count = (1 + bool(intercept) if df is None else df) - 1 - bool(intercept)
             if count < 0:

@@ -256,7 +256,23 @@ class TestRefused:
     )
     def test_what_is_no_column(self, values, message):
         with pytest.raises(DataError, match=message):
-            frame_of("y ~ v + (1 | g)", v=values)
+            frame_of("y ~ x + v + (1 | g)", v=values)
+
+    @pytest.mark.parametrize(
+        "formula",
+        [
+            "y ~ x + day + (1 | g)",
+            "y ~ x + I(day * 2) + (1 | g)",
+            "day ~ x + (1 | g)",
+            "y ~ offset(day) + (1 | g)",
+            "y ~ x + scale(day):x + (1 | g)",
+            "y ~ x + (day | g)",
+        ],
+    )
+    def test_times_name_their_column(self, formula):
+        days = pd.date_range("2020-01-01", periods=N)
+        with pytest.raises(DataError, match=r"'day' has points in time.*dt.days"):
+            frame_of(formula, day=days)
 
     def test_times_may_be_levels(self):
         days = pd.Timestamp("2020-01-01") + pd.to_timedelta(INTEGERS, unit="D")

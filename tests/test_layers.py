@@ -33,6 +33,7 @@ LAYERS = [
     {"rivals"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
+    {"grouping"},
     {"encoding", "labels"},
     {"evaluation"},
     {"designs", "estimability", "formula", "hypotheses", "tabular", "transforms"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from pathlib import Path
 
 import jax
@@ -328,3 +329,67 @@ def test_no_fixed_effects():
     assert se[0] ** 2 == pytest.approx(fit.sigma**2 * ratio / (1 + 5 * ratio))
     with pytest.raises(ValueError, match="no fixed effects"):
         fit.cooks_distance()
+
+
+CODINGS = (
+    "y ~ f * k + x + (1 | g)",
+    "y ~ C(k, Treatment('r')) * C(f, Treatment('c')) + x + (1 | g)",
+)
+
+
+@pytest.fixture(scope="module")
+def gappy():
+    rng = np.random.default_rng(11)
+    n = 120
+    f, k = rng.choice(list("abc"), n), rng.choice(list("pqr"), n)
+    data = pd.DataFrame({"f": f, "k": k, "g": rng.integers(0, 12, n), "x": rng.normal(size=n)})
+    data = data[~((data.f == "c") & (data.k == "r"))].reset_index(drop=True)
+    data["y"] = rng.normal(size=12)[data.g] + rng.normal(size=len(data))
+    return data
+
+
+@pytest.fixture(scope="module")
+def codings(gappy):
+    return [jaxreml.fit(formula, gappy) for formula in CODINGS]
+
+
+class TestNotEstimable:
+    """What the data do not determine is NaN, and nothing depends on the coding."""
+
+    @pytest.mark.parametrize("interval", [None, "confidence", "prediction"])
+    @pytest.mark.parametrize("re_form", [None, "~0"])
+    def test_a_cell_without_data(self, codings, interval, re_form):
+        new = pd.DataFrame(
+            {"f": ["c", "c", "a", None], "k": ["r", "p", "r", "r"], "x": 0.5, "g": 1},
+            index=["empty", "one", "two", "missing"],
+        )
+        found = []
+        for fit in codings:
+            with pytest.warns(jaxreml.EstimabilityWarning, match=r"1 row.*'empty'.*depend on"):
+                values = fit.predict(new, re_form=re_form, interval=interval)
+            found.append(pd.DataFrame(values))
+            assert found[-1].loc["empty"].isna().all()
+            assert found[-1].loc[["one", "two"]].notna().all(axis=None)
+        np.testing.assert_allclose(*found, rtol=1e-8)
+
+    def test_rows_of_the_fit_have_no_warning(self, codings, gappy):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = codings[0].predict(gappy)
+        np.testing.assert_allclose(again, codings[0].fitted, rtol=1e-10)
+
+    def test_a_column_that_depends_on_others(self, gappy):
+        fit = jaxreml.fit("y ~ f + x + z + (1 | g)", gappy.assign(z=3 * gappy["x"] + 1))
+        new = {"f": ["a", "a"], "g": [1, 1], "x": [0.5, 0.5], "z": [2.5, 2.0]}
+        with pytest.warns(jaxreml.EstimabilityWarning, match="1 row.*: z"):
+            values = fit.predict(new)
+        assert np.isfinite(values[0]) and np.isnan(values[1])
+
+    def test_emmeans_agrees(self, codings):
+        table = codings[0].emmeans(["f", "k"]).table
+        assert table["estimate"].isna().sum() == 1
+        with pytest.warns(jaxreml.EstimabilityWarning):
+            values = codings[0].predict(
+                table[["f", "k"]].assign(x=codings[0].table["x"].mean()), re_form="~0"
+            )
+        np.testing.assert_allclose(values, table["estimate"], rtol=1e-9)

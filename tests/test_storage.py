@@ -28,7 +28,7 @@ LABELS = {
     "datetimes": DAYS.floor("s").to_pydatetime().tolist(),
     "dates": [dt.date(2020, 1, 1), dt.date(1999, 12, 31)],
     "times": [dt.time(3, 4, 5, 6)],
-    "spans": [*pd.to_timedelta([1, 90061000000001], unit="ns").tolist(), dt.timedelta(-1, 5)],
+    "spans": [*pd.to_timedelta([1, 90061_000_000_001], unit="ns").tolist(), dt.timedelta(-1, 5)],
     "periods": pd.period_range("2020-01", periods=3, freq="M").tolist()
     + pd.period_range("2020", periods=2, freq="Y-JUN").tolist(),
     "bytes": [b"a", b"\xff\x00"],
