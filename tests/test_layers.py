@@ -27,6 +27,7 @@ LAYERS = [
     {"batch", "responses"},
     {"programs"},
     {"effects"},
+    {"satterthwaite"},
     {"estimation", "kenward_roger"},
     {"newton", "objective"},
     {"frame", "shared", "sources"},
