@@ -23,7 +23,7 @@ START = 0.1  # least relative SD to start from: zero is a stationary point
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for arctanh(+-1) likewise
-FLAT = 1e-10  # of a Hessian with unit diagonal: below it a direction is not identified
+FLAT = 1e-7  # pivot of a Hessian scaled to diagonals of order one: not identified below
 NEARLY_PERFECT = 1e-10  # likewise, where the search did not converge
 CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
 PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
@@ -422,7 +422,8 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     vcov_slopes = jnp.sum((jacobian * free)[:, :, None, None] * of_all[:, None], axis=0)
     both = free[:, None] & free
     identity = linalg.eye_like(hessian)
-    unit = jnp.sqrt(jnp.where(free, linalg.diagonal(hessian), 1.0))
+    # One more: a logarithm whose own entry is rounding error is not known, whatever its sign
+    unit = jnp.sqrt(1 + jnp.where(free, linalg.diagonal(hessian), 0.0))
     unit_hessian = jnp.where(both, hessian / (unit[:, None] * unit), identity)
     unit_factor = linalg.cholesky(unit_hessian)
     regular = jnp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > FLAT  # false where it gave NaN

@@ -4,6 +4,10 @@ Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is lin
 Q_ij the first and halves of the second derivatives of X'V^-1 X in variances and covariances, W the
 inverse of the expected information in them and Phi the covariance of the estimates, the adjusted
 one is Phi + 2 Phi [sum W_ij (Q_ij - P_i Phi P_j)] Phi. No n x n matrix occurs.
+
+Where variances cannot be told apart the information is singular. In a flat direction d that leaves
+X'V^-1 alone, Q_dd = 0, all P_d and Q_dj are zero and any generalised inverse gives the same
+adjustment; in others there is none.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -18,7 +23,8 @@ from jaxreml import covariance, linalg
 from jaxreml.designs import Design
 from jaxreml.objective import degrees_of_freedom, expand
 
-SINGULAR = 1e-12  # a unit-diagonal information matrix with a smaller eigenvalue is not inverted
+SINGULAR = 1e-12  # pivots of the information, relative to the size of V_i, that are zero
+UNMOVED = 1e-10  # squared change along a flat direction, relative, that is rounding error
 
 
 class Adjustment(NamedTuple):
@@ -29,14 +35,14 @@ class Adjustment(NamedTuple):
         root: (p, p), K, with K K' the covariance that is not adjusted, over sigma2.
         slopes: (m + 1, p, p), K'P_i K in units of sigma2.
         spread: (m + 1, m + 1), W in the same.
-        smallest: (), smallest eigenvalue of the information with unit diagonal.
+        exists: (), false where the adjustment depends on parameters that cannot be told apart.
     """
 
     vcov: Array
     root: Array
     slopes: Array
     spread: Array
-    smallest: Array
+    exists: Array
 
 
 def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
@@ -62,23 +68,29 @@ def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
     slopes = jnp.concatenate([-identity[None], found.gram_slopes[:, :p, :p]])
     corner, side = jnp.reshape(degrees, (1, 1)), found.gradient[:, None]
     information = jnp.block([[corner, side.T], [side, -found.hessian]]) / 2
-    unit = 1 / jnp.sqrt(jnp.diagonal(information))
-    scaled = information * unit[:, None] * unit
-    spread = linalg.inverse(scaled, False)[0] * unit[:, None] * unit
-
     triangle = found.gram_factor[:p, :p]
     to_unit = linalg.solve_lower(triangle, identity).T
     projection = design.structure.project(omega)
     within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
-    # sum of W_ij Q_ij: directions V_i among themselves, then those with V_0
-    second = jnp.einsum("ij,iujv->uv", spread[1:, 1:], within)
-    second = second - 2 * jnp.einsum("j,juv->uv", spread[0, 1:], slopes[1:])
-    second = second + spread[0, 0] * identity
+
+    # The squared size of V_i in the metric of V is that outside the space of X and that inside
+    inside = jnp.concatenate([jnp.full(1, p, omega.dtype), jnp.einsum("iuiu->i", within)])
+    sizes = jnp.diagonal(information) + inside
+    spread, flat = linalg.flat_inverse(information, sizes, SINGULAR)
+
+    def second(weights: Array) -> Array:
+        """Sum of weights_ij Q_ij: directions V_i among themselves, then those with V_0."""
+        inner = jnp.einsum("ij,iujv->uv", weights[1:, 1:], within)
+        mixed = jnp.einsum("j,juv->uv", weights[0, 1:] + weights[1:, 0], slopes[1:])
+        return inner - mixed + weights[0, 0] * identity
+
+    along = jax.vmap(lambda direction: jnp.trace(second(jnp.outer(direction, direction))))(flat.T)
+    bounds = (jnp.abs(flat.T) @ jnp.sqrt(sizes)) ** 2
+    exists = jnp.all(along <= UNMOVED * bounds)  # false where NaN
     first = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
     root = linalg.solve_upper(jnp.asarray(design.basis), to_unit)
-    vcov = sigma2 * root @ (identity + 2 * (second - first)) @ root.T
-    smallest = linalg.eigh(scaled)[0][0]
-    return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, smallest)
+    vcov = sigma2 * root @ (identity + 2 * (second(spread) - first)) @ root.T
+    return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, exists)
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:

@@ -65,6 +65,51 @@ def eye_like(matrix: Array) -> Array:
     return jnp.eye(q, dtype=matrix.dtype).reshape(q, q, *[1] * (matrix.ndim - 2))
 
 
+def flat_inverse(matrix: Any, sizes: Any, tolerance: float) -> tuple[Any, Any]:
+    """A generalised inverse of semidefinite (k, k, ...), and the directions it leaves out.
+
+    By symmetric sweeps (Goodnight 1979, Am. Stat. 33:149): what depends on the coordinates before
+    it is held at zero, which makes no difference to functions that are constant in the flat
+    directions. NumPy arrays or JAX's.
+
+    Args:
+        matrix: (k, k, ...).
+        sizes: (k, ...), positive: how large diagonal entries are where nothing is flat.
+        tolerance: pivots of at most this, per unit of `sizes`, are zero.
+
+    Returns:
+        The inverse, zero in the coordinates held, and the flat directions, (k, k, ...): a column
+        for each coordinate held, its largest entry +-1, zeros for the others. NaN where a pivot is
+        negative or NaN.
+    """
+    xp: Any = np if isinstance(matrix, np.ndarray) else jnp
+    unit = 1 / xp.sqrt(sizes)
+    swept = matrix * unit[:, None] * unit
+    eye = xp.eye(len(matrix), dtype=matrix.dtype)
+    eye = eye.reshape(*eye.shape, *[1] * (matrix.ndim - 2))
+    held = []
+    broken = False
+    for k in range(len(matrix)):
+        pivot = swept[k, k]
+        is_flat = ~(pivot > tolerance)
+        broken = broken | ~(pivot >= -tolerance)
+        safe = xp.where(is_flat, 1.0, pivot)
+        column = swept[:, k]
+        rest = swept - column[:, None] * column[None] / safe
+        column = (column * (1 - eye[k]) - eye[k] / 2) / safe
+        rest = rest + eye[k][:, None] * column[None] + column[:, None] * eye[k][None]
+        swept = xp.where(is_flat, swept, rest)
+        held.append(is_flat)
+    flat = xp.stack(held)
+    inverse = xp.where(flat[:, None] | flat, 0.0, -swept)
+    directions = xp.where(flat, eye - xp.where(flat[:, None], 0.0, swept), 0.0)
+    inverse = inverse * unit[:, None] * unit
+    directions = directions * unit[:, None]
+    largest = xp.max(xp.abs(directions), axis=0)
+    directions = directions / xp.where(largest > 0, largest, 1.0)
+    return xp.where(broken, xp.nan, inverse), xp.where(broken, xp.nan, directions)
+
+
 def border(matrix: Array, column: Array, corner: Array) -> Array:
     """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...)."""
     top = jnp.concatenate([matrix, column[:, None]], axis=1)

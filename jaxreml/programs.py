@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxreml import covariance, linalg, newton
+from jaxreml import covariance, linalg, newton, satterthwaite
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.designs import Design
 from jaxreml.effects import conditional_modes
@@ -35,7 +35,7 @@ from jaxreml.estimation import (
     search,
     start_root,
 )
-from jaxreml.kenward_roger import SINGULAR, adjust, single_degrees
+from jaxreml.kenward_roger import adjust, single_degrees
 from jaxreml.objective import profiled
 from jaxreml.screening import grid
 from jaxreml.shared import Reduced, SharedDesign
@@ -200,12 +200,9 @@ def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
     """Tests of (k, p) `rows`; parameters on the boundary are held there."""
     variance = jnp.einsum("kp,pq...,kq->k...", rows, estimate.vcov, rows)
     slopes = jnp.einsum("kp,mpq...,kq->mk...", rows, estimate.vcov_slopes, rows)
-    free = jnp.isfinite(estimate.params)
-    spread = jnp.where(free[:, None] & free, estimate.params_vcov, 0.0)
-    slopes = slopes / variance  # relative, so that no fourth power of the response's unit arises
-    of_variance = jnp.sum(slopes[:, None] * spread[:, :, None] * slopes[None], axis=(0, 1))
+    df = satterthwaite.degrees(variance, slopes, satterthwaite.spread(estimate.hessian))
     estimates = jnp.tensordot(rows, estimate.beta, axes=1)
-    return Tests(estimates, jnp.sqrt(variance), 2 / of_variance)
+    return Tests(estimates, jnp.sqrt(variance), df)
 
 
 def _kenward_roger_tests(shared: SharedDesign, estimate: Estimate, rows: Array) -> Tests:
@@ -214,12 +211,11 @@ def _kenward_roger_tests(shared: SharedDesign, estimate: Estimate, rows: Array) 
     def adjusted(theta: Array, sigma: Array) -> tuple[Array, Array, Array]:
         adjustment = adjust(theta, sigma**2, blank)
         variance = jnp.einsum("kp,pq,kq->k", rows, adjustment.vcov, rows)
-        return variance, single_degrees(adjustment, rows), adjustment.smallest
+        return variance, single_degrees(adjustment, rows), adjustment.exists
 
     if estimate.theta.ndim == 2:
         adjusted = _per_lane(adjusted)
-    variance, degrees, smallest = adjusted(estimate.theta, estimate.sigma)
-    exist = smallest > SINGULAR
+    variance, degrees, exist = adjusted(estimate.theta, estimate.sigma)
     variance, degrees = (jnp.where(exist, array, jnp.nan) for array in (variance, degrees))
     return Tests(jnp.tensordot(rows, estimate.beta, axes=1), jnp.sqrt(variance), degrees)
 

@@ -316,3 +316,45 @@ def test_bad_contrasts_of_many_responses(responses):
         jaxreml.fit_many(MANY, machines, values, "ML", df="kenward-roger")
     with pytest.raises(DataError, match="no contrasts were asked for"):
         jaxreml.fit_many(MANY, machines, values[:, :1]).contrasts  # noqa: B018
+
+
+@cache
+def nested_factor():
+    """Effects of a two-level factor that differ between 18 groups, correlated."""
+    rng = np.random.default_rng(3)
+    g, i = np.repeat(np.arange(18), 8), np.tile(np.repeat([0, 1], 4), 18)
+    b = rng.multivariate_normal([0, 0], [[1.6, 0.6], [0.6, 1.6]], 18)
+    y = b[g, i] + 0.5 * i + rng.normal(size=144)
+    frame = {"y": y, "g": g, "f": np.array(["A", "B"])[i], "x": rng.normal(size=144)}
+    return pd.DataFrame(frame).sample(frac=0.8, random_state=1)
+
+
+@pytest.mark.parametrize("df", ["satterthwaite", "kenward-roger"])
+def test_a_variance_too_many_that_moves_nothing(df):
+    frame = nested_factor()
+    one_more, plain = (
+        jaxreml.fit(f"y ~ f + x + {term}", frame) for term in ("(1 + f || g)", "(0 + f | g)")
+    )
+    assert one_more.criterion == pytest.approx(plain.criterion, abs=1e-8)
+    np.testing.assert_allclose(one_more.coefficients(df), plain.coefficients(df), rtol=1e-5)
+    L = np.eye(3)[1:]
+    np.testing.assert_allclose(one_more.test(L, df=df), plain.test(L, df=df), rtol=1e-5)
+    assert one_more.log_variance_se.isna().all()
+    assert "flat in a combination" in one_more.message
+    Y = frame[["y"]].to_numpy() + np.random.default_rng(0).normal(size=(len(frame), 2))
+    many, expected = (
+        jaxreml.fit_many(f"~ f + x + {term}", frame, Y, df=df)
+        for term in ("(1 + f || g)", "(0 + f | g)")
+    )
+    np.testing.assert_allclose(many.df, expected.df, rtol=1e-5)
+
+
+def test_a_flat_variance_that_moves_the_fixed_effects():
+    frame = nested_factor()
+    half = np.where(frame["g"] < 9, "u", "v")  # a coefficient and a variance of two levels
+    fit = jaxreml.fit("y ~ half + x + (1 | g) + (1 | half)", frame.assign(half=half))
+    table = fit.coefficients()
+    assert table.loc[["(Intercept)", "half[T.v]"], "df"].isna().all()
+    assert table.loc["x", "df"] > 50  # orthogonal to what is not known
+    with pytest.raises(DataError, match="cannot be told apart, and the covariance"):
+        fit.coefficients("kenward-roger")

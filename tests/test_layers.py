@@ -29,6 +29,7 @@ LAYERS = [
     {"programs"},
     {"screening"},
     {"effects"},
+    {"satterthwaite"},
     {"estimation", "kenward_roger"},
     {"rivals"},
     {"newton", "objective"},

@@ -27,10 +27,11 @@ import jax
 import numpy as np
 import pandas as pd
 
+from jaxreml import satterthwaite
 from jaxreml.cache import quick_compilation, remembered
 from jaxreml.errors import DataError
 from jaxreml.hypotheses import check_df, hypotheses
-from jaxreml.kenward_roger import SINGULAR, adjust
+from jaxreml.kenward_roger import adjust
 from jaxreml.results import LMMResults
 from jaxreml.runtime import neutral
 
@@ -80,21 +81,20 @@ class Satterthwaite:
 
     Attributes:
         vcov: (p, p).
-        slopes: (m, p, p), derivatives of `vcov` in the parameters inside the parameter space.
-        spread: (m, m), asymptotic covariance of these.
+        slopes: (m, p, p), derivatives of `vcov` in the variance parameters.
+        spread: what is known of these.
     """
 
     vcov: np.ndarray
     slopes: np.ndarray
-    spread: np.ndarray
+    spread: satterthwaite.Spread
 
     def single(self, rows: np.ndarray) -> np.ndarray:
         """See `Approximation`."""
         variance = np.einsum("kp,pq,kq->k", rows, self.vcov, rows)
-        slopes = np.einsum("kp,mpq,kq->km", rows, self.slopes, rows)
+        slopes = np.einsum("kp,mpq,kq->mk", rows, self.slopes, rows)
         with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros, parameters all at 0
-            slopes = slopes / variance[:, None]  # no fourth power of the response's unit arises
-            return 2 / np.einsum("km,mn,kn->k", slopes, self.spread, slopes)
+            return satterthwaite.degrees(variance, slopes, self.spread)
 
     def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
         """See `Approximation`; depends on how the hypothesis is stated, as in lmerTest: on the
@@ -169,10 +169,11 @@ def kenward_roger(fit: LMMResults) -> KenwardRoger:
     """
     with neutral():
         found = jax.device_get(_adjust()(fit.theta, fit.sigma**2, fit.design.without_names()))
-    if not found.smallest > SINGULAR:
+    if not found.exists:
         raise DataError(
             "Kenward-Roger's method needs the expected information of the variance parameters, "
-            "which is singular here: they cannot be told apart"
+            "which is singular here: they cannot be told apart, and the covariance of the fixed "
+            "effects depends on them"
         )
     return KenwardRoger(*found[:-1])
 
@@ -193,9 +194,8 @@ def approximation(fit: LMMResults, df: str) -> Approximation:
     if df.startswith("kenward-roger"):
         return kenward_roger(fit)
     if df == "satterthwaite":
-        inside = np.isfinite(fit.parameters)
-        spread = fit.parameters_vcov[np.ix_(inside, inside)]
-        return Satterthwaite(fit.vcov_array, fit.vcov_slopes[inside], spread)
+        known = satterthwaite.spread(np.asarray(fit.hessian))
+        return Satterthwaite(fit.vcov_array, fit.vcov_slopes, known)
     degrees = float(fit.nobs - len(fit.beta)) if df == "residual" else np.inf
     return Fixed(fit.vcov_array, degrees)
 
