@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import subprocess
+import sys
 
 import pytest
 
 LIMIT = 300.0  # seconds: 20 times what all but a few tests take on two cores
 LONG_LIMIT = 3600.0  # of a battery marked `long`
 FACTOR = "JAXREML_TEST_LIMIT"  # JAXREML_TEST_LIMIT=10 pytest: ten times that, on a slow machine
+CHILD = "import faulthandler; faulthandler.dump_traceback_later({seconds}, exit=True)\n"
 terminal = pytest.StashKey[int]()
 
 
@@ -28,11 +31,27 @@ def pytest_unconfigure(config):
     os.close(config.stash[terminal])
 
 
+def factor() -> float:
+    """What the environment multiplies all limits by."""
+    return float(os.environ.get(FACTOR, 1))
+
+
 def limit(item) -> float:
     """Seconds the test may take."""
     mark = item.get_closest_marker("limit")
     usual = LONG_LIMIT if item.get_closest_marker("long") else LIMIT
-    return (mark.args[0] if mark else usual) * float(os.environ.get(FACTOR, 1))
+    return (mark.args[0] if mark else usual) * factor()
+
+
+def command(code: str, *arguments) -> list[str]:
+    """A new Python under watch: it ends with its own stacks before the test that waits for it."""
+    watched = CHILD.format(seconds=0.8 * LIMIT * factor()) + code
+    return [sys.executable, "-c", watched, *map(str, arguments)]
+
+
+def run(code: str, *arguments, **options) -> subprocess.CompletedProcess:
+    """`subprocess.run` of `command`."""
+    return subprocess.run(command(code, *arguments), **options)
 
 
 @pytest.hookimpl(wrapper=True)
