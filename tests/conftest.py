@@ -21,8 +21,9 @@ import pytest
 if jaxlib.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
-# Inherited by the processes that tests start.
-optimising = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "0"
+# The processes that tests start inherit this; `pytest_runtest_setup` sees to this one.
+ALL_OPTIMISED = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "0"
+optimising: bool | None = None
 
 # What one worker has compiled the others and the examples load: a quarter of the time. The folder
 # is the run's own; the first process makes and removes it, the others inherit its name.
@@ -61,8 +62,8 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     """Before the fixtures, which compile too."""
     global optimising
-    wanted = item.get_closest_marker("optimised") is not None
-    if wanted != optimising and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
+    wanted = ALL_OPTIMISED or item.get_closest_marker("optimised") is not None
+    if wanted != optimising:
         forget_programs()  # JAX would use those at hand, however they were compiled
         jax.config.update("jax_disable_most_optimizations", not wanted)
         optimising = wanted
