@@ -1,8 +1,8 @@
 """Every test runs in float64 unless it switches it off itself, as a user's script might.
 
 Most of the tests' time is compilation. Programs are therefore compiled without optimisation, in
-half the time, but in the files marked ``optimised``: those compare with R and with loops, and would
-see a program that XLA's optimisation makes wrong. ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest``
+half the time, but those of tests marked ``optimised``: these compare with R and with loops, and
+would see a program that XLA's optimisation makes wrong. ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest``
 compiles all of them as a user's are.
 """
 
@@ -21,8 +21,8 @@ import pytest
 if jaxlib.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
-# The processes that tests start inherit this; `pytest_runtest_setup` sees to this one.
-ALL_OPTIMISED = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "0"
+UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+ALL_OPTIMISED = os.environ.get(UNOPTIMISED) == "0"
 optimising: bool | None = None
 
 # What one worker has compiled the others and the examples load: a quarter of the time. The folder
@@ -65,7 +65,8 @@ def pytest_runtest_setup(item):
     wanted = ALL_OPTIMISED or item.get_closest_marker("optimised") is not None
     if wanted != optimising:
         forget_programs()  # JAX would use those at hand, however they were compiled
-        jax.config.update("jax_disable_most_optimizations", not wanted)
+        jax.config.update(UNOPTIMISED.lower(), not wanted)
+        os.environ[UNOPTIMISED] = str(int(not wanted))  # for the processes it starts
         optimising = wanted
 
 

@@ -22,7 +22,6 @@ from jaxreml.objective import profiled
 from jaxreml.shared import share
 from jaxreml.structures.batch import cross_products
 
-pytestmark = pytest.mark.optimised  # lanes against single fits
 SLEEP = "~ Days + (Days | Subject)"
 
 
@@ -86,6 +85,7 @@ CASES = {
 MORE = {("ML", case) for case in CASES if case not in ("collapsed", "spectral")}
 
 
+@pytest.mark.optimised  # lanes against single fits
 @pytest.mark.parametrize(
     ("case", "method"),
     [
