@@ -1,4 +1,10 @@
-"""Every test runs in float64 unless it switches it off itself, as a user's script might."""
+"""Every test runs in float64 unless it switches it off itself, as a user's script might.
+
+Most of the tests' time is compilation. Programs are therefore compiled without optimisation, in
+half the time, but those of tests marked ``optimised``: these compare with R and with loops, and
+would see a program that XLA's optimisation makes wrong. ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest``
+compiles all of them as a user's are.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +16,14 @@ import tempfile
 import jaxlib
 import pytest
 
-# Most of the tests' time is compilation, and this halves it, as in `fit` and `fit_many` themselves
+# This halves the time once more, as in `fit` and `fit_many` themselves
 # (`jaxreml.cache.quick_compilation`). XLA_FLAGS= pytest runs with XLA's defaults.
 if jaxlib.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+UNOPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+ALL_OPTIMISED = os.environ.get(UNOPTIMISED) == "0"
+optimising: bool | None = None
 
 # What one worker has compiled the others and the examples load: a quarter of the time. The folder
 # is the run's own; the first process makes and removes it, the others inherit its name.
@@ -26,12 +36,38 @@ if SHARED not in os.environ:
 
 import jax  # noqa: E402  reads the settings above
 
-from jaxreml.cache import spare_memory_maps  # noqa: E402
+from jaxreml.cache import forget_programs, spare_memory_maps  # noqa: E402
+
+pytest_plugins = ("watchdog",)
 
 
 def pytest_unconfigure():
     if own_cache:
         shutil.rmtree(own_cache, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
+def pytest_collection_modifyitems(items):
+    """One worker runs a file, so that its fits are made once, unless it has groups of its own.
+
+    Those are small and come last: they keep all workers busy to the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is not None)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before the fixtures, which compile too."""
+    global optimising
+    wanted = ALL_OPTIMISED or item.get_closest_marker("optimised") is not None
+    if wanted != optimising:
+        forget_programs()  # JAX would use those at hand, however they were compiled
+        jax.config.update(UNOPTIMISED.lower(), not wanted)
+        os.environ[UNOPTIMISED] = str(int(not wanted))  # for the processes it starts
+        optimising = wanted
 
 
 @pytest.fixture(autouse=True)

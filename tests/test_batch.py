@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import watchdog
 
 import jaxreml
 from jaxreml.batch import BatchFitter
@@ -87,6 +85,7 @@ CASES = {
 MORE = {("ML", case) for case in CASES if case not in ("collapsed", "spectral")}
 
 
+@pytest.mark.optimised  # lanes against single fits
 @pytest.mark.parametrize(
     ("case", "method"),
     [
@@ -117,11 +116,7 @@ def test_programs_of_lapack_calls_end():
     data = table()
     values = responses(data, 320, group="g", slope="x")
     fitter = BatchFitter(covariate_frame(CASES["dense"][1], data), "REML", modes=True)
-    faulthandler.dump_traceback_later(300, exit=True)
-    try:
-        fits = fitter.fit(values)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    fits = fitter.fit(values)
     first = fitter.fit(values[:, :20])
     np.testing.assert_allclose(fits.criterion[:20], first.criterion, rtol=1e-12)
     assert (fits.status == Status.CONVERGED).all()
@@ -153,14 +148,15 @@ def test_collapsed_and_rotated_designs_have_the_same_criterion(reml):
     whole = replace(shared, collapse=None, spectral=None, pairs=cross_products(shared.scores_x))
     plain = whole.batch(whole.reduce(values, exact=True))
     reduced = shared.reduce(values, exact=False)
+    criterion = jax.jit(profiled, static_argnames="reml")  # op by op it is 350 programs
     for omega in (0.0, 0.3, 50.0, 1e8):
         at = jnp.full((1, 1), omega)
-        expected = profiled(at, plain, reml=reml)
+        expected = criterion(at, plain, reml=reml)
         np.testing.assert_allclose(
-            profiled(at, shared.batch(reduced), reml=reml), expected, rtol=1e-12
+            criterion(at, shared.batch(reduced), reml=reml), expected, rtol=1e-12
         )
         rotated = shared.rotated(reduced, reml=reml)
-        np.testing.assert_allclose(profiled(at, rotated, reml=reml), expected, rtol=1e-12)
+        np.testing.assert_allclose(criterion(at, rotated, reml=reml), expected, rtol=1e-12)
 
 
 def test_lanes_are_single_expansions():
@@ -172,10 +168,11 @@ def test_lanes_are_single_expansions():
     shared = fitter.whole.shared
     design = shared.batch(shared.reduce(jnp.asarray(values), exact=False))
     roots = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
-    lanes = expand_root(roots, design, reml=True)
+    expanded = jax.jit(expand_root, static_argnames="reml")
+    lanes = expanded(roots, design, reml=True)
     for i in range(3):
         single = jaxreml.design("y ~ z + (1 + x + z | g)", data.assign(y=values[:, i]))
-        point = expand_root(roots[:, i], single, reml=True)
+        point = expanded(roots[:, i], single, reml=True)
         for lane, one in zip(jax.tree.leaves(lanes), jax.tree.leaves(point), strict=True):
             np.testing.assert_allclose(lane[..., i], one, rtol=1e-7, atol=1e-9 * np.abs(one).max())
 
@@ -280,14 +277,12 @@ def test_four_devices_give_the_numbers_of_one(sleep_batch, tmp_path):
     values = np.concatenate([values, np.full((180, 1), 3.0)], axis=1)
     np.save(tmp_path / "values.npy", values)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    code = [sys.executable, "-c", FOUR_DEVICES]
     files = [str(tmp_path / "values.npy"), SLEEP, str(tmp_path / "fits.npz")]
     path = os.pathsep.join(
         [str(Path(jaxreml.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )
-    subprocess.run(
-        [*code, *files], check=True, env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
-    )
+    settings = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
+    watchdog.run(FOUR_DEVICES, *files, check=True, env=settings)
     one = BatchFitter(covariate_frame(SLEEP, data), devices=jax.devices()[:1]).fit(values)
     four = np.load(tmp_path / "fits.npz")
     np.testing.assert_array_equal(four["status"], one.status)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import references
+from fits import fitted
 from scipy.special import ndtri
 
 import jaxreml
@@ -21,14 +21,6 @@ from jaxreml.inference import components
 
 FIGURES = json.loads((references.HERE / "inference" / "delta.json").read_text())
 Q = ndtri(0.975)
-
-
-@cache
-def fitted(name: str, structure: str | None = None) -> LMMResults:
-    model = references.reference(name)
-    return jaxreml.fit(
-        model["formula"], references.data(name), weights=model.get("weights"), structure=structure
-    )
 
 
 @pytest.mark.parametrize(
@@ -361,7 +353,7 @@ def test_shares_are_ratios_of_the_components():
 
 def test_structures_and_loaded_fits_agree(tmp_path):
     fit = fitted("pastes")
-    dense = fitted("pastes", "dense")
+    dense = fitted("pastes", structure="dense")
     pd.testing.assert_frame_equal(fit.variance_shares(), dense.variance_shares(), rtol=1e-6)
     fit.save(tmp_path / "fit.json")
     loaded = LMMResults.load(tmp_path / "fit.json")

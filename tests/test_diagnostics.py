@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import data, reference
+from fits import fitted
+from references import reference
 
 import jaxreml
 from jaxreml import DataError, LMMResults, covariance
@@ -19,16 +20,6 @@ from jaxreml import DataError, LMMResults, covariance
 FIGURES = json.loads(
     (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
 )["influence"]
-
-
-@functools.cache
-def fitted(name: str, method: str = "REML", structure: str | None = None) -> LMMResults:
-    with jax.enable_x64(True):
-        model = reference(name)
-        weights = model.get("weights")
-        return jaxreml.fit(
-            model["formula"], data(name), method, weights=weights, structure=structure
-        )
 
 
 @functools.cache

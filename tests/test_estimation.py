@@ -11,6 +11,8 @@ import pytest
 import jaxreml
 from jaxreml import Design, Status, estimate, reml_objective, stack
 
+pytestmark = pytest.mark.optimised  # vmap against a loop
+
 
 def design_of(seed: int, **options) -> Design:
     y, X, codes, Z = independent.simulate(seed, **options)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
+from fits import fitted
 from references import HERE, data, reference
 
 import jaxreml
@@ -16,11 +16,6 @@ from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.inference.tests import KenwardRoger, Satterthwaite
 
 MODELS = ["cake_factor", "machines", "machines_s", "sleep_corr", "pastes", "crossed_nested"]
-
-
-@cache
-def fitted(name, structure=None, method="REML"):
-    return jaxreml.fit(reference(name)["formula"], data(name), method, structure=structure)
 
 
 def column(rows, key):
@@ -202,7 +197,7 @@ def test_bad_hypotheses(L, rhs, message):
 
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(DataError, match="defined for REML"):
-        fitted("machines", method="ML").coefficients("kenward-roger")
+        fitted("machines", "ML").coefficients("kenward-roger")
     with pytest.raises(ValueError, match="df must be one of"):
         fitted("machines").coefficients("kr")
     with pytest.warns(ConvergenceWarning):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import textwrap
 from decimal import Decimal
 
@@ -14,6 +13,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+import watchdog
 
 import jaxreml
 from jaxreml import DataError, FormulaError, Status, fit_many
@@ -364,7 +364,7 @@ def test_progress_on_a_terminal():
             advance(np.array([0, 0, 5]))
     """)
     outer, inner = os.openpty()
-    process = subprocess.run([sys.executable, "-c", code], stderr=inner, stdout=subprocess.PIPE)
+    process = watchdog.run(code, stderr=inner, stdout=subprocess.PIPE)
     os.close(inner)
     shown = os.read(outer, 1 << 16).decode()
     os.close(outer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from fits import fitted
 from references import data, reference
 
 import jaxreml
@@ -21,15 +21,6 @@ from jaxreml.effects import row_variances
 FIGURES = json.loads(
     (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
 )
-
-
-@functools.cache
-def fitted(name: str, structure: str | None = None) -> LMMResults:
-    with jax.enable_x64(True):
-        model = reference(name)
-        return jaxreml.fit(
-            model["formula"], data(name), weights=model.get("weights"), structure=structure
-        )
 
 
 def henderson(fit: LMMResults) -> np.ndarray:
@@ -90,7 +81,7 @@ class TestVariances:
     )
     def test_rows_not_in_the_data(self, name, structure):
         """Any levels together, pupils in other schools than their own too."""
-        fit = fitted(name, structure)
+        fit = fitted(name, structure=structure)
         rng = np.random.default_rng(1)
         k = 60
         rows = [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import references
 import scipy.optimize
+from fits import fitted
 from scipy.stats import chi2, norm
 
 import jaxreml
@@ -23,14 +24,6 @@ from jaxreml.objective import expand, neg2_loglik
 # The reference is read off splines through points of a bobyqa search; ours are exact (see below).
 LME4 = {"orthodont": 3e-3}  # of the profile of an SD that is flat there
 PINNED = chi2.ppf(0.95, 1)
-
-
-@functools.cache
-def fitted(name: str, method: str = "ML", **options) -> jaxreml.LMMResults:
-    model = references.reference(name)
-    return jaxreml.fit(
-        model["formula"], references.data(name), method, weights=model.get("weights"), **options
-    )
 
 
 @functools.cache
@@ -107,7 +100,7 @@ def test_limits_are_where_brute_force_has_the_quantile(name, likelihood):
 
 def test_fixed_effect_is_the_fit_with_that_column_as_offset():
     """ML limits of a coefficient, by `fit` without its column."""
-    fit = fitted("sleep_corr")
+    fit = fitted("sleep_corr", "ML")
     table = references.data("sleep_corr")
     for limit in profiled("sleep_corr").conf_int().loc["Days", ["lower", "upper"]]:
         held = jaxreml.fit(
@@ -139,7 +132,7 @@ def test_interval_of_any_level_is_where_the_profile_has_it():
     profile = profiled("sleep_corr")
     narrow, wide = profile.conf_int(0.5), profile.conf_int(0.999)
     assert (wide["lower"] < narrow["lower"]).all() and (narrow["upper"] < wide["upper"]).all()
-    again = fitted("sleep_corr").profile("sigma", conf_level=0.999).conf_int(0.5)
+    again = fitted("sleep_corr", "ML").profile("sigma", conf_level=0.999).conf_int(0.5)
     np.testing.assert_allclose(again[["lower", "upper"]], narrow.loc[["sigma"], ["lower", "upper"]])
 
 
@@ -161,7 +154,7 @@ def test_boundaries():
 
 def test_structures_agree():
     expected = profiled("dyestuff").conf_int()[["lower", "upper"]]
-    own = fitted("dyestuff", structure="dense").profile().conf_int()[["lower", "upper"]]
+    own = fitted("dyestuff", "ML", structure="dense").profile().conf_int()[["lower", "upper"]]
     np.testing.assert_allclose(own, expected, rtol=1e-8)
 
 
@@ -190,7 +183,7 @@ def test_no_fixed_effects_and_a_wald_default():
     interval = fit.conf_int(method="profile")
     assert list(interval.index) == ["sd_(Intercept)|Batch", "sigma"]
     assert (interval["lower"] < interval["estimate"]).all()
-    assert list(fitted("sleep_corr").conf_int().index) == ["(Intercept)", "Days"]
+    assert list(fitted("sleep_corr", "ML").conf_int().index) == ["(Intercept)", "Days"]
 
 
 def test_the_lowest_of_several_optima_is_profiled():
@@ -234,7 +227,7 @@ def test_correlations_held_keep_their_signs():
 
 
 def test_derivatives_in_coordinates_equal_autodiff():
-    fit = fitted("sleep_corr")
+    fit = fitted("sleep_corr", "ML")
     own = axes.parameters(fit)
     held = next(parameter for parameter in own if parameter.kind == "cor")
     x = held.x(axes.estimates(fit), fit.beta) + 0.1
@@ -254,7 +247,7 @@ def test_derivatives_in_coordinates_equal_autodiff():
 
 @pytest.mark.parametrize("reml", [True, False])
 def test_expansion_at_a_given_variance_equals_autodiff(reml):
-    design = fitted("dyestuff").design
+    design = fitted("dyestuff", "ML").design
     at = jnp.array([0.7, 7.9])
 
     def value(at):
@@ -272,7 +265,7 @@ def test_expansion_at_a_given_variance_equals_autodiff(reml):
 
 
 def test_refusals():
-    fit = fitted("sleep_corr")
+    fit = fitted("sleep_corr", "ML")
     with pytest.raises(ValueError, match=r"'sd_x' is not a parameter.*sd_Days\|Subject"):
         fit.profile("sd_x")
     with pytest.raises(ValueError, match="level must be between"):
@@ -289,7 +282,7 @@ def test_refusals():
 
 
 def test_an_optimum_that_is_not_certified_gives_nan_and_the_reason(monkeypatch):
-    profile = fitted("dyestuff").profile("sigma")
+    profile = fitted("dyestuff", "ML").profile("sigma")
     searched = constrained.optima
 
     def uncertified(*args, **options):
@@ -304,7 +297,7 @@ def test_an_optimum_that_is_not_certified_gives_nan_and_the_reason(monkeypatch):
 
 def test_a_poor_neighbour_is_mended(monkeypatch):
     """An optimum that is only local shows as a fall of zeta, and is sought from its neighbours."""
-    profile = fitted("dyestuff").profile("sigma")
+    profile = fitted("dyestuff", "ML").profile("sigma")
     expected = profile.conf_int()
     track = next(iter(profile._searches[0].tracks.values()))
     points = track.sorted
@@ -354,7 +347,7 @@ def both_held(fit, labels: list[str], values: list[float]) -> float:
     ],
 )
 def test_contours_are_where_brute_force_has_the_quantile(labels):
-    fit = fitted("sleep_corr")
+    fit = fitted("sleep_corr", "ML")
     frame = profiled("sleep_corr").contour(*labels, levels=(0.8,), points=8)
     for values in frame[list(labels)].to_numpy()[:-1:3]:
         rise = both_held(fit, list(labels), list(values)) - fit.criterion
@@ -386,7 +379,7 @@ def test_contours_end_at_bounds():
     np.testing.assert_allclose(edge.loc[~on_bound, "deviance"], chi2.ppf(0.9, 2), atol=1e-6)
     assert (edge.loc[on_bound, "deviance"] < chi2.ppf(0.9, 2)).all()
     without = jaxreml.fit("strength ~ 1 + (1 | batch:cask)", references.data("pastes"), "ML")
-    assert edge["deviance"].min() >= without.criterion - fitted("pastes").criterion - 1e-8
+    assert edge["deviance"].min() >= without.criterion - fitted("pastes", "ML").criterion - 1e-8
 
 
 def test_contour_refusals():
@@ -399,7 +392,7 @@ def test_contour_refusals():
         profile.contour("sigma", "Days", (95,))
     with pytest.raises(ValueError, match="at least 4 points"):
         profile.contour("sigma", "Days", points=3)
-    machines = fitted("machines_s")
+    machines = fitted("machines_s", "ML")
     _, one, other, *_ = axes.parameters(machines)
     assert one.kind == other.kind == "cor"
     with pytest.raises(jaxreml.DataError, match="cannot be held together: of one term's effects"):

@@ -8,6 +8,7 @@ import references
 
 import jaxreml
 
+pytestmark = pytest.mark.optimised
 # A criterion so flat that lme4's optimiser leaves the last digits of the estimates open.
 FLAT = {"machines_s", "exam", "q4", "zero_slope", "corr_one", "nested_slash"}
 SLOW = {("crossed_nested", "ML")}  # to compile; the REML fit is in the default run

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import watchdog
 
 import jaxreml
 from jaxreml import DataError, fit_many
@@ -146,7 +147,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path):
         jaxreml.fit_many(FORMULA, data, blocks(stop, kill), output=sys.argv[1], batch_size=6)
     """)
     path = tmp_path / "out.parquet"
-    killed = subprocess.run([sys.executable, "-c", code, path, "killed"])
+    killed = watchdog.run(code, path, "killed")
     assert killed.returncode == -9
     names = {part.name for part in (tmp_path / "out.parquet.parts").glob("part-*.parquet")}
     # The second may have been on its way to the disk.
@@ -288,8 +289,8 @@ def test_memory_map_is_not_kept_in_memory(tmp_path):
             assert not block.read().any()
         print((peak() - before) // 1024)
     """)
-    command = [sys.executable, "-c", code, tmp_path / "values.npy"]
-    grown = int(subprocess.run(command, check=True, capture_output=True).stdout)
+    process = watchdog.run(code, tmp_path / "values.npy", check=True, stdout=subprocess.PIPE)
+    grown = int(process.stdout)
     assert grown < 200  # MB; a block is 40 MB
 
 
@@ -329,7 +330,7 @@ def run_processes(folder):
     logs = [folder / f"{index}.log" for index in range(2)]
     processes = []
     for index, log in enumerate(logs):
-        command = [sys.executable, "-c", PROCESS, str(index), port, folder]
+        command = watchdog.command(PROCESS, index, port, folder)
         with log.open("w") as stderr:
             processes.append(subprocess.Popen(command, stderr=stderr))
     end = time.monotonic() + 200
