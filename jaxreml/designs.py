@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxreml import covariance
+from jaxreml import covariance, linalg
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.status import Status
 from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
@@ -21,6 +22,8 @@ from jaxreml.structures.planning import CrossedBasis
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 MAX_DENSE_BYTES = 2 * 2**30
+DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
+PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,20 @@ class Design:
 
     Attributes:
         structure: the factorised random effects and the projections of X and y on them.
-        basis: (p, p) upper triangular, with sqrt(w) X = U basis for orthonormal U.
+        basis: (p, p) upper triangular, with sqrt(w) X = U basis for orthonormal U. Zero in the rows
+            and columns of those columns of a traced X that depend on others before them, which
+            are then left out: so are the columns of U.
         beta_ols: (p,), weighted least squares coefficients; y enters everything as its residual
             from them, which changes no likelihood and loses no digits to a large mean.
         residual_ss: (), the weighted sum of squares of that residual.
         total_ss: (), the weighted sum of squares of y less its offset.
-        log_weights: (), sum of the logarithms of the prior weights.
+        log_weights: (), sum of the logarithms of the prior weights; NaN, as then the criterion is,
+            where traced values are not finite or traced weights not positive.
         scales: per term (q_k,), root mean squares of the columns of Z, the unit of its effects
             inside `structure`.
         n: number of observations.
+        trouble: (), the `Status` that no fit of these data can be better than: what is an error
+            of concrete arrays and cannot be one of traced arrays. CONVERGED if there is none.
         p: number of fixed effects.
         names: per term the grouping factor's name and the effects' names.
         dtype: name of the floating type everything is in.
@@ -74,6 +82,7 @@ class Design:
     log_weights: Array
     scales: tuple[Array, ...]
     n: Array | int
+    trouble: Array
     p: int = field(metadata={"static": True})
     names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -82,6 +91,16 @@ class Design:
     def sizes(self) -> tuple[int, ...]:
         """Effects per random term."""
         return self.structure.sizes
+
+    @property
+    def absent(self) -> Array:
+        """(p,) booleans, which columns of X depend on those before them; none if X is concrete."""
+        return linalg.diagonal(self.basis) == 0
+
+    @property
+    def rank(self) -> Array:
+        """(), that of X."""
+        return self.p - jnp.sum(self.absent, axis=0, dtype=self.dtype)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -146,16 +165,27 @@ class Design:
         if not parsed:
             raise DataError("at least one random term is needed; without one use least squares")
         root_weights, log_weights = _root_weights(weights, kind)
+        bad_weights = _module(log_weights).isnan(log_weights)
+        # Traced values that are not finite become zero: sums of NaN would make derivatives NaN where
+        # these are masked. `trouble` tells, and the criterion through `log_weights`.
+        given = [y, X, offset, *(columns for _, columns, *_ in parsed)]
+        traced = [array for array in given if _is_traced(array)]
+        infinite = np.zeros((), bool)
+        for array in traced:
+            infinite = infinite | ~jnp.all(jnp.isfinite(array))
+        if traced:
+            log_weights = jnp.where(infinite, jnp.nan, log_weights)
+        y, X, offset, *columns_of = (_finite(array) for array in given)
         effects = []
         scales = []
-        for codes, columns, n_levels, *_ in parsed:
+        for (codes, _, n_levels, *_), columns in zip(parsed, columns_of, strict=True):
             if root_weights is not None:
                 columns = columns * root_weights[:, None]
             xp = _module(columns)
-            scale = xp.sqrt(xp.mean(columns * columns, axis=0))
+            # A unit, which the likelihood does not depend on.
+            fixed = jax.lax.stop_gradient(columns) if xp is jnp else columns
+            scale = xp.sqrt(xp.mean(fixed * fixed, axis=0))
             scale = xp.where(scale > 0, scale, 1)
-            if xp is jnp:  # a unit, which the likelihood does not depend on
-                scale = jax.lax.stop_gradient(scale)
             effects.append((codes, columns / scale, n_levels))
             scales.append(scale)
         names = tuple((name, effect_names) for *_, name, effect_names in parsed)
@@ -164,17 +194,34 @@ class Design:
 
         response = y if offset is None else y - offset
         rows = X if root_weights is None else X * root_weights[:, None]
+        constant = (response == response[0]).all()
         response = response if root_weights is None else response * root_weights
         triangle, columns, beta_ols = _orthogonalise(rows, response)
+        reduced = basis.structure(columns, sizes)
+        absent = triangle.diagonal() == 0
+        if _module(triangle) is jnp:  # ones in the place of absent columns, as in `Combined`
+            ones = jnp.diag(jnp.pad(absent.astype(kind), (0, 1)))
+            reduced = replace(reduced, remainder=reduced.remainder + ones)
+        residual_ss = columns[:, -1] @ columns[:, -1]
+        total_ss = response @ response
+        trouble = _first_of(
+            {
+                Status.BAD_WEIGHTS: bad_weights,
+                Status.NOT_FINITE: infinite,
+                Status.RANK_DEFICIENT: absent.any(),
+                Status.CONSTANT: constant & ~(residual_ss > PERFECT * total_ss),
+            }
+        )
         return Design(
-            structure=basis.structure(columns, sizes),
+            structure=reduced,
             basis=triangle,
             beta_ols=beta_ols,
-            residual_ss=columns[:, -1] @ columns[:, -1],
-            total_ss=response @ response,
+            residual_ss=residual_ss,
+            total_ss=total_ss,
             log_weights=log_weights,
             scales=tuple(scales),
             n=n,
+            trouble=trouble,
             p=X.shape[1],
             names=names,
             dtype=kind.name,
@@ -235,6 +282,18 @@ def _array(value: Any, kind: np.dtype, name: str) -> Any:
     return array
 
 
+def _finite(value: Any) -> Any:
+    """Traced values with zeros in the place of those that are not finite; others as they are."""
+    return jnp.where(jnp.isfinite(value), value, 0) if _is_traced(value) else value
+
+
+def _first_of(conditions: dict[Status, Any]) -> Any:
+    """The first status whose condition holds, CONVERGED if none does."""
+    xp = jnp if any(isinstance(condition, Array) for condition in conditions.values()) else np
+    codes = [np.int32(status) for status in conditions]
+    return xp.select(list(conditions.values()), codes, np.int32(Status.CONVERGED))
+
+
 def _row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
     array = _array(value, kind, name)
     if array.shape != (n,):
@@ -243,15 +302,20 @@ def _row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
 
 
 def _root_weights(weights: Any, kind: np.dtype) -> tuple[Any, Any]:
+    """Their square roots and the sum of their logarithms, NaN where traced ones are not positive."""
     if weights is None:
         return None, np.zeros((), kind)
-    if not _is_traced(weights) and np.any(weights <= 0):
-        row = int(np.argmax(weights <= 0))
-        raise DataError(
-            f"weights must be positive; weight {row} is {weights[row]:g}. Drop rows of weight zero"
-        )
-    xp = _module(weights)
-    return xp.sqrt(weights), xp.sum(xp.log(weights))
+    if not _is_traced(weights):
+        if np.any(weights <= 0):
+            row = int(np.argmax(weights <= 0))
+            raise DataError(
+                f"weights must be positive; weight {row} is {weights[row]:g}. Drop rows of weight "
+                "zero"
+            )
+        return np.sqrt(weights), np.sum(np.log(weights))
+    good = jnp.isfinite(weights) & (weights > 0)
+    weights = jnp.where(good, weights, 1)
+    return jnp.sqrt(weights), jnp.where(jnp.all(good), jnp.sum(jnp.log(weights)), jnp.nan)
 
 
 def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
@@ -328,23 +392,29 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     n, p = rows.shape
     if p >= n:
         raise DataError(f"X has {p} columns and only {n} rows")
-    xp = _module(rows)
-    basis, triangle = xp.linalg.qr(rows)
-    if xp is np:
+    if _module(rows) is np:
+        basis, triangle = np.linalg.qr(rows)
         require_full_rank(triangle, rows)
-    yp = jnp if isinstance(response, Array) or xp is jnp else np
+    else:
+        basis, triangle = linalg.independent_columns(rows, DEPENDENT)
+    yp = jnp if isinstance(response, Array) or _module(rows) is jnp else np
     projection = basis.T @ response
     residual = response - basis @ projection
     again = basis.T @ residual  # a second pass takes out what rounding left of a large mean
     residual = residual - basis @ again
-    beta = yp.linalg.solve(triangle, projection + again) if p else yp.zeros(0, response.dtype)
+    coefficients = projection + again
+    if yp is np:
+        beta = np.linalg.solve(triangle, coefficients)
+    else:
+        whole = triangle + yp.diag(yp.where(triangle.diagonal() == 0, 1.0, 0.0))
+        beta = linalg.solve_lower(whole[::-1, ::-1], coefficients[::-1, None])[::-1, 0]
     return triangle, yp.concatenate([basis, residual[:, None]], axis=1), beta
 
 
 def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
     """Raise DataError naming the first column of X that depends on those before it."""
     lengths = np.linalg.norm(rows, axis=0)
-    dependent = np.abs(np.diagonal(triangle)) <= 1e-10 * lengths
+    dependent = np.abs(np.diagonal(triangle)) <= DEPENDENT * lengths
     if np.any(dependent):
         raise DataError(
             f"column {int(np.argmax(dependent))} of X is a linear combination of those before "

@@ -89,8 +89,8 @@ def log_pivots(marginal: Marginal) -> Array:
 
 
 def degrees_of_freedom(design: Design, *, reml: bool) -> Array | int:
-    """What the residual sum of squares is divided by: n - p or n."""
-    return design.n - design.p if reml else design.n
+    """What the residual sum of squares is divided by: n less the rank of X, or n."""
+    return design.n - design.rank if reml else design.n
 
 
 def profiled(omega: Array, design: Design, *, reml: bool) -> Array:
@@ -111,7 +111,8 @@ def constant(design: Design, *, reml: bool) -> Array:
     """The part of the objective that no variance parameter changes."""
     value = degrees_of_freedom(design, reml=reml) * math.log(2 * math.pi) - design.log_weights
     if reml:  # X enters as an orthonormal basis; this puts its own scale back
-        value = value + 2 * jnp.sum(jnp.log(jnp.abs(linalg.diagonal(design.basis))), axis=0)
+        pivots = jnp.where(design.absent, 1.0, jnp.abs(linalg.diagonal(design.basis)))
+        value = value + 2 * jnp.sum(jnp.log(pivots), axis=0)
     return value
 
 

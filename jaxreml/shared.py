@@ -244,6 +244,7 @@ class SharedDesign:
             log_weights=shared(self.log_weights),
             scales=tuple(shared(scale) for scale in self.scales),
             n=shared(self.n),
+            trouble=shared(np.int32(0)),  # pyright: ignore
             p=self.p,
             names=names,
             dtype=self.dtype,

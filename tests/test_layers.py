@@ -35,7 +35,7 @@ LAYERS = [
     {"structures"},
     {"covariance"},
     {"linalg"},
-    {"cache", "datasets", "errors"},
+    {"cache", "datasets", "errors", "status"},
 ]
 HEIGHT = {name: -k for k, layer in enumerate(LAYERS) for name in layer}
 

@@ -148,6 +148,7 @@ class CrossedRefitter:
             "log_weights": 2 * np.sum(np.log(roots)),
             "scales": tuple(scales),
             "n": np.float64(n),
+            "trouble": np.int32(0),
         }
         names = tuple((term.name, term.effect_names) for term in frame.terms)
         design = Design(**fields, p=frame.X.shape[1], names=names, dtype="float64")
