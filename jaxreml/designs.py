@@ -64,6 +64,8 @@ class Design:
         total_ss: (), the weighted sum of squares of y less its offset.
         log_weights: (), sum of the logarithms of the prior weights; NaN, as then the criterion is,
             where traced values are not finite or traced weights not positive.
+        log_gram_x: (), log|X'X| without prior weights, which Harville's restricted likelihood takes
+            off; columns left out do not count.
         scales: per term (q_k,), root mean squares of the columns of Z, the unit of its effects
             inside `structure`.
         n: number of observations.
@@ -80,6 +82,7 @@ class Design:
     residual_ss: Array
     total_ss: Array
     log_weights: Array
+    log_gram_x: Array
     scales: tuple[Array, ...]
     n: Array | int
     trouble: Array
@@ -130,7 +133,11 @@ class Design:
         """Reduce arrays to a design.
 
         Any of y, X, the effects of a term, weights and offset may be traced by JAX (an output of
-        a network under `jit` or `grad`, say); grouping factors may not.
+        a network under `jit` or `grad`, say); grouping factors may not. Traced values cannot be
+        refused: `Estimate.status` says what is the matter with them, and objectives are NaN where
+        values are not finite or weights not positive. Columns of a traced X that depend on those
+        before them are left out (`reml_objective` says what the derivatives are), and REML as a
+        loss for X has no minimum: see there.
 
         Args:
             y: (n,) response.
@@ -219,6 +226,7 @@ class Design:
             residual_ss=residual_ss,
             total_ss=total_ss,
             log_weights=log_weights,
+            log_gram_x=_log_gram(columns[:, :-1], triangle, root_weights),
             scales=tuple(scales),
             n=n,
             trouble=trouble,
@@ -409,6 +417,21 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
         whole = triangle + yp.diag(yp.where(triangle.diagonal() == 0, 1.0, 0.0))
         beta = linalg.solve_lower(whole[::-1, ::-1], coefficients[::-1, None])[::-1, 0]
     return triangle, yp.concatenate([basis, residual[:, None]], axis=1), beta
+
+
+def _log_gram(basis: Any, triangle: Any, root_weights: Any) -> Any:
+    """log|X'X| of sqrt(w) X = U R, columns left out not counted."""
+    xp = _module(basis)
+    pivots = xp.abs(triangle.diagonal())
+    absent = pivots == 0
+    value = 2 * xp.sum(xp.log(xp.where(absent, 1.0, pivots)))
+    if root_weights is None:
+        return value
+    plain = basis / root_weights[:, None]
+    gram = plain.T @ plain + xp.diag(xp.where(absent, 1.0, 0.0))
+    if xp is np:
+        return value + np.linalg.slogdet(gram)[1]
+    return value + 2 * jnp.sum(jnp.log(linalg.diagonal(linalg.cholesky(gram))))
 
 
 def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:

@@ -149,6 +149,7 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     By Gram-Schmidt, as LAPACK's QR factorisation puts an arbitrary direction in the place of a
     dependent column; twice is enough (Kahan, in Parlett 1980).
     """
+    matrix = jnp.asarray(matrix)  # eager derivatives come with NumPy arrays
     size = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
     size = jnp.where(size > 0, size, 1.0)
 

@@ -242,6 +242,7 @@ class SharedDesign:
             residual_ss=reduced.residual_ss,
             total_ss=reduced.total_ss,
             log_weights=shared(self.log_weights),
+            log_gram_x=shared(jnp.full_like(self.log_weights, jnp.nan)),  # nothing here asks for it
             scales=tuple(shared(scale) for scale in self.scales),
             n=shared(self.n),
             trouble=shared(np.int32(0)),  # pyright: ignore

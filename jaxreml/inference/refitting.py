@@ -146,6 +146,7 @@ class CrossedRefitter:
             "residual_ss": np.zeros(()),
             "total_ss": np.zeros(()),
             "log_weights": 2 * np.sum(np.log(roots)),
+            "log_gram_x": np.full((), np.nan),  # nothing here asks for it
             "scales": tuple(scales),
             "n": np.float64(n),
             "trouble": np.int32(0),
