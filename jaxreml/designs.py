@@ -123,7 +123,7 @@ class Design:
     def from_arrays(
         y: Any,
         X: Any,
-        terms: Sequence[Term | tuple[Any, Any] | Any],
+        terms: Term | Sequence[Term | tuple[Any, Any] | Any],
         *,
         weights: Any = None,
         offset: Any = None,
@@ -142,21 +142,22 @@ class Design:
         Args:
             y: (n,) response.
             X: (n, p) fixed-effects columns of full rank, the intercept included; p may be 0.
-            terms: random terms: `Term`, or a pair (group labels, (n, q) effects), or group
-                labels alone for a random intercept.
+            terms: random terms, a list of them: `Term`, or a pair (group labels, (n, q) effects), or group
+                labels alone for a random intercept. A single `Term` needs no list.
             weights: (n,) positive prior weights as in lme4: observation i has residual variance
                 sigma2 / weights[i].
             offset: (n,) known part of the mean.
             structure: "grouped" (all terms on one factor), "crossed" (any factors) or "dense" (any,
-                one large matrix); chosen if left out. Traced effects or weights need "dense", which
-                is then chosen.
+                one large matrix); chosen if left out. Traced effects or weights of several factors
+                need "dense", which is then chosen.
             dtype: "float32" to ask for single precision, which costs likelihoods most of their
                 digits; float64 otherwise.
 
         Raises:
             DataError: shapes that differ, no random term, values that are not finite, weights
                 that are not positive, X that is not of full rank, more random effects of a term
-                than observations, a grouping factor with one level.
+                than observations, a grouping factor with one level, missing labels or labels
+                that have no order.
             PrecisionError: float32 arrays that were not asked for.
         """
         kind = _floating_type([y, X, weights, offset], dtype)
@@ -168,7 +169,7 @@ class Design:
             raise DataError(f"X must have shape ({n}, p) to match y, not {X.shape}")
         weights = None if weights is None else _row_vector(weights, kind, n, "weights")
         offset = None if offset is None else _row_vector(offset, kind, n, "offset")
-        parsed = [_as_term(term, k, n, kind) for k, term in enumerate(terms)]
+        parsed = [_as_term(term, k, n, kind) for k, term in enumerate(_listed(terms))]
         if not parsed:
             raise DataError("at least one random term is needed; without one use least squares")
         root_weights, log_weights = _root_weights(weights, kind)
@@ -281,6 +282,8 @@ def _array(value: Any, kind: np.dtype, name: str) -> Any:
     """A NumPy array of finite values, or a traced array of the given type."""
     if _is_traced(value):
         return value.astype(kind)
+    if np.ma.is_masked(value):
+        raise DataError(f"{name} contains masked values; drop those rows first")
     try:
         array = np.asarray(value).astype(kind)
     except (TypeError, ValueError) as error:
@@ -333,10 +336,10 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
     if _is_traced(term.group):
         raise DataError(f"the grouping factor {term.name} must be concrete: its levels set shapes")
-    group = np.asarray(term.group)
+    group = _labels(term.group)
     if group.shape != (n,):
         raise DataError(f"grouping factor {term.name} must have shape ({n},), not {group.shape}")
-    levels, codes = np.unique(group, return_inverse=True)
+    levels, codes = _levels(group, term.name)
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = _array(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -356,7 +359,64 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
             f"times {q}) and there are {n} observations: its variances and the residual variance "
             "cannot be told apart"
         )
-    return codes.reshape(n), columns, int(levels.size), term.name, tuple(names)
+    return codes, columns, int(levels.size), term.name, tuple(names)
+
+
+def _listed(terms: Any) -> list[Any]:
+    if isinstance(terms, Term):
+        return [terms]
+    if not isinstance(terms, (list, tuple)):
+        raise DataError(
+            f"terms must be a list of random terms, not {type(terms).__name__}: [labels] for one "
+            "random intercept"
+        )
+    return list(terms)
+
+
+def _labels(group: Any) -> np.ndarray:
+    """An array of the labels: of objects, so that None and NaN stay what they are, or numbers."""
+    if np.ma.is_masked(group):
+        labels = np.array(group.data, object)
+        labels[np.ma.getmaskarray(group)] = None
+        return labels
+    if isinstance(group, (list, tuple)):  # NumPy would make text of ["a", nan] and [1, "a"]
+        labels = np.empty(len(group), object)
+        labels[:] = group
+        return labels
+    return np.asarray(group)
+
+
+def _levels(group: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The levels in order, and which of them each row has."""
+    if group.dtype.kind in "fcmM":
+        missing = np.isnat(group) if group.dtype.kind in "mM" else np.isnan(group)
+    elif group.dtype.kind in "biuSU":
+        missing = np.zeros(len(group), bool)
+    else:
+        group = group.astype(object)
+        missing = np.array([_is_missing(label) for label in group], bool)
+    if missing.any():
+        raise DataError(
+            f"the grouping factor {name} contains missing values, the first in row "
+            f"{int(np.argmax(missing))}; drop those rows first"
+        )
+    try:
+        levels, codes = np.unique(group, return_inverse=True)
+    except TypeError:
+        types = sorted({type(label).__name__ for label in group})
+        raise DataError(
+            f"the grouping factor {name} has labels that cannot be put in order, of type "
+            f"{', '.join(types)}; make text of all of them"
+        ) from None
+    return levels, codes.reshape(len(group))
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether a label is None, or NaN, NaT or NA, which are not equal to themselves."""
+    try:
+        return label is None or not label == label
+    except TypeError:  # pandas.NA says that it does not know
+        return True
 
 
 def structure_basis(
@@ -371,15 +431,16 @@ def structure_basis(
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'
         )
-    if traced and structure in ("grouped", "crossed"):
+    if traced and structure == "crossed":
         raise DataError(
-            f'the {structure} structure needs concrete effects and weights: use "dense", whose '
+            'the crossed structure needs concrete effects and weights: use "dense", whose '
             "derivatives are right where columns tie"
         )
     if structure is None:
-        structure = "dense" if traced else "grouped" if one_factor else "crossed"
+        structure = "grouped" if one_factor else "dense" if traced else "crossed"
     if structure == "grouped":
-        columns = np.concatenate([columns for _, columns, _ in effects], axis=1)
+        xp = jnp if traced else np
+        columns = xp.concatenate([columns for _, columns, _ in effects], axis=1)
         return GroupedBasis(effects[0][0], columns, effects[0][2])
     if structure == "crossed":
         return CrossedBasis(effects)
@@ -390,7 +451,7 @@ def structure_basis(
         raise DataError(
             f"{total} random effects and {n} rows would need about {size / 2**30:.1f} GiB in the "
             f"dense structure, whose limit is {MAX_DENSE_BYTES / 2**30:.0f} GiB. The other "
-            "structures need less; they take concrete effects and weights only"
+            "structures need less; the crossed one takes concrete effects and weights only"
         )
     return DenseBasis(effects)
 
@@ -480,8 +541,8 @@ def stack(designs: Sequence[Design]) -> Design:
     They may differ in everything but shape: responses, X, effects, weights. Grouped designs may
     also differ in their numbers of rows, which none of their arrays has, and of levels: those of
     fewer get levels without rows, which change nothing. Without `stack`, a function of arrays that
-    ends in ``estimate(Design.from_arrays(...))`` can itself be mapped with `vmap`; where X alone
-    or y alone is mapped it stays grouped, where effects or weights are it is "dense".
+    ends in ``estimate(Design.from_arrays(...))`` can itself be mapped with `vmap`, over effects and
+    weights too, which of several factors need the "dense" structure.
 
     Args:
         designs: equal numbers of fixed effects, terms and effects; ungrouped ones of rows too.
