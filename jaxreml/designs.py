@@ -142,8 +142,8 @@ class Design:
         Args:
             y: (n,) response.
             X: (n, p) fixed-effects columns of full rank, the intercept included; p may be 0.
-            terms: random terms, a list of them: `Term`, or a pair (group labels, (n, q) effects), or group
-                labels alone for a random intercept. A single `Term` needs no list.
+            terms: a list of random terms: `Term`, or a pair (group labels, (n, q) effects), or
+                group labels alone for a random intercept. A single `Term` needs no list.
             weights: (n,) positive prior weights as in lme4: observation i has residual variance
                 sigma2 / weights[i].
             offset: (n,) known part of the mean.
@@ -174,8 +174,8 @@ class Design:
             raise DataError("at least one random term is needed; without one use least squares")
         root_weights, log_weights = _root_weights(weights, kind)
         bad_weights = _module(log_weights).isnan(log_weights)
-        # Traced values that are not finite become zero: sums of NaN would make derivatives NaN where
-        # these are masked. `trouble` tells, and the criterion through `log_weights`.
+        # Traced values that are not finite become zero: sums of NaN would make derivatives NaN
+        # where these are masked. `trouble` tells, and the criterion through `log_weights`.
         given = [y, X, offset, *(columns for _, columns, *_ in parsed)]
         traced = [array for array in given if _is_traced(array)]
         infinite = np.zeros((), bool)
@@ -313,7 +313,7 @@ def _row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
 
 
 def _root_weights(weights: Any, kind: np.dtype) -> tuple[Any, Any]:
-    """Their square roots and the sum of their logarithms, NaN where traced ones are not positive."""
+    """Their square roots and the sum of their logarithms, NaN if traced ones are not positive."""
     if weights is None:
         return None, np.zeros((), kind)
     if not _is_traced(weights):
@@ -414,7 +414,7 @@ def _levels(group: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _is_missing(label: Any) -> bool:
     """Whether a label is None, or NaN, NaT or NA, which are not equal to themselves."""
     try:
-        return label is None or not label == label
+        return label is None or bool(label != label)
     except TypeError:  # pandas.NA says that it does not know
         return True
 

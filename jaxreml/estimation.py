@@ -132,9 +132,7 @@ def _still_unless(condition: Array, tree: Any) -> Any:
     Nothing on the way between two of these matters where it does not hold, NaN neither: a zero
     times NaN is left out by both, forwards by the second and backwards by the first.
     """
-    return jax.tree.map(
-        lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree
-    )
+    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree)
 
 
 class Point(NamedTuple):

@@ -31,9 +31,9 @@ from jaxreml.structures import Marginal
 def reml_objective(params: Array, design: Design, *, harville: bool = False) -> Array:
     r"""-2 log restricted likelihood.
 
-    It contains log|X'V^-1 X|, so it depends on the columns of X and not only on their span: with X A
-    in the place of X it is 2 log|det A| higher. As a function of X it has no minimum: it falls to
-    -inf as X shrinks or two of its columns become one. To learn X (a network's features, say)
+    It contains log|X'V^-1 X|, so it depends on the columns of X and not only on their span: with
+    X A in the place of X it is 2 log|det A| higher. As a function of X it has no minimum: it falls
+    to -inf as X shrinks or two of its columns become one. To learn X (a network's features, say)
     minimise `ml_objective`, which depends on the span alone, or take off log|X'X| by `harville`.
 
     Columns of a traced X that depend on those before them (a share of 1e-10 or less of their length

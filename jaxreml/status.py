@@ -36,8 +36,8 @@ _SENTENCES = {
     "may be badly scaled or nearly unidentified",
     Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a "
     "saddle point, not a minimum",
-    Status.NOT_FINITE: "the criterion or its derivatives are not finite: a value of the data is NaN "
-    "or infinite, squares of the response overflow, or the covariance matrix is not positive "
+    Status.NOT_FINITE: "the criterion or its derivatives are not finite: a value of the data is "
+    "NaN or infinite, squares of the response overflow, or the covariance matrix is not positive "
     "definite in floating point; correct or rescale the data",
     Status.PERFECT_FIT: "the model fits the response perfectly: the residual variance is zero and "
     "the likelihood has no maximum",
@@ -48,13 +48,12 @@ _SENTENCES = {
     "correct it",
     Status.TOO_FEW_ROWS: "the rows where the response is not missing are too few for the model: no "
     "more than the fixed or the random effects, or all in one level",
-    Status.UNDERFLOW: "the squares of the response underflow: its values are too small for floating "
-    "point; rescale it, by its standard deviation say",
-    Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of those before it: beta is "
-    "NaN for it and the other numbers are those of the model without it; leave the column out, or "
-    "replace X where it is to be traced",
-    Status.BAD_WEIGHTS: "a prior weight is zero, negative, infinite or NaN; weights must be positive: "
-    "leave out rows of weight zero",
+    Status.UNDERFLOW: "the squares of the response underflow: its values are too small for "
+    "floating point; rescale it, by its standard deviation say",
+    Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of those before it: beta "
+    "is NaN for it, and the other numbers are those of the model without it; leave the column out",
+    Status.BAD_WEIGHTS: "a prior weight is zero, negative, infinite or NaN; weights must be "
+    "positive: leave out rows of weight zero",
 }
 
 # What the response is to blame for: `fit` refuses it as data.

@@ -177,7 +177,10 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
     np.testing.assert_allclose(jax.jacfwd(value)(here), slope, atol=1e-12)
     assert (np.asarray(slope)[~np.isfinite(params)] == 0).all()
     bend = jax.jit(jax.hessian(value))
-    np.testing.assert_allclose(bend(here), bend(there), atol=1e-10)
+    read = ~np.isnan(params)
+    curved = np.asarray(bend(here))
+    assert (curved[~read] == 0).all()
+    np.testing.assert_allclose(curved[read][:, read], bend(there)[read][:, read], atol=1e-10)
 
 
 def test_coordinates_that_are_defined_are_read():

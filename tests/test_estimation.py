@@ -250,7 +250,7 @@ class TestTrouble:
 
     @pytest.mark.parametrize(
         ("scale", "status"),
-        [(1e-160, Status.UNDERFLOW), (1e-146, Status.UNDERFLOW), (1e-140, Status.CONVERGED)],
+        [(1e-160, Status.UNDERFLOW), (1e-150, Status.UNDERFLOW), (1e-140, Status.CONVERGED)],
     )
     def test_squares_that_underflow(self, scale, status):
         y, X, codes, _ = independent.simulate(3, q=1)

@@ -100,7 +100,10 @@ def test_the_other_lanes_are_the_same_to_the_bit(found):
     np.testing.assert_allclose(found.beta[0], concrete.beta, rtol=1e-6)
 
 
-@pytest.mark.parametrize("of", [jax.grad, jax.jacfwd, jax.hessian])
+SECOND = pytest.param(jax.hessian, marks=pytest.mark.long)  # 30 s of compilation
+
+
+@pytest.mark.parametrize("of", [jax.grad, jax.jacfwd, SECOND])
 def test_masked_lanes_do_not_spoil_a_shared_derivative(of):
     derivative = jax.jit(of(masked))
     at = 0.0
@@ -229,7 +232,7 @@ class TestTracedEffects:
     y = effects @ rng.normal(size=2) + rng.normal(size=n) + rng.normal(size=10)[group]
     X = np.column_stack([np.ones(n), rng.normal(size=n)])
     arrays = (rng.uniform(0.5, 2, n), effects, y, X)
-    along = (rng.normal(size=n), rng.normal(size=(n, 2)), rng.normal(size=n), rng.normal(size=(n, 2)))
+    along = (X[:, 1], effects[:, ::-1] - 0.3, X[:, 1] ** 2, X * effects)
     params = np.array([0.3, -0.4, 0.5, 0.2])
 
     def value(self, t, structure=None):

@@ -285,9 +285,7 @@ class GroupedBasis:
     def _sum(self, values: Any) -> Any:
         """Sums over the rows of each level, (n, ...) to (J, ...)."""
         if isinstance(values, Array):
-            return jax.ops.segment_sum(
-                values, self.codes, self.n_levels, indices_are_sorted=True
-            )
+            return jax.ops.segment_sum(values, self.codes, self.n_levels, indices_are_sorted=True)
         sums = np.add.reduceat(values, np.minimum(self.starts, len(values) - 1), axis=0)
         sums[self.empty] = 0
         return sums
