@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from jaxreml.errors import JaxremlError as JaxremlError
     from jaxreml.errors import PrecisionError as PrecisionError
     from jaxreml.estimation import Estimate as Estimate
-    from jaxreml.estimation import Status as Status
     from jaxreml.estimation import estimate as estimate
     from jaxreml.frame import design as design
     from jaxreml.inference.comparison import compare as compare
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from jaxreml.objective import reml_objective as reml_objective
     from jaxreml.parts import StreamedResults as StreamedResults
     from jaxreml.results import LMMResults as LMMResults
+    from jaxreml.status import Status as Status
 
 __version__ = "0.1.0"
 
@@ -53,7 +53,7 @@ _HOMES = {
     "JaxremlError": "errors",
     "LMMResults": "results",
     "PrecisionError": "errors",
-    "Status": "estimation",
+    "Status": "status",
     "StreamedResults": "parts",
     "Term": "designs",
     "compare": "inference.comparison",

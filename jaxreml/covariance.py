@@ -291,6 +291,24 @@ def lower_factor(root: Array, tolerance: float, rank: Array | None = None) -> Ar
     return jnp.stack(rows)
 
 
+@jax.custom_jvp
+def _tanh(z: Array) -> Array:
+    return jnp.tanh(z)
+
+
+@jax.custom_jvp
+def _sech(z: Array) -> Array:
+    """1 / cosh(z) without an overflow, z = +-inf included."""
+    small = jnp.exp(-jnp.abs(z))
+    return 2 * small / (1 + small * small)
+
+
+# Each derivative by the other function: finite everywhere, zero at +-inf, and 1 - tanh^2 keeps
+# its digits.
+_tanh.defjvps(lambda dz, value, z: dz * _sech(z) ** 2)
+_sech.defjvps(lambda dz, value, z: -dz * _sech(z) * _tanh(z))
+
+
 def _correlation_factor(z: Array, q: int) -> Array:
     """Cholesky factor of the correlation matrix with partial correlations tanh(z), row by row."""
     rows: list[list[Array]] = []
@@ -299,8 +317,8 @@ def _correlation_factor(z: Array, q: int) -> Array:
         rest = jnp.ones_like(z[0])
         row = []
         for _ in range(i):
-            row.append(jnp.tanh(z[k]) * rest)
-            rest = rest / jnp.cosh(z[k])
+            row.append(_tanh(z[k]) * rest)
+            rest = rest * _sech(z[k])
             k += 1
         rows.append([*row, rest, *[jnp.zeros_like(z[0])] * (q - 1 - i)])
     return jnp.stack([jnp.stack(row) for row in rows])
@@ -355,10 +373,40 @@ def _scale_of_omega(log_variances: Array, sizes: Sizes) -> Array:
 
 
 def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
-    """Relative covariances (m,) and the residual log-variance of `params` (m + 1,)."""
+    """Relative covariances (m,) and the residual log-variance of `params` (m + 1,).
+
+    `params` may be on the boundary, as `boundary` shows them: -inf for the log of a variance of
+    zero, +-inf for the coordinate of a correlation of +-1. Their derivatives are the limits, zero.
+    A coordinate of NaN that these leave undefined is not read.
+    """
     of_variances, of_correlations = positions(sizes)
-    scale = _scale_of_omega(params[of_variances], sizes)
-    return scale * _correlations(params[of_correlations], sizes), params[-1]
+    log_variances, z = params[of_variances], params[of_correlations]
+    if of_correlations.size:
+        z = jnp.where(jnp.isnan(z) & _undefined(log_variances, z, sizes), 0.0, z)
+    return _scale_of_omega(log_variances, sizes) * _correlations(z, sizes), params[-1]
+
+
+def _undefined(log_variances: Array, z: Array, sizes: Sizes) -> Array:
+    """Which correlation coordinates, booleans like `z`, others on the boundary leave undefined.
+
+    That of effects i > j is where one of them has no variance, or none beside what it shares with
+    the effects before it (j) or before j (i).
+    """
+    zero, limit = log_variances == -jnp.inf, jnp.isinf(z)
+    none = jnp.zeros_like(zero[0])
+    undefined = []
+    first = start = 0
+    for q in sizes:
+        spent: list[Array] = []  # per effect
+        for i in range(q):
+            gone = zero[first + i]
+            for j in range(i):
+                undefined.append(gone | spent[j])
+                gone = gone | limit[start + j]
+            spent.append(gone)
+            start += i
+        first += q
+    return jnp.stack([none | entry for entry in undefined])
 
 
 def factors_from_params(params: Array, sizes: Sizes) -> tuple[Array, ...]:

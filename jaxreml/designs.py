@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxreml import covariance, linalg
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.runtime import require_own_threads
+from jaxreml.status import Status
 from jaxreml.structures import Grouped, Structure
 from jaxreml.structures.dense import DenseBasis
 from jaxreml.structures.grouped import GroupedBasis
@@ -23,6 +24,8 @@ from jaxreml.units import Units, orthonormal
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 MAX_DENSE_BYTES = 2 * 2**30
+DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
+PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,21 @@ class Design:
 
     Attributes:
         structure: the factorised random effects and the projections of X and y on them.
-        basis: (p, p) upper triangular, with sqrt(w) X = U basis for orthonormal U.
+        basis: (p, p) upper triangular, with sqrt(w) X = U basis for orthonormal U. Zero in the rows
+            and columns of those columns of a traced X that depend on others before them, which
+            are then left out: so are the columns of U.
         beta_ols: (p,), weighted least squares coefficients; y enters everything as its residual
             from them, which changes no likelihood and loses no digits to a large mean.
         residual_ss: (), the weighted sum of squares of that residual.
         total_ss: (), the weighted sum of squares of y less its offset.
-        log_weights: (), sum of the logarithms of the prior weights.
+        log_weights: (), sum of the logarithms of the prior weights; NaN, as then the criterion is,
+            where traced values are not finite or traced weights not positive.
+        log_gram_x: (), log|X'X| without prior weights, which Harville's restricted likelihood takes
+            off; columns left out do not count.
         units: of the effects inside `structure`.
         n: number of observations.
+        trouble: (), the `Status` that no fit of these data can be better than: what is an error
+            of concrete arrays and cannot be one of traced arrays. CONVERGED if there is none.
         p: number of fixed effects.
         names: per term the grouping factor's name and the effects' names.
         dtype: name of the floating type everything is in.
@@ -73,8 +83,10 @@ class Design:
     residual_ss: Array
     total_ss: Array
     log_weights: Array
+    log_gram_x: Array
     units: Units
     n: Array | int
+    trouble: Array
     p: int = field(metadata={"static": True})
     names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
@@ -83,6 +95,16 @@ class Design:
     def sizes(self) -> tuple[int, ...]:
         """Effects per random term."""
         return self.structure.sizes
+
+    @property
+    def absent(self) -> Array:
+        """(p,) booleans, which columns of X depend on those before them; none if X is concrete."""
+        return linalg.diagonal(self.basis) == 0
+
+    @property
+    def rank(self) -> Array:
+        """(), that of X."""
+        return self.p - jnp.sum(self.absent, axis=0, dtype=self.dtype)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -101,7 +123,7 @@ class Design:
     def from_arrays(
         y: Any,
         X: Any,
-        terms: Sequence[Term | tuple[Any, Any] | Any],
+        terms: Term | Sequence[Term | tuple[Any, Any] | Any],
         *,
         weights: Any = None,
         offset: Any = None,
@@ -111,26 +133,31 @@ class Design:
         """Reduce arrays to a design.
 
         Any of y, X, the effects of a term, weights and offset may be traced by JAX (an output of
-        a network under `jit` or `grad`, say); grouping factors may not.
+        a network under `jit` or `grad`, say); grouping factors may not. Traced values cannot be
+        refused: `Estimate.status` says what is the matter with them, and objectives are NaN where
+        values are not finite or weights not positive. Columns of a traced X that depend on those
+        before them are left out (`reml_objective` says what the derivatives are), and REML as a
+        loss for X has no minimum: see there.
 
         Args:
             y: (n,) response.
             X: (n, p) fixed-effects columns of full rank, the intercept included; p may be 0.
-            terms: random terms: `Term`, or a pair (group labels, (n, q) effects), or group
-                labels alone for a random intercept.
+            terms: a list of random terms: `Term`, or a pair (group labels, (n, q) effects), or
+                group labels alone for a random intercept. A single `Term` needs no list.
             weights: (n,) positive prior weights as in lme4: observation i has residual variance
                 sigma2 / weights[i].
             offset: (n,) known part of the mean.
             structure: "grouped" (all terms on one factor), "crossed" (any factors) or "dense" (any,
-                one large matrix); chosen if left out. Traced effects or weights need "dense", which
-                is then chosen.
+                one large matrix); chosen if left out. Traced effects or weights of several factors
+                need "dense", which is then chosen.
             dtype: "float32" to ask for single precision, which costs likelihoods most of their
                 digits; float64 otherwise.
 
         Raises:
             DataError: shapes that differ, no random term, values that are not finite, weights
                 that are not positive, X that is not of full rank, more random effects of a term
-                than observations, a grouping factor with one level.
+                than observations, a grouping factor with one level, missing labels or labels
+                that have no order.
             PrecisionError: float32 arrays that were not asked for.
         """
         kind = _floating_type([y, X, weights, offset], dtype)
@@ -142,11 +169,21 @@ class Design:
             raise DataError(f"X must have shape ({n}, p) to match y, not {X.shape}")
         weights = None if weights is None else _row_vector(weights, kind, n, "weights")
         offset = None if offset is None else _row_vector(offset, kind, n, "offset")
-        parsed = [_as_term(term, k, n, kind) for k, term in enumerate(terms)]
+        parsed = [_as_term(term, k, n, kind) for k, term in enumerate(_listed(terms))]
         if not parsed:
             raise DataError("at least one random term is needed; without one use least squares")
         root_weights, log_weights = _root_weights(weights, kind)
-        weighted = [columns for _, columns, *_ in parsed]
+        bad_weights = _module(log_weights).isnan(log_weights)
+        # Traced values that are not finite become zero: sums of NaN would make derivatives NaN
+        # where these are masked. `trouble` tells, and the criterion through `log_weights`.
+        given = [y, X, offset, *(columns for _, columns, *_ in parsed)]
+        traced = [array for array in given if _is_traced(array)]
+        infinite = np.zeros((), bool)
+        for array in traced:
+            infinite = infinite | ~jnp.all(jnp.isfinite(array))
+        if traced:
+            log_weights = jnp.where(infinite, jnp.nan, log_weights)
+        y, X, offset, *weighted = (_finite(array) for array in given)
         if root_weights is not None:
             weighted = [columns * root_weights[:, None] for columns in weighted]
         units = Units.of(weighted, n)
@@ -160,17 +197,35 @@ class Design:
 
         response = y if offset is None else y - offset
         rows = X if root_weights is None else X * root_weights[:, None]
+        constant = (response == response[0]).all()
         response = response if root_weights is None else response * root_weights
         triangle, columns, beta_ols = _orthogonalise(rows, response)
+        reduced = basis.structure(columns, sizes)
+        absent = triangle.diagonal() == 0
+        if _module(triangle) is jnp:  # ones in the place of absent columns, as in `Combined`
+            ones = jnp.diag(jnp.pad(absent.astype(kind), (0, 1)))
+            reduced = replace(reduced, remainder=reduced.remainder + ones)
+        residual_ss = columns[:, -1] @ columns[:, -1]
+        total_ss = response @ response
+        trouble = _first_of(
+            {
+                Status.BAD_WEIGHTS: bad_weights,
+                Status.NOT_FINITE: infinite,
+                Status.RANK_DEFICIENT: absent.any(),
+                Status.CONSTANT: constant & ~(residual_ss > PERFECT * total_ss),
+            }
+        )
         return Design(
-            structure=basis.structure(columns, sizes),
+            structure=reduced,
             basis=triangle,
             beta_ols=beta_ols,
-            residual_ss=columns[:, -1] @ columns[:, -1],
-            total_ss=response @ response,
+            residual_ss=residual_ss,
+            total_ss=total_ss,
             log_weights=log_weights,
+            log_gram_x=_log_gram(columns[:, :-1], triangle, root_weights),
             units=units,
             n=n,
+            trouble=trouble,
             p=X.shape[1],
             names=names,
             dtype=kind.name,
@@ -223,6 +278,8 @@ def _array(value: Any, kind: np.dtype, name: str) -> Any:
     """A NumPy array of finite values, or a traced array of the given type."""
     if _is_traced(value):
         return value.astype(kind)
+    if np.ma.is_masked(value):
+        raise DataError(f"{name} contains masked values; drop those rows first")
     try:
         array = np.asarray(value).astype(kind)
     except (TypeError, ValueError) as error:
@@ -230,6 +287,18 @@ def _array(value: Any, kind: np.dtype, name: str) -> Any:
     if not np.all(np.isfinite(array)):
         raise DataError(f"{name} contains NaN or infinite values; drop those rows first")
     return array
+
+
+def _finite(value: Any) -> Any:
+    """Traced values with zeros in the place of those that are not finite; others as they are."""
+    return jnp.where(jnp.isfinite(value), value, 0) if _is_traced(value) else value
+
+
+def _first_of(conditions: dict[Status, Any]) -> Any:
+    """The first status whose condition holds, CONVERGED if none does."""
+    xp = jnp if any(isinstance(condition, Array) for condition in conditions.values()) else np
+    codes = [np.int32(status) for status in conditions]
+    return xp.select(list(conditions.values()), codes, np.int32(Status.CONVERGED))
 
 
 def _row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
@@ -240,15 +309,20 @@ def _row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
 
 
 def _root_weights(weights: Any, kind: np.dtype) -> tuple[Any, Any]:
+    """Their square roots and the sum of their logarithms, NaN if traced ones are not positive."""
     if weights is None:
         return None, np.zeros((), kind)
-    if not _is_traced(weights) and np.any(weights <= 0):
-        row = int(np.argmax(weights <= 0))
-        raise DataError(
-            f"weights must be positive; weight {row} is {weights[row]:g}. Drop rows of weight zero"
-        )
-    xp = _module(weights)
-    return xp.sqrt(weights), xp.sum(xp.log(weights))
+    if not _is_traced(weights):
+        if np.any(weights <= 0):
+            row = int(np.argmax(weights <= 0))
+            raise DataError(
+                f"weights must be positive; weight {row} is {weights[row]:g}. Drop rows of weight "
+                "zero"
+            )
+        return np.sqrt(weights), np.sum(np.log(weights))
+    good = jnp.isfinite(weights) & (weights > 0)
+    weights = jnp.where(good, weights, 1)
+    return jnp.sqrt(weights), jnp.where(jnp.all(good), jnp.sum(jnp.log(weights)), jnp.nan)
 
 
 def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
@@ -258,10 +332,10 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
     if _is_traced(term.group):
         raise DataError(f"the grouping factor {term.name} must be concrete: its levels set shapes")
-    group = np.asarray(term.group)
+    group = _labels(term.group)
     if group.shape != (n,):
         raise DataError(f"grouping factor {term.name} must have shape ({n},), not {group.shape}")
-    levels, codes = np.unique(group, return_inverse=True)
+    levels, codes = _levels(group, term.name)
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = _array(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -281,7 +355,64 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
             f"times {q}) and there are {n} observations: its variances and the residual variance "
             "cannot be told apart"
         )
-    return codes.reshape(n), columns, int(levels.size), term.name, tuple(names)
+    return codes, columns, int(levels.size), term.name, tuple(names)
+
+
+def _listed(terms: Any) -> list[Any]:
+    if isinstance(terms, Term):
+        return [terms]
+    if not isinstance(terms, (list, tuple)):
+        raise DataError(
+            f"terms must be a list of random terms, not {type(terms).__name__}: [labels] for one "
+            "random intercept"
+        )
+    return list(terms)
+
+
+def _labels(group: Any) -> np.ndarray:
+    """An array of the labels: of objects, so that None and NaN stay what they are, or numbers."""
+    if np.ma.is_masked(group):
+        labels = np.array(group.data, object)
+        labels[np.ma.getmaskarray(group)] = None
+        return labels
+    if isinstance(group, (list, tuple)):  # NumPy would make text of ["a", nan] and [1, "a"]
+        labels = np.empty(len(group), object)
+        labels[:] = group
+        return labels
+    return np.asarray(group)
+
+
+def _levels(group: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The levels in order, and which of them each row has."""
+    if group.dtype.kind in "fcmM":
+        missing = np.isnat(group) if group.dtype.kind in "mM" else np.isnan(group)
+    elif group.dtype.kind in "biuSU":
+        missing = np.zeros(len(group), bool)
+    else:
+        group = group.astype(object)
+        missing = np.array([_is_missing(label) for label in group], bool)
+    if missing.any():
+        raise DataError(
+            f"the grouping factor {name} contains missing values, the first in row "
+            f"{int(np.argmax(missing))}; drop those rows first"
+        )
+    try:
+        levels, codes = np.unique(group, return_inverse=True)
+    except TypeError:
+        types = sorted({type(label).__name__ for label in group})
+        raise DataError(
+            f"the grouping factor {name} has labels that cannot be put in order, of type "
+            f"{', '.join(types)}; make text of all of them"
+        ) from None
+    return levels, codes.reshape(len(group))
+
+
+def _is_missing(label: Any) -> bool:
+    """Whether a label is None, or NaN, NaT or NA, which are not equal to themselves."""
+    try:
+        return label is None or bool(label != label)
+    except TypeError:  # pandas.NA says that it does not know
+        return True
 
 
 def structure_basis(
@@ -296,15 +427,16 @@ def structure_basis(
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'
         )
-    if traced and structure in ("grouped", "crossed"):
+    if traced and structure == "crossed":
         raise DataError(
-            f'the {structure} structure needs concrete effects and weights: use "dense", whose '
+            'the crossed structure needs concrete effects and weights: use "dense", whose '
             "derivatives are right where columns tie"
         )
     if structure is None:
-        structure = "dense" if traced else "grouped" if one_factor else "crossed"
+        structure = "grouped" if one_factor else "dense" if traced else "crossed"
     if structure == "grouped":
-        columns = np.concatenate([columns for _, columns, _ in effects], axis=1)
+        xp = jnp if traced else np
+        columns = xp.concatenate([columns for _, columns, _ in effects], axis=1)
         return GroupedBasis(effects[0][0], columns, effects[0][2])
     if structure == "crossed":
         return CrossedBasis(effects)
@@ -315,7 +447,7 @@ def structure_basis(
         raise DataError(
             f"{total} random effects and {n} rows would need about {size / 2**30:.1f} GiB in the "
             f"dense structure, whose limit is {MAX_DENSE_BYTES / 2**30:.0f} GiB. The other "
-            "structures need less; they take concrete effects and weights only"
+            "structures need less; the crossed one takes concrete effects and weights only"
         )
     return DenseBasis(effects)
 
@@ -325,28 +457,44 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     n, p = rows.shape
     if p >= n:
         raise DataError(f"X has {p} columns and only {n} rows")
-    xp = _module(rows)
-    if xp is np:
+    if _module(rows) is np:
         basis, triangle = orthonormal(rows)
         require_full_rank(triangle, rows)
     else:
-        basis, triangle = linalg.qr(rows)
-    yp = jnp if isinstance(response, Array) or xp is jnp else np
+        basis, triangle = linalg.independent_columns(rows, DEPENDENT)
+    yp = jnp if isinstance(response, Array) or _module(rows) is jnp else np
     projection = basis.T @ response
     residual = response - basis @ projection
     again: Any = basis.T @ residual  # a second pass takes out what rounding left of a large mean
     residual = residual - basis @ again
+    coefficients = projection + again
     if yp is np:
-        beta = np.linalg.solve(triangle, projection + again)
+        beta = np.linalg.solve(triangle, coefficients)
     else:
-        beta = linalg.solve_upper(jnp.asarray(triangle), (projection + again)[:, None])[:, 0]
+        whole = triangle + yp.diag(yp.where(triangle.diagonal() == 0, 1.0, 0.0))
+        beta = linalg.solve_upper(jnp.asarray(whole), coefficients[:, None])[:, 0]
     return triangle, yp.concatenate([basis, residual[:, None]], axis=1), beta
+
+
+def _log_gram(basis: Any, triangle: Any, root_weights: Any) -> Any:
+    """log|X'X| of sqrt(w) X = U R, columns left out not counted."""
+    xp = _module(basis)
+    pivots = xp.abs(triangle.diagonal())
+    absent = pivots == 0
+    value = 2 * xp.sum(xp.log(xp.where(absent, 1.0, pivots)))
+    if root_weights is None:
+        return value
+    plain = basis / root_weights[:, None]
+    gram = plain.T @ plain + xp.diag(xp.where(absent, 1.0, 0.0))
+    if xp is np:
+        return value + np.linalg.slogdet(gram)[1]
+    return value + 2 * jnp.sum(jnp.log(linalg.diagonal(linalg.cholesky(gram))))
 
 
 def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
     """Raise DataError naming the first column of X that depends on those before it."""
     lengths = np.linalg.norm(rows, axis=0)
-    dependent = np.abs(np.diagonal(triangle)) <= 1e-10 * lengths
+    dependent = np.abs(np.diagonal(triangle)) <= DEPENDENT * lengths
     if np.any(dependent):
         raise DataError(
             f"column {int(np.argmax(dependent))} of X is a linear combination of those before "
@@ -389,8 +537,8 @@ def stack(designs: Iterable[Design]) -> Design:
     They may differ in everything but shape: responses, X, effects, weights. Grouped designs may
     also differ in their numbers of rows, which none of their arrays has, and of levels: those of
     fewer get levels without rows, which change nothing. Without `stack`, a function of arrays that
-    ends in ``estimate(Design.from_arrays(...))`` can itself be mapped with `vmap`; where X alone
-    or y alone is mapped it stays grouped, where effects or weights are it is "dense".
+    ends in ``estimate(Design.from_arrays(...))`` can itself be mapped with `vmap`, over effects and
+    weights too, which of several factors need the "dense" structure.
 
     Args:
         designs: equal numbers of fixed effects, terms and effects; ungrouped ones of rows too. An

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,10 +13,11 @@ import numpy as np
 from jax import Array
 
 from jaxreml import covariance, linalg, newton
-from jaxreml.designs import Design, require_precision
+from jaxreml.designs import PERFECT, Design, require_precision
 from jaxreml.objective import Expansion, degrees_of_freedom, expand, profiled
 from jaxreml.rivals import best_of, is_cheap
 from jaxreml.runtime import usual_promotion
+from jaxreml.status import Status as Status
 
 START = 0.1  # least relative SD to start from: zero is a stationary point
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
@@ -26,53 +26,6 @@ FAR = 20.0  # stands for arctanh(+-1) likewise
 FLAT = 1e-7  # pivot of a Hessian scaled to diagonals of order one: not identified below
 NEARLY_PERFECT = 1e-10  # likewise, where the search did not converge
 CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
-PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
-
-
-class Status(IntEnum):
-    """How an optimisation ended; `sentence` says it in words."""
-
-    CONVERGED = 0
-    MAX_ITERATIONS = 1
-    STALLED = 2
-    SADDLE = 3
-    NOT_FINITE = 4
-    PERFECT_FIT = 5
-    NOT_CERTIFIED = 6
-    CONSTANT = 7
-    INFINITE = 8
-    TOO_FEW_ROWS = 9
-    UNDERFLOW = 10
-
-    @property
-    def sentence(self) -> str:
-        """One sentence for people."""
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Status.CONVERGED: "converged: the gradient is zero and the Hessian has no negative eigenvalue",
-    Status.MAX_ITERATIONS: "the iteration limit was reached before the gradient vanished; raise "
-    "max_iterations, or rescale or simplify the model",
-    Status.STALLED: "no downhill step could be found although the gradient is not zero: the model "
-    "may be badly scaled or nearly unidentified",
-    Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a "
-    "saddle point, not a minimum",
-    Status.NOT_FINITE: "the criterion or its derivatives are not finite: squares of the response "
-    "overflow, or the covariance matrix is not positive definite in floating point; rescale the "
-    "data",
-    Status.PERFECT_FIT: "the model fits the response perfectly: the residual variance is zero and "
-    "the likelihood has no maximum",
-    Status.NOT_CERTIFIED: "the separately compiled gradient at the reported optimum is not zero: "
-    "the result is not trusted; please report it",
-    Status.CONSTANT: "the response is constant: there is nothing to fit",
-    Status.INFINITE: "the response has an infinite value; set it to NaN to leave its row out, or "
-    "correct it",
-    Status.UNDERFLOW: "squares of the response underflow; rescale it, for example to a standard "
-    "deviation of 1",
-    Status.TOO_FEW_ROWS: "the rows where the response is not missing are too few for the model: no "
-    "more than the fixed or the random effects, or all in one level",
-}
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +42,8 @@ class Estimate:
             on a boundary, whose rows are NaN; all NaN if the Hessian is not positive definite.
         log_variances: the log-variances among `params`, one per effect, the residual's last.
         log_variance_se: their standard errors.
-        beta: (p,), fixed effects.
+        beta: (p,), fixed effects; NaN, as in what follows, for a column of a traced X that depends
+            on those before it.
         vcov: (p, p), sigma2 (X' V0^-1 X)^-1, their covariance.
         vcov_slopes: (m + 1, p, p), derivatives of `vcov` in `params`, zero for those on a
             boundary: what Satterthwaite's degrees of freedom are made of.
@@ -100,7 +54,8 @@ class Estimate:
         gradient_norm: (), Euclidean norm of the gradient in the root (scaled effects).
         inertia: (3,), negative, zero and positive eigenvalues of the Hessian in theta.
         is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
-        status: (), a `Status`. Other than CONVERGED: do not use the numbers.
+        status: (), a `Status`. Other than CONVERGED: do not use the numbers. The derivatives of
+            all of them are zero there.
     """
 
     theta: Array
@@ -134,7 +89,9 @@ def estimate(
     """Fit a design by REML or ML.
 
     Pure: `jit`, `vmap` over stacked designs (`jaxreml.design.stack`), and derivatives to any order
-    with respect to the design, by the implicit function theorem at the optimum. Fixed effects and
+    with respect to the design, by the implicit function theorem at the optimum; they are zero where
+    `status` is not CONVERGED, so that such a lane of a `vmap`, masked by its status, adds nothing
+    to a derivative in what lanes share. Fixed effects and
     residual variance are profiled out; the rest is a safeguarded Newton iteration with exact
     derivatives on square roots of the relative covariance matrices, which have no bounds: the
     criterion is even in each of their columns, and the Cholesky factor is taken at the end. As
@@ -177,8 +134,20 @@ def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float)
             cheap=is_cheap(design),
         )
         trace = jax.lax.stop_gradient(trace)
+        status = outcome(trace.at, trace.point, trace, fixed)
+        is_optimum = status == Status.CONVERGED
+        design = _still_unless(is_optimum, design)
         root, point = _optimum(reml, design, trace.at, trace.point)
-        return report(root, point, trace, design)
+        return _still_unless(is_optimum, report(root, point, trace, design, status))
+
+
+def _still_unless(condition: Array, tree: Any) -> Any:
+    """The same numbers, with derivatives of zero unless the condition (a scalar) holds.
+
+    Nothing on the way between two of these matters where it does not hold, NaN neither: a zero
+    times NaN is left out by both, forwards by the second and backwards by the first.
+    """
+    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree)
 
 
 class Point(NamedTuple):
@@ -386,28 +355,61 @@ def _congruent(matrix: Array, form: Array) -> Array:
     return linalg.matmul(linalg.transpose(matrix), linalg.matmul(form, matrix))
 
 
-def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Estimate:
+def _hessian_theta(scaled: tuple[Array, ...], point: Point, sizes: covariance.Sizes) -> Array:
+    """The Hessian in theta, (m, m), at relative Cholesky factors of scaled effects."""
+    root = covariance.root_from_theta(covariance.join_triangles(scaled), sizes)
+    _, hessian = _chain(root, sizes, point.expansion)
+    inside = covariance.root_of_theta(sizes)
+    return hessian[inside][:, inside]
+
+
+def outcome(root: Array, point: Point, trace: newton.Trace, design: Design) -> Array:
+    """The `Status` of what a search found; also for a batch on the last axis."""
+    hessian = _hessian_theta(_kept_triangles(root, design.sizes), point, design.sizes)
+    status = jnp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
+    status = jnp.where(trace.stalled, Status.STALLED, status)
+    status = jnp.where(trace.converged & ~newton.is_convex(hessian), Status.SADDLE, status)
+    status = jnp.where(jnp.isfinite(point.value), status, Status.NOT_FINITE)
+    rss = point.expansion.gram_factor[design.p, design.p] ** 2
+    residual_ss, total_ss = design.residual_ss, design.total_ss
+    perfect = ~(rss > PERFECT * residual_ss) | ~(residual_ss > PERFECT * total_ss)
+    # On the way there rounding may stop the search before.
+    perfect = perfect | ((status != Status.CONVERGED) & (rss < NEARLY_PERFECT * residual_ss))
+    status = jnp.where(perfect & jnp.isfinite(total_ss), Status.PERFECT_FIT, status)
+    # Below the first of these a sum of squares has lost digits; with a total of more than the
+    # second, that little is a perfect fit.
+    number = jnp.finfo(design.dtype)
+    least = float(number.tiny / number.eps)
+    underflow = (residual_ss < least) & (total_ss < least / PERFECT)
+    status = jnp.where(underflow, Status.UNDERFLOW, status)
+    return jnp.where(design.trouble > 0, design.trouble, status).astype(jnp.int32)
+
+
+def report(
+    root: Array, point: Point, trace: newton.Trace, design: Design, status: Array
+) -> Estimate:
     """Everything that follows from the optimum; also for a batch on the last axis."""
     sizes = design.sizes
     p = design.p
     value, gradient, _, expansion = point
     scaled = _kept_triangles(root, sizes)
     theta = covariance.join_triangles(scaled)
-    _, hessian_root = _chain(covariance.root_from_theta(theta, sizes), sizes, expansion)
-    inside = covariance.root_of_theta(sizes)
-    hessian_theta = hessian_root[inside][:, inside]
+    hessian_theta = _hessian_theta(scaled, point, sizes)
     sigma2 = jnp.exp(expansion.log_sigma2)
 
     # Fixed effects: undo the orthonormal basis and the least squares shift of y.
     factor = expansion.gram_factor
     of_x = factor[:p, :p]
     identity = linalg.eye_like(of_x)
-    to_basis = linalg.solve_lower(linalg.transpose(design.basis), identity)  # R^-T
+    absent = design.absent
+    triangle = linalg.transpose(design.basis) + absent * identity
+    to_basis = linalg.solve_lower(triangle, identity)  # R^-T
     root_vcov = linalg.transpose(
         linalg.matmul(linalg.solve_lower(of_x, identity), to_basis)
     )  # (L' R)^-1
     beta = design.beta_ols + linalg.matmul(root_vcov, factor[p, :p][:, None])[:, 0]
     vcov = sigma2 * linalg.matmul(root_vcov, linalg.transpose(root_vcov))
+    unknown = absent[:, None] | absent
 
     # Variance parameters, inside and then in the user's units of the effects.
     finite = covariance.params_from_factors(scaled, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR)
@@ -445,31 +447,15 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
     params_vcov = jnp.where(both & regular, params_vcov, jnp.nan)
     positions, _ = covariance.positions(sizes)
 
-    rss = factor[p, p] ** 2
-    status = jnp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
-    status = jnp.where(trace.stalled, Status.STALLED, status)
-    is_saddle = trace.converged & ~newton.is_convex(hessian_theta)
-    status = jnp.where(is_saddle, Status.SADDLE, status)
-    status = jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
-    perfect = ~(rss > PERFECT * design.residual_ss) | ~(
-        design.residual_ss > PERFECT * design.total_ss
-    )
-    # On the way there rounding may stop the search before.
-    perfect = perfect | ((status != Status.CONVERGED) & (rss < NEARLY_PERFECT * design.residual_ss))
-    perfect = perfect & jnp.isfinite(design.total_ss)
-    status = jnp.where(perfect, Status.PERFECT_FIT, status)
-    precision = jnp.finfo(rss.dtype)  # of sums of squares, residuals being much smaller than y
-    tiny = design.total_ss < precision.tiny / precision.eps**2
-    status = jnp.where(tiny, Status.UNDERFLOW, status)
     return Estimate(
         theta=covariance.join_triangles(factors),
         params=shown,
         params_vcov=params_vcov,
         log_variances=shown[positions],
         log_variance_se=jnp.sqrt(linalg.diagonal(params_vcov))[positions],
-        beta=beta,
-        vcov=vcov,
-        vcov_slopes=vcov_slopes,
+        beta=jnp.where(absent, jnp.nan, beta),
+        vcov=jnp.where(unknown, jnp.nan, vcov),
+        vcov_slopes=jnp.where(unknown, jnp.nan, vcov_slopes),
         sigma=jnp.sqrt(sigma2),
         criterion=value,
         hessian=jnp.where(both, hessian, jnp.nan),
@@ -477,5 +463,5 @@ def report(root: Array, point: Point, trace: newton.Trace, design: Design) -> Es
         gradient_norm=jnp.sqrt(jnp.sum(gradient**2, axis=0)),
         inertia=newton.inertia(hessian_theta),
         is_singular=~jnp.all(free, axis=0),
-        status=status.astype(jnp.int32),
+        status=status,
     )

@@ -372,3 +372,51 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
 def _qr(matrix: Array) -> tuple[Array, Array]:
     basis, triangle = jnp.linalg.qr(matrix)
     return basis, triangle
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
+    """U R = X with orthonormal U (n, p) for X (n, p), zeros in both for columns that are dependent.
+
+    A column counts as dependent if no more than `tolerance` of its length is outside the span of
+    those before it. It is left out, of the derivatives too: those of U and R are what they are
+    without it, and zero in it, where they do not exist.
+
+    By Gram-Schmidt, as LAPACK's QR factorisation puts an arbitrary direction in the place of a
+    dependent column; twice is enough (Kahan, in Parlett 1980).
+    """
+    matrix = jnp.asarray(matrix)  # eager derivatives come with NumPy arrays
+    size = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
+    size = jnp.where(size > 0, size, 1.0)
+
+    def add_column(k: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        basis, triangle = found
+        rest = matrix[:, k] / size[k]
+        length = jnp.linalg.norm(rest)
+        shares = basis.T @ rest
+        rest = rest - basis @ shares
+        again = basis.T @ rest
+        rest = rest - basis @ again
+        pivot = jnp.linalg.norm(rest)
+        kept = pivot > tolerance * length
+        unit = jnp.where(kept, rest / jnp.where(kept, pivot, 1.0), 0.0)
+        column = jnp.where(kept, (shares + again).at[k].set(pivot), 0.0)
+        return basis.at[:, k].set(unit), triangle.at[:, k].set(column * size[k])
+
+    p = matrix.shape[1]
+    nothing = jnp.zeros_like(matrix), jnp.zeros((p, p), matrix.dtype)
+    return jax.lax.fori_loop(0, p, add_column, nothing)
+
+
+@independent_columns.defjvp
+def _independent_columns_jvp(tolerance, primals, tangents):
+    basis, triangle = independent_columns(primals[0], tolerance)
+    dependent = diagonal(triangle) == 0
+    whole = triangle + jnp.diag(jnp.where(dependent, 1.0, 0.0))
+    moved = jnp.where(dependent, 0.0, tangents[0])
+    moved = transpose(solve_lower(transpose(whole), transpose(moved)))  # dX R^-1
+    within = basis.T @ moved
+    turned = jnp.tril(within, -1)
+    turned = turned - turned.T
+    outside = moved - basis @ within
+    return (basis, triangle), (basis @ turned + outside, (within - turned) @ triangle)

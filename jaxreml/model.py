@@ -13,12 +13,13 @@ from jaxreml.cache import quick_compilation, remembered, spare_memory_maps
 from jaxreml.designs import with_spare_levels
 from jaxreml.effects import conditional_variances, inspect
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.estimation import CERTIFIED, Status, estimate, is_reml
+from jaxreml.estimation import CERTIFIED, estimate, is_reml
 from jaxreml.fitted import Grouping
 from jaxreml.frame import ModelFrame, model_frame
 from jaxreml.results import LMMResults
 from jaxreml.rivals import optimality
 from jaxreml.runtime import neutral
+from jaxreml.status import NO_FIT, Status
 
 
 def fit(
@@ -120,7 +121,7 @@ def fit_frame(
         inspection = _compiled(inspect, method)(estimated, bare)
         estimated, inspection = jax.device_get((estimated, inspection))
     status = Status(int(estimated.status))
-    if status in (Status.PERFECT_FIT, Status.NOT_FINITE, Status.UNDERFLOW):
+    if status in NO_FIT:
         raise DataError(status.sentence)
     gradient_norm = float(np.linalg.norm(inspection.gradient))
     scale = 1 + abs(float(estimated.criterion))

@@ -30,29 +30,50 @@ from jaxreml.runtime import usual_promotion
 from jaxreml.structures import Marginal
 
 
-def reml_objective(params: Array, design: Design) -> Array:
-    """-2 log restricted likelihood.
+def reml_objective(params: Array, design: Design, *, harville: bool = False) -> Array:
+    r"""-2 log restricted likelihood.
+
+    It contains log|X'V^-1 X|, so it depends on the columns of X and not only on their span: with
+    X A in the place of X it is 2 log|det A| higher. As a function of X it has no minimum: it falls
+    to -inf as X shrinks or two of its columns become one. To learn X (a network's features, say)
+    minimise `ml_objective`, which depends on the span alone, or take off log|X'X| by `harville`.
+
+    Columns of a traced X that depend on those before them (a share of 1e-10 or less of their length
+    is outside the others' span; zeros, the output of a dead unit, do) count as left out, from n - p
+    too: value and derivatives are those of the model without them. The derivative in such a column,
+    which does not exist, is zero. The value jumps where a column becomes dependent.
 
     Args:
         params: (m + 1,), log-variances and correlation coordinates, the residual's last, in the
-            order of ``design.parameter_names``.
+            order of ``design.parameter_names``. On the boundary, as `Estimate.params` has them
+            (-inf, +-inf, NaN where these leave a correlation undefined), value and derivatives are
+            their limits; the derivatives in entries on the boundary are zero.
         design: the data.
+        harville: take off log|X'X| (X without prior weights), as Harville (1974, Biometrika 61:383)
+            does: -2 log density of orthonormal contrasts of y, the same for X and X A. It differs
+            by what no variance parameter changes.
 
     Returns:
-        A scalar; NaN where V is not positive definite in floating point. Where a variance is best
-        at zero there is no minimum: an optimiser runs off to -inf and may stop anywhere on the
-        way. `estimate` reports it as zero.
+        A scalar; NaN, with derivatives of NaN, where V is not positive definite in floating point
+        or traced data are not finite or weights not positive. Where a variance is best at zero
+        there is no minimum: an optimiser runs off to -inf and may stop anywhere on the way.
+        `estimate` reports it as zero.
 
     Raises:
         ValueError: `params` of the wrong length.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
     """
-    return _objective(params, design, reml=True)
+    value = _objective(params, design, reml=True)
+    return value - design.log_gram_x if harville else value
 
 
 def ml_objective(params: Array, design: Design) -> Array:
-    """-2 log likelihood with the fixed effects profiled out; as `reml_objective` otherwise."""
+    """-2 log likelihood with the fixed effects profiled out.
+
+    It depends on the span of X's columns alone: X may be an output of a network. Otherwise as
+    `reml_objective`, dependent columns of a traced X included.
+    """
     return _objective(params, design, reml=False)
 
 
@@ -72,7 +93,9 @@ def _objective(params: Array, design: Design, *, reml: bool) -> Array:
 def _compiled_objective(params: Array, design: Design, reml: bool) -> Array:
     with usual_promotion():
         omega, log_sigma2 = design.units.omega(params)
-        return neg2_loglik(omega, log_sigma2, design, reml=reml)
+        value = neg2_loglik(omega, log_sigma2, design, reml=reml)
+        # derivatives of NaN where it is NaN
+        return value * jnp.where(jnp.isnan(value), jnp.nan, 1.0)
 
 
 def neg2_loglik(omega: Array, log_sigma2: Array, design: Design, *, reml: bool) -> Array:
@@ -97,8 +120,8 @@ def log_pivots(marginal: Marginal) -> Array:
 
 
 def degrees_of_freedom(design: Design, *, reml: bool) -> Array | int:
-    """What the residual sum of squares is divided by: n - p or n."""
-    return design.n - design.p if reml else design.n
+    """What the residual sum of squares is divided by: n less the rank of X, or n."""
+    return design.n - design.rank if reml else design.n
 
 
 def profiled(omega: Array, design: Design, *, reml: bool) -> Array:
@@ -119,7 +142,8 @@ def constant(design: Design, *, reml: bool) -> Array:
     """The part of the objective that no variance parameter changes."""
     value = degrees_of_freedom(design, reml=reml) * math.log(2 * math.pi) - design.log_weights
     if reml:  # X enters as an orthonormal basis; this puts its own scale back
-        value = value + 2 * jnp.sum(jnp.log(jnp.abs(linalg.diagonal(design.basis))), axis=0)
+        pivots = jnp.where(design.absent, 1.0, jnp.abs(linalg.diagonal(design.basis)))
+        value = value + 2 * jnp.sum(jnp.log(pivots), axis=0)
     return value
 
 

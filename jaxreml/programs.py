@@ -31,6 +31,7 @@ from jaxreml.estimation import (
     Estimate,
     Status,
     expand_root,
+    outcome,
     report,
     search,
     start_root,
@@ -165,7 +166,8 @@ def _conclude(
         found = found._replace(iterations=before + found.iterations + 1)
         trace = newton.Trace(found.root, None, *found[2:])
         point = expand_root(found.root, design, reml=plan.reml)
-        estimate = report(found.root, point, trace, design)
+        status = outcome(found.root, point, trace, design)
+        estimate = report(found.root, point, trace, design, status)
         return pack(estimate, found.value, _tests(shared, estimate, contrasts, plan))
 
     if plan.in_lanes:

@@ -242,8 +242,10 @@ class SharedDesign:
             residual_ss=reduced.residual_ss,
             total_ss=reduced.total_ss,
             log_weights=shared(self.log_weights),
+            log_gram_x=shared(jnp.full_like(self.log_weights, jnp.nan)),  # nothing here asks for it
             units=self.units.with_lanes(len(lanes)),
             n=shared(self.n),
+            trouble=shared(np.int32(0)),  # pyright: ignore
             p=self.p,
             names=names,
             dtype=self.dtype,

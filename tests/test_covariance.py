@@ -169,3 +169,59 @@ def test_boundary_of_three_effects(theta, z):
         np.testing.assert_array_equal(inside[3:6], np.isfinite(z))
         np.testing.assert_array_equal(np.where(np.isfinite(shown[3:6]), 1, shown[3:6]), z)
         np.testing.assert_array_equal(inside[:3], (np.asarray(factor) != 0).any(axis=1))
+
+
+NOT_READ = np.nan
+
+
+@pytest.mark.parametrize(
+    ("sizes", "params", "inside"),
+    [
+        ((2,), [0.3, -0.2, np.inf, 0.1], [0.3, -0.2, 30.0, 0.1]),
+        ((2,), [0.3, -0.2, -800.0, 0.1], [0.3, -0.2, -30.0, 0.1]),
+        ((2,), [0.3, -np.inf, NOT_READ, 0.1], [0.3, -90.0, 0.0, 0.1]),
+        ((2,), [-np.inf, -np.inf, NOT_READ, 0.1], [-90.0, -90.0, 0.0, 0.1]),
+        # the first effect has no variance, the others a correlation of -1
+        (
+            (3,),
+            [-np.inf, 0.3, 0.5, NOT_READ, NOT_READ, -np.inf, 0.1],
+            [-90.0, 0.3, 0.5, 0.0, 0.0, -30.0, 0.1],
+        ),
+        # the second effect is the first; the third has what it shares with the first
+        (
+            (1, 3),
+            [0.2, 0.4, 0.3, 0.5, np.inf, 0.7, NOT_READ, 0.1],
+            [0.2, 0.4, 0.3, 0.5, 30.0, 0.7, 0.0, 0.1],
+        ),
+        # the third effect is the first: it has nothing left for the second
+        (
+            (3, 1),
+            [0.4, 0.3, 0.5, 0.6, -np.inf, NOT_READ, -np.inf, 0.1],
+            [0.4, 0.3, 0.5, 0.6, -30.0, 0.0, -90.0, 0.1],
+        ),
+    ],
+)
+def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
+    m = len(params) - 1
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, m)))
+
+    def value(params):
+        omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+        return (weights[0] @ omega) ** 2 + jnp.sin(weights[1] @ omega) + log_sigma2**2
+
+    here, there = jnp.asarray(params), jnp.asarray(inside)
+    assert float(value(here)) == pytest.approx(float(value(there)), rel=1e-12)
+    slope = jax.grad(value)(here)
+    np.testing.assert_allclose(slope, jax.grad(value)(there), atol=1e-10)
+    np.testing.assert_allclose(jax.jacfwd(value)(here), slope, atol=1e-12)
+    assert (np.asarray(slope)[~np.isfinite(params)] == 0).all()
+    bend = jax.jit(jax.hessian(value))
+    read = ~np.isnan(params)
+    curved = np.asarray(bend(here))
+    assert (curved[~read] == 0).all()
+    np.testing.assert_allclose(curved[read][:, read], bend(there)[read][:, read], atol=1e-10)
+
+
+def test_coordinates_that_are_defined_are_read():
+    for params in ([0.3, -0.2, np.nan, 0.1], [0.3, np.nan, 0.2, 0.1]):
+        assert np.isnan(covariance.omega_from_params(jnp.asarray(params), (2,))[0]).any()

@@ -6,6 +6,7 @@ import independent
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 import jaxreml
@@ -249,6 +250,24 @@ class TestTrouble:
         fit = estimate(Design.from_arrays(y, X, [codes]))
         assert int(fit.status) == Status.PERFECT_FIT
 
+    @pytest.mark.parametrize(
+        ("scale", "status"),
+        [(1e-160, Status.UNDERFLOW), (1e-150, Status.UNDERFLOW), (1e-140, Status.CONVERGED)],
+    )
+    def test_squares_that_underflow(self, scale, status):
+        y, X, codes, _ = independent.simulate(3, q=1)
+        fit = estimate(Design.from_arrays(y * scale, X, [codes]))
+        assert int(fit.status) == status
+
+    def test_constant_response(self):
+        codes = np.repeat(np.arange(6), 5)
+        X = np.column_stack([np.ones(30), np.arange(30.0)])
+        for value in (3.1, 0.0, 1e-170):
+            fit = estimate(Design.from_arrays(np.full(30, value), X, [codes]))
+            assert int(fit.status) == Status.CONSTANT
+        with pytest.raises(jaxreml.DataError, match="constant"):
+            jaxreml.fit("y ~ 1 + (1 | g)", {"y": np.ones(30), "g": codes})
+
     def test_response_constant_within_groups(self):
         codes = np.repeat(np.arange(6), 5)
         y = np.random.default_rng(0).normal(size=6)[codes]
@@ -265,6 +284,9 @@ class TestTrouble:
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="REML"):
             estimate(design_of(3), "reml")
+
+
+MISSING = "site contains missing values, the first in row 2; drop those rows first"
 
 
 class TestFromArrays:
@@ -287,6 +309,15 @@ class TestFromArrays:
             ({"terms": [np.arange(6)]}, "6 random effects"),
             ({"terms": [(g, np.ones((6, 2)))]}, "6 random effects"),
             ({"terms": [g[:5]]}, r"must have shape \(6,\)"),
+            ({"terms": g}, "list of random terms, not ndarray"),
+            ({"terms": [jaxreml.Term(np.where(g == 1, np.nan, g), name="site")]}, MISSING),
+            ({"terms": [jaxreml.Term([*"aabb", None, "c"], name="site")]}, "site .* in row 4"),
+            ({"terms": [[*"aabbc", np.nan]]}, "g1 contains missing values, the first in row 5"),
+            ({"terms": [np.array(["2020", "2020", "NaT"] * 2, "M8[D]")]}, "in row 2"),
+            ({"terms": [pd.Series([*"aabbc", pd.NA])]}, "in row 5"),
+            ({"terms": [np.ma.array(g, mask=g == 2)]}, "in row 4"),
+            ({"terms": [[1, 1, 2, 2, "c", "c"]]}, "cannot be put in order, of type int, str"),
+            ({"y": np.ma.array(y, mask=y > 9)}, "y contains masked values"),
             ({"weights": np.zeros(6)}, "weights must be positive"),
             ({"weights": np.ones(5)}, r"weights must have shape \(6,\)"),
             ({"structure": "sparse"}, '"crossed" or "dense"'),
@@ -297,6 +328,11 @@ class TestFromArrays:
         arguments = {"y": self.y, "X": self.X, "terms": [self.g], **arguments}
         with pytest.raises(jaxreml.DataError, match=message):
             Design.from_arrays(**arguments)
+
+    def test_labels_are_told_apart_by_value(self):
+        for group in (self.g, self.g.tolist(), [1.0, 1, True, 2, 3, 3], np.ma.array(self.g)):
+            design = Design.from_arrays(self.y, self.X, jaxreml.Term(group))
+            assert design.structure.factors.shape[-1] == 3
 
 
 @pytest.mark.long

@@ -43,7 +43,7 @@ LAYERS = [
     {"covariance"},
     {"linalg"},
     {"devices"},
-    {"cache", "datasets", "errors", "runtime"},
+    {"cache", "datasets", "errors", "runtime", "status"},
 ]
 HEIGHT = {name: -k for k, layer in enumerate(LAYERS) for name in layer}
 

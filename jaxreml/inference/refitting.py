@@ -148,8 +148,10 @@ class CrossedRefitter:
             "residual_ss": np.zeros(()),
             "total_ss": np.zeros(()),
             "log_weights": 2 * np.sum(np.log(roots)),
+            "log_gram_x": np.full((), np.nan),  # nothing here asks for it
             "units": units,
             "n": np.float64(n),
+            "trouble": np.int32(0),
         }
         names = tuple((term.name, term.effect_names) for term in frame.terms)
         design = Design(**fields, p=frame.X.shape[1], names=names, dtype="float64")

@@ -78,7 +78,7 @@ class GroupedBatch(Levels):
         return Marginal(*self.project(omega)[:2])
 
     def project(self, omega: Array) -> Projection:
-        factor = self._cholesky(omega)
+        factor = self._cholesky(self._omega(omega))
         pivots = linalg.diagonal(factor)
         logdet = 2 * jnp.sum(self.counts * jnp.log(jnp.prod(pivots, axis=0)), axis=0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ class Levels(Explicit):
         return flat.reshape(q, q, 1, *omega.shape[1:])
 
     def _cholesky(self, omega: Array) -> Array:
-        """Factors of P = I + F Omega F', (q, q, J)."""
-        scaled = linalg.matmul(self.factors, self._omega(omega))
+        """Factors of P = I + F Omega F', (q, q, J), for Omega (q, q, 1)."""
+        scaled = linalg.matmul(self.factors, omega)
         inner = linalg.matmul(scaled, linalg.transpose(self.factors))
         return linalg.cholesky(inner + linalg.eye_like(inner))
 
@@ -63,6 +63,62 @@ class Levels(Explicit):
         return traces.reshape(m, m, *flat.shape[1:])
 
 
+class Products(NamedTuple):
+    """Cross-products of traced effects with what they meet: all that the criterion depends on.
+
+    Attributes:
+        effects: (q, q, J), Z'Z.
+        columns: (q, p + 1, J), Z'[X y].
+        rest: (p + 1, p + 1), [X y]'[X y].
+    """
+
+    effects: Array
+    columns: Array
+    rest: Array
+
+
+@jax.custom_jvp
+def _projection(
+    omega: Array, factors: Array, scores: Array, remainder: Array, products: Products
+) -> Projection:
+    """`Grouped.project` for effects that are traced; `omega` is Omega, (q, q, 1).
+
+    Values come from Z = Q F, where nothing cancels. Q and F have no derivatives where effects tie
+    within a level, though the criterion has: so derivatives are taken in `products`, which alone
+    it depends on.
+    """
+    return Grouped(factors, scores, remainder, (len(omega),))._of_matrix(omega)
+
+
+@_projection.defjvp
+def _projection_jvp(primals, tangents):
+    """With B and D the projection's, A and C the products and M = (I + A Omega)^-1 = I - B Omega:
+    B = M A, D = M C, log|V| = log|I + A Omega| and gram = [X y]'[X y] - C'Omega D."""
+    found = _projection(*primals)
+    omega, omega_dot = primals[0], tangents[0]
+    dot = tangents[4]
+    inner, cross = found.inner, found.cross
+    modes = linalg.matmul(omega, cross)
+    kept = linalg.eye_like(inner) - linalg.matmul(inner, omega)
+    moved = linalg.matmul(inner, omega_dot)
+    of_modes = linalg.matmul(dot.effects, modes)
+
+    def total(left: Array, right: Array) -> Array:
+        """Sum of left'right over the levels."""
+        return jnp.einsum("aiJ,ajJ->ij", left, right)
+
+    traces = linalg.matmul(omega, linalg.matmul(kept, dot.effects)) + moved
+    mixed = total(modes, dot.columns)
+    gram = dot.rest - mixed - mixed.T + total(modes, of_modes)
+    return found, Projection(
+        jnp.sum(linalg.diagonal(traces)),
+        gram - total(cross, linalg.matmul(omega_dot, cross)),
+        linalg.matmul(linalg.matmul(kept, dot.effects), linalg.transpose(kept))
+        - linalg.matmul(moved, inner),
+        linalg.matmul(kept, dot.columns - of_modes) - linalg.matmul(moved, cross),
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Grouped(Levels):
@@ -73,12 +129,14 @@ class Grouped(Levels):
         scores: (q, p + 1, J), Q'[X y].
         remainder: (p + 1, p + 1), cross-products of [X y] minus its projection on Q.
         sizes: effects per term, static; they sum to q.
+        products: given if effects are traced; the other arrays have no derivatives then.
     """
 
     factors: Array
     scores: Array
     remainder: Array
     sizes: tuple[int, ...] = field(metadata={"static": True})
+    products: Products | None = None
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         factor = self._cholesky(omega)
@@ -92,10 +150,19 @@ class Grouped(Levels):
         )
 
     def marginal(self, omega: Array) -> Marginal:
-        factor, logdet = self._factorise(omega)
+        if self.products is not None:
+            return Marginal(*self.project(omega)[:2])
+        factor, logdet = self._factorise(self._omega(omega))
         return Marginal(logdet, self._gram(linalg.solve_lower(factor, self.scores)))
 
     def project(self, omega: Array) -> Projection:
+        matrix = self._omega(omega)
+        if self.products is None:
+            return self._of_matrix(matrix)
+        return _projection(matrix, self.factors, self.scores, self.remainder, self.products)
+
+    def _of_matrix(self, omega: Array) -> Projection:
+        """`project` at Omega, (q, q, 1)."""
         factor, logdet = self._factorise(omega)
         loadings = linalg.solve_lower(factor, self.factors)
         scores = linalg.solve_lower(factor, self.scores)
@@ -135,7 +202,7 @@ class Grouped(Levels):
 
     def without_response(self) -> Grouped:
         scores, remainder = blank_response(self.scores, self.remainder)
-        return replace(self, scores=scores, remainder=remainder)
+        return replace(self, scores=scores, remainder=remainder, products=None)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         modes = linalg.matmul(self._omega(omega), cross)[:, 0]
@@ -177,61 +244,79 @@ def pairing(sizes: tuple[int, ...]) -> np.ndarray:
 
 
 class GroupedBasis:
-    """The within-level orthogonal factorisation Z = Q F, on the host.
+    """The within-level orthogonal factorisation Z = Q F.
 
     Args:
         codes: (n,) integers 0..J-1.
-        effects: (n, q), concrete, columns scaled.
+        effects: (n, q), columns scaled, NumPy or traced. Q and F of traced ones have no
+            derivatives: `Grouped.products` has.
         n_levels: J.
     """
 
-    def __init__(self, codes: np.ndarray, effects: np.ndarray, n_levels: int):
+    def __init__(self, codes: np.ndarray, effects: Any, n_levels: int):
         self.order = np.argsort(codes, kind="stable")
         self.codes = codes[self.order]
         self.n_levels = n_levels
         self.starts = np.searchsorted(self.codes, np.arange(n_levels))
         self.empty = np.bincount(codes, minlength=n_levels) == 0
-        effects = effects[self.order]
-        q = effects.shape[1]
-        self.factors = np.zeros((q, q, n_levels), effects.dtype)
-        self.directions = np.zeros_like(effects)
-        for k in range(q):
-            column = effects[:, k].copy()
-            length = np.sqrt(self._sum(column * column))
+        self.effects = effects[self.order]
+        self.traced = isinstance(effects, Array)
+        xp: Any = jnp if self.traced else np
+        directions: list[Any] = []
+        entries: dict[tuple[int, int], Any] = {}
+        for k, column in enumerate(_fixed(self.effects).T):
+            length = xp.sqrt(self._sum(column * column))
             for _ in range(2):  # orthogonalising twice is enough (Kahan, in Parlett 1980)
-                for i in range(k):
-                    share = self._sum(self.directions[:, i] * column)
-                    column -= self.directions[:, i] * share[self.codes]
-                    self.factors[i, k] += share
-            rest = np.sqrt(self._sum(column * column))
-            rest = np.where(rest <= COLLINEAR * length, 0.0, rest)
-            self.factors[k, k] = rest
-            inverse = np.divide(1.0, rest, out=np.zeros_like(rest), where=rest > 0)
-            self.directions[:, k] = column * inverse[self.codes]
+                for i, direction in enumerate(directions):
+                    share = self._sum(direction * column)
+                    column = column - direction * share[self.codes]
+                    entries[i, k] = entries.get((i, k), 0.0) + share
+            rest = xp.sqrt(self._sum(column * column))
+            rest = xp.where(rest <= COLLINEAR * length, 0.0, rest)
+            entries[k, k] = rest
+            inverse = xp.where(rest > 0, 1 / xp.where(rest > 0, rest, 1.0), 0.0)
+            directions.append(column * inverse[self.codes])
+        none = xp.zeros_like(entries[0, 0])
+        places = range(len(directions))
+        rows = [xp.stack([entries.get((i, k), none) for k in places]) for i in places]
+        self.factors = xp.stack(rows)
+        self.directions = xp.stack(directions, axis=1)
 
-    def _sum(self, values: np.ndarray) -> np.ndarray:
+    def _sum(self, values: Any) -> Any:
+        """Sums over the rows of each level, (n, ...) to (J, ...)."""
+        if isinstance(values, Array):
+            return jax.ops.segment_sum(values, self.codes, self.n_levels, indices_are_sorted=True)
         sums = np.add.reduceat(values, np.minimum(self.starts, len(values) - 1), axis=0)
         sums[self.empty] = 0
         return sums
 
     def project(self, columns: Any) -> tuple[Any, Any]:
         """Scores Q'columns, (q, k, J), and what Q leaves, (n, k) in `order`, NumPy or traced."""
-        traced = isinstance(columns, Array)
         rest = columns[self.order]
         scores = []
-        for i in range(self.directions.shape[1]):
-            direction = self.directions[:, i : i + 1]
-            if traced:
-                score = jax.ops.segment_sum(
-                    direction * rest, self.codes, self.n_levels, indices_are_sorted=True
-                )
-            else:
-                score = self._sum(direction * rest)
-            rest = rest - direction * score[self.codes]
+        for direction in self.directions.T:
+            score = self._sum(direction[:, None] * rest)
+            rest = rest - direction[:, None] * score[self.codes]
             scores.append(score.T)
-        return (jnp if traced else np).stack(scores), rest
+        return (jnp if isinstance(scores[0], Array) else np).stack(scores), rest
 
     def structure(self, columns: Any, sizes: tuple[int, ...]) -> Grouped:
         """Project [X y], (n, p + 1), NumPy or traced."""
-        scores, rest = self.project(columns)
-        return Grouped(cast(Array, self.factors), scores, rest.T @ rest, sizes)
+        if not self.traced:
+            scores, rest = self.project(columns)
+            return Grouped(self.factors, scores, rest.T @ rest, sizes)
+        columns = jnp.asarray(columns)
+        scores, rest = self.project(_fixed(columns))
+        ordered = columns[self.order]
+
+        def products(right: Array) -> Array:
+            sums = [self._sum(effect[:, None] * right).T for effect in self.effects.T]
+            return jnp.stack(sums)
+
+        shadow = Products(products(self.effects), products(ordered), columns.T @ columns)
+        return Grouped(self.factors, scores, rest.T @ rest, sizes, shadow)
+
+
+def _fixed(array: Any) -> Any:
+    """Without derivatives."""
+    return jax.lax.stop_gradient(array) if isinstance(array, Array) else array

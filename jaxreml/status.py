@@ -1,0 +1,60 @@
+"""How an optimisation ended, in a number and in words."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Status(IntEnum):
+    """How an optimisation ended; `sentence` says it in words."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    STALLED = 2
+    SADDLE = 3
+    NOT_FINITE = 4
+    PERFECT_FIT = 5
+    NOT_CERTIFIED = 6
+    CONSTANT = 7
+    INFINITE = 8
+    TOO_FEW_ROWS = 9
+    UNDERFLOW = 10
+    RANK_DEFICIENT = 11
+    BAD_WEIGHTS = 12
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for people."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.CONVERGED: "converged: the gradient is zero and the Hessian has no negative eigenvalue",
+    Status.MAX_ITERATIONS: "the iteration limit was reached before the gradient vanished; raise "
+    "max_iterations, or rescale or simplify the model",
+    Status.STALLED: "no downhill step could be found although the gradient is not zero: the model "
+    "may be badly scaled or nearly unidentified",
+    Status.SADDLE: "the gradient is zero but the Hessian has a negative eigenvalue: this is a "
+    "saddle point, not a minimum",
+    Status.NOT_FINITE: "the criterion or its derivatives are not finite: a value of the data is "
+    "NaN or infinite, squares of the response overflow, or the covariance matrix is not positive "
+    "definite in floating point; correct or rescale the data",
+    Status.PERFECT_FIT: "the model fits the response perfectly: the residual variance is zero and "
+    "the likelihood has no maximum",
+    Status.NOT_CERTIFIED: "the separately compiled gradient at the reported optimum is not zero: "
+    "the result is not trusted; please report it",
+    Status.CONSTANT: "the response is constant: there is nothing to fit",
+    Status.INFINITE: "the response has an infinite value; set it to NaN to leave its row out, or "
+    "correct it",
+    Status.TOO_FEW_ROWS: "the rows where the response is not missing are too few for the model: no "
+    "more than the fixed or the random effects, or all in one level",
+    Status.UNDERFLOW: "the squares of the response underflow: its values are too small for "
+    "floating point; rescale it, by its standard deviation say",
+    Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of those before it: beta "
+    "is NaN for it, and the other numbers are those of the model without it; leave the column out",
+    Status.BAD_WEIGHTS: "a prior weight is zero, negative, infinite or NaN; weights must be "
+    "positive: leave out rows of weight zero",
+}
+
+# What the response is to blame for: `fit` refuses it as data.
+NO_FIT = (Status.NOT_FINITE, Status.PERFECT_FIT, Status.CONSTANT, Status.UNDERFLOW)
