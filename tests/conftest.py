@@ -39,6 +39,8 @@ import jax  # noqa: E402  reads the settings above
 from jaxreml.cache import forget_programs, spare_memory_maps  # noqa: E402
 
 pytest_plugins = ("watchdog",)
+SLOWEST = {"batch", "bootstrap", "crossed", "diagnostics", "estimation", "examples", "profile"}
+SLOWEST |= {"fixed_effects", "many", "reference"}
 
 
 def pytest_unconfigure():
@@ -46,16 +48,9 @@ def pytest_unconfigure():
         shutil.rmtree(own_cache, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
 def pytest_collection_modifyitems(items):
-    """One worker runs a file, so that its fits are made once, unless it has groups of its own.
-
-    Those are small and come last: they keep all workers busy to the end.
-    """
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is not None)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """The slowest files first: a worker runs a whole file, and all are to be busy to the end."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOWEST)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,10 +16,7 @@ CASES = [
     pytest.param(
         (name, method),
         id=f"{name}-{method}",
-        marks=[
-            pytest.mark.xdist_group(name),
-            *([pytest.mark.long] if (name, method) in SLOW else []),
-        ],
+        marks=[pytest.mark.long] if (name, method) in SLOW else [],
     )
     for name in references.NAMES
     for method in ("REML", "ML")
