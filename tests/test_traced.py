@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import independent
 import jax
@@ -55,7 +56,7 @@ def design_of(y, column, weights, shift=0.0) -> Design:
 
 @jax.jit
 def fits(lanes, shift=0.0):
-    return jax.vmap(lambda *arrays: estimate(design_of(*arrays, shift)))(*lanes)
+    return jax.vmap(lambda y, x, w: estimate(design_of(y, x, w, shift)))(*lanes)
 
 
 def arrays_of(which) -> tuple[np.ndarray, ...]:
@@ -279,5 +280,6 @@ class TestTracedEffects:
             design = Design.from_arrays(y, np.ones((n, 1)), [np.arange(n) // 10], weights=weights)
             return reml_objective(jnp.zeros(2), design)
 
-        memory = jax.jit(jax.grad(loss)).lower(jnp.ones(n)).compile().memory_analysis()
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.ones(n)).compile()
+        memory: Any = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < 1000 * n
