@@ -25,7 +25,8 @@ from jaxreml.units import Units, orthonormal
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 MAX_DENSE_BYTES = 2 * 2**30
 DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
-PERFECT = 1e-26  # share of the sum of squares below which the residuals are rounding error
+PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
+ROUNDING = 100  # both are at least as many units of rounding: in single precision
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class Design:
                 Status.BAD_WEIGHTS: bad_weights,
                 Status.NOT_FINITE: infinite,
                 Status.RANK_DEFICIENT: absent.any(),
-                Status.CONSTANT: constant & ~(residual_ss > PERFECT * total_ss),
+                Status.CONSTANT: constant & ~(residual_ss > perfect_share(kind) * total_ss),
             }
         )
         return Design(
@@ -236,6 +237,16 @@ class Design:
         one compilation."""
         names = tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes))
         return replace(self, names=names)
+
+
+def dependent_share(dtype: Any) -> float:
+    """Share of a column of X outside the span of the others that is rounding error."""
+    return max(DEPENDENT, ROUNDING * float(np.finfo(dtype).eps))
+
+
+def perfect_share(dtype: Any) -> float:
+    """Share of a sum of squares that is rounding error."""
+    return max(PERFECT, ROUNDING * float(np.finfo(dtype).eps)) ** 2
 
 
 def require_precision(design: Design) -> None:
@@ -461,7 +472,7 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
         basis, triangle = orthonormal(rows)
         require_full_rank(triangle, rows)
     else:
-        basis, triangle = linalg.independent_columns(rows, DEPENDENT)
+        basis, triangle = linalg.independent_columns(rows, dependent_share(rows.dtype))
     yp = jnp if isinstance(response, Array) or _module(rows) is jnp else np
     projection = basis.T @ response
     residual = response - basis @ projection
@@ -471,8 +482,8 @@ def _orthogonalise(rows: Any, response: Any) -> tuple[Any, Any, Any]:
     if yp is np:
         beta = np.linalg.solve(triangle, coefficients)
     else:
-        whole = triangle + yp.diag(yp.where(triangle.diagonal() == 0, 1.0, 0.0))
-        beta = linalg.solve_upper(jnp.asarray(whole), coefficients[:, None])[:, 0]
+        whole = jnp.asarray(triangle) + jnp.diag(jnp.where(triangle.diagonal() == 0, 1.0, 0.0))
+        beta = linalg.solve_upper(whole, jnp.asarray(coefficients)[:, None])[:, 0]
     return triangle, yp.concatenate([basis, residual[:, None]], axis=1), beta
 
 
@@ -494,7 +505,7 @@ def _log_gram(basis: Any, triangle: Any, root_weights: Any) -> Any:
 def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
     """Raise DataError naming the first column of X that depends on those before it."""
     lengths = np.linalg.norm(rows, axis=0)
-    dependent = np.abs(np.diagonal(triangle)) <= DEPENDENT * lengths
+    dependent = np.abs(np.diagonal(triangle)) <= dependent_share(rows.dtype) * lengths
     if np.any(dependent):
         raise DataError(
             f"column {int(np.argmax(dependent))} of X is a linear combination of those before "

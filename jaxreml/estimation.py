@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml import covariance, linalg, newton
-from jaxreml.designs import PERFECT, Design, require_precision
+from jaxreml.designs import Design, perfect_share, require_precision
 from jaxreml.objective import Expansion, degrees_of_freedom, expand, profiled
 from jaxreml.rivals import best_of, is_cheap
 from jaxreml.runtime import usual_promotion
@@ -372,7 +372,8 @@ def outcome(root: Array, point: Point, trace: newton.Trace, design: Design) -> A
     status = jnp.where(jnp.isfinite(point.value), status, Status.NOT_FINITE)
     rss = point.expansion.gram_factor[design.p, design.p] ** 2
     residual_ss, total_ss = design.residual_ss, design.total_ss
-    perfect = ~(rss > PERFECT * residual_ss) | ~(residual_ss > PERFECT * total_ss)
+    share = perfect_share(design.dtype)
+    perfect = ~(rss > share * residual_ss) | ~(residual_ss > share * total_ss)
     # On the way there rounding may stop the search before.
     perfect = perfect | ((status != Status.CONVERGED) & (rss < NEARLY_PERFECT * residual_ss))
     status = jnp.where(perfect & jnp.isfinite(total_ss), Status.PERFECT_FIT, status)
@@ -380,7 +381,7 @@ def outcome(root: Array, point: Point, trace: newton.Trace, design: Design) -> A
     # second, that little is a perfect fit.
     number = jnp.finfo(design.dtype)
     least = float(number.tiny / number.eps)
-    underflow = (residual_ss < least) & (total_ss < least / PERFECT)
+    underflow = (residual_ss < least) & (total_ss < least / share)
     status = jnp.where(underflow, Status.UNDERFLOW, status)
     return jnp.where(design.trouble > 0, design.trouble, status).astype(jnp.int32)
 

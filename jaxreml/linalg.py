@@ -405,7 +405,7 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
 
     p = matrix.shape[1]
     nothing = jnp.zeros_like(matrix), jnp.zeros((p, p), matrix.dtype)
-    return jax.lax.fori_loop(0, p, add_column, nothing)
+    return jax.lax.fori_loop(0, p, add_column, nothing) if p else nothing
 
 
 @independent_columns.defjvp

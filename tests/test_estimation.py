@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import independent
 import jax
 import jax.numpy as jnp
@@ -332,7 +334,8 @@ class TestFromArrays:
     def test_labels_are_told_apart_by_value(self):
         for group in (self.g, self.g.tolist(), [1.0, 1, True, 2, 3, 3], np.ma.array(self.g)):
             design = Design.from_arrays(self.y, self.X, jaxreml.Term(group))
-            assert design.structure.factors.shape[-1] == 3
+            structure: Any = design.structure
+            assert structure.factors.shape[-1] == 3
 
 
 @pytest.mark.long
