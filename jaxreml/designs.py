@@ -21,6 +21,7 @@ from jaxreml.structures.planning import CrossedBasis
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 MAX_DENSE_BYTES = 2 * 2**30
+CONFOUNDED = 1e-10  # squared distance of the residual's covariance from a term's, relative
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Design:
 
         Raises:
             DataError: shapes that differ, no random term, values that are not finite, weights
-                that are not positive, X that is not of full rank, more random effects of a term
-                than observations, a grouping factor with one level.
+                that are not positive, X that is not of full rank, a term that can take the place of
+                the residual (one row per level), a grouping factor with one level.
             PrecisionError: float32 arrays that were not asked for.
         """
         kind = _floating_type([y, X, weights, offset], dtype)
@@ -148,10 +149,12 @@ class Design:
         root_weights, log_weights = _root_weights(weights, kind)
         effects = []
         scales = []
-        for codes, columns, n_levels, *_ in parsed:
+        for codes, columns, n_levels, name, names in parsed:
             if root_weights is not None:
                 columns = columns * root_weights[:, None]
             xp = _module(columns)
+            if xp is np and replaces_residual(codes, columns):
+                raise DataError(instead_of_residual(name, n_levels, names, n))
             scale = xp.sqrt(xp.mean(columns * columns, axis=0))
             scale = xp.where(scale > 0, scale, 1)
             if xp is jnp:  # a unit, which the likelihood does not depend on
@@ -278,13 +281,51 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
     if levels.size < 2:
         raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
-    if levels.size * q >= n:
-        raise DataError(
-            f"the term on {term.name} has {levels.size * q} random effects ({levels.size} levels "
-            f"times {q}) and there are {n} observations: its variances and the residual variance "
-            "cannot be told apart"
-        )
     return codes.reshape(n), columns, int(levels.size), term.name, tuple(names)
+
+
+def replaces_residual(codes: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether a term's covariance can be the residual's, so that they cannot be told apart.
+
+    That is so if the identity is in the span of d V / d Omega_ab, which are the sums over levels of
+    Z_j E_ab Z_j'. One row per level is, with a random intercept and equal weights; not with unequal
+    ones, or with a covariate that varies. By least squares, of which the cross-products
+    S_j = Z_j'Z_j are all that is needed.
+
+    Args:
+        codes: (n,) levels, 0, 1, ...
+        columns: (n, q) effects, times the roots of the weights if there are any.
+    """
+    n, q = columns.shape
+    codes = np.unique(codes, return_inverse=True)[1]
+    n_levels = int(codes.max(initial=-1)) + 1
+    if n_levels * q < n:  # V less the residual's has not the rank
+        return False
+    lengths = np.sqrt(np.mean(columns**2, axis=0))
+    scaled = columns / np.where(lengths > 0, lengths, 1.0)
+    inner = np.zeros((n_levels, q, q))
+    np.add.at(inner, codes, scaled[:, :, None] * scaled[:, None])
+    flat = inner.reshape(n_levels, q * q)
+    products = (flat.T @ flat).reshape(q, q, q, q).transpose(3, 0, 1, 2).reshape(q * q, q * q)
+    traces = flat.sum(axis=0)
+    share = np.linalg.lstsq(products, traces, rcond=CONFOUNDED)[0]
+    return bool(n - traces @ share <= CONFOUNDED * n)
+
+
+def instead_of_residual(name: str, n_levels: int, effects: Sequence[str], n: int) -> str:
+    """What to say where a term `replaces_residual`."""
+    if len(effects) == 1:
+        each = ", one row a level" if n_levels >= n else ""
+        return (
+            f"the grouping factor {name!r} has {n_levels} levels in {n} rows{each}: the variance "
+            f"of {effects[0]!r} and the residual variance cannot be told apart. Leave the term out, "
+            "or give known weights that are not all equal"
+        )
+    return (
+        f"the term on {name!r} has {n_levels * len(effects)} random effects ({n_levels} levels "
+        f"times {len(effects)}: {', '.join(effects)}) in {n} rows, and their covariance can take "
+        "the place of the residual variance: they cannot be told apart. Take effects out"
+    )
 
 
 def structure_basis(

@@ -18,7 +18,7 @@ import pandas as pd
 from formulaic.errors import FormulaicError
 from formulaic.transforms import TRANSFORMS
 
-from jaxreml.designs import Design, Term
+from jaxreml.designs import Design, Term, instead_of_residual, replaces_residual
 from jaxreml.encoding import Encoding, encode
 from jaxreml.errors import DataError, FormulaError, plain
 from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
@@ -169,7 +169,6 @@ def _model_frame(
         raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
     terms = [term for bar in parsed.random for term in grouping_terms(bar, table, context)]
     terms = _lme4_order(terms)
-    _check_terms(terms, n)
     offsets = [_evaluate(text, table, context, "offset") for text in parsed.offsets]
     total_offset = np.sum([values for values, _ in offsets], axis=0) if offsets else None
     if offset is not None:
@@ -181,6 +180,7 @@ def _model_frame(
         raise DataError(
             f"weights must be positive; row {row!r} has {prior.min():g}. Drop rows of weight zero"
         )
+    _check_terms(terms, n, prior)
     return ModelFrame(
         formula=parsed,
         y=y,
@@ -400,25 +400,14 @@ def _lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
     return [terms[k] for k in reversed(order)]
 
 
-def _check_terms(terms: list[GroupingTerm], n: int) -> None:
+def _check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:
     seen: set[tuple[str, str]] = set()
     for term in terms:
-        n_levels, q = len(term.levels), len(term.effect_names)
+        n_levels = len(term.levels)
         if n_levels < 2:
             raise DataError(
                 f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its "
                 "variance cannot be estimated. Leave the term out"
-            )
-        if n_levels >= n:
-            raise DataError(
-                f"the grouping factor {term.name!r} has {n_levels} levels in {n} rows, one row a "
-                "level: its variance and the residual variance cannot be told apart"
-            )
-        if n_levels * q >= n:
-            raise DataError(
-                f"the term on {term.name!r} has {n_levels * q} random effects ({n_levels} levels "
-                f"times {q}: {', '.join(term.effect_names)}) and there are {n} observations; take "
-                "effects out"
             )
         for k, effect in enumerate(term.effect_names):
             if not np.any(term.effects[:, k]):
@@ -431,6 +420,9 @@ def _check_terms(terms: list[GroupingTerm], n: int) -> None:
                     "variance cannot be divided between them"
                 )
             seen.add((term.name, effect))
+        rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
+        if replaces_residual(term.codes, rows):
+            raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
         dependent = _dependent(term.effects)
         if dependent is not None:
             effect = term.effect_names[dependent]
