@@ -318,8 +318,8 @@ def instead_of_residual(name: str, n_levels: int, effects: Sequence[str], n: int
         each = ", one row a level" if n_levels >= n else ""
         return (
             f"the grouping factor {name!r} has {n_levels} levels in {n} rows{each}: the variance "
-            f"of {effects[0]!r} and the residual variance cannot be told apart. Leave the term out, "
-            "or give known weights that are not all equal"
+            f"of {effects[0]!r} and the residual variance cannot be told apart. Leave the term "
+            "out, or give known weights that are not all equal"
         )
     return (
         f"the term on {name!r} has {n_levels * len(effects)} random effects ({n_levels} levels "

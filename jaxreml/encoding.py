@@ -106,7 +106,9 @@ def _model_matrix(
     except DataMismatchWarning:
         raise
     except FormulaicError as error:
-        raise (FormulaError if spec is None else DataError)(f"{what}, {text!r}: {plain(error)}") from error
+        raise (FormulaError if spec is None else DataError)(
+            f"{what}, {text!r}: {plain(error)}"
+        ) from error
     except Exception as error:  # whatever a user's function may raise
         raise DataError(f"{what}, {text!r}, cannot be computed: {plain(error)}") from error
 
