@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from formulaic.errors import DataMismatchWarning, FormulaicError
 
-from jaxreml.errors import DataError, FormulaError, plain
+from jaxreml.errors import DataError, FormulaError
 from jaxreml.formula import names_in
 
 
@@ -106,11 +106,9 @@ def _model_matrix(
     except DataMismatchWarning:
         raise
     except FormulaicError as error:
-        raise (FormulaError if spec is None else DataError)(
-            f"{what}, {text!r}: {plain(error)}"
-        ) from error
+        raise (FormulaError if spec is None else DataError)(f"{what}, {text!r}: {error}") from error
     except Exception as error:  # whatever a user's function may raise
-        raise DataError(f"{what}, {text!r}, cannot be computed: {plain(error)}") from error
+        raise DataError(f"{what}, {text!r}, cannot be computed: {error}") from error
 
 
 def require_finite(

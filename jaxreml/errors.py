@@ -1,7 +1,5 @@
 """What is raised and warned at the host boundary."""
 
-import re
-
 
 class JaxremlError(ValueError):
     """Something about the data, the formula or the arguments that the caller can put right."""
@@ -21,8 +19,3 @@ class PrecisionError(TypeError):
 
 class ConvergenceWarning(UserWarning):
     """The optimiser stopped without certifying an optimum; the status says why."""
-
-
-def plain(error: Exception) -> str:
-    """What another library's error says, on one line, without its colours and marks."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[⧛⧚]", "", str(error)).split())

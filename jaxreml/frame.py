@@ -20,7 +20,7 @@ from formulaic.transforms import TRANSFORMS
 
 from jaxreml.designs import Design, Term, instead_of_residual, replaces_residual
 from jaxreml.encoding import Encoding, encode
-from jaxreml.errors import DataError, FormulaError, plain
+from jaxreml.errors import DataError, FormulaError
 from jaxreml.formula import ParsedFormula, RandomTerm, names_in, parse
 from jaxreml.tabular import column_names, nearest, to_pandas
 
@@ -371,7 +371,7 @@ def _summands(effects: str) -> list[str]:
     try:
         summands = [str(term) for term in formulaic.Formula(effects)]  # pyright: ignore
     except FormulaicError as error:
-        raise FormulaError(f"{effects!r}: {plain(error)}") from error
+        raise FormulaError(f"{effects!r}: {error}") from error
     return ["1" if summand == "1" else f"0 + {summand}" for summand in summands]
 
 

@@ -209,12 +209,6 @@ def test_equations_that_are_none(text):
     assert "\x1b" not in str(caught.value)
 
 
-def test_messages_of_the_formula_parser_have_no_colours():
-    with pytest.raises(jaxreml.FormulaError) as caught:
-        jaxreml.fit("y ~ x +* 2 + (1 | g)", {"y": [1.0, 2, 4], "x": [0, 1, 3], "g": [0, 0, 1]})
-    assert str(caught.value).isprintable()
-
-
 @pytest.mark.parametrize(
     "L, rhs, message",
     [
