@@ -27,6 +27,7 @@ MAX_DENSE_BYTES = 2 * 2**30
 DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
 PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
 ROUNDING = 100  # both are at least as many units of rounding: in single precision
+CONFOUNDED = 1e-10  # squared distance of the residual's covariance from a term's, relative
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ class Design:
 
         Raises:
             DataError: shapes that differ, no random term, values that are not finite, weights
-                that are not positive, X that is not of full rank, more random effects of a term
-                than observations, a grouping factor with one level, missing labels or labels
-                that have no order.
+                that are not positive, X that is not of full rank, a term that can take the place of
+                the residual (one row per level), a grouping factor with one level, missing labels
+                or labels that have no order.
             PrecisionError: float32 arrays that were not asked for.
         """
         kind = _floating_type([y, X, weights, offset], dtype)
@@ -187,6 +188,9 @@ class Design:
         y, X, offset, *weighted = (_finite(array) for array in given)
         if root_weights is not None:
             weighted = [columns * root_weights[:, None] for columns in weighted]
+        for (codes, _, n_levels, name, own), columns in zip(parsed, weighted, strict=True):
+            if _module(columns) is np and replaces_residual(codes, columns):
+                raise DataError(instead_of_residual(name, n_levels, own, n))
         units = Units.of(weighted, n)
         effects = [
             (codes, units.rows(k, weighted[k]), n_levels)
@@ -360,12 +364,6 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
     if levels.size < 2:
         raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
-    if levels.size * q >= n:
-        raise DataError(
-            f"the term on {term.name} has {levels.size * q} random effects ({levels.size} levels "
-            f"times {q}) and there are {n} observations: its variances and the residual variance "
-            "cannot be told apart"
-        )
     return codes, columns, int(levels.size), term.name, tuple(names)
 
 
@@ -424,6 +422,50 @@ def _is_missing(label: Any) -> bool:
         return label is None or bool(label != label)
     except TypeError:  # pandas.NA says that it does not know
         return True
+
+
+def replaces_residual(codes: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether a term's covariance can be the residual's, so that they cannot be told apart.
+
+    That is so if the identity is in the span of d V / d Omega_ab, which are the sums over levels of
+    Z_j E_ab Z_j'. One row per level is, with a random intercept and equal weights; not with unequal
+    ones, or with a covariate that varies. By least squares, of which the cross-products
+    S_j = Z_j'Z_j are all that is needed.
+
+    Args:
+        codes: (n,) levels, 0, 1, ...
+        columns: (n, q) effects, times the roots of the weights if there are any.
+    """
+    n, q = columns.shape
+    codes = np.unique(codes, return_inverse=True)[1]
+    n_levels = int(codes.max(initial=-1)) + 1
+    if n_levels * q < n:  # V less the residual's has not the rank
+        return False
+    lengths = np.sqrt(np.mean(columns**2, axis=0))
+    scaled = columns / np.where(lengths > 0, lengths, 1.0)
+    inner = np.zeros((n_levels, q, q))
+    np.add.at(inner, codes, scaled[:, :, None] * scaled[:, None])
+    flat = inner.reshape(n_levels, q * q)
+    products = (flat.T @ flat).reshape(q, q, q, q).transpose(3, 0, 1, 2).reshape(q * q, q * q)
+    traces = flat.sum(axis=0)
+    share = np.linalg.lstsq(products, traces, rcond=CONFOUNDED)[0]
+    return bool(n - traces @ share <= CONFOUNDED * n)
+
+
+def instead_of_residual(name: str, n_levels: int, effects: Sequence[str], n: int) -> str:
+    """What to say where a term `replaces_residual`."""
+    if len(effects) == 1:
+        each = ", one row a level" if n_levels >= n else ""
+        return (
+            f"the grouping factor {name!r} has {n_levels} levels in {n} rows{each}: the variance "
+            f"of {effects[0]!r} and the residual variance cannot be told apart. Leave the term "
+            "out, or give known weights that are not all equal"
+        )
+    return (
+        f"the term on {name!r} has {n_levels * len(effects)} random effects ({n_levels} levels "
+        f"times {len(effects)}: {', '.join(effects)}) in {n} rows, and their covariance can take "
+        "the place of the residual variance: they cannot be told apart. Take effects out"
+    )
 
 
 def structure_basis(

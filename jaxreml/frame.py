@@ -167,7 +167,6 @@ def _model_frame(
         raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
     terms = [term for bar in parsed.random for term in grouping_terms(bar, table, context)]
     terms = lme4_order(terms)
-    check_terms(terms, n)
     offsets = [_evaluate(text, table, context, "offset") for text in parsed.offsets]
     total_offset = np.sum([values for values, _ in offsets], axis=0) if offsets else None
     if offset is not None:
@@ -180,6 +179,7 @@ def _model_frame(
             f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}. Drop "
             "rows of weight zero"
         )
+    check_terms(terms, n, prior)
     return ModelFrame(
         formula=parsed,
         y=y,

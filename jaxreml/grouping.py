@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from formulaic.errors import FormulaicError
 
+from jaxreml.designs import instead_of_residual, replaces_residual
 from jaxreml.encoding import Encoding, encode
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.estimability import ALIASED
@@ -92,26 +93,18 @@ def lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
     return [terms[k] for k in reversed(order)]
 
 
-def check_terms(terms: list[GroupingTerm], n: int) -> None:
-    """Raise DataError for terms whose variances cannot be estimated from `n` rows, named."""
+def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:
+    """Raise DataError for terms whose variances cannot be estimated from `n` rows, named.
+
+    `weights` are prior weights, (n,), or None.
+    """
     seen: set[tuple[str, str]] = set()
     for term in terms:
-        n_levels, q = len(term.levels), len(term.effect_names)
+        n_levels = len(term.levels)
         if n_levels < 2:
             raise DataError(
                 f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its "
                 "variance cannot be estimated. Leave the term out"
-            )
-        if n_levels >= n:
-            raise DataError(
-                f"the grouping factor {term.name!r} has {n_levels} levels in {n} rows, one row a "
-                "level: its variance and the residual variance cannot be told apart"
-            )
-        if n_levels * q >= n:
-            raise DataError(
-                f"the term on {term.name!r} has {n_levels * q} random effects ({n_levels} levels "
-                f"times {q}: {', '.join(term.effect_names)}) and there are {n} observations; take "
-                "effects out"
             )
         for k, effect in enumerate(term.effect_names):
             if not np.any(term.effects[:, k]):
@@ -124,6 +117,9 @@ def check_terms(terms: list[GroupingTerm], n: int) -> None:
                     "variance cannot be divided between them"
                 )
             seen.add((term.name, effect))
+        rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
+        if replaces_residual(term.codes, rows):
+            raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
         dependent = _dependent(term.effects)
         if dependent is not None:
             effect = term.effect_names[dependent]

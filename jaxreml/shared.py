@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml import linalg
-from jaxreml.designs import Design, require_full_rank, structure_basis
+from jaxreml.designs import Design, replaces_residual, require_full_rank, structure_basis
 from jaxreml.errors import DataError
 from jaxreml.structures import Grouped
 from jaxreml.structures.batch import GroupedBatch, cross_products
@@ -310,7 +310,7 @@ def share(
     n = len(X)
     used = np.ones(n, bool) if kept is None else kept
     n_used = int(used.sum())
-    _check_rows(used, X.shape[1], terms)
+    _check_rows(used, X.shape[1], terms, weights)
     roots = None if kept is None else used.astype(float)
     log_weights = 0.0
     if weights is not None:
@@ -393,11 +393,17 @@ def _constant(X: np.ndarray) -> np.ndarray:
     return coefficients if exact else np.zeros(X.shape[1])
 
 
-def _check_rows(used: np.ndarray, p: int, terms: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def _check_rows(
+    used: np.ndarray,
+    p: int,
+    terms: list[tuple[np.ndarray, np.ndarray]],
+    weights: np.ndarray | None,
+) -> None:
     n = int(used.sum())
     for codes, effects in terms:
         present = np.unique(codes[used]).size
-        if present < 2 or present * effects.shape[1] >= n or not effects[used].any(axis=0).all():
+        rows = effects[used] if weights is None else effects[used] * np.sqrt(weights[used, None])
+        if present < 2 or not rows.any(axis=0).all() or replaces_residual(codes[used], rows):
             raise DataError(f"{present} levels with {effects.shape[1]} effects in {n} rows")
     if p >= n:
         raise DataError(f"{p} fixed effects in {n} rows")

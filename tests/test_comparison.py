@@ -168,6 +168,50 @@ def test_nested_models(dataset, small, large, on_boundary, one_effect):
     assert backwards != ""
 
 
+def crossed_covariates() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"g": np.repeat(np.arange(8), 6), "f": np.tile(list("uuuvvv"), 8)})
+    frame["s"] = np.where(frame["g"] % 2, "p", "q")
+    frame[["y", "a", "b", "c"]] = rng.normal(size=(48, 4))
+    for column, level in (("s", "p"), ("s", "q"), ("f", "u"), ("f", "v")):
+        frame[level] = (frame[column] == level).astype(float)
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "on_boundary", "one_effect"),
+    [
+        ("(b + c || g)", "(a + b + c || g)", True, True),
+        ("(0 + a + b + c || g)", "(a + b + c || g)", True, True),
+        ("(1 | g)", "(a + b || g)", True, False),
+        ("(a || g) + (1 | f)", "(a + b || g) + (1 | f)", True, True),
+        ("(a || g)", "(a | g)", False, False),
+        # A variance for each kind of level
+        ("(1 | g)", "(0 + p + q || g)", False, False),
+        ("(1 | g:f)", "(0 + u + v || g)", False, False),
+        ("(a | g)", "(0 + p + p:a | g) + (0 + q + q:a | g)", False, False),
+        ("(1 | g)", "(0 + p | g) + (0 + q | g) + (0 + a | g)", True, False),
+    ],
+)
+def test_nested_models_with_several_terms_on_a_factor(small, large, on_boundary, one_effect):
+    frame = crossed_covariates()
+    first, second = (model_frame(f"y ~ 1 + {terms}", frame) for terms in (small, large))
+    assert nesting.random_obstacle(first, second) == ""
+    assert nesting.step(first, second) == (on_boundary, one_effect)
+    assert nesting.random_obstacle(second, first) != ""
+
+
+def test_a_piece_missing_is_not_nested():
+    frame = crossed_covariates()
+    for small, large in (
+        ("(1 | g)", "(0 + p | g) + (0 + a | g)"),
+        ("(1 | g)", "(0 + u + v || g)"),  # effects of one level are not independent
+        ("(a | g)", "(0 + p | g) + (0 + q | g)"),
+    ):
+        first, second = (model_frame(f"y ~ 1 + {terms}", frame) for terms in (small, large))
+        assert "is a case of none" in nesting.random_obstacle(first, second)
+
+
 @pytest.mark.parametrize(
     ("dataset", "small", "large", "reason"),
     [

@@ -14,7 +14,9 @@ from references import HERE, data, reference
 
 import jaxreml
 from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.hypotheses import hypotheses
 from jaxreml.inference.tests import KenwardRoger, Satterthwaite
+from jaxreml.satterthwaite import Spread
 
 MODELS = ["cake_factor", "machines", "machines_s", "sleep_corr", "pastes", "crossed_nested"]
 
@@ -171,6 +173,39 @@ def test_equations():
 
 
 @pytest.mark.parametrize(
+    "text, row, value",
+    [
+        ("x = -3", [0, 1, 0], -3),
+        ("x=-3", [0, 1, 0], -3),
+        ("-x = 3", [0, -1, 0], 3),
+        ("2*x = -6", [0, 2, 0], -6),
+        ("x = - 3", [0, 1, 0], -3),
+        ("x = +3", [0, 1, 0], 3),
+        ("-3 = x", [0, -1, 0], 3),
+        ("x * -2 == 1e1", [0, -2, 0], 10),
+        ("x/-4 - -`a b` = -(1 - 3)", [0, -0.25, 1], 2),
+        ("x - -3", [0, 1, 0], -3),
+        ("(x + `(Intercept)`) * 2 = x", [2, 1, 0], 0),
+    ],
+)
+def test_signs_and_numbers_in_equations(text, row, value):
+    rows, values, labels = hypotheses(["(Intercept)", "x", "a b"], text)
+    np.testing.assert_allclose(rows, [row])
+    np.testing.assert_allclose(values, [value])
+    assert labels == [text]
+    both = hypotheses(["(Intercept)", "x", "a b"], [text, "x = -1, `a b` = 2"])
+    np.testing.assert_allclose(both[0], [row, [0, 1, 0], [0, 0, 1]])
+    np.testing.assert_allclose(both[1], [value, -1, 2])
+
+
+@pytest.mark.parametrize("text", ["x =* 3", "x = ", "x = 1 = 2", "x * x = 1", "2 / x", "x = 3 4"])
+def test_equations_that_are_none(text):
+    with pytest.raises(DataError, match="not a hypothesis about") as caught:
+        hypotheses(["(Intercept)", "x"], text)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "L, rhs, message",
     [
         ({"Machine": 1}, 0, "'Machine' is not a fixed effect"),
@@ -229,7 +264,8 @@ def test_joint_satterthwaite_is_fai_and_cornelius():
     # Two independent contrasts with 10 and 4 degrees of freedom: E = 10/8 + 4/2
     slopes = np.zeros((2, 2, 2))
     slopes[0, 0, 0] = slopes[1, 1, 1] = 1.0
-    method = Satterthwaite(np.diag([1.0, 2.0]), slopes, np.diag([2 / 10, 2 * 4 / 4]))
+    known = Spread(np.diag([2 / 10, 2 * 4 / 4]), np.zeros((2, 2)))
+    method = Satterthwaite(np.diag([1.0, 2.0]), slopes, known)
     np.testing.assert_allclose(method.single(np.eye(2)), [10, 4])
     assert method.several(np.eye(2), 2)[0] == pytest.approx(2 * 3.25 / (3.25 - 2))
 

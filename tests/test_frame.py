@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 import jaxreml
-from jaxreml import DataError, FormulaError
+from jaxreml import DataError, Design, FormulaError
 from jaxreml.frame import model_frame
 
 
@@ -150,7 +150,7 @@ class TestRefused:
             ({"g": range(180)}, "Reaction ~ Days + (1 | g)", "'g' has 180 levels in 180 rows"),
             (
                 {"g": np.arange(180) // 2},
-                "Reaction ~ Days + (Days | g)",
+                "Reaction ~ Days + (I(Days % 2) | g)",
                 "180 random effects.*90 levels.*Days",
             ),
             ({"e": np.nan}, "Reaction ~ e + (1 | Subject)", "all 180 rows.*in e"),
@@ -219,3 +219,67 @@ def test_random_effects_that_depend_on_others_are_refused():
     with pytest.raises(DataError, match=r"'z' of 'g' depends on them .* from \(Intercept\), x"):
         model_frame("y ~ x + (x + z | g)", data)
     assert len(model_frame("y ~ x + (0 + k | g)", data).terms) == 1
+
+
+# A term and the residual
+
+
+def meta_analysis() -> dict:
+    """Twelve estimates with known weights, one a study."""
+    return {
+        "y": [0.12, 0.55, -0.31, 0.84, 0.20, 1.30, -0.75, 0.41, 0.95, -0.10, 0.33, 0.60],
+        "w": [4.0, 25, 2, 60, 9, 1, 3, 40, 5, 80, 12, 7],
+        "g": np.arange(12),
+        "pair": np.repeat(np.arange(6), 2),
+        "s": np.tile([1.0, -1.0], 6),
+        "half": np.tile([1.0, 3.0], 6),
+        "x": np.linspace(0, 1, 12) ** 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("formula", "weights", "message"),
+    [
+        ("y ~ 1 + (1 | g)", None, "12 levels in 12 rows, one row a level"),
+        ("y ~ 1 + (1 | g)", np.full(12, 3.0), "known weights that are not all equal"),
+        ("y ~ 1 + (0 + s | g)", None, "one row a level"),
+        ("y ~ 1 + (s | pair)", None, "take the place of the residual"),
+        ("y ~ 1 + (0 + C(s) | pair)", "half", "take the place of the residual"),
+        ("y ~ 1 + (x + s | pair)", None, r"18 random effects \(6 levels times 3"),
+    ],
+)
+def test_a_term_that_is_the_residual_is_refused(formula, weights, message):
+    frame = meta_analysis()
+    with pytest.raises(DataError, match=message):
+        model_frame(formula, frame, weights=weights)
+
+
+def test_arrays_of_a_term_that_is_the_residual():
+    frame = meta_analysis()
+    arrays = np.array(frame["y"]), np.ones((12, 1)), [frame["g"]]
+    with pytest.raises(DataError, match="one row a level"):
+        Design.from_arrays(*arrays, weights=np.full(12, 2.0))
+    assert Design.from_arrays(*arrays, weights=np.array(frame["w"])).n == 12
+
+
+@pytest.mark.parametrize(
+    ("formula", "weights"),
+    [("y ~ 1 + (1 | g)", "w"), ("y ~ 1 + (0 + x | g)", None), ("y ~ 1 + (x | pair)", None),
+     ("y ~ 1 + (s | pair)", "w")],
+)  # fmt: skip
+def test_as_many_effects_as_rows_are_taken_where_they_are_identified(formula, weights):
+    assert model_frame(formula, meta_analysis(), weights=weights).design().n == 12
+
+
+def test_one_row_per_level_with_weights():
+    frame = meta_analysis()
+    fit = jaxreml.fit("y ~ 1 + (1 | g)", frame, weights="w")
+    # lme4 1.1-31 with its checks off
+    assert fit.criterion == pytest.approx(17.894503, abs=1e-6)
+    np.testing.assert_allclose(fit.variance_components["sd"], [0.31679, 0.92785], atol=1e-5)
+    np.testing.assert_allclose([*fit.params, *fit.bse], [0.36332, 0.12796], atol=1e-5)
+    Y = np.array(frame["y"])[:, None] + np.array([0.0, 1.0])
+    Y[2, 1] = np.nan
+    many = jaxreml.fit_many("~ 1 + (1 | g)", frame, Y, weights="w")
+    assert many.estimate(0).criterion == pytest.approx(fit.criterion)
+    assert list(many.status) == [0, 0]

@@ -5,7 +5,9 @@ every level j of its grouping factor. So a model is nested in another if its col
 difference of the offsets lie in the other's column space, and each of its random terms can be
 written as a constraint on one of the other's: its effects lie in the span of the other's effects
 on the same grouping factor. A term on a finer factor is such a constraint too where the other's
-effects tell its levels apart: (1 | a) + (1 | a:b) is (0 + b | a) with compound symmetry.
+effects tell its levels apart: (1 | a) + (1 | a:b) is (0 + b | a) with compound symmetry. Several
+terms may share such a term, each for some of its levels: (1 | a) is a case of (0 + u + v || a)
+where u marks some levels of a and v the others.
 
 Labels play no part: grouping factors are compared as partitions of the rows.
 """
@@ -78,7 +80,7 @@ def _offset(frame: ModelFrame) -> np.ndarray:
 def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     """Why the random terms of `small` are not special cases of those of `large`, or ""."""
     for term in small.terms:
-        if all(_image(term, other) is None for other in large.terms):
+        if not _images(term, large):
             effects = " + ".join(term.effect_names)
             return f"its random term ({effects} | {term.name}) is a case of none of the larger's"
     return ""
@@ -86,24 +88,26 @@ def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
 
 def step(small: ModelFrame, large: ModelFrame) -> Step:
     """How the random terms of a nested model differ from those of the larger one."""
+    images = [_images(term, large) for term in small.terms]
     on_boundary = False
-    for other in large.terms:
-        images = [image for term in small.terms if (image := _image(term, other)) is not None]
-        columns = np.concatenate([np.zeros((len(small.X), 0)), *images], axis=1)
+    for k, other in enumerate(large.terms):
+        own = [image[k] for image in images if k in image]
+        columns = np.concatenate([np.zeros((len(small.X), 0)), *own], axis=1)
         on_boundary |= bool(outside(other.effects, columns).any())
 
     left = list(large.terms)
     grown = []
     for term in small.terms:
-        same = next((other for other in left if _same_term(term, other)), None)
-        if same is None:
-            grown.append(term)
+        same = [k for k, other in enumerate(left) if _same_term(term, other)]
+        if same:
+            del left[same[0]]
         else:
-            left.remove(same)
+            grown.append(term)
     one_effect = False
     if len(left) == 1:
         (other,) = left
-        images = [_image(term, other) for term in grown]
+        everywhere = np.ones(len(small.X), bool)
+        images = [_image(term, other, everywhere) for term in grown]
         sizes = [len(term.effect_names) for term in grown]
         one_effect = (
             len(grown) <= 1
@@ -132,29 +136,70 @@ def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.unique(pairs, return_inverse=True)[1]
 
 
-def _image(term: GroupingTerm, other: GroupingTerm) -> np.ndarray | None:
-    """Columns (n, r) of effects on the factor of `other` that make it `term`, or None where Sigma
-    of `other` cannot be chosen so."""
-    if _cross(term.codes, other.codes).max() != term.codes.max():
+def _images(term: GroupingTerm, large: ModelFrame) -> dict[int, np.ndarray]:
+    """Per term of `large` that `term` is a case of, the columns (n, r) of effects that make it so.
+
+    Where there is none, terms of which each is a case for some levels, the others being those of
+    the next; empty if they are not all.
+    """
+    everywhere = np.ones(len(large.X), bool)
+    found = {
+        k: image
+        for k, other in enumerate(large.terms)
+        if (image := _image(term, other, everywhere)) is not None
+    }
+    return found or _pieces(term, large, everywhere, 0) or {}
+
+
+def _pieces(
+    term: GroupingTerm, large: ModelFrame, left: np.ndarray, start: int
+) -> dict[int, np.ndarray] | None:
+    """`_images` in the rows `left`, by terms of `large` from `start` on that have effects in whole
+    levels of `term` only."""
+    if not np.any(term.effects[left]):
+        return {}
+    for k in range(start, len(large.terms)):
+        other = large.terms[k]
+        rows = np.any(other.effects != 0, axis=1)
+        whole = not np.isin(term.codes[rows], term.codes[~rows]).any()
+        if rows.all() or not whole or np.any(rows & ~left):
+            continue
+        image = _image(term, other, rows)
+        rest = None if image is None else _pieces(term, large, left & ~rows, k + 1)
+        if image is not None and rest is not None:
+            return {k: image, **rest}
+    return None
+
+
+def _image(term: GroupingTerm, other: GroupingTerm, rows: np.ndarray) -> np.ndarray | None:
+    """Columns (n, r) of effects on the factor of `other` that make it `term` in `rows`, zero
+    outside, or None where Sigma of `other` cannot be chosen so."""
+    own, codes = (np.unique(t.codes[rows], return_inverse=True)[1] for t in (term, other))
+    effects, of_other = term.effects[rows], other.effects[rows]
+    if _cross(own, codes).max() != own.max():
         return None  # a level of `term` is in several of `other`
-    if _same_partition(term.codes, other.codes):
-        columns = term.effects
+    if _same_partition(own, codes):
+        columns = effects
     else:
-        kinds = _kinds(term, other)
+        kinds = _kinds(own, of_other)
         count = int(kinds.max()) + 1
-        if count * len(term.effect_names) > len(other.effect_names):
+        if count * effects.shape[1] > of_other.shape[1]:
             return None
-        if not _same_partition(_cross(other.codes, kinds), term.codes):
+        if not _same_partition(_cross(codes, kinds), own):
             return None
-        split = [term.effects * (kinds == kind)[:, None] for kind in range(count)]
+        split = [effects * (kinds == kind)[:, None] for kind in range(count)]
         columns = np.concatenate(split, axis=1)
-    return None if outside(columns, other.effects).any() else columns
+    if outside(columns, of_other).any():
+        return None
+    whole = np.zeros((rows.size, columns.shape[1]))
+    whole[rows] = columns
+    return whole
 
 
-def _kinds(term: GroupingTerm, other: GroupingTerm) -> np.ndarray:
-    """The kind of each row, (n,), where rows with equal effects of `other` are of one kind, and so
-    are those of one level of `term`."""
-    rows = np.unique(other.effects, axis=0, return_inverse=True)[1].reshape(-1)
-    height, width = int(rows.max()) + 1, int(term.codes.max()) + 1
-    links = coo_array((np.ones(rows.size), (rows, height + term.codes)), (height + width,) * 2)
+def _kinds(codes: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """The kind of each row, (n,), where rows with equal `effects` are of one kind, and so are those
+    of one level."""
+    rows = np.unique(effects, axis=0, return_inverse=True)[1].reshape(-1)
+    height, width = int(rows.max()) + 1, int(codes.max()) + 1
+    links = coo_array((np.ones(rows.size), (rows, height + codes)), (height + width,) * 2)
     return connected_components(links, directed=False)[1][rows]
