@@ -15,6 +15,7 @@ import jaxreml
 from jaxreml import DataError, LMMResults
 from jaxreml.inference.nested import find_nesting
 from jaxreml.inference.reduction import model_of
+from jaxreml.tables import abbreviated
 
 DELETION = json.loads((HERE / "inference" / "deletion.json").read_text())
 NESTING = json.loads((HERE / "inference" / "nesting.json").read_text())
@@ -164,7 +165,7 @@ def test_joint_tests_are_emmeans(case):
 
 def test_joint_tests_refuse():
     fit = fitted("machines", "score ~ Machine + (1 | Worker)")
-    with pytest.raises(DataError, match="by='machine' is not a variable.*'Machine'"):
+    with pytest.raises(DataError, match=r"by='machine' is not a variable.*'Machine'"):
         fit.joint_tests("machine")
     with pytest.raises(DataError, match="no variables of several values"):
         fit.joint_tests("Machine")
@@ -232,3 +233,22 @@ def test_notes_of_means():
     assert both.notes == ("Degrees-of-freedom method: asymptotic", "Confidence level used: 0.95")
     adjusted = fit.emmeans("temperature", by="recipe", contrast="consec", adjust="holm")
     assert adjusted.contrast_notes[-1].endswith("holm method for 5 tests")
+
+
+def test_short_names_are_distinct():
+    names = ["(Intercept)", "recipe[T.B]", "recipe[T.C]", "temperature[T.185]",
+             "temperature[T.195]", "recipe[T.B]:temperature[T.185]", "measurement_one",
+             "measurement_two"]  # fmt: skip
+    assert abbreviated(names, 6) == [
+        "(Intr)", "r[T.B]", "r[T.C]", "t[T.185]", "t[T.195]", "r[T.B]:t[T.185]", "msrm_o", "msrm_t"
+    ]  # fmt: skip
+    assert len(set(abbreviated([f"x{k:03d}_long" for k in range(200)], 6))) == 200
+    fit = fitted("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
+    header = fit.summary().split("Correlation of Fixed Effects:\n")[1].splitlines()[0].split()
+    assert len(set(header)) == len(header) == 17
+
+
+def test_a_fit_is_loaded_from_the_top(tmp_path):
+    fit = fitted("machines", "score ~ Machine + (1 | Worker)")
+    fit.save(tmp_path / "fit.json")
+    assert jaxreml.load(tmp_path / "fit.json").params.equals(fit.params)

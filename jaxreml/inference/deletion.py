@@ -247,7 +247,7 @@ def _reduced_random(
     parts = [table.iloc[:1].assign(eliminated=np.nan)]
     current: LMMResults | None = fit
     while current is not None and (table["p_value"] > alpha).any():
-        label = table["p_value"].idxmax()
+        label = str(table["p_value"].idxmax())
         parts.append(table.loc[[label]].assign(eliminated=float(len(parts))))
         model, current = others[label]
         if current is None:
@@ -255,7 +255,7 @@ def _reduced_random(
         else:
             table, others = _ranova(current, model, True)
     parts.append(table[table.index != NONE].assign(eliminated=0.0))
-    return pd.concat(parts)[["eliminated", *RATIO]], model, current
+    return pd.concat(parts).reindex(columns=["eliminated", *RATIO]), model, current
 
 
 def _reduced_fixed(
@@ -278,7 +278,7 @@ def _reduced_fixed(
         if current is not None:
             current = refit(current, model, current.method)
     parts.append(table.assign(eliminated=0))
-    return pd.concat(parts)[["eliminated", *COLUMNS]], model, current
+    return pd.concat(parts).reindex(columns=["eliminated", *COLUMNS]), model, current
 
 
 def _least_squares_drop1(fit: LMMResults, model: Model) -> pd.DataFrame:

@@ -194,10 +194,11 @@ def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> Refe
             counted.append(name)
     given = fit.table["(offset)"] if "(offset)" in fit.table else np.zeros(1)
     several = [name for name in counted if len(levels[name]) > 1]
-    cells = pd.DataFrame({name: terms.table[name] for name in several})
+    chosen = np.ones(len(terms.table), bool)
     for name in several:
-        cells = cells[cells[name].isin(levels[name])]
-    nesting = find_nesting(cells.drop_duplicates(), set(terms.variables_of_terms.values()))
+        chosen &= pd.Series(terms.table[name]).isin(levels[name]).to_numpy(bool)
+    cells = terms.table.reindex(columns=several).loc[chosen].drop_duplicates()
+    nesting = find_nesting(cells, set(terms.variables_of_terms.values()))
     grid = ReferenceGrid(terms, levels, tuple(counted), float(np.mean(given)), nesting)
     if grid.size * terms.full.shape[1] > LARGEST:
         most = max(levels, key=lambda name: len(levels[name]))

@@ -78,7 +78,7 @@ def joint_tests(
             found.append({"term": CONFOUNDED, **dict(zip(within, key, strict=True)), **row})
     table = pd.DataFrame([row for row in found if row["num_df"] > 0])
     table = table.reindex(columns=["term", *within, *COLUMNS, "reason"])
-    return table if table["reason"].any() else table.drop(columns="reason")
+    return table if any(row.get("reason") for row in found) else table.drop(columns="reason")
 
 
 def _grid(fit: LMMResults, at: Mapping[str, Any] | None) -> ReferenceGrid:
@@ -111,37 +111,34 @@ def _contrasts(
     """Per level of `within` the interaction contrasts (k, P) of the means of `names`."""
     average, exists = grid.averaging([*names, *within], "equal")
     means = average @ X
-    labels = grid.labels([*names, *within])[exists].reset_index(drop=True)
+    labels = grid.labels([*names, *within]).loc[exists].reset_index(drop=True)
     outer = [f for name in names if name in grid.nesting for f in grid.nesting[name]]
     compared = [name for name in names if name not in outer]
     found: dict[tuple[Any, ...], list[np.ndarray]] = {}
     for key, rows in _groups(labels, [*within, *dict.fromkeys(outer)]).items():
-        part = means[rows].reshape(*_shape(labels.iloc[rows], compared), X.shape[1])
+        # The first name varies fastest, so that its axis is the last
+        shape = [len(set(labels[name].to_numpy()[rows])) for name in reversed(compared)]
+        part = means[rows].reshape(*shape, X.shape[1])
         for axis in range(len(compared)):
             part = np.diff(part, axis=axis)
         found.setdefault(key[: len(within)], []).append(part.reshape(-1, X.shape[1]))
     return {key: np.concatenate(parts) for key, parts in found.items()}
 
 
-def _shape(labels: pd.DataFrame, names: list[str]) -> list[int]:
-    """Numbers of levels, the first name varies fastest, so that its axis is the last."""
-    return [labels[name].nunique() for name in reversed(names)]
-
-
 def _cells(
     grid: ReferenceGrid, X: np.ndarray, within: tuple[str, ...]
 ) -> dict[tuple[Any, ...], np.ndarray]:
     """Per level of `within` the differences (k, P) of consecutive cells of the grid."""
-    groups = _groups(grid.table[list(within)], list(within)) if within else {(): slice(None)}
-    return {key: np.diff(X[rows], axis=0) for key, rows in groups.items()}
+    return {key: np.diff(X[rows], axis=0) for key, rows in _groups(grid.table, within).items()}
 
 
-def _groups(labels: pd.DataFrame, names: list[str]) -> dict[tuple[Any, ...], Any]:
+def _groups(labels: pd.DataFrame, names: Sequence[str]) -> dict[tuple[Any, ...], np.ndarray]:
     """Rows of each combination of the levels of `names`, in their order."""
     if not names:
         return {(): np.arange(len(labels))}
     found: dict[tuple[Any, ...], list[int]] = {}
-    for row, key in enumerate(labels[names].itertuples(index=False, name=None)):
+    columns = [labels[name].tolist() for name in names]
+    for row, key in enumerate(zip(*columns, strict=True)):
         found.setdefault(key, []).append(row)
     return {key: np.array(rows) for key, rows in found.items()}
 

@@ -383,7 +383,7 @@ def _summarised(
     within = tuple(with_outer(within, grid.nesting))
     asked, names = names, with_outer(names, grid.nesting)
     average, exists = grid.averaging(names, weights)
-    labels = grid.labels(names)[exists].reset_index(drop=True)
+    labels = grid.labels(names).loc[exists].reset_index(drop=True)
     averages = _combined(average, L, noise)
     nested = any(name in grid.nesting for name in names)
     functions = Functions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import formulaic
 import numpy as np
@@ -114,8 +115,8 @@ def model_of(fit: LMMResults) -> Model:
 
 def terms_of(text: str) -> dict[str, frozenset[str]]:
     """Per term of a right side, as text, its factors; "1" for the intercept."""
-    formula = formulaic.Formula(text)
-    return {_text(term): frozenset(f.expr for f in term.factors) for term in formula}  # pyright: ignore
+    formula: Any = formulaic.Formula(text)  # pyright: ignore
+    return {_text(term): frozenset(factor.expr for factor in term.factors) for term in formula}
 
 
 def marginal(text: str) -> list[str]:
