@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxreml import datasets as datasets
+    from jaxreml import hypotheses as hypotheses
+    from jaxreml import inference as inference
     from jaxreml import plots as plots
     from jaxreml.batch_results import BatchResults as BatchResults
     from jaxreml.cache import enable_compilation_cache as enable_compilation_cache
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from jaxreml.parts import StreamedResults as StreamedResults
     from jaxreml.results import LMMResults as LMMResults
     from jaxreml.status import Status as Status
+    from jaxreml.storage import load as load
 
 __version__ = "0.1.0"
 
@@ -62,6 +65,7 @@ _HOMES = {
     "estimate": "estimation",
     "fit": "model",
     "fit_many": "many",
+    "load": "storage",
     "ml_objective": "objective",
     "population": "inference.simulation",
     "power": "inference.power",
@@ -69,7 +73,7 @@ _HOMES = {
     "stack": "designs",
 }
 
-_MODULES = ("datasets", "plots")
+_MODULES = ("datasets", "hypotheses", "inference", "plots")
 
 __all__ = ["__version__", *_MODULES, *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

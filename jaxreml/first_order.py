@@ -275,7 +275,7 @@ def _parts(
         psi = log_sigma2 - jnp.log(of_p if reml else of_v) + ratio * solved[:, p] * deleted
         own = solved[:, :p] * deleted[:, None]
     else:
-        roots = linalg.diagonal(structure._cholesky(omega))
+        roots = linalg.diagonal(structure._cholesky(structure._omega(omega)))
         logdet = 2 * jnp.sum(jnp.log(roots), axis=0)
         products = white[:, :, None] * solved[:, None]
         taken = jax.ops.segment_sum(products, cases[levels], count)

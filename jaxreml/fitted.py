@@ -109,12 +109,16 @@ class FittedModel:
             DataError: the formula of a loaded fit uses functions of its `context`, which are not
                 saved.
         """
+        return self.frame_of(self.formula)
+
+    def frame_of(self, formula: str) -> ModelFrame:
+        """The model frame of another formula, of columns that the fit uses, on the same rows."""
         extras = {
             role: self.table[f"({role})"].to_numpy() if f"({role})" in self.table else None
             for role in ("weights", "offset")
         }
         table = self.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
-        return model_frame(self.formula, table, **extras, context=self.context)
+        return model_frame(formula, table, **extras, context=self.context)
 
     @cached_property
     def design(self) -> Design:

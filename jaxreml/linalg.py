@@ -174,6 +174,9 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     """Solve ``factor x = right``, or ``factor' x = right`` if `transposed`, for lower-triangular
     (k, k, ...) and right (k, c, ...). The upper triangle is not read."""
     lanes = jnp.broadcast_shapes(factor.shape[2:], right.shape[2:])
+    right = jnp.broadcast_to(right, (*right.shape[:2], *lanes))
+    if factor.ndim > 2 and len(factor) <= UNROLLED_ORDER:
+        return _unrolled_solve(factor, right, transposed)
 
     def product(x: Array) -> Array:
         triangle = lower(factor)
@@ -181,7 +184,7 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
 
     return jax.lax.custom_linear_solve(
         product,
-        alike(jnp.broadcast_to(right, (*right.shape[:2], *lanes)), factor),
+        alike(right, factor),
         lambda _, right: _substitute(factor, right, transposed),
         lambda _, right: _substitute(factor, right, not transposed),
     )
@@ -193,19 +196,24 @@ def solve_upper(factor: Array, right: Array) -> Array:
 
 
 def _substitute(factor: Array, right: Array, transposed: bool) -> Array:
-    """`solve_lower` for right with all lanes."""
+    """`solve_lower` for right with all lanes, without derivatives."""
     k = len(factor)
-    if not right.size:
-        return right
-    if factor.size == k * k:  # the same in all lanes
+    if right.size and factor.size == k * k:  # the same in all lanes
         solved = _SOLVE[transposed](factor.reshape(k, k), right.reshape(k, -1))
         return solved.reshape(right.shape)
     if k > UNROLLED_ORDER:
         return _each(_SOLVE[transposed], factor, right)
+    return _unrolled_solve(factor, right, transposed)
+
+
+def _unrolled_solve(factor: Array, right: Array, transposed: bool) -> Array:
+    """`solve_lower` in plain operations, which have their own derivatives."""
+    if not right.size:
+        return right
     if transposed:  # a lower triangle again, with rows and columns reversed
-        return _substitute(transpose(factor)[::-1, ::-1], right[::-1], False)[::-1]
+        return _unrolled_solve(transpose(factor)[::-1, ::-1], right[::-1], False)[::-1]
     rows: list[Array] = []
-    for i in range(k):
+    for i in range(len(factor)):
         rest = reduce(add, [-factor[i, j][None] * rows[j] for j in range(i)], right[i])
         rows.append(rest / factor[i, i][None])
     return jnp.stack(rows)

@@ -20,6 +20,7 @@ from jaxreml.hypotheses import check_conf_level
 if TYPE_CHECKING:
     from jaxreml.diagnostics import Influence
     from jaxreml.inference.bootstrap import Bootstrap
+    from jaxreml.inference.deletion import Elimination
     from jaxreml.inference.means import MarginalMeans
     from jaxreml.inference.profile import Profile
     from jaxreml.inference.tests import Approximation
@@ -189,6 +190,40 @@ class LMMResults(FittedModel):
         from jaxreml.inference.anova import anova
 
         return anova(self, type, df)
+
+    def joint_tests(
+        self,
+        by: str | Sequence[str] | None = None,
+        at: Mapping[str, Any] | None = None,
+        df: str = "satterthwaite",
+    ) -> pd.DataFrame:
+        """F tests by contrasts of marginal means; see `inference.joint_tests.joint_tests`."""
+        from jaxreml.inference.joint_tests import joint_tests
+
+        return joint_tests(self, by, at, df)
+
+    def drop1(
+        self,
+        scope: str | Sequence[str] | None = None,
+        df: str = "satterthwaite",
+        test: str = "F",
+    ) -> pd.DataFrame:
+        """Single term deletions of the fixed effects; see `inference.deletion.drop1`."""
+        from jaxreml.inference.deletion import drop1
+
+        return drop1(self, scope, df, test)
+
+    def ranova(self, *, reduce_terms: bool = True) -> pd.DataFrame:
+        """Likelihood-ratio tests of the random terms; see `inference.deletion.ranova`."""
+        from jaxreml.inference.deletion import ranova
+
+        return ranova(self, reduce_terms=reduce_terms)
+
+    def step(self, df: str = "satterthwaite", **options: Any) -> Elimination:
+        """Backward elimination of terms; `options` as for `inference.deletion.step`."""
+        from jaxreml.inference.deletion import step
+
+        return step(self, df, **options)
 
     def emmeans(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -321,9 +322,35 @@ def _fixed_correlations(fit: LMMResults) -> str:
     names = list(fit.fixed_names)
     sd = fit.bse.to_numpy()
     matrix = fit.vcov_array / np.outer(sd, sd)
-    short = ["(Intr)" if name == "(Intercept)" else name[:6] for name in names]
+    short = abbreviated(names, 6)
     rows = [["", *short[:-1]]]
     for i in range(1, len(names)):
         cells = [f"{matrix[i, j]:.3f}" if j < i else "" for j in range(len(names) - 1)]
         rows.append([names[i], *cells])
     return _table(rows, left=1)
+
+
+def abbreviated(names: list[str], length: int) -> list[str]:
+    """Short names, as different as the names are; the rules of R's `abbreviate`.
+
+    Lower case vowels go from the end, then other lower case letters, never the first of a word,
+    until `length` characters are left or nothing more can go; names that come out alike keep more.
+    """
+    short = [_shortened(name, length) for name in names]
+    for least in range(length + 1, max(map(len, names), default=0) + 1):
+        alike = {text for text in short if short.count(text) > 1}
+        if not alike:
+            break
+        pairs = zip(names, short, strict=True)
+        short = [_shortened(name, least) if text in alike else text for name, text in pairs]
+    return short
+
+
+def _shortened(name: str, length: int) -> str:
+    for droppable in ("aeiou", string.ascii_lowercase):
+        for k in reversed(range(1, len(name))):
+            if len(name) <= length:
+                return name
+            if name[k] in droppable and name[k - 1].isalnum():
+                name = name[:k] + name[k + 1 :]
+    return name

@@ -6,6 +6,7 @@ import ast
 import os
 from pathlib import Path
 
+import pytest
 import watchdog
 
 import jaxreml
@@ -71,7 +72,8 @@ def test_imports_go_down():
 
 def test_import_is_cheap_and_sets_no_flag():
     code = (
-        "import sys, jaxreml; assert 'jax' not in sys.modules and 'pandas' not in sys.modules;"
+        "import sys, jaxreml; jaxreml.inference;"
+        "assert 'jax' not in sys.modules and 'pandas' not in sys.modules;"
         "jaxreml.fit; jaxreml.estimate; import jax;"
         "assert not jax.config.jax_enable_x64 and jax.config.jax_compilation_cache_dir is None"
     )
@@ -82,3 +84,11 @@ def test_import_is_cheap_and_sets_no_flag():
 def test_public_names_resolve():
     assert all(getattr(jaxreml, name) is not None for name in jaxreml.__all__)
     assert set(jaxreml.__all__) <= set(dir(jaxreml))
+
+
+def test_modules_of_inference_are_reached_without_an_import():
+    code = "import jaxreml; jaxreml.inference.adjustments.p_values; jaxreml.hypotheses.DF_METHODS"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "anova" in dir(jaxreml.inference)
+    with pytest.raises(AttributeError, match=r"jaxreml\.inference.*'nothing'"):
+        _ = jaxreml.inference.nothing

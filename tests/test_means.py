@@ -18,7 +18,7 @@ from jaxreml.inference.adjustments import critical_values, p_values
 from jaxreml.inference.anova import hypotheses
 from jaxreml.inference.terms import fixed_terms
 
-OTHERS = {"adjustments", "comparison", "delta"}  # figures of other tests
+OTHERS = {"adjustments", "comparison", "delta", "deletion", "nesting"}  # figures of other tests
 MODELS = sorted({path.stem for path in (HERE / "inference").glob("*.json")} - OTHERS)
 OTHER_DATA = {"sleepstudy": "sleep_corr", "machines_cells": "machines"}
 DF = {"satterthwaite": "satterthwaite", "kenward_roger": "kenward-roger", "asymptotic": "inf"}

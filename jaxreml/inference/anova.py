@@ -58,7 +58,7 @@ def anova(fit: LMMResults, type: str | int = "III", df: str = "satterthwaite") -
     tests = hypotheses(terms, number)
     rows = []
     for L in tests.values():
-        rows.append(_row(fit, L, df) if len(L) else dict.fromkeys(COLUMNS, np.nan))
+        rows.append(term_test(fit, L, df) if len(L) else dict.fromkeys(COLUMNS, np.nan))
     table = pd.DataFrame(rows, index=pd.Index(list(tests), name="term"), columns=COLUMNS)
     empty = [not len(L) for L in tests.values()]
     if any(empty):
@@ -122,7 +122,8 @@ def _columns_of(terms: FixedTerms, names: list[str]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=int), *(terms.columns[name] for name in names)])
 
 
-def _row(fit: LMMResults, L: np.ndarray, df: str) -> dict[str, float]:
+def term_test(fit: LMMResults, L: np.ndarray, df: str) -> dict[str, float]:
+    """A row of the table, COLUMNS, for the (k, p) hypothesis of a term."""
     test = joint(fit, L, df=df).iloc[0]
     gap = L @ fit.beta
     vcov = fit.approximation(df).vcov

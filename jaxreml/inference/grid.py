@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.errors import DataError
+from jaxreml.inference.nested import Nesting, find_nesting, with_outer
 from jaxreml.inference.terms import FixedTerms, fixed_terms
 from jaxreml.results import LMMResults
 from jaxreml.tabular import nearest
@@ -34,12 +35,14 @@ class ReferenceGrid:
         levels: per variable its values, the first varies fastest over the grid.
         counted: the factors whose combinations of levels are counted in the data.
         constant: added to all predictions: the mean of an offset given as an argument.
+        nesting: factors nested in others, see `jaxreml.inference.nested`.
     """
 
     terms: FixedTerms
     levels: dict[str, list[Any]]
     counted: tuple[str, ...]
     constant: float
+    nesting: Nesting
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -75,25 +78,61 @@ class ReferenceGrid:
         cells = self.table[names].itertuples(index=False, name=None)
         return np.array([float(found[cell]) for cell in cells])
 
-    def averaging(self, names: Sequence[str], weights: str) -> np.ndarray:
-        """Weights (means, rows of the grid) that average over the variables not in `names`."""
+    @cached_property
+    def exists(self) -> np.ndarray:
+        """Which rows of the grid have levels of nested factors that there are, booleans."""
+        found = np.ones(self.size, bool)
+        for name in self.nesting:
+            found &= self._count_by([name, *self.nesting[name]], self.frequencies) > 0
+        return found
+
+    def _cells(self, names: Sequence[str]) -> np.ndarray:
+        """The number of each row's combination of the levels of `names`, the first fastest."""
+        sizes = [len(values) for values in self.levels.values()]
         kept = [list(self.levels).index(name) for name in names]
-        cell = _positions([self.places[k] for k in kept], [len(self.levels[n]) for n in names])
-        means = int(np.prod([len(self.levels[name]) for name in names], dtype=float))
-        share = np.ones(self.size)
+        return _positions([self.places[k] for k in kept], [sizes[k] for k in kept])
+
+    def _count_by(self, names: Sequence[str], counts: np.ndarray) -> np.ndarray:
+        """Sums of `counts` over the rows with the same levels of `names`, per row of the grid."""
+        cells = np.broadcast_to(self._cells(names), self.size)
+        return np.bincount(cells, counts)[cells]
+
+    def _shares(self, names: Sequence[str], weights: str) -> np.ndarray:
+        """What a row of the grid counts in averages over the variables not in `names`."""
+        others = [name for name in self.levels if name not in names]
         if weights == "proportional":
-            others = [k for k in range(len(self.levels)) if k not in kept]
-            sizes = [len(values) for values in self.levels.values()]
-            other = _positions([self.places[k] for k in others], [sizes[k] for k in others])
-            share = np.bincount(other, self.frequencies)[other]
+            share = self._count_by(with_outer(others, self.nesting), self.frequencies)
             if not share.any():
                 raise DataError(
                     "no rows have these levels, so weights='proportional' has nothing to go by: "
                     "use weights='equal'"
                 )
+            return share * self.exists
+        share = self.exists.astype(float)
+        for name in others:
+            if name in self.nesting:  # one over its levels within those that it is nested in
+                outer = self.nesting[name]
+                distinct = self.exists / np.maximum(self._count_by([name, *outer], self.exists), 1)
+                share *= 1 / np.maximum(self._count_by(outer, distinct), 1.0)
+        return share
+
+    def averaging(self, names: Sequence[str], weights: str) -> tuple[np.ndarray, np.ndarray]:
+        """Averages over the variables not in `names`.
+
+        Returns:
+            Weights (means, rows of the grid), and which means there are (all but combinations of
+            nested levels that do not occur), booleans.
+        """
+        cell = self._cells(names)
+        means = int(np.prod([len(self.levels[name]) for name in names], dtype=float))
         matrix = np.zeros((means, self.size))
-        matrix[cell, np.arange(self.size)] = share
-        return matrix / matrix.sum(axis=1, keepdims=True)
+        matrix[cell, np.arange(self.size)] = self._shares(names, weights)
+        total = matrix.sum(axis=1)
+        exists = np.ones(means, bool)
+        if self.nesting:
+            exists = np.bincount(np.broadcast_to(cell, self.size), self.exists) > 0
+        with np.errstate(invalid="ignore"):
+            return matrix[exists] / total[exists, None], exists
 
     def labels(self, names: Sequence[str]) -> pd.DataFrame:
         """A row per combination of the levels of `names`, the first varies fastest."""
@@ -154,7 +193,13 @@ def reference_grid(fit: LMMResults, at: Mapping[str, Any] | None = None) -> Refe
         if factor or (name not in at and len(found) <= TWO_VALUES):
             counted.append(name)
     given = fit.table["(offset)"] if "(offset)" in fit.table else np.zeros(1)
-    grid = ReferenceGrid(terms, levels, tuple(counted), float(np.mean(given)))
+    several = [name for name in counted if len(levels[name]) > 1]
+    chosen = np.ones(len(terms.table), bool)
+    for name in several:
+        chosen &= pd.Series(terms.table[name]).isin(levels[name]).to_numpy(bool)
+    cells = terms.table.reindex(columns=several).loc[chosen].drop_duplicates()
+    nesting = find_nesting(cells, set(terms.variables_of_terms.values()))
+    grid = ReferenceGrid(terms, levels, tuple(counted), float(np.mean(given)), nesting)
     if grid.size * terms.full.shape[1] > LARGEST:
         most = max(levels, key=lambda name: len(levels[name]))
         raise DataError(
@@ -174,6 +219,7 @@ def _chosen(name: str, values: Any, levels: list[Any] | None) -> list[Any]:
     """Values given by `at`, which must be among the levels of a factor."""
     scalar = isinstance(values, str) or np.ndim(values) == 0
     chosen = [values] if scalar else list(values)
+    chosen = [value.item() if isinstance(value, np.generic) else value for value in chosen]
     if not chosen:
         raise DataError(f"at: no values for {name!r}")
     if levels is None:

@@ -2,13 +2,14 @@
 
 A marginal mean is the average of the fixed effects' predictions over the cells of the reference
 grid (`grid`) that the other factors make (Searle, Speed and Milliken 1980, Am. Stat. 34:216).
-Factors nested in others are not looked for: means of cells without rows that the model cannot
-predict are NaN.
+Factors nested in others are found as emmeans does (`nested`): their means belong to their levels
+within those of the others, averages are over the levels that there are.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from jaxreml.hypotheses import check_conf_level
 from jaxreml.inference.adjustments import check_adjustment, critical_values, p_values
 from jaxreml.inference.contrasts import Contrasts, family
 from jaxreml.inference.grid import OVERALL, ReferenceGrid, is_numeric, reference_grid
+from jaxreml.inference.nested import described, with_outer
 from jaxreml.inference.terms import FixedTerms
 from jaxreml.inference.tests import each
 from jaxreml.results import LMMResults
@@ -42,11 +44,15 @@ class MarginalMeans:
             straight line) is not tested, and there is a column ``reason`` then.
         contrasts: the contrasts asked for, laid out likewise, or None.
         averaged_over: factors averaged over.
+        notes, contrast_notes: how the means and the contrasts were made, and of what to beware, as
+            emmeans prints it.
     """
 
     table: pd.DataFrame
     contrasts: pd.DataFrame | None
     averaged_over: tuple[str, ...]
+    notes: tuple[str, ...]
+    contrast_notes: tuple[str, ...]
     _functions: Functions
 
     def contrast(
@@ -70,15 +76,14 @@ class MarginalMeans:
             A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
             interval is simultaneous (Bonferroni's for "holm" and "BH").
         """
-        return self._functions.contrasted(method, _names(by, self._functions.by), adjust)
+        return self._functions.contrasted(method, _names(by, self._functions.by), adjust)[0]
 
     def __str__(self) -> str:
-        parts = [self.table.to_string(index=False)]
+        parts = ["\n".join([self.table.to_string(index=False), "", *self.notes])]
         if self.contrasts is not None:
-            parts.append(self.contrasts.to_string(index=False))
-        if self.averaged_over:
-            parts.append(f"averaged over the levels of: {', '.join(self.averaged_over)}")
-        return "\n\n".join(parts)
+            text = self.contrasts.to_string(index=False)
+            parts.append("\n".join([text, "", *self.contrast_notes]))
+        return "\n\n".join(parts) + "\n"
 
     def __repr__(self) -> str:
         return str(self)
@@ -95,6 +100,7 @@ class Functions:
         L: (k, P), columns of X, the aliased ones too.
         offset: (k,).
         noise: rounding error of L, relative; smaller differences of its rows are taken for zero.
+        nested: whether factors of the labels are nested in others.
     """
 
     fit: LMMResults
@@ -106,9 +112,13 @@ class Functions:
     L: np.ndarray
     offset: np.ndarray
     noise: float = ROUNDING
+    nested: bool = False
 
-    def tabulated(self, adjust: str, kind: Contrasts | None = None, means: int = 0) -> pd.DataFrame:
-        """Labels, estimates, tests and intervals; p-values are adjusted within `by`."""
+    def tabulated(
+        self, adjust: str, kind: Contrasts | None = None, sizes: Mapping[Any, int] | None = None
+    ) -> pd.DataFrame:
+        """Labels, estimates, tests and intervals; p-values are adjusted within `by`, where `sizes`
+        says how many means are compared."""
         check_adjustment(adjust, kind is not None and kind.pairs)
         estimable = self.terms.estimable(self.L)
         constant = estimable & ~self.L[:, self.terms.kept].any(axis=1)
@@ -117,8 +127,9 @@ class Functions:
         table.loc[constant, "std_error"] = 0.0
         low, high = np.empty((2, len(table)))
         p_value = np.empty(len(table))
-        for rows in self.groups().values():
-            part = table.iloc[rows]
+        groups = self.groups()
+        for key, rows in groups.items():
+            part, means = table.iloc[rows], (sizes or {}).get(key, 0)
             df = part["df"].to_numpy()
             related = self._correlation(rows, part["std_error"]) if adjust == "mvt" else None
             p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means, related)
@@ -163,8 +174,8 @@ class Functions:
 
     def contrasted(
         self, method: str | Mapping[str, Any], by: tuple[str, ...], adjust: str | None
-    ) -> pd.DataFrame:
-        """The table of a family of contrasts within the levels of `by`."""
+    ) -> tuple[pd.DataFrame, str]:
+        """The table of a family of contrasts within the levels of `by`, and how it is adjusted."""
         for name in by:
             if name not in self.labels:
                 raise DataError(f"by={name!r} is not among the means' {', '.join(self.labels)}")
@@ -174,13 +185,18 @@ class Functions:
         within = replace(self, by=by)
         names: list[str] = []
         parts, keys = [], []
-        kind, size = None, 0
+        kind, sizes = None, {}
         for key, rows in within.groups().items():
+            if len(rows) < 2 and self.nested:
+                continue  # the only level within what it is nested in
             texts = _texts(self.labels.loc[rows, compared])
-            kind, size = family(method, texts), len(rows)
+            kind = family(method, texts)
+            sizes[key] = len(rows)
             names += kind.names
             keys += [key] * len(kind.names)
             parts.append((kind.coefficients, rows))
+        if kind is None:
+            raise DataError("there is one mean within each level of by: nothing to compare")
         L, offset = (
             np.concatenate(
                 [_combined(weights, values[rows], self.noise) for weights, rows in parts]
@@ -190,9 +206,11 @@ class Functions:
         labels = pd.DataFrame({"contrast": names})
         for k, name in enumerate(by):
             labels[name] = [key[k] for key in keys]
-        assert kind is not None
         result = replace(self, labels=labels, by=by, L=L, offset=offset)
-        return result.tabulated(adjust or kind.adjust, kind, size)
+        adjust = adjust or kind.adjust
+        tests = {len(rows) for rows in result.groups().values()}
+        families = set(sizes.values()) if adjust == "tukey" else tests
+        return result.tabulated(adjust, kind, sizes), _adjustment(adjust, families)
 
 
 def _combined(weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
@@ -362,15 +380,58 @@ def _summarised(
             raise DataError(
                 f"{name!r} is not a variable of the fixed effects{nearest(name, list(grid.levels))}"
             )
-    average = grid.averaging(names, weights)
-    labels, averages = grid.labels(names), _combined(average, L, noise)
+    within = tuple(with_outer(within, grid.nesting))
+    asked, names = names, with_outer(names, grid.nesting)
+    average, exists = grid.averaging(names, weights)
+    labels = grid.labels(names).loc[exists].reset_index(drop=True)
+    averages = _combined(average, L, noise)
+    nested = any(name in grid.nesting for name in names)
     functions = Functions(
-        fit, grid.terms, df, conf_level, labels, within, averages, average @ offset, noise
+        fit, grid.terms, df, conf_level, labels, within, averages, average @ offset, noise, nested
     )
-    table = functions.tabulated("none" if method is not None else adjust or "none")
-    compared = functions.contrasted(method, within, adjust) if method is not None else None
+    of_means = "none" if method is not None else adjust or "none"
+    table = functions.tabulated(of_means)
     over = tuple(n for n, v in grid.levels.items() if n not in names and len(v) > 1)
-    return MarginalMeans(table, compared, over, functions)
+    before, after = _notes(fit, grid, asked, over, df)
+    families = {len(rows) for rows in functions.groups().values()}
+    level = f"Confidence level used: {conf_level:g}"
+    notes = tuple(filter(None, [*before, *after, level, _adjustment(of_means, families)]))
+    if method is None:
+        return MarginalMeans(table, None, over, notes, (), functions)
+    compared, how = functions.contrasted(method, within, adjust)
+    contrast_notes = tuple(filter(None, [*before, *after, level, how]))
+    return MarginalMeans(table, compared, over, notes, contrast_notes, functions)
+
+
+def _notes(
+    fit: LMMResults, grid: ReferenceGrid, names: list[str], over: tuple[str, ...], df: str
+) -> tuple[list[str], list[str]]:
+    """What to beware of, and how means of `names` are made.
+
+    As emmeans, warns of means of variables that interact with others, whose effects are averaged.
+    """
+    before, after = [], []
+    terms = grid.terms.variables_of_terms
+    involved = [name for name, used in terms.items() if names and set(names) < used]
+    if involved and not grid.nesting:
+        note = f"Results may be misleading due to involvement in interactions: {involved[0]}"
+        warnings.warn(note, stacklevel=5)
+        before.append(f"NOTE: {note}")
+    if grid.nesting:
+        before.append(f"A nesting structure was found: {described(grid.nesting)}")
+    if over:
+        after.append(f"Results are averaged over the levels of: {', '.join(over)}")
+    after.append(f"Degrees-of-freedom method: {'asymptotic' if df == 'inf' else df}")
+    return before, after
+
+
+def _adjustment(adjust: str, families: set[int]) -> str:
+    """How p-values and intervals are adjusted, in emmeans' words; "" where they are not."""
+    if adjust == "none" or max(families) < 2:
+        return ""
+    size = "" if len(families) > 1 else f"{next(iter(families))} "
+    what = f"comparing a family of {size}estimates" if adjust == "tukey" else f"{size}tests"
+    return f"P value and confidence level adjustment: {adjust} method for {what}"
 
 
 def _names(value: str | Sequence[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:

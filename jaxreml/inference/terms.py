@@ -106,6 +106,19 @@ class FixedTerms:
         names = dict.fromkeys(name for encoding in encodings for name in encoding.variables)
         return [name for name in names if name in self.table.columns]
 
+    @cached_property
+    def variables_of_terms(self) -> dict[str, frozenset[str]]:
+        """Per term, the intercept among them, the columns of the table that it uses."""
+        columns = set(self.table.columns)
+        of_factor = {
+            factor.expr: {str(name) for name in names} & columns
+            for factor, names in self.spec.factor_variables.items()
+        }
+        return {
+            str(term): frozenset().union(*(of_factor.get(f.expr, ()) for f in term.factors))
+            for term in self.spec.terms
+        }
+
     @property
     def factors(self) -> set[str]:
         """Columns of the table that the formula uses as factors, numbers in C() among them."""
