@@ -132,7 +132,8 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     variances = conditional_variances(estimated, inspection, design)
     effects = list(zip(inspection.modes, variances, strict=True))
-    certainty = optimality(design, inspection.omega, reml=is_reml(method))
+    with neutral():
+        certainty = optimality(design, inspection.omega, reml=is_reml(method))
     results = _results(
         frame, design, method, estimated, effects, status, gradient_norm, context, certainty
     )
