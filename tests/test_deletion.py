@@ -107,11 +107,12 @@ def test_a_formula_taken_apart_is_the_same_model():
     frame = data("sleepstudy").rename(columns={"Days": "days awake"})
     frame["z"] = np.linspace(0, 1, 180) ** 2
     fit = jaxreml.fit(
-        "np.log(Reaction) ~ `days awake` * z + offset(z / 10) + (`days awake` + z || Subject)",
+        "np.log(Reaction) ~ `days awake` * z + offset(z / 10) + (`days awake` | Subject)"
+        " + (0 + z || Subject)",
         frame, weights=1 + frame["z"],
     )  # fmt: skip
     model = model_of(fit)
-    assert [bar.effects for bar in model.bars] == ["1", *(b.effects for b in model.bars[1:])]
+    assert [bar.label for bar in model.bars] == ["(`days awake` | Subject)", "(0 + z | Subject)"]
     assert model.droppable == ["`days awake`:z"]
     again = fit.frame_of(model.formula)
     np.testing.assert_allclose(again.X, fit.frame.X)

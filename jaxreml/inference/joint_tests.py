@@ -76,9 +76,9 @@ def joint_tests(
         for key, L in _cells(grid, X, within).items():
             row = _beyond(fit, grid.terms, L, np.concatenate(tested[key]), df)
             found.append({"term": CONFOUNDED, **dict(zip(within, key, strict=True)), **row})
-    table = pd.DataFrame([row for row in found if row["num_df"] > 0])
-    table = table.reindex(columns=["term", *within, *COLUMNS, "reason"])
-    return table if any(row.get("reason") for row in found) else table.drop(columns="reason")
+    found = [row for row in found if row["num_df"] > 0]
+    notes = ["reason"] if any(row["reason"] for row in found) else []
+    return pd.DataFrame(found).reindex(columns=["term", *within, *COLUMNS, *notes])
 
 
 def _grid(fit: LMMResults, at: Mapping[str, Any] | None) -> ReferenceGrid:
