@@ -49,8 +49,13 @@ def same(ours: pd.DataFrame, rows: list, columns: dict[str, str], rtol: float = 
     if not len(theirs):
         assert not len(ours)
         return
-    labels = [term.replace("^", " ** ") for term in theirs["term"]]
-    assert [label.rstrip("123") for label in ours.index] == [x.rstrip("123") for x in labels]
+    # R makes repeated labels distinct by numbers, and has cask:batch before batch
+    labels = sorted(
+        (term.replace("^", " ** ").rstrip("123"), k) for k, term in enumerate(theirs["term"])
+    )
+    own = sorted((term.rstrip("123"), k) for k, term in enumerate(ours.index))
+    assert [label for label, _ in own] == [label for label, _ in labels]
+    ours, theirs = ours.iloc[[k for _, k in own]], theirs.iloc[[k for _, k in labels]]
     for column, other in columns.items():
         if other in theirs:
             expected = pd.to_numeric(theirs[other]).to_numpy(float)
@@ -77,7 +82,9 @@ def test_ranova_is_lmertests(case):
     same(fit.ranova(reduce_terms=False), case["whole"], RATIO)
 
 
-@pytest.mark.parametrize("case", [c for c in DELETION if c["chi2"]], ids=lambda c: c["formula"])
+@pytest.mark.parametrize(
+    "case", [c for c in DELETION if c["chi2"] and c["F"]], ids=lambda c: c["formula"]
+)
 def test_likelihood_ratios_of_fixed_effects_are_lme4s(case):
     fit = fitted(case["data"], case["formula"])
     ours, theirs = fit.drop1(test="chi2"), pd.DataFrame(case["chi2"])

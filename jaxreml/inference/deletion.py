@@ -233,7 +233,8 @@ def step(
     random, model, current = _reduced_random(fit, model, alpha_random if reduce_random else 1.0)
     level = alpha_fixed if reduce_fixed else 1.0
     fixed, model, current = _reduced_fixed(fit, model, current, df, level, kept)
-    return Elimination(random, fixed, model.formula, current)
+    formula = model.formula if current is None else current.formula
+    return Elimination(random, fixed, formula, current)
 
 
 def _listed(model: Model) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import formulaic
 import numpy as np
 from formulaic.parser.types import Factor, Term
 
+from jaxreml.evaluation import mark, plain
 from jaxreml.frame import ModelFrame
 from jaxreml.model import fit_frame
 from jaxreml.results import LMMResults
@@ -104,19 +106,26 @@ def model_of(fit: LMMResults) -> Model:
         if written.correlated:
             own = [term for term in own if term.encoding.text == written.effects][:1]
         else:  # in the order written, the intercept first
-            texts = [term.encoding.text.removeprefix("0 + ") for term in own]
-            places = [-1 if text == "1" else written.effects.find(text) for text in texts]
-            own = [own[k] for k in np.argsort(places, kind="stable")]
+            order = list(terms_of(written.effects))
+            own.sort(key=lambda term: order.index(*terms_of(term.encoding.text)))
         left = [term for term in left if not any(term is other for other in own)]
         factor = ":".join(map(_quoted, written.factors))
-        bars += [Bar(term.encoding.text, term.name, factor) for term in own]
+        for term in own:
+            effects = written.effects if written.correlated else _alone(term.encoding.text)
+            bars.append(Bar(effects, term.name, factor))
     return Model(parsed.response, tuple(terms_of(parsed.fixed)), parsed.offsets, tuple(bars))
+
+
+def _alone(text: str) -> str:
+    """A summand of ``||`` as lme4 writes it."""
+    (term,) = terms_of(text)
+    return term if term == "1" else f"0 + {term}"
 
 
 def terms_of(text: str) -> dict[str, frozenset[str]]:
     """Per term of a right side, as text, its factors; "1" for the intercept."""
-    formula: Any = formulaic.Formula(text)  # pyright: ignore
-    return {_text(term): frozenset(factor.expr for factor in term.factors) for term in formula}
+    formula: Any = formulaic.Formula(mark(text))  # pyright: ignore
+    return {_text(term): frozenset(plain(factor) for factor in term.factors) for term in formula}
 
 
 def marginal(text: str) -> list[str]:
@@ -130,13 +139,13 @@ def _text(term: Term) -> str:
         return "1"
     lookup = Factor.EvalMethod.LOOKUP
     return ":".join(
-        _quoted(factor.expr) if factor.eval_method is lookup else factor.expr
+        _quoted(plain(factor)) if factor.eval_method is lookup else plain(factor)
         for factor in term.factors
     )
 
 
 def _quoted(name: str) -> str:
-    return name if name.isidentifier() else f"`{name}`"
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"`{name}`"
 
 
 def refit(fit: LMMResults, model: Model, method: str) -> LMMResults:

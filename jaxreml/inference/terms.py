@@ -111,11 +111,11 @@ class FixedTerms:
         """Per term, the intercept among them, the columns of the table that it uses."""
         columns = set(self.table.columns)
         of_factor = {
-            factor.expr: {str(name) for name in names} & columns
+            factor.expr: {plain(name) for name in names} & columns
             for factor, names in self.spec.factor_variables.items()
         }
         return {
-            str(term): frozenset().union(*(of_factor.get(f.expr, ()) for f in term.factors))
+            plain(term): frozenset().union(*(of_factor.get(f.expr, ()) for f in term.factors))
             for term in self.spec.terms
         }
 

@@ -37,10 +37,10 @@ unbalanced <- read.csv(gzfile(file.path(here, "unbalanced.csv.gz")), stringsAsFa
 empty <- subset(unbalanced, !(a == "a3" & b == "b2"))
 
 models <- list(
-  list(data = "ham", formula = liking ~ Product*Information*Gender*Age + (1|Consumer) +
-         (1|Consumer:Product), frame = ham),
+  list(data = "ham", formula = liking ~ Product*Information + Gender + Age +
+         (1|Consumer) + (1|Consumer:Product), frame = ham),
   list(data = "carrots", formula = Preference ~ sens1*Homesize + sens2 + Age +
-         (1 + sens1 + sens2|Consumer) + (1|Product), frame = carrots),
+         (1 + sens2|Consumer) + (1|Product), frame = carrots),
   list(data = "sleepstudy", formula = Reaction ~ Days + I(Days^2) + (Days|Subject),
        frame = lme4::sleepstudy),
   list(data = "sleepstudy", formula = Reaction ~ Days + (Days||Subject), frame = lme4::sleepstudy),
