@@ -6,11 +6,13 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from formulaic.errors import DataMismatchWarning, FormulaicError
+from formulaic.parser.types import Factor
 
 from jaxreml import evaluation
 from jaxreml.columns import label, require_amounts_possible, unseen_level
@@ -54,6 +56,10 @@ class Encoding:
             DataError: levels of a factor that the encoding has not seen, named; values that cannot
                 be computed or are not finite.
         """
+        values = self._products(table)
+        if values is not None:
+            require_finite(values, self.names, table, self.what)
+            return values
         with warnings.catch_warnings():
             warnings.simplefilter("error", DataMismatchWarning)
             try:
@@ -62,6 +68,33 @@ class Encoding:
                 raise DataError(f"{self.what}: {self._unseen(table) or warning}") from None
         values = np.asarray(values, float).reshape(len(table), len(self.names))
         require_finite(values, self.names, table, self.what)
+        return values
+
+    @cached_property
+    def _factors(self) -> list[list[str]] | None:
+        """Per column the covariates that it is the product of, if each is a column of the data."""
+        found = []
+        for term in self.spec.terms:
+            factors = term.factors if term.degree else []
+            for factor in factors:
+                kind, _ = self.spec.encoder_state.get(factor.expr, (None, None))
+                if factor.eval_method.value != "lookup" or kind is not Factor.Kind.NUMERICAL:
+                    return None
+            found.append([plain(factor.expr) for factor in factors])
+        return found if len(found) == len(self.names) else None
+
+    def _products(self, table: pd.DataFrame) -> np.ndarray | None:
+        """The columns where all are products of numeric ones, which needs no formulaic."""
+        if self._factors is None:
+            return None
+        for name in {name for names in self._factors for name in names}:
+            kind = table[name].dtype if name in table else None
+            if not isinstance(kind, np.dtype) or kind.kind not in "fiu":
+                return None
+        values = np.ones((len(table), len(self.names)))
+        for k, names in enumerate(self._factors):
+            for name in names:
+                values[:, k] *= table[name].to_numpy(float)
         return values
 
     def _unseen(self, table: pd.DataFrame) -> str:

@@ -34,6 +34,18 @@ class RowSpace:
             vectors[kept] = -np.linalg.lstsq(scaled[:, kept], scaled[:, dropped])[0]
         self._null_space = np.linalg.qr(vectors)[0]  # what `scaled` takes to zero, (P, d)
 
+    @property
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `of_parts` makes it of again."""
+        return self._lengths, self._null_space
+
+    @classmethod
+    def of_parts(cls, lengths: np.ndarray, null_space: np.ndarray) -> RowSpace:
+        """From the `parts` of another."""
+        made = cls.__new__(cls)
+        made._lengths, made._null_space = lengths, null_space
+        return made
+
     def contains(self, L: np.ndarray) -> np.ndarray:
         """Which rows of (m, P) `L` are in it, booleans."""
         L = L / self._lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,11 @@ from jaxreml.effects import Henderson, henderson
 from jaxreml.errors import DataError
 from jaxreml.estimation import Status
 from jaxreml.frame import ModelFrame, model_frame
+from jaxreml.prototype import prototype
 from jaxreml.runtime import neutral
 
 RESIDUAL = "Residual"
+ROWS = ("y", "fixed_fitted", "fitted", "weights", "offset", "table")  # fields of the rows
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,26 @@ class FittedModel:
         with neutral():
             return with_spare_levels(self.frame.design(self.structure))
 
+    @cached_property
+    def prototype(self) -> ModelFrame:
+        """Some rows of `frame` with all levels, all that predictions for new rows need."""
+        return prototype(self.frame)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows are there: not those of a fit saved with ``data=False``."""
+        return "table" in vars(self)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ROWS:
+                raise DataError(
+                    f"the fit was saved without its rows (data=False), which this needs ({name}): "
+                    "save it with data=True"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # Fixed effects
 
     @property
@@ -166,7 +188,7 @@ class FittedModel:
         rows = [
             (grouping.name, effect) for grouping in self.groupings for effect in grouping.effects
         ]
-        variances = [np.diagonal(matrix) for matrix in self._covariances]
+        variances = [np.diagonal(matrix) for matrix in self.covariances]
         positions, _ = covariance.positions(self._sizes)
         variance = np.concatenate([*variances, [self.sigma**2]])
         return pd.DataFrame(
@@ -194,7 +216,7 @@ class FittedModel:
     def correlations(self) -> pd.DataFrame:
         """Correlations of random effects: columns group, term1, term2, correlation."""
         rows = []
-        for grouping, matrix in zip(self.groupings, self._covariances, strict=True):
+        for grouping, matrix in zip(self.groupings, self.covariances, strict=True):
             sd = np.sqrt(np.diagonal(matrix))
             for j in range(len(sd)):
                 for i in range(j + 1, len(sd)):
@@ -211,7 +233,7 @@ class FittedModel:
         index = pd.MultiIndex.from_tuples(labels, names=["group", "term"])
         matrix = np.zeros((len(labels), len(labels)))
         start = 0
-        for block in self._covariances:
+        for block in self.covariances:
             stop = start + len(block)
             matrix[start:stop, start:stop] = block
             start = stop
@@ -271,7 +293,7 @@ class FittedModel:
         """Schwarz's criterion with log(nobs), of the restricted likelihood under REML as lme4's."""
         return self.criterion + float(np.log(self.nobs)) * self.df_model
 
-    @property
+    @cached_property
     def nobs(self) -> int:
         """Rows used."""
         return len(self.y)
@@ -362,7 +384,7 @@ class FittedModel:
         return factors
 
     @cached_property
-    def _covariances(self) -> list[np.ndarray]:
+    def covariances(self) -> list[np.ndarray]:
         """Covariance matrix of each term's effects."""
         return [self.sigma**2 * factor @ factor.T for factor in self._factors]
 

@@ -78,7 +78,7 @@ def predict(
     check_conf_level(conf_level)
     if interval:
         fit.require_optimum("give standard errors")
-    frame = fit.frame
+    frame = fit.frame if newdata is None else fit.prototype
     used = included_effects(frame, re_form)
     with_left_out = interval == "prediction"
     if newdata is None:
@@ -94,14 +94,9 @@ def predict(
     mean = np.where(rows.estimable, rows.X @ fit.beta + rows.offset, np.nan)
     own = []  # the part of each row of Z whose effects have modes
     variance = np.zeros(len(mean))
-    start = 0
-    sigma = fit.cov_re.to_numpy()
-    for grouping, keep, effects, codes in zip(
-        fit.groupings, used, rows.effects, rows.codes, strict=True
+    for grouping, block, keep, effects, codes in zip(
+        fit.groupings, fit.covariances, used, rows.effects, rows.codes, strict=True
     ):
-        stop = start + keep.size
-        block = sigma[start:stop, start:stop]
-        start = stop
         known = codes >= 0
         chosen = effects * keep
         variance += np.where(known, 0.0, _quadratic(chosen, block))
@@ -200,9 +195,9 @@ def _new_rows(
     fit: LMMResults, newdata: Any, used: Mask, with_left_out: bool, offset: Any, weights: Any
 ) -> Rows:
     """Rows of a new table, in the encodings of the fit."""
-    frame = fit.frame
+    frame = fit.prototype
     extras = {"offset": offset, "weights": weights}
-    if offset is None and EXTRAS["offset"] in fit.table:
+    if offset is None and EXTRAS["offset"] in frame.table:
         raise ValueError(
             "the fit was made with offset=...; give the offset of the new rows too (zeros for none)"
         )

@@ -512,11 +512,22 @@ class LMMResults(FittedModel):
 
     # Files
 
-    def save(self, path: str | Path) -> None:
-        """Write the fit to a JSON file; `load` reads it back."""
+    def save(self, path: str | Path, *, data: bool = True) -> None:
+        """Write the fit to a JSON file; `load` reads it back.
+
+        Args:
+            path: of the file.
+            data: with the rows of the fit. Without them the file is small and holds no row of the
+                data; it can be loaded, shown and used for predictions of new rows, and refuses what
+                needs the rows: intervals of predictions, residuals, refits.
+
+        Raises:
+            DataError: labels that cannot be written; without rows, a formula whose columns cannot
+                be made again without them.
+        """
         from jaxreml.storage import save
 
-        save(self, path)
+        save(self, path, data=data)
 
     @staticmethod
     def load(path: str | Path) -> LMMResults:

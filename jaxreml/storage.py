@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxreml.errors import DataError
-from jaxreml.fitted import Grouping
+from jaxreml.errors import DataError, FormulaError
+from jaxreml.fitted import ROWS, Grouping
+from jaxreml.prototype import packed, require_same, unpacked
 from jaxreml.results import LMMResults
 
 FORMAT = "jaxreml.LMMResults"
 VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
 
 
-def save(fit: LMMResults, path: str | Path) -> None:
-    """Write a fit to a JSON file.
+def save(fit: LMMResults, path: str | Path, *, data: bool = True) -> None:
+    """Write a fit to a JSON file; see `LMMResults.save`.
 
     Raises:
-        DataError: labels of a type that cannot be written, named.
+        DataError: labels of a type that cannot be written, named; a formula whose columns cannot be
+            made again without the rows.
     """
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(LMMResults):
-        record[name] = encode(getattr(fit, name))
+        if data or name not in ROWS:
+            record[name] = encode(getattr(fit, name))
+    if not data:
+        frame = fit.frame if fit.has_rows else fit.prototype
+        record |= {"nobs": fit.nobs, "prototype": encode(packed(frame))}
+        try:
+            require_same(_slim(record, str(path)).prototype, frame)
+        except (DataError, FormulaError) as error:
+            raise DataError(
+                f"the fit cannot be saved without its rows, data=False: {error}; save it with them"
+            ) from None
     Path(path).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
 
 
@@ -50,7 +62,21 @@ def load(path: str | Path) -> LMMResults:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f"{path} is not a saved fit of jaxreml")
     check_version(record, VERSION, str(path))
+    if "prototype" in record:
+        return _slim(record, str(path))
     return LMMResults(**decode_fields(LMMResults, record, str(path)))
+
+
+def _slim(record: dict[str, Any], what: str) -> LMMResults:
+    """A fit without its rows."""
+    fit = LMMResults.__new__(LMMResults)
+    own = decode_fields(LMMResults, record, what, without=ROWS)
+    vars(fit).update(own, context=None, nobs=record["nobs"])
+    terms = [(grouping.name, grouping.levels, grouping.effects) for grouping in fit.groupings]
+    vars(fit)["prototype"] = unpacked(
+        decode(record["prototype"]), fit.formula, fit.fixed_names, fit.aliased, terms
+    )
+    return fit
 
 
 def check_version(record: dict[str, Any], latest: int, what: str) -> None:
@@ -67,12 +93,15 @@ def saved_fields(kind: type) -> list[str]:
     return [field.name for field in fields(kind) if field.metadata.get("saved", True)]
 
 
-def decode_fields(kind: type, record: Any, what: str) -> dict[str, Any]:
+def decode_fields(
+    kind: type, record: Any, what: str, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """The fields of a dataclass from a record of encoded ones; DataError names what is missing.
 
-    Fields with defaults may be: they came later than the record.
+    Fields with defaults may be: they came later than the record; those in `without` are left out.
     """
     optional = [field.name for field in fields(kind) if field.default is not MISSING]
+    optional += without
     known = record if isinstance(record, dict) else {}
     names = [name for name in saved_fields(kind) if name in known or name not in optional]
     missing = [name for name in names if name not in known]
@@ -101,6 +130,10 @@ def encode(value: Any) -> Any:
         return {"array": flat, "shape": list(value.shape)}
     if isinstance(value, tuple):
         return {"tuple": [encode(item) for item in value]}
+    if isinstance(value, list):
+        return {"list": [encode(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, Grouping):
         return {"grouping": [encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
@@ -169,6 +202,10 @@ def decode(value: Any) -> Any:
         return np.array([_decode_number(x) for x in content]).reshape(rest[0][1])
     if kind == "tuple":
         return tuple(decode(item) for item in content)
+    if kind == "list":
+        return [decode(item) for item in content]
+    if kind == "dict":
+        return {decode(key): decode(item) for key, item in content}
     if kind == "grouping":
         return Grouping(*(decode(item) for item in content))
     if kind in LABELS:

@@ -194,7 +194,7 @@ def summary(fit: LMMResults, df: str = "satterthwaite") -> str:
         f"Formula: {fit.formula}\n"
         f"Structure: {fit.structure}",
         _criterion(fit),
-        "Scaled residuals:\n" + _scaled_residuals(fit),
+        *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
         "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),
     ]
     if fit.fixed_names:
@@ -265,7 +265,7 @@ def _random_effects(fit: LMMResults) -> str:
         + [""] * (most - 2)
     ]
     k = 0
-    for grouping, matrix in zip(fit.groupings, fit._covariances, strict=True):
+    for grouping, matrix in zip(fit.groupings, fit.covariances, strict=True):
         sd = np.sqrt(np.diagonal(matrix))
         for i, effect in enumerate(grouping.effects):
             cells = [f" {grouping.name}" if i == 0 else "", effect]

@@ -35,7 +35,7 @@ LAYERS = [
     {"satterthwaite"},
     {"estimation", "kenward_roger"},
     {"rivals"},
-    {"newton", "objective"},
+    {"newton", "objective", "prototype"},
     {"frame", "shared", "sources"},
     {"grouping"},
     {"encoding", "labels"},

@@ -103,3 +103,72 @@ def test_a_loaded_fit_predicts(tmp_path):
     pd.testing.assert_frame_equal(loaded.random_effects["t"], fit.random_effects["t"])
     pd.testing.assert_frame_equal(loaded.table, fit.table)
     pd.testing.assert_series_equal(loaded.resid, fit.resid)
+
+
+# Without rows
+
+
+@pytest.fixture(scope="module")
+def sleep() -> pd.DataFrame:
+    frame = jaxreml.datasets.load("sleepstudy")
+    random = np.random.default_rng(0)
+    frame["f"], frame["k"] = np.tile(list("abc"), 60), np.tile([1, 2, 5], 60)
+    frame["c"] = pd.Categorical(np.tile(list("yx"), 90), categories=["y", "x"])
+    frame["item"], frame["z"] = np.tile(np.arange(12), 15), random.normal(size=180)
+    frame["a b"], frame["w"] = random.uniform(1, 3, size=(2, 180))
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("formula", "options", "given"),
+    [
+        ("Reaction ~ Days + (Days | Subject)", {}, {}),
+        ("Reaction ~ poly(Days, 2) * C(k) + scale(z):f + bs(z, df=4) + (Days || Subject)", {}, {}),
+        (
+            "Reaction ~ log(`a b`) + k + I(2 * k) + offset(z) + (1 | Subject:c) + (1 | item)",
+            {"weights": "w", "offset": "w"},
+            {"offset": "w"},
+        ),
+    ],
+)
+def test_a_fit_without_its_rows_predicts(sleep, tmp_path, formula, options, given):
+    fit = jaxreml.fit(formula, sleep, **options)
+    fit.save(tmp_path / "slim.json", data=False)
+    slim = jaxreml.load(tmp_path / "slim.json")
+    new = sleep.sample(20, random_state=1).drop(columns="Reaction")
+    for re_form in (None, "~0"):
+        expected = fit.predict(new, re_form=re_form, **given)
+        pd.testing.assert_series_equal(slim.predict(new, re_form=re_form, **given), expected)
+    with pytest.raises(DataError, match="nobody"):
+        slim.predict(new.assign(Subject="nobody"), **given)
+    assert (slim.nobs, slim.aic, slim.message) == (fit.nobs, fit.aic, fit.message)
+    pd.testing.assert_frame_equal(slim.coefficients(), fit.coefficients())
+    assert "Scaled residuals" not in slim.summary()
+    for needs_rows in (
+        lambda: slim.resid,
+        lambda: slim.predict(),
+        lambda: slim.predict(new, interval="confidence", **given),
+        lambda: slim.save(tmp_path / "other.json"),
+        lambda: slim.anova(),
+        lambda: slim.coefficients("kenward-roger"),
+    ):
+        with pytest.raises(DataError, match=r"saved without its rows \(data=False\), which this"):
+            needs_rows()
+    slim.save(tmp_path / "again.json", data=False)
+    again = jaxreml.load(tmp_path / "again.json").predict(new, **given)
+    pd.testing.assert_series_equal(again, slim.predict(new, **given))
+
+
+def test_no_row_is_left_in_a_file_without_rows(sleep, tmp_path):
+    fit = jaxreml.fit("Reaction ~ Days + z + (1 | Subject)", sleep)
+    fit.save(tmp_path / "slim.json", data=False)
+    kept = jaxreml.load(tmp_path / "slim.json").prototype.table
+    assert set(kept) == {"Days", "z", "Subject"}
+    together = kept.merge(sleep[["Days", "z", "Subject"]])
+    assert len(together) <= 2  # by chance
+
+
+def test_what_cannot_be_made_again_without_rows(sleep, tmp_path):
+    fit = jaxreml.fit("Reaction ~ half(Days) + (1 | Subject)", sleep, context={"half": np.sqrt})
+    with pytest.raises(DataError, match=r"cannot be saved without its rows.*half\(Days\)"):
+        fit.save(tmp_path / "slim.json", data=False)

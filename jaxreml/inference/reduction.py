@@ -107,7 +107,7 @@ def model_of(fit: LMMResults) -> Model:
             own = [term for term in own if term.encoding.text == written.effects][:1]
         else:  # in the order written, the intercept first
             order = list(terms_of(written.effects))
-            own.sort(key=lambda term: order.index(*terms_of(term.encoding.text)))
+            own.sort(key=lambda term: order.index(next(iter(terms_of(term.encoding.text)))))
         left = [term for term in left if not any(term is other for other in own)]
         factor = ":".join(map(_quoted, written.factors))
         for term in own:
