@@ -177,8 +177,9 @@ class Grid:
         of_x = np.asarray(shared.remainder_xx) + np.einsum("GpbJ,buJ->Gpu", across, scores_x)
         root = np.linalg.cholesky(of_x)
         half = np.linalg.inv(root)
-        self.of_remainder = half.reshape(-1, p)
-        across = (half @ across.reshape(len(half), p, -1)).reshape(len(half) * p, -1)
+        self.of_remainder = half.reshape(len(half) * p, p)
+        of_scores = half @ across.reshape(len(half), p, scores_x.shape[2] * q)
+        across = of_scores.reshape(len(half) * p, scores_x.shape[2] * q)
         left, size, right = np.linalg.svd(across, full_matrices=False)
         kept = size > NEGLIGIBLE * np.max(size, initial=0.0)
         self.left, self.right = left[:, kept] * size[kept], right[kept]

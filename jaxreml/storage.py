@@ -224,13 +224,15 @@ def _encode_column(column: pd.Series) -> dict[str, Any]:
             "codes": [int(code) for code in column.cat.codes],
             "categories": [encode(x) for x in column.cat.categories],
             "ordered": bool(column.cat.ordered),
+            "objects": column.cat.categories.dtype == object,
         }
     return {"values": [encode(x) for x in column.tolist()], "dtype": str(column.dtype)}
 
 
 def _decode_column(column: dict[str, Any]) -> Any:
     if "codes" in column:
-        categories = [decode(x) for x in column["categories"]]
+        kind = object if column.get("objects") else None
+        categories = pd.Index([decode(x) for x in column["categories"]], kind, tupleize_cols=False)
         return pd.Categorical.from_codes(column["codes"], categories, ordered=column["ordered"])
     return pd.Series([decode(x) for x in column["values"]], dtype=column.get("dtype"))
 

@@ -247,7 +247,7 @@ def _reduced_random(
     table, others = _ranova(fit, model, True)
     parts = [table.iloc[:1].assign(eliminated=np.nan)]
     current: LMMResults | None = fit
-    while current is not None and (table["p_value"] > alpha).any():
+    while current is not None and np.any(table["p_value"].to_numpy() > alpha):
         label = str(table["p_value"].idxmax())
         parts.append(table.loc[[label]].assign(eliminated=float(len(parts))))
         model, current = others[label]
@@ -271,7 +271,7 @@ def _reduced_fixed(
     while True:
         table = _least_squares_drop1(fit, model) if current is None else drop1(current, df=df)
         p_values = table["p_value"].drop(keep, errors="ignore")
-        if not (p_values > alpha).any():
+        if not np.any(p_values.to_numpy() > alpha):
             break
         term = p_values.idxmax()
         parts.append(table.loc[[term]].assign(eliminated=len(parts) + 1))

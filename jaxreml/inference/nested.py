@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 Nesting = dict[str, tuple[str, ...]]  # per nested factor those that it is nested in
@@ -28,7 +29,7 @@ def find_nesting(cells: pd.DataFrame, terms: Collection[frozenset[str]]) -> Nest
     for name in names:
         others = [other for other in names if other != name and name not in found.get(other, ())]
         levels = cells.groupby(name, observed=True, sort=False)
-        outer = [other for other in others if levels[other].nunique().max() == 1]
+        outer = [other for other in others if int(np.max(levels[other].nunique())) == 1]
         if outer:
             found[name] = outer
     for name in names:
