@@ -21,8 +21,8 @@ import numpy as np
 from common import for_r, have_r, header, machine, row, run_r, seconds
 
 import jaxreml
-from jaxreml.inference.refitting import refitter
-from jaxreml.inference.simulation import of_fit
+from jaxreml.inference.resampling.simulation import of_fit
+from jaxreml.many.refits import refitter
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 

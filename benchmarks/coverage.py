@@ -23,7 +23,7 @@ from common import header, machine, row
 from scipy.special import ndtri, stdtrit
 
 import jaxreml
-from jaxreml.frame import covariate_frame
+from jaxreml.data.frame import covariate_frame
 
 LEVEL = 0.95
 DF = ("satterthwaite", "kenward-roger", "residual", "inf")

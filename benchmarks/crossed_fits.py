@@ -27,7 +27,7 @@ from common import for_r, have_r, header, machine, row, run_r, seconds, version
 
 import jaxreml
 from jaxreml import Design, Term, estimate
-from jaxreml.cache import quick_compilation
+from jaxreml.backend.compilation import quick_compilation
 
 MODELS = {
     "insteval": "y ~ service + (1 | s) + (1 | d) + (1 | dept)",

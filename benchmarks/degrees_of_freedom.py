@@ -22,8 +22,8 @@ import pandas as pd
 from common import for_r, have_r, header, machine, row, run_r, seconds
 
 import jaxreml
-from jaxreml.batch import BatchFitter
-from jaxreml.frame import covariate_frame
+from jaxreml.data.frame import covariate_frame
+from jaxreml.many.engine import BatchFitter
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 HERE = Path(__file__).parent

@@ -36,7 +36,7 @@ if SHARED not in os.environ:
 
 import jax  # noqa: E402  reads the settings above
 
-from jaxreml.cache import forget_programs, spare_memory_maps  # noqa: E402
+from jaxreml.backend.compilation import forget_programs, spare_memory_maps  # noqa: E402
 
 pytest_plugins = ("watchdog",)
 SLOWEST = {"batch", "bootstrap", "crossed", "diagnostics", "estimation", "examples", "profile"}

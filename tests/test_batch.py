@@ -14,13 +14,13 @@ import pytest
 import watchdog
 
 import jaxreml
-from jaxreml.batch import BatchFitter
-from jaxreml.effects import inspect
-from jaxreml.estimation import Status, expand_root
-from jaxreml.frame import covariate_frame
-from jaxreml.objective import profiled
-from jaxreml.shared import share
-from jaxreml.structures.batch import cross_products
+from jaxreml.data.frame import covariate_frame
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.shared import share
+from jaxreml.model.objective import profiled
+from jaxreml.model.structures.lanes import cross_products
+from jaxreml.optimum.effects import inspect
+from jaxreml.optimum.estimate import Status, expand_root
 
 SLEEP = "~ Days + (Days | Subject)"
 
@@ -263,8 +263,8 @@ def test_iteration_limit_is_a_status(sleep_batch):
 
 FOUR_DEVICES = """
 import sys, numpy as np, jax, jaxreml
-from jaxreml.batch import BatchFitter
-from jaxreml.frame import covariate_frame
+from jaxreml.many.engine import BatchFitter
+from jaxreml.data.frame import covariate_frame
 assert jax.local_device_count() == 4
 data, values = jaxreml.datasets.load("sleepstudy"), np.load(sys.argv[1])
 fits = BatchFitter(covariate_frame(sys.argv[2], data)).fit(values)

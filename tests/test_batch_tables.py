@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import jaxreml
-from jaxreml import BatchResults, DataError, Status, covariance
-from jaxreml.batch import Fits
-from jaxreml.batch_results import BatchModel
-from jaxreml.batch_storage import from_table, to_table
+from jaxreml import BatchResults, DataError, Status
+from jaxreml.many.record import BatchModel, Fits
+from jaxreml.model.covariance import unstructured
+from jaxreml.results.parquet import from_table, to_table
 
 # Names of columns and responses that need care wherever they become part of a label.
 FORMULA = "~ `time, days` + (`time, days` | `donor id`)"
@@ -68,7 +68,7 @@ def many_terms():
     levels = (tuple(range(12)),) * 2
     model = BatchModel(formula, "ML", "grouped", ("(Intercept)",), ("twice",), groups, levels, 3)
     assert model.parameter_names == jaxreml.design(f"y {formula}", data).parameter_names
-    theta = rng.normal(size=(6, covariance.count_theta(model.sizes)))
+    theta = rng.normal(size=(6, unstructured.count_theta(model.sizes)))
     theta[5, 0] = 0.0  # no variance, no correlations with it
     counts = np.arange(6)
     fits = Fits(

@@ -16,14 +16,14 @@ from scipy import stats
 
 import jaxreml
 from jaxreml import DataError, datasets
-from jaxreml.estimation import Status
-from jaxreml.inference import intervals
-from jaxreml.inference.bootstrap import bootstrap
-from jaxreml.inference.extension import extend
-from jaxreml.inference.likelihood_ratio import bootstrap_lrt, null_distribution
-from jaxreml.inference.refitting import refitter
-from jaxreml.inference.simulation import of_fit, population
-from jaxreml.model import fit_frame
+from jaxreml.fitting.fit import fit_frame
+from jaxreml.inference.resampling import intervals
+from jaxreml.inference.resampling.bootstrap import bootstrap
+from jaxreml.inference.resampling.extension import extend
+from jaxreml.inference.resampling.likelihood_ratio import bootstrap_lrt, null_distribution
+from jaxreml.inference.resampling.simulation import of_fit, population
+from jaxreml.many.refits import refitter
+from jaxreml.optimum.estimate import Status
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 R = json.loads((Path(__file__).parent / "reference" / "bootstrap.txt").read_text())

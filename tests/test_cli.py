@@ -15,7 +15,7 @@ import watchdog
 from typer.testing import CliRunner
 
 import jaxreml
-from jaxreml.cli import app
+from jaxreml.cli.app import app
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 
@@ -125,7 +125,7 @@ def test_help_has_examples_and_exit_codes():
 def test_no_device_exits_1():
     """One line where JAX_PLATFORMS asks for a platform that is not there."""
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
-    code = "from jaxreml.cli import app; app()"
+    code = "from jaxreml.cli.app import app; app()"
     command = [sys.executable, "-c", code, "fit", "sleepstudy", SLEEP]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (1, "")
@@ -176,9 +176,7 @@ def test_usage_exits_2():
 
 
 def test_no_optimum_exits_3(monkeypatch):
-    import jaxreml.model
-
-    fit = jaxreml.model.fit
+    fit = jaxreml.fit
     monkeypatch.setattr(
         jaxreml, "fit", lambda *a, **k: fit(*a, **k, max_iterations=1), raising=False
     )
@@ -193,5 +191,7 @@ def test_datasets_and_version():
 
 
 def test_help_imports_no_jax():
-    code = "import sys, jaxreml.cli; sys.exit('jax' in sys.modules or 'formulaic' in sys.modules)"
+    code = (
+        "import sys, jaxreml.cli.app; sys.exit('jax' in sys.modules or 'formulaic' in sys.modules)"
+    )
     watchdog.run(code, check=True)

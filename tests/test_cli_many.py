@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import jaxreml
-from jaxreml.cli import app
+from jaxreml.cli.app import app
 
 FORMULA = "~ Days + (1 | Subject)"
 
@@ -224,7 +224,7 @@ def test_usage_exits_2(study, tmp_path):
 
 
 def test_interrupted_command_goes_on(study, tmp_path, monkeypatch):
-    from jaxreml.batch import BatchFitter
+    from jaxreml.many.engine import BatchFitter
 
     out = tmp_path / "out.parquet"
     fit, sizes = BatchFitter.fit, []

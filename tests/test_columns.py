@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from jaxreml import DataError
-from jaxreml.columns import column, like_fitted
-from jaxreml.frame import model_frame
+from jaxreml.data.columns import column, like_fitted
+from jaxreml.data.frame import model_frame
 
 N = 24
 RNG = np.random.default_rng(5)

@@ -14,9 +14,9 @@ from scipy.stats import chi2
 
 import jaxreml
 from jaxreml import ConvergenceWarning, DataError, LMMResults
-from jaxreml.frame import model_frame
-from jaxreml.inference import nesting
-from jaxreml.inference.comparison import TESTS, Pair
+from jaxreml.data.frame import model_frame
+from jaxreml.inference.likelihood import nesting
+from jaxreml.inference.likelihood.comparison import TESTS, Pair
 
 CHAINS = json.loads((references.HERE / "inference" / "comparison.json").read_text())
 SLEEP = "Reaction ~ Days + "

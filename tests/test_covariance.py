@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxreml import covariance
+from jaxreml.model.covariance import unstructured
 
 SIZES = [(1,), (2,), (3,), (1, 2), (4,)]
 
 
 def random_theta(seed: int, sizes: tuple[int, ...]) -> np.ndarray:
-    theta = np.random.default_rng(seed).normal(size=covariance.count_theta(sizes))
+    theta = np.random.default_rng(seed).normal(size=unstructured.count_theta(sizes))
     diagonal = np.concatenate(
-        [rows == columns for rows, columns in map(covariance.triangle, sizes)]
+        [rows == columns for rows, columns in map(unstructured.triangle, sizes)]
     )
     return np.where(diagonal, np.abs(theta) + 0.1, theta)
 
@@ -26,18 +26,18 @@ def random_theta(seed: int, sizes: tuple[int, ...]) -> np.ndarray:
 @given(st.integers(0, 2**31), st.sampled_from(SIZES))
 def test_round_trip(seed, sizes):
     theta = jnp.asarray(random_theta(seed, sizes))
-    factors = covariance.split_triangles(theta, sizes)
-    np.testing.assert_array_equal(covariance.join_triangles(factors), theta)
-    params = covariance.params_from_factors(factors, jnp.asarray(0.3), zero=-100.0, limit=20.0)
-    omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+    factors = unstructured.split_triangles(theta, sizes)
+    np.testing.assert_array_equal(unstructured.join_triangles(factors), theta)
+    params = unstructured.params_from_factors(factors, jnp.asarray(0.3), zero=-100.0, limit=20.0)
+    omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
     assert float(log_sigma2) == 0.3
     np.testing.assert_allclose(
-        omega, covariance.omega_from_theta(theta, sizes), rtol=1e-9, atol=1e-12
+        omega, unstructured.omega_from_theta(theta, sizes), rtol=1e-9, atol=1e-12
     )
-    matrices = covariance.symmetric_matrices(omega, sizes)
+    matrices = unstructured.symmetric_matrices(omega, sizes)
     for factor, matrix in zip(factors, matrices, strict=True):
         np.testing.assert_allclose(matrix, factor @ factor.T, atol=1e-9)
-        again, zero = covariance.factor_semidefinite(matrix, 1e-8)
+        again, zero = unstructured.factor_semidefinite(matrix, 1e-8)
         assert not zero.any()
         np.testing.assert_allclose(again, factor, atol=1e-6)
 
@@ -45,43 +45,43 @@ def test_round_trip(seed, sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_triangle_is_a_root(sizes):
     theta = random_theta(1, sizes)
-    root = covariance.root_from_theta(jnp.asarray(theta), sizes)
-    np.testing.assert_array_equal(root[covariance.root_of_theta(sizes)], theta)
-    omega = covariance.omega_from_root(root, sizes)
+    root = unstructured.root_from_theta(jnp.asarray(theta), sizes)
+    np.testing.assert_array_equal(root[unstructured.root_of_theta(sizes)], theta)
+    omega = unstructured.omega_from_root(root, sizes)
     expected = [
-        factor @ factor.T for factor in covariance.split_triangles(jnp.asarray(theta), sizes)
+        factor @ factor.T for factor in unstructured.split_triangles(jnp.asarray(theta), sizes)
     ]
-    np.testing.assert_allclose(omega, covariance.join_triangles(tuple(expected)), atol=1e-12)
-    np.testing.assert_allclose(omega, covariance.omega_from_theta(jnp.asarray(theta), sizes))
+    np.testing.assert_allclose(omega, unstructured.join_triangles(tuple(expected)), atol=1e-12)
+    np.testing.assert_allclose(omega, unstructured.omega_from_theta(jnp.asarray(theta), sizes))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_derivatives_in_the_root_equal_autodiff(sizes):
     rng = np.random.default_rng(2)
     root = jnp.asarray(rng.normal(size=sum(q * q for q in sizes)))
-    gradient = jnp.asarray(rng.normal(size=covariance.count_theta(sizes)))
+    gradient = jnp.asarray(rng.normal(size=unstructured.count_theta(sizes)))
 
     def of_root(root):
-        return covariance.omega_from_root(root, sizes)
+        return unstructured.omega_from_root(root, sizes)
 
     jacobian = jax.jacfwd(of_root)(root)
-    np.testing.assert_allclose(covariance.root_jacobian(root, sizes), jacobian, atol=1e-12)
+    np.testing.assert_allclose(unstructured.root_jacobian(root, sizes), jacobian, atol=1e-12)
     curvature = jax.hessian(lambda root: gradient @ of_root(root))(root)
-    np.testing.assert_allclose(covariance.root_curvature(gradient, sizes), curvature, atol=1e-12)
-    flat = covariance.rotations(root, sizes)
+    np.testing.assert_allclose(unstructured.root_curvature(gradient, sizes), curvature, atol=1e-12)
+    flat = unstructured.rotations(root, sizes)
     if flat is not None:
         np.testing.assert_allclose(flat @ jacobian.T, 0.0, atol=1e-12)
 
 
 def test_two_effects_have_fishers_z():
-    omega, _ = covariance.omega_from_params(jnp.array([0.0, 0.0, 0.8, 0.0]), (2,))
+    omega, _ = unstructured.omega_from_params(jnp.array([0.0, 0.0, 0.8, 0.0]), (2,))
     assert float(omega[1]) == pytest.approx(np.tanh(0.8))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_hessian_in_params_equals_autodiff(sizes):
     rng = np.random.default_rng(0)
-    m = covariance.count_theta(sizes)
+    m = unstructured.count_theta(sizes)
     params = jnp.asarray(rng.normal(size=m + 1) / 2)
     A = rng.normal(size=(m + 1, m + 1))
     A = jnp.asarray(A + A.T)
@@ -90,13 +90,13 @@ def test_hessian_in_params_equals_autodiff(sizes):
         return jnp.sin(both).sum() + both @ A @ both
 
     def in_params(params):
-        omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+        omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
         return value(jnp.append(omega, log_sigma2))
 
-    both = jnp.append(*covariance.omega_from_params(params, sizes))
+    both = jnp.append(*unstructured.omega_from_params(params, sizes))
     gradient, hessian = jax.grad(value)(both), jax.hessian(value)(both)
     # The residual's gradient is zero at an optimum and is not read; its coordinate is linear.
-    in_closed_form = jax.jit(covariance.hessian_in_params, static_argnums=3)
+    in_closed_form = jax.jit(unstructured.hessian_in_params, static_argnums=3)
     jacobian, found = in_closed_form(params, gradient, hessian, sizes)
     np.testing.assert_allclose(found, jax.jit(jax.hessian(in_params))(params), atol=1e-9)
     expected = jax.jit(jax.grad(in_params))(params)
@@ -104,10 +104,10 @@ def test_hessian_in_params_equals_autodiff(sizes):
 
 
 def test_semidefinite_factor_has_exact_zeros():
-    factor, zero = covariance.factor_semidefinite(jnp.array([[1.0, 2.0], [2.0, 4.0]]), 1e-4)
+    factor, zero = unstructured.factor_semidefinite(jnp.array([[1.0, 2.0], [2.0, 4.0]]), 1e-4)
     np.testing.assert_array_equal(factor, [[1, 0], [2, 0]])
     assert list(zero) == [False, True]
-    factor, zero = covariance.factor_semidefinite(jnp.array([[0.0, 0.0], [0.0, 4.0]]), 1e-4)
+    factor, zero = unstructured.factor_semidefinite(jnp.array([[0.0, 0.0], [0.0, 4.0]]), 1e-4)
     np.testing.assert_array_equal(factor, [[0, 0], [0, 2]])
     assert list(zero) == [True, False]
 
@@ -116,13 +116,13 @@ def test_lower_factor_of_a_root():
     """As numpy's Cholesky factor, without its loss of digits; zeros where rank is lost."""
     rng = np.random.default_rng(0)
     root = rng.normal(size=(3, 3, 5))
-    factor = np.asarray(covariance.lower_factor(jnp.asarray(root), 1e-7))
+    factor = np.asarray(unstructured.lower_factor(jnp.asarray(root), 1e-7))
     for lane in range(5):
         own = root[..., lane]
         np.testing.assert_allclose(factor[..., lane], np.linalg.cholesky(own @ own.T), atol=1e-13)
     near = np.array([[1.0, 0.0], [1.0, 1e-10]])
-    np.testing.assert_array_equal(covariance.lower_factor(jnp.asarray(near), 0.0), near)
-    lost = covariance.lower_factor(jnp.asarray(rng.normal(size=(3, 1)) * np.ones(3)), 1e-7)
+    np.testing.assert_array_equal(unstructured.lower_factor(jnp.asarray(near), 0.0), near)
+    lost = unstructured.lower_factor(jnp.asarray(rng.normal(size=(3, 1)) * np.ones(3)), 1e-7)
     np.testing.assert_array_equal(np.asarray(lost) == 0, np.arange(3) > np.zeros((3, 1)))
 
 
@@ -138,9 +138,9 @@ def test_lower_factor_of_a_root():
     ],
 )
 def test_boundary(theta, free, shown):
-    factors = covariance.split_triangles(jnp.array(theta), (2,))
-    params = covariance.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
-    inside, reported = covariance.boundary(factors, params)
+    factors = unstructured.split_triangles(jnp.array(theta), (2,))
+    params = unstructured.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
+    inside, reported = unstructured.boundary(factors, params)
     np.testing.assert_array_equal(inside, np.array(free, bool))
     if shown is not None:
         np.testing.assert_array_equal(reported[2], shown)
@@ -162,10 +162,10 @@ def test_boundary_of_three_effects(theta, z):
     """Read off the exact zeros, whatever rounding does to the rows' lengths."""
     rng = np.random.default_rng(0)
     for unit in rng.uniform(0.1, 10, size=(20, 3)):
-        (factor,) = covariance.split_triangles(jnp.array(theta), (3,))
+        (factor,) = unstructured.split_triangles(jnp.array(theta), (3,))
         factors = (factor * unit[:, None],)
-        params = covariance.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
-        inside, shown = covariance.boundary(factors, params)
+        params = unstructured.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
+        inside, shown = unstructured.boundary(factors, params)
         np.testing.assert_array_equal(inside[3:6], np.isfinite(z))
         np.testing.assert_array_equal(np.where(np.isfinite(shown[3:6]), 1, shown[3:6]), z)
         np.testing.assert_array_equal(inside[:3], (np.asarray(factor) != 0).any(axis=1))
@@ -206,7 +206,7 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, m)))
 
     def value(params):
-        omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+        omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
         return (weights[0] @ omega) ** 2 + jnp.sin(weights[1] @ omega) + log_sigma2**2
 
     here, there = jnp.asarray(params), jnp.asarray(inside)
@@ -224,4 +224,4 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
 
 def test_coordinates_that_are_defined_are_read():
     for params in ([0.3, -0.2, np.nan, 0.1], [0.3, np.nan, 0.2, 0.1]):
-        assert np.isnan(covariance.omega_from_params(jnp.asarray(params), (2,))[0]).any()
+        assert np.isnan(unstructured.omega_from_params(jnp.asarray(params), (2,))[0]).any()

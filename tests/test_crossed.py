@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jaxreml
-from jaxreml import DataError, Design, Term, covariance, estimate, ml_objective, reml_objective
-from jaxreml.designs import stack
-from jaxreml.objective import expand
-from jaxreml.structures import planning
+from jaxreml import DataError, Design, Term, estimate, ml_objective, reml_objective
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.design import stack
+from jaxreml.model.objective import expand
+from jaxreml.model.structures.crossed import planning
 
 KINDS = ["crossed", "partial", "nested", "three nested", "vectors", "one factor", "mixed", "chain"]
 N = 120
@@ -58,9 +59,9 @@ def random_design(kind: str, pattern: int, seed: int, structure: str) -> Design:
 
 def random_omega(seed: int, sizes: tuple[int, ...]) -> jax.Array:
     rng = np.random.default_rng(seed)
-    theta = rng.normal(size=covariance.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
+    theta = rng.normal(size=unstructured.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
     theta[rng.random(theta.size) < 0.2] = 0  # singular ones too
-    return covariance.omega_from_theta(jnp.asarray(theta), sizes)
+    return unstructured.omega_from_theta(jnp.asarray(theta), sizes)
 
 
 expand_jit = jax.jit(expand, static_argnames="reml")

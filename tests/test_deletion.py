@@ -13,9 +13,9 @@ from references import HERE
 
 import jaxreml
 from jaxreml import DataError, LMMResults
-from jaxreml.inference.nested import find_nesting
-from jaxreml.inference.reduction import model_of
-from jaxreml.tables import abbreviated
+from jaxreml.inference.fixed.nested import find_nesting
+from jaxreml.inference.selection.reduction import model_of
+from jaxreml.results.tables import abbreviated
 
 DELETION = json.loads((HERE / "inference" / "deletion.json").read_text())
 NESTING = json.loads((HERE / "inference" / "nesting.json").read_text())

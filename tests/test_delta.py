@@ -17,7 +17,7 @@ from scipy.special import ndtri
 
 import jaxreml
 from jaxreml import ConvergenceWarning, DataError, LMMResults
-from jaxreml.inference import components
+from jaxreml.inference.parameters import components
 
 FIGURES = json.loads((references.HERE / "inference" / "delta.json").read_text())
 Q = ndtri(0.975)

@@ -15,7 +15,8 @@ from fits import fitted
 from references import reference
 
 import jaxreml
-from jaxreml import DataError, LMMResults, covariance
+from jaxreml import DataError, LMMResults
+from jaxreml.model.covariance import unstructured
 
 FIGURES = json.loads(
     (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
@@ -113,7 +114,7 @@ class TestExactInfluence:
         np.testing.assert_allclose(found.dfbetas.to_numpy()[order], figures["dfbetas"], atol=1e-5)
         cooks = np.sum(change @ np.linalg.inv(fit.vcov_array) * change, axis=1) / len(scale)
         np.testing.assert_allclose(found.cooks_distance.to_numpy()[order], cooks)
-        positions, _ = covariance.positions(tuple(len(g.effects) for g in fit.groupings))
+        positions, _ = unstructured.positions(tuple(len(g.effects) for g in fit.groupings))
         after = (fit.parameters + found.parameters.to_numpy()[order])[:, positions]
         np.testing.assert_allclose(after, np.log(figures["variances"]), atol=2e-4)
 
@@ -143,7 +144,7 @@ class TestExactInfluence:
     def test_large_crossed_fits_one_by_one(self, monkeypatch):
         fit = fitted("machines")
         batch = fit.influence("Worker")
-        monkeypatch.setattr("jaxreml.diagnostics.DENSE", 0)
+        monkeypatch.setattr("jaxreml.inference.rows.diagnostics.DENSE", 0)
         single = fit.influence("Worker")
         np.testing.assert_allclose(single.coefficients, batch.coefficients, atol=1e-6)
         np.testing.assert_allclose(single.parameters, batch.parameters, atol=1e-5)
@@ -179,9 +180,9 @@ class TestFirstOrder:
 
         def solution(params, keep):
             """The criterion of some rows and beta; the others become independent of them."""
-            omega, log_sigma2 = covariance.omega_from_params(params, sizes)
+            omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
             V = jnp.diag(1 / jnp.asarray(weights))
-            matrices = covariance.symmetric_matrices(omega, sizes)
+            matrices = unstructured.symmetric_matrices(omega, sizes)
             for term, matrix, here in zip(frame.terms, matrices, same, strict=True):
                 V += (term.effects @ matrix @ term.effects.T) * here
             V = jnp.where(keep[:, None] & keep, V, jnp.eye(fit.nobs))
@@ -266,6 +267,6 @@ class TestFirstOrder:
         flat = replace(fitted("corr_one"), parameters_vcov=np.full((4, 4), np.nan))
         with pytest.raises(ValueError, match="singular"):
             flat.influence("g", "first-order")
-        monkeypatch.setattr("jaxreml.first_order.MAX_DENSE_BYTES", 1000)
+        monkeypatch.setattr("jaxreml.inference.rows.influence_derivatives.MAX_DENSE_BYTES", 1000)
         with pytest.raises(ValueError, match="random effects of crossed factors needs"):
             fitted("machines").influence("Worker", "first-order")

@@ -11,9 +11,9 @@ import pytest
 
 import jaxreml
 from jaxreml import DataError, fit, fit_many
-from jaxreml.estimability import RowSpace
-from jaxreml.frame import covariate_frame
-from jaxreml.inference.tests import each
+from jaxreml.data.estimability import RowSpace
+from jaxreml.data.frame import covariate_frame
+from jaxreml.inference.fixed.wald import each
 
 FORMULA = "~ arm + (1 | g)"
 CONTRASTS = {

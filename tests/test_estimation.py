@@ -13,7 +13,7 @@ import pytest
 
 import jaxreml
 from jaxreml import Design, Status, estimate, reml_objective, stack
-from jaxreml.estimation import FLAT
+from jaxreml.optimum.estimate import FLAT
 
 pytestmark = pytest.mark.optimised  # vmap against a loop
 
@@ -152,8 +152,8 @@ def test_correlation_close_to_one_is_not_taken_for_one():
 
 def test_start_at_a_saddle_is_left():
     # The saddle at zero variance is where a first step could land; newton must not stay there.
-    from jaxreml import newton
-    from jaxreml.estimation import expand_root
+    from jaxreml.optimum import newton
+    from jaxreml.optimum.estimate import expand_root
 
     design = design_of(5, q=1)
     at_zero = expand_root(jnp.zeros(1), design, reml=True)
@@ -347,7 +347,7 @@ def test_no_start_finds_a_lower_criterion(n, n_groups, q):
     """300 designs, most of them singular: all converge, and L-BFGS from 3 starts does no better."""
     from scipy.optimize import minimize
 
-    from jaxreml.estimation import expand_root
+    from jaxreml.optimum.estimate import expand_root
 
     rng = np.random.default_rng(1)
     designs = []

@@ -13,10 +13,10 @@ from fits import fitted
 from references import HERE, data, reference
 
 import jaxreml
+from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.hypotheses import hypotheses
-from jaxreml.inference.tests import KenwardRoger, Satterthwaite
-from jaxreml.satterthwaite import Spread
+from jaxreml.inference.fixed.wald import KenwardRoger, Satterthwaite
+from jaxreml.model.satterthwaite import Spread
 
 MODELS = ["cake_factor", "machines", "machines_s", "sleep_corr", "pastes", "crossed_nested"]
 

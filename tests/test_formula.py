@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxreml import FormulaError
-from jaxreml.formula import names_in, parse
+from jaxreml.data.formula import names_in, parse
 
 
 @pytest.mark.parametrize(

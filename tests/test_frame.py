@@ -10,7 +10,7 @@ import pytest
 
 import jaxreml
 from jaxreml import DataError, Design, FormulaError
-from jaxreml.frame import model_frame
+from jaxreml.data.frame import model_frame
 
 
 @pytest.fixture

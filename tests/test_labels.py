@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxreml import DataError, fit_many
-from jaxreml.responses import Responses
+from jaxreml.data.responses import Responses
 
 N, B = 8, 3
 NAMES = [f"s{k}" for k in range(N)]

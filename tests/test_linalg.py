@@ -15,11 +15,13 @@ import pandas as pd
 import pytest
 
 import jaxreml
-from jaxreml import Design, estimate, linalg, reml_objective, stack
-from jaxreml.batch import BatchFitter, _Pattern
-from jaxreml.frame import covariate_frame
-from jaxreml.inference import constrained, refitting
-from jaxreml.programs import programs
+from jaxreml import Design, estimate, reml_objective, stack
+from jaxreml.api.fit_many import refits
+from jaxreml.data.frame import covariate_frame
+from jaxreml.many.engine import BatchFitter, _Pattern
+from jaxreml.many.programs import programs
+from jaxreml.model import linalg
+from jaxreml.optimum import held
 
 close = partial(np.testing.assert_allclose, rtol=1e-7)
 BATCHED = re.compile(r'@lapack_\w+.*num_batch_dims = "[^0]')
@@ -246,9 +248,9 @@ def test_crossed_refits_have_no_batched_calls():
     rng = np.random.default_rng(0)
     data = pd.DataFrame({"x": rng.normal(size=60), "g": np.arange(60) // 4, "h": np.arange(60) % 5})
     frame = covariate_frame("~ x + (x | g) + (x | h)", data)
-    refitter = refitting.CrossedRefitter(frame, "REML")
+    refitter = refits.CrossedRefitter(frame, "REML")
     lanes = refitter._reduce(rng.normal(size=(60, 3)))
-    compiled = refitting._programs(True)
+    compiled = refits._programs(True)
     fits = compiled.estimate.lower(refitter.shared, lanes)
     certify = compiled.certify.lower(refitter.shared, lanes, fits.out_info)
     slopes = compiled.gradients.lower(refitter.shared, np.zeros(7), lanes)
@@ -278,8 +280,8 @@ def test_profiles_have_no_batched_calls(monkeypatch):
             found.extend(programs)
             raise Lowered
 
-    monkeypatch.setattr(constrained, "ThreadPoolExecutor", Compilers)
-    monkeypatch.setattr(constrained, "_programs", constrained._programs.__wrapped__)
+    monkeypatch.setattr(held, "ThreadPoolExecutor", Compilers)
+    monkeypatch.setattr(held, "_programs", held._programs.__wrapped__)
     with pytest.raises(Lowered):
         fit.conf_int(method="profile")
     assert len(found) == 2 and "lapack_dsyevd" in found[0].as_text()  # `newton` asks for it

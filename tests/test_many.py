@@ -18,9 +18,9 @@ import watchdog
 
 import jaxreml
 from jaxreml import DataError, FormulaError, Status, fit_many
-from jaxreml.devices import local_devices
-from jaxreml.frame import covariate_frame
-from jaxreml.responses import Responses
+from jaxreml.backend.devices import local_devices
+from jaxreml.data.frame import covariate_frame
+from jaxreml.data.responses import Responses
 
 FORMULA = "~ Days + (1 | Subject)"
 COUNT = 24
@@ -359,7 +359,7 @@ def test_progress_is_for_terminals(data, table, capfd):
 def test_progress_on_a_terminal():
     code = textwrap.dedent("""
         import numpy as np
-        from jaxreml.many import _progress_bar
+        from jaxreml.api.fit_many import _progress_bar
         with _progress_bar(8, None) as advance:
             advance(np.array([0, 0, 5]))
     """)
@@ -395,7 +395,11 @@ def test_devices_are_a_kind_or_devices(data, table):
 
 def test_no_device_of_the_platform_asked_for():
     """JAX_PLATFORMS is read when JAX starts; its AssertionError has no words."""
-    code = "import jaxreml.devices as d\ntry: d.local_devices()\nexcept d.DataError as e: print(e)"
+    code = """
+import jaxreml.backend.devices as d
+try: d.local_devices()
+except d.DataError as e: print(e)
+"""
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

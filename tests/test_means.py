@@ -13,10 +13,10 @@ from references import HERE, data
 
 import jaxreml
 from jaxreml import DataError, LMMResults
-from jaxreml.estimation import Status
-from jaxreml.inference.adjustments import critical_values, p_values
-from jaxreml.inference.anova import hypotheses
-from jaxreml.inference.terms import fixed_terms
+from jaxreml.inference.fixed.adjustments import critical_values, p_values
+from jaxreml.inference.fixed.anova import hypotheses
+from jaxreml.inference.fixed.terms import fixed_terms
+from jaxreml.optimum.estimate import Status
 
 OTHERS = {"adjustments", "comparison", "delta", "deletion", "nesting"}  # figures of other tests
 MODELS = sorted({path.stem for path in (HERE / "inference").glob("*.json")} - OTHERS)

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 
 import jaxreml
-from jaxreml import ConvergenceWarning, DataError, LMMResults, cache, estimate, model
+from jaxreml import ConvergenceWarning, DataError, LMMResults, estimate
+from jaxreml.backend import compilation
+from jaxreml.fitting import fit as fitting
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 
@@ -164,15 +166,13 @@ def test_perfect_fit_is_an_error():
 
 
 def test_a_wrong_optimum_is_not_certified(monkeypatch):
-    import jaxreml.model
-
     def off(design, method, **options):
         estimated = jaxreml.estimate(design, method, **options)
         import dataclasses
 
         return dataclasses.replace(estimated, theta=estimated.theta * 1.01)
 
-    monkeypatch.setattr(jaxreml.model, "estimate", off)
+    monkeypatch.setattr(fitting, "estimate", off)
     with pytest.warns(ConvergenceWarning, match="not zero"):
         fit = jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"))
     assert not fit.converged
@@ -182,7 +182,7 @@ def test_fits_of_one_shape_share_a_compilation():
     """Numbers of rows and names do not matter, nor does a number of levels that is nearly equal."""
     data = jaxreml.datasets.load("sleepstudy")
     jaxreml.fit(SLEEP, data)
-    programs = model._compiled(estimate, "REML", max_iterations=100)
+    programs = fitting._compiled(estimate, "REML", max_iterations=100)
     before = programs._cache_size()
     assert before
     other = data.rename(columns={"Reaction": "y", "Days": "t", "Subject": "g"})
@@ -197,13 +197,13 @@ def test_fits_of_one_shape_share_a_compilation():
 def test_programs_are_forgotten_before_memory_maps_run_out(monkeypatch, tmp_path):
     data = jaxreml.datasets.load("sleepstudy")
     found = jaxreml.fit(SLEEP, data)
-    assert model._compiled.cache_info().currsize
+    assert fitting._compiled.cache_info().currsize
     limit = tmp_path / "max_map_count"
     limit.write_text("10")
-    monkeypatch.setattr(cache, "MOST_MAPS", limit)
-    monkeypatch.setattr(cache, "CALLS", 1)
-    cache.spare_memory_maps()
-    assert model._compiled.cache_info().currsize == (0 if cache.MAPS.exists() else 1)
+    monkeypatch.setattr(compilation, "MOST_MAPS", limit)
+    monkeypatch.setattr(compilation, "CALLS", 1)
+    compilation.spare_memory_maps()
+    assert fitting._compiled.cache_info().currsize == (0 if compilation.MAPS.exists() else 1)
     assert jaxreml.fit(SLEEP, data).criterion == found.criterion
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import jaxreml
 from jaxreml import DataError, FormulaError
-from jaxreml.frame import model_frame
+from jaxreml.data.frame import model_frame
 
 RNG = np.random.default_rng(3)
 N = 60

@@ -12,7 +12,7 @@ import pytest
 
 import jaxreml
 from jaxreml import Design, Term, ml_objective, reml_objective
-from jaxreml.objective import expand, neg2_loglik, profiled
+from jaxreml.model.objective import expand, neg2_loglik, profiled
 
 OBJECTIVES = {True: reml_objective, False: ml_objective}
 PARAMS = np.array([0.3, -0.4, 0.6, 0.1])

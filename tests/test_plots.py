@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import jaxreml
-from jaxreml import plots
 from jaxreml.errors import DataError
+from jaxreml.results import plots
 
 matplotlib.use("Agg")
 

@@ -16,7 +16,7 @@ from references import data, reference
 
 import jaxreml
 from jaxreml import DataError, FormulaError, LMMResults
-from jaxreml.effects import row_variances
+from jaxreml.optimum.effects import row_variances
 
 FIGURES = json.loads(
     (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
@@ -100,7 +100,7 @@ class TestVariances:
         figures = reference("crossed_nested")["fits"]["REML"]
         np.testing.assert_allclose(expected[:10], figures["hat_head"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(fit.cooks_distance()[:10], figures["cooks_head"], rtol=1e-5)
-        monkeypatch.setattr("jaxreml.structures.posterior.ROW_ENTRIES", 500)
+        monkeypatch.setattr("jaxreml.model.structures.crossed.posterior.ROW_ENTRIES", 500)
         np.testing.assert_allclose(fit.leverage(), expected, rtol=1e-12)
 
     @pytest.mark.parametrize("name", ["sleep_corr", "penicillin"])

@@ -17,9 +17,10 @@ from scipy.stats import chi2, norm
 
 import jaxreml
 from jaxreml.errors import JaxremlError
-from jaxreml.estimation import Status
-from jaxreml.inference import axes, constrained
-from jaxreml.objective import expand, neg2_loglik
+from jaxreml.inference.likelihood import charts
+from jaxreml.model.objective import expand, neg2_loglik
+from jaxreml.optimum import held
+from jaxreml.optimum.estimate import Status
 
 # The reference is read off splines through points of a bobyqa search; ours are exact (see below).
 LME4 = {"orthodont": 3e-3}  # of the profile of an SD that is flat there
@@ -67,7 +68,7 @@ def brute_force(fit, likelihood: str, label: str, value: float) -> float:
         place = next(k for k, name in enumerate(names) if name.startswith("z["))
         held = np.arctanh(value)
     else:
-        own = next(parameter for parameter in axes.parameters(fit) if parameter.name == label)
+        own = next(parameter for parameter in charts.parameters(fit) if parameter.name == label)
         group, term = own.group, own.term
         entry = "Residual" if group == "Residual" else f"{group}, {term}"
         place, held = names.index(f"log_variance[{entry}]"), 2 * np.log(value)
@@ -228,16 +229,16 @@ def test_correlations_held_keep_their_signs():
 
 def test_derivatives_in_coordinates_equal_autodiff():
     fit = fitted("sleep_corr", "ML")
-    own = axes.parameters(fit)
+    own = charts.parameters(fit)
     held = next(parameter for parameter in own if parameter.kind == "cor")
-    x = held.x(axes.estimates(fit), fit.beta) + 0.1
+    x = held.x(charts.estimates(fit), fit.beta) + 0.1
     sizes = fit.design.sizes
 
     def value(x):
-        omega, log_sigma2 = constrained._omega(x, held.axes, sizes)
+        omega, log_sigma2 = held._omega(x, held.axes, sizes)
         return neg2_loglik(omega, log_sigma2, fit.design, reml=False)
 
-    program = jax.jit(constrained.expansion, static_argnames="reml")
+    program = jax.jit(held.expansion, static_argnames="reml")
     point = program(jnp.asarray(x), held.axes, fit.design, reml=False)
     gradient = jax.jit(jax.grad(value))(x[:-1])
     np.testing.assert_allclose(point.gradient[:-1], gradient * held.axes.free[:-1], rtol=1e-9)
@@ -283,13 +284,13 @@ def test_refusals():
 
 def test_an_optimum_that_is_not_certified_gives_nan_and_the_reason(monkeypatch):
     profile = fitted("dyestuff", "ML").profile("sigma")
-    searched = constrained.optima
+    searched = held.optima
 
     def uncertified(*args, **options):
         found = searched(*args, **options)
         return found._replace(certified=np.zeros_like(found.certified))
 
-    monkeypatch.setattr("jaxreml.inference.tracks.optima", uncertified)
+    monkeypatch.setattr("jaxreml.inference.likelihood.search.optima", uncertified)
     with pytest.warns(jaxreml.ConvergenceWarning, match="no optimum was found with sigma held"):
         interval = profile.conf_int()
     assert interval[["lower", "upper"]].isna().all(axis=None)
@@ -321,7 +322,7 @@ def both_held(fit, labels: list[str], values: list[float]) -> float:
                 value
             )
         else:
-            own = next(parameter for parameter in axes.parameters(fit) if parameter.name == label)
+            own = next(parameter for parameter in charts.parameters(fit) if parameter.name == label)
             entry = "Residual" if label == "sigma" else f"{own.group}, {own.term}"
             held[names.index(f"log_variance[{entry}]")] = 2 * np.log(value)
     free = [k for k in range(len(names)) if k not in held]
@@ -393,10 +394,10 @@ def test_contour_refusals():
     with pytest.raises(ValueError, match="at least 4 points"):
         profile.contour("sigma", "Days", points=3)
     machines = fitted("machines_s", "ML")
-    _, one, other, *_ = axes.parameters(machines)
+    _, one, other, *_ = charts.parameters(machines)
     assert one.kind == other.kind == "cor"
     with pytest.raises(jaxreml.DataError, match="cannot be held together: of one term's effects"):
-        axes.pair(machines, one, other)
+        charts.pair(machines, one, other)
 
 
 def test_a_step_too_far_is_bracketed():

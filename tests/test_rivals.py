@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 
 import jaxreml
-from jaxreml import Design, Term, covariance, estimate
-from jaxreml.estimation import search
-from jaxreml.frame import covariate_frame
-from jaxreml.objective import profiled
-from jaxreml.rivals import faces, is_global, starts
-from jaxreml.screening import Grid, grid, has_one_optimum, screened
-from jaxreml.shared import share
+from jaxreml import Design, Term, estimate
+from jaxreml.data.frame import covariate_frame
+from jaxreml.many.screening import Grid, grid, has_one_optimum, screened
+from jaxreml.many.shared import share
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.objective import profiled
+from jaxreml.optimum.estimate import search
+from jaxreml.optimum.rivals import faces, is_global, starts
 
 # A group of twenty and five of one: an inner minimum lies above the one at variance zero.
 UNEQUAL = np.repeat(range(6), [1, 1, 1, 1, 1, 20])
@@ -183,7 +184,7 @@ def test_the_grid_of_a_batch_has_the_criterion(formula):
         assert len(values) == len(roots) == np.prod(shape)
         design = shared.batch(reduced)
         for k in range(1, len(roots), 37):
-            omega = covariance.omega_from_root(jnp.asarray(roots[k]), shared.sizes)
+            omega = unstructured.omega_from_root(jnp.asarray(roots[k]), shared.sizes)
             wanted = profiled(omega[:, None], design, reml=reml)
             np.testing.assert_allclose(values[k], wanted, rtol=1e-11)
 

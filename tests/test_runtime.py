@@ -17,8 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jaxreml
 from jaxreml import Design, estimate, ml_objective, reml_objective, stack
-from jaxreml.cache import forget_programs
-from jaxreml.runtime import neutral, require_own_threads
+from jaxreml.backend.compilation import forget_programs
+from jaxreml.backend.runtime import neutral, require_own_threads
 
 CHECKS = [
     lambda: jax.debug_nans(True),
@@ -163,7 +163,7 @@ def test_a_forked_copy_of_a_process_that_used_jax_says_so(data):
 
 def test_a_process_forked_before_jax_is_used_works():
     code = (
-        "import os; from jaxreml.runtime import neutral\n"
+        "import os; from jaxreml.backend.runtime import neutral\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    with neutral():\n"

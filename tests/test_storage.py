@@ -12,7 +12,7 @@ import pytest
 
 import jaxreml
 from jaxreml import DataError
-from jaxreml.storage import decode, encode
+from jaxreml.results.storage import decode, encode
 
 DAYS = pd.to_datetime(
     ["2020-01-01", "2020-03-29 01:30", "2020-10-25 02:30:00.000000001"], format="ISO8601"

@@ -62,7 +62,7 @@ def parts(tmp_path_factory):
         class Interrupted(Exception):
             pass
 
-        import jaxreml.parts
+        import jaxreml.results.streamed
 
         keep = jaxreml.parts.Parts.write
 
@@ -124,7 +124,7 @@ def test_sources_stream_alike(parts, tmp_path, expected):
 
 
 def test_resumed_is_undisturbed(parts, interrupted, monkeypatch):
-    from jaxreml.batch import BatchFitter
+    from jaxreml.many.engine import BatchFitter
 
     fitted = []
     fit = BatchFitter.fit
@@ -279,7 +279,7 @@ def test_memory_map_is_not_kept_in_memory(tmp_path):
     code = textwrap.dedent("""
         import resource, sys
         import numpy as np
-        from jaxreml.responses import Responses
+        from jaxreml.data.responses import Responses
         values = np.lib.format.open_memmap(sys.argv[1], "w+", float, (500, 100_000))
         del values
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

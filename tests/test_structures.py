@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxreml import Design, Term, covariance
-from jaxreml.objective import expand, reml_objective
+from jaxreml import Design, Term
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.objective import expand, reml_objective
 
 # Few shapes, so that few programs are compiled; the values inside vary.
 SHAPES = [(40, 6, 1), (40, 6, 2), (60, 5, 3), (60, 5, 4)]
@@ -37,9 +38,9 @@ def random_design(seed: int, n: int, n_groups: int, q: int, structure: str) -> D
 
 def random_omega(seed: int, sizes: tuple[int, ...]) -> jnp.ndarray:
     rng = np.random.default_rng(seed)
-    theta = rng.normal(size=covariance.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
+    theta = rng.normal(size=unstructured.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
     theta[rng.random(theta.size) < 0.2] = 0  # singular ones too
-    return covariance.omega_from_theta(jnp.asarray(theta), sizes)
+    return unstructured.omega_from_theta(jnp.asarray(theta), sizes)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -77,10 +78,10 @@ def test_marginal_equals_explicit_covariance(seed, shape):
     X, Z, y = rng.normal(size=(n, 2)), rng.normal(size=(n, q)), rng.normal(size=n)
     design = Design.from_arrays(y, X, [(codes, Z)])
     omega = random_omega(seed, (q,))
-    (matrix,) = covariance.symmetric_matrices(omega, (q,))
+    (matrix,) = unstructured.symmetric_matrices(omega, (q,))
     V = np.eye(n) + (Z @ np.asarray(matrix) @ Z.T) * (codes[:, None] == codes)
     scale = np.diagonal(design.units.matrices[0])
-    rows, columns = covariance.triangle(q)
+    rows, columns = unstructured.triangle(q)
     scaled = omega * (scale[rows] * scale[columns])
     marginal = design.structure.marginal(scaled)
     logdet = np.linalg.slogdet(V)[1]

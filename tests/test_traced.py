@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreml import Design, Status, estimate, linalg, ml_objective, reml_objective
+from jaxreml import Design, Status, estimate, ml_objective, reml_objective
+from jaxreml.model import linalg
 
 GROUP = np.repeat(np.arange(8), 4)
 N = GROUP.size

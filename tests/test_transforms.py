@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from jaxreml import FormulaError
-from jaxreml.encoding import encode
-from jaxreml.frame import model_frame
-from jaxreml.transforms import R_NAMES
+from jaxreml.data.encoding import encode
+from jaxreml.data.frame import model_frame
+from jaxreml.data.transforms import R_NAMES
 
 X = np.array([1, 2, 3.5, 4, 6, 7.25, 9, 11, 12, 15])
 SPLINES = {  # splines::ns of R 4: at rows 1, 4 (and 8) of X

@@ -12,7 +12,7 @@ import pytest
 
 import jaxreml
 from jaxreml import Design, estimate, reml_objective, stack
-from jaxreml.units import Units, orthonormal
+from jaxreml.model.units import Units, orthonormal
 
 ORIGINS = [(2000.0, 1.0), (2459000.0, 1.0), (1.6e9, 86400.0)]  # years, Julian days, Unix seconds
 

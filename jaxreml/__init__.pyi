@@ -1,0 +1,31 @@
+# The public names, and where they live. `jaxreml/__init__.py` reads them from here.
+from jaxreml import datasets as datasets
+from jaxreml import inference as inference
+from jaxreml.api.fit import fit as fit
+from jaxreml.api.fit_many import fit_many as fit_many
+from jaxreml.backend.compilation import enable_compilation_cache as enable_compilation_cache
+from jaxreml.data.frame import design as design
+from jaxreml.errors import ConvergenceWarning as ConvergenceWarning
+from jaxreml.errors import DataError as DataError
+from jaxreml.errors import EstimabilityWarning as EstimabilityWarning
+from jaxreml.errors import FormulaError as FormulaError
+from jaxreml.errors import JaxremlError as JaxremlError
+from jaxreml.errors import PrecisionError as PrecisionError
+from jaxreml.inference.likelihood.comparison import compare as compare
+from jaxreml.inference.resampling.power import power as power
+from jaxreml.inference.resampling.simulation import population as population
+from jaxreml.model.design import Design as Design
+from jaxreml.model.design import Term as Term
+from jaxreml.model.design import stack as stack
+from jaxreml.model.objective import ml_objective as ml_objective
+from jaxreml.model.objective import reml_objective as reml_objective
+from jaxreml.optimum.estimate import Estimate as Estimate
+from jaxreml.optimum.estimate import estimate as estimate
+from jaxreml.results import plots as plots
+from jaxreml.results.batch import BatchResults as BatchResults
+from jaxreml.results.results import LMMResults as LMMResults
+from jaxreml.results.results import load as load
+from jaxreml.results.streamed import StreamedResults as StreamedResults
+from jaxreml.status import Status as Status
+
+__version__: str

@@ -1,0 +1,1 @@
+"""What people call with a table: `fit` for one response, `fit_many` for many."""

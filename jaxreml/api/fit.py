@@ -1,0 +1,62 @@
+"""`fit`: a formula and a table to labelled results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxreml.arguments import is_reml, refuse_arguments
+from jaxreml.data.frame import model_frame
+from jaxreml.fitting.fit import fit_frame
+from jaxreml.results.results import LMMResults
+
+
+def fit(
+    formula: str,
+    data: Any,
+    method: str = "REML",
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+    **others: Any,
+) -> LMMResults:
+    """Fit a linear mixed model.
+
+    Computes in float64 whatever JAX's settings, and changes none of them. In processes of
+    `multiprocessing`, start them by ``get_context("spawn")``, or by joblib's default backend: JAX
+    does not work in one that is forked (Linux's default before Python 3.14) after it has run.
+
+    Args:
+        formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
+            ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; ``offset(z)``;
+            fixed effects in formulaic's grammar.
+        data: dataframe (pandas, polars, pyarrow, anything narwhals reads) or dict of columns.
+            Rows with a missing value in a column that the model uses are dropped and counted,
+            before columns such as ``poly(x, 2)`` are computed (R computes these first).
+        method: "REML" or "ML".
+        weights: column name or (n,) values: observation i has residual variance
+            sigma2 / weights[i], as in lme4.
+        offset: column name or (n,) values, a known part of the mean.
+        structure: how to factorise the covariance, "grouped", "crossed" or "dense"; chosen if
+            left out.
+        context: names the formula may use besides columns, functions for example.
+        max_iterations: evaluations of the criterion with its derivatives.
+        others: none; those of lme4 and statsmodels are refused with what to write instead.
+
+    Returns:
+        The fit. Without an optimum it comes with ``converged`` False, a `message` and a
+        ConvergenceWarning.
+
+    Raises:
+        FormulaError: a formula outside the grammar.
+        DataError: data that the model cannot be fitted to, named.
+        RuntimeError: in a process that was forked after JAX had run.
+        TypeError: an argument that `fit` does not have.
+    """
+    refuse_arguments("fit", others)
+    is_reml(method)
+    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    return fit_frame(frame, method, structure, context, max_iterations, kind=LMMResults)

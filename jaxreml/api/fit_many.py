@@ -1,0 +1,407 @@
+"""`fit_many`: one formula, one table, many responses."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from keyword import iskeyword
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import numpy as np
+import pandas as pd
+
+from jaxreml.api.fit import fit
+from jaxreml.arguments import is_reml
+from jaxreml.data.frame import ModelFrame, covariate_frame
+from jaxreml.data.hypotheses import hypotheses
+from jaxreml.data.responses import Responses
+from jaxreml.data.sources import import_parquet
+from jaxreml.errors import DataError
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.processes import Crew, gather, widths
+from jaxreml.many.record import BatchModel, Fits
+from jaxreml.optimum.estimate import Status
+from jaxreml.results.batch import BatchResults
+from jaxreml.results.results import LMMResults
+from jaxreml.results.streamed import (
+    Parts,
+    StreamedResults,
+    check_output,
+    count_failures,
+    describe_run,
+    first_failed,
+)
+
+BLOCK_BYTES = 64 << 20  # of values or results of one block, whichever is more
+
+Advance = Callable[[np.ndarray], None]
+
+
+@overload
+def fit_many(
+    formula: str,
+    data: Any,
+    responses: Any,
+    method: str = "REML",
+    *,
+    id: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    modes: bool = False,
+    df: str = "satterthwaite",
+    contrasts: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+    batch_size: int | None = None,
+    devices: Any = None,
+    output: None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> BatchResults: ...
+
+
+@overload
+def fit_many(
+    formula: str,
+    data: Any,
+    responses: Any,
+    method: str = "REML",
+    *,
+    id: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    modes: Literal[False] = False,
+    df: str = "satterthwaite",
+    contrasts: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+    batch_size: int | None = None,
+    devices: Any = None,
+    output: str | Path,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> StreamedResults: ...
+
+
+def fit_many(
+    formula: str,
+    data: Any,
+    responses: Any,
+    method: str = "REML",
+    *,
+    id: str | None = None,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    modes: bool = False,
+    df: str = "satterthwaite",
+    contrasts: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+    batch_size: int | None = None,
+    devices: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> BatchResults | StreamedResults:
+    """Fit one linear mixed model to many responses.
+
+    Args:
+        formula: as for `fit`, without a left side: ``"~ age + (1 | subject)"``.
+        data: the covariates, as for `fit`, n rows. Rows with a missing value in a column that the
+            formula uses are dropped for all responses.
+        responses: a dataframe (pandas, polars, pyarrow, ...), a column per response; an (n, B)
+            array (NumPy, JAX, xarray, memory map); the path of a .parquet or .npy file; or an
+            iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
+            NaN where a value is missing.
+        method: "REML" or "ML".
+        id: name of a column of `data` and of the responses by which rows are matched; their order
+            may then differ. It may be the name of an index, or be so in one of the two with the
+            other's index holding the same values. By position if left out; tables are refused then
+            whose row labels differ, or whose labels are values of a column in another order.
+        weights, offset, structure, context, max_iterations: as for `fit`.
+        modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
+        df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
+            adjusted standard errors.
+        contrasts: linear functions of the fixed effects to test for every response, by name: each
+            a row of p numbers, a dict from names of fixed effects to coefficients, or an expression
+            such as ``"`group[T.b]` - `group[T.c]`"`` (`BatchResults.contrasts`).
+        batch_size: responses to read, fit and write at a time; chosen by memory if left out.
+        devices: JAX devices to share the responses between, or "cpu" or "gpu" for all of a kind;
+            this process's if left out.
+        output: a .parquet file to write the results to, block by block, in bounded memory. A run
+            that was interrupted goes on when it is started again with the same arguments: blocks
+            fitted are kept in the folder ``<output>.parts`` until all are.
+        overwrite: replace `output`, and do not go on from an interrupted run.
+        progress: show a progress bar on stderr; if stderr is a terminal, if left out.
+
+    With several processes (``jax.distributed.initialize`` called before), each fits its share;
+    all call `fit_many` with the same arguments and get the same results. `output` is then on a
+    filesystem that they share.
+
+    Columns of X are made once, from all rows of the data: coefficients have one meaning for all
+    responses. One that the rows of a response say nothing about, being outside the row space of X
+    there, is NaN, and so is a contrast; what these rows do tell is given (of levels a, b, c the
+    difference of b and c, where all of the reference level a is missing).
+
+    Returns:
+        The results, or, with `output`, where they are. Responses without an optimum have a
+        ``status`` that says why, and `messages` name what is not estimable.
+
+    Raises:
+        FormulaError: a formula outside the grammar, or with a left side.
+        DataError: data or responses that the model cannot be fitted to, named; an output that
+            exists; an interrupted run of another model or of other data; no device of that kind.
+        ValueError: another method, or devices that are none.
+        RuntimeError: as `fit`.
+    """
+    is_reml(method)
+    if batch_size is not None and batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+    if output is not None and modes:
+        raise DataError(
+            "modes=True needs memory for all of them and output is written without: leave output "
+            "out and call fit_many on a part of the responses at a time"
+        )
+    path = None if output is None else check_output(output, overwrite)
+    frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
+    rows = _contrast_rows(frame, contrasts or {})
+    source = Responses(responses, data, frame.rows, id)
+    fitter = BatchFitter(
+        frame,
+        method,
+        structure=structure,
+        modes=modes,
+        df=df,
+        contrasts=rows,
+        max_iterations=max_iterations,
+        devices=devices,
+    )
+    crew = Crew(jax.process_index(), jax.process_count())
+    template = fitter.fit(np.empty((len(frame.X), 0)))
+    job = Job(fitter, source, _model(frame, fitter, contrasts or {}), template, crew)
+    size = batch_size or _block_size(frame, template, source.names, crew)
+    total = None if source.names is None else len(source.names)
+    with _progress_bar(total, progress if crew.index == 0 else False) as advance:
+        if path is not None:
+            run = describe_run(
+                frame,
+                source.names,
+                method,
+                fitter.structure,
+                max_iterations,
+                size,
+                (df, list(contrasts or {}), rows),
+            )
+            return _fit_to_file(job, size, Parts(path, run), overwrite, advance)
+        names, fits = _fit_in_memory(job, size, advance)
+
+    def refit(i: int) -> LMMResults:
+        y = source.read(i, i + 1)[:, 0]
+        name = _response_name(names[i], frame.formula.text)
+        return _fit_alone(frame, name, y, method, structure, context, max_iterations)
+
+    return BatchResults(job.model, names, fits, refit if source.names is not None else None)
+
+
+class Job(NamedTuple):
+    """What is fitted to what, by whom; `template` are the results of no responses."""
+
+    fitter: BatchFitter
+    responses: Responses
+    model: BatchModel
+    template: Fits
+    crew: Crew
+
+
+def _fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fits]:
+    names, pieces = [], [job.template]
+    with job.crew.together():
+        for k, block in enumerate(job.responses.blocks(size)):
+            names.append(block.names)
+            if job.crew.owns(k):
+                pieces.append(job.fitter.fit(block.read()))
+                advance(pieces[-1].status)
+    fits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pieces)
+    if job.crew.count > 1:
+        fits = gather(fits, [len(block) for block in names], job.crew)
+    known = job.responses.names
+    return names[0].append(names[1:]) if known is None else known, fits
+
+
+def _fit_to_file(
+    job: Job, size: int, parts: Parts, overwrite: bool, advance: Advance
+) -> StreamedResults:
+    first = job.crew.index == 0
+    with job.crew.together():
+        if not overwrite:
+            parts.check()
+        elif first:
+            parts.discard()
+        if first:
+            parts.start()
+    count = 0
+    with job.crew.together(), ThreadPoolExecutor(1) as writer:
+        written: list[Future] = []  # a block is written while the next is fitted
+        for k, block in enumerate(job.responses.blocks(size)):
+            count += 1
+            if not job.crew.owns(k):
+                continue
+            values = block.read()
+            status = parts.status(k, block.names, values)
+            if status is None:
+                fits = job.fitter.fit(values)
+                status = fits.status
+                results = BatchResults(job.model, block.names, fits)
+                _wait_for(written)
+                written = [writer.submit(parts.write, k, block.names, values, results)]
+            advance(status)
+        _wait_for(written)
+    with job.crew.together():
+        if first:
+            parts.assemble(count, job.model)
+    pq = import_parquet("output to parquet")
+    table = pq.read_table(parts.output, columns=["response", "status"])
+    names, status = (table.column(name).to_numpy() for name in table.column_names)
+    failures = count_failures(status), first_failed(names, status)
+    return StreamedResults(parts.output, job.model, len(status), *failures)
+
+
+def _wait_for(futures: list[Future]) -> None:
+    """Raise what they raised."""
+    for future in futures:
+        future.result()
+
+
+def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarray:
+    """The contrasts as rows, (k, p)."""
+    rows = np.zeros((0, len(frame.fixed_names)))
+    for name, contrast in contrasts.items():
+        own, values, _ = hypotheses(frame.fixed_names, contrast)
+        if len(own) != 1 or values.any():
+            raise DataError(
+                f"the contrast {name!r} must be one linear function of the fixed effects, without "
+                "a right side"
+            )
+        if not own.any():
+            raise DataError(f"the contrast {name!r} has no coefficient other than zero")
+        rows = np.concatenate([rows, own])
+    return rows
+
+
+def _model(frame: ModelFrame, fitter: BatchFitter, contrasts: Mapping[str, Any]) -> BatchModel:
+    return BatchModel(
+        frame.formula.text,
+        fitter.method,
+        fitter.structure,
+        frame.fixed_names,
+        frame.aliased,
+        tuple((term.name, term.effect_names) for term in frame.terms),
+        tuple(term.levels for term in frame.terms),
+        frame.n_dropped,
+        fitter.df,
+        tuple(map(str, contrasts)),
+    )
+
+
+def _block_size(frame: ModelFrame, template: Fits, names: pd.Index | None, crew: Crew) -> int:
+    """Responses at a time: of bounded size, and every process gets some."""
+    numbers = max(len(frame.X), sum(widths(template)))
+    size = max(1, BLOCK_BYTES // (8 * numbers))
+    return size if names is None else max(1, min(size, -(-len(names) // crew.count)))
+
+
+def _response_name(name: Any, formula: str) -> str:
+    """The name of a response if it can stand left of the formula, else one that can."""
+    usable = isinstance(name, str) and name.isidentifier() and not iskeyword(name)
+    if usable and name not in formula:
+        return name
+    free = "response"
+    while free in formula:
+        free += "_"
+    return free
+
+
+def _fit_alone(
+    frame: ModelFrame,
+    name: str,
+    y: np.ndarray,
+    method: str,
+    structure: str | None,
+    context: Mapping[str, Any] | None,
+    max_iterations: int,
+) -> LMMResults:
+    """`fit` of one response on the columns and rows of a frame."""
+    table = frame.table.assign(**{name: y})
+    extras = {
+        role: table.pop(f"({role})") if f"({role})" in table else None
+        for role in ("weights", "offset")
+    }
+    result = fit(
+        f"{name} {frame.formula.text}",
+        table,
+        method,
+        **extras,
+        structure=structure,
+        context=context,
+        max_iterations=max_iterations,
+    )
+    _warn_of_coding(frame, result, ~np.isnan(y))
+    return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
+
+
+def _warn_of_coding(frame: ModelFrame, result: LMMResults, kept: np.ndarray) -> None:
+    """Warn where `fit` of the rows `kept` has coded them otherwise than `fit_many` had."""
+    same = result.fixed_names == frame.fixed_names
+    if kept.all() or (same and np.allclose(result.frame.X, frame.X[kept], rtol=1e-9, atol=1e-12)):
+        return
+    warnings.warn(
+        "coded from the rows where the response is not missing, where other levels are the "
+        "reference or functions of the data have other values: the coefficients, "
+        f"{', '.join(result.fixed_names)}, are not those of `BatchResults.params`",
+        stacklevel=4,
+    )
+
+
+@contextmanager
+def _progress_bar(total: int | None, wanted: bool | None) -> Iterator[Advance]:
+    """A bar on stderr with responses/s and failures; gives what is to be called with status codes.
+
+    Args:
+        total: number of responses, if it is known.
+        wanted: whether to show it; None for only on a terminal.
+    """
+    if wanted is None:
+        wanted = sys.stderr is not None and sys.stderr.isatty()
+    if not wanted:
+        yield lambda status: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} responses/s, {task.fields[failed]} failed"),
+    ]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, rate=0, failed=0)
+
+        def advance(status: np.ndarray) -> None:
+            now = bar.tasks[0]
+            bar.update(
+                task,
+                advance=len(status),
+                failed=now.fields["failed"] + int(np.sum(status != Status.CONVERGED)),
+            )
+            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-9))
+
+        yield advance

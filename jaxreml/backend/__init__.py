@@ -1,0 +1,1 @@
+"""How JAX is run: its settings, its devices, what is compiled and kept."""

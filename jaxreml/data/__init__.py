@@ -1,0 +1,4 @@
+"""Tables in, labelled arrays out: columns, formulas, model matrices, rows, hypotheses in words.
+
+Nothing here imports JAX.
+"""

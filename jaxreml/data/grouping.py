@@ -1,0 +1,151 @@
+"""Random terms as arrays and labels, and what makes a term impossible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from formulaic.errors import FormulaicError
+
+from jaxreml.data.encoding import Encoding, encode
+from jaxreml.data.estimability import ALIASED
+from jaxreml.data.evaluation import summands
+from jaxreml.data.formula import RandomTerm
+from jaxreml.errors import DataError, FormulaError
+from jaxreml.model.design import instead_of_residual, replaces_residual
+
+
+@dataclass(frozen=True)
+class GroupingTerm:
+    """A random term as arrays and labels.
+
+    Attributes:
+        name: the grouping factor, as lme4 names it.
+        levels: labels, J of them, in order.
+        codes: (n,) integers 0..J-1.
+        effects: (n, q) columns.
+        effect_names: q names.
+        factors: the columns whose combinations are the levels.
+        encoding: how the effects are made.
+    """
+
+    name: str
+    levels: tuple[Any, ...]
+    codes: np.ndarray
+    effects: np.ndarray
+    effect_names: tuple[str, ...]
+    factors: tuple[str, ...]
+    encoding: Encoding
+
+
+def grouping_terms(
+    bar: RandomTerm, table: pd.DataFrame, context: Mapping[str, Any]
+) -> list[GroupingTerm]:
+    """One term for correlated effects, one for each summand of uncorrelated ones."""
+    codes, levels = _grouping_factor(bar, table)
+    try:
+        texts = [bar.effects] if bar.correlated else summands(bar.effects)
+    except FormulaicError as error:
+        raise FormulaError(f"{bar.effects!r}: {error}") from error
+    terms = []
+    for text in texts:
+        effects, encoding = encode(text, table, context, f"the random effects on {bar.name}")
+        names = encoding.names
+        if not names:
+            raise FormulaError(f"the term ({bar.effects} | {bar.name}) has no random effects")
+        terms.append(GroupingTerm(bar.name, levels, codes, effects, names, bar.factors, encoding))
+    return terms
+
+
+def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, tuple[Any, ...]]:
+    """Codes and level labels; combinations of several columns, in R's order, if there are more."""
+    factors = [pd.Categorical(table[name]) for name in bar.factors]
+    codes = combined_codes([np.asarray(factor.codes) for factor in factors])
+    first = np.unique(codes, return_index=True)[1]
+    if len(factors) == 1:
+        return codes, tuple(factors[0].categories[factors[0].codes[first]].tolist())
+    parts = [map(str, factor.categories[factor.codes[first]].tolist()) for factor in factors]
+    return codes, tuple(":".join(label) for label in zip(*parts, strict=True))
+
+
+def combined_codes(factors: list[np.ndarray]) -> np.ndarray:
+    """Codes 0, 1, ... of the combinations of several factors that occur, the first varies slowest.
+
+    Numbered anew after every factor, so that many factors do not exceed 64 bits.
+    """
+    codes = np.zeros(len(factors[0]), np.int64)
+    for factor in factors:
+        pairs = codes * (int(factor.max(initial=0)) + 1) + factor
+        codes = np.unique(pairs, return_inverse=True)[1]
+    return codes
+
+
+def lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
+    """Most levels first; like lme4, rev(order(levels)) as soon as one term is out of order."""
+    levels = [len(term.levels) for term in terms]
+    if all(a >= b for a, b in pairwise(levels)):
+        return terms
+    order = sorted(range(len(terms)), key=levels.__getitem__)
+    return [terms[k] for k in reversed(order)]
+
+
+def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:
+    """Raise DataError for terms whose variances cannot be estimated from `n` rows, named.
+
+    `weights` are prior weights, (n,), or None.
+    """
+    seen: set[tuple[str, str]] = set()
+    for term in terms:
+        n_levels = len(term.levels)
+        if n_levels < 2:
+            raise DataError(
+                f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its "
+                "variance cannot be estimated. Leave the term out"
+            )
+        for k, effect in enumerate(term.effect_names):
+            if not np.any(term.effects[:, k]):
+                raise DataError(
+                    f"the random effect {effect!r} of {term.name!r} is zero in all rows"
+                )
+            if (term.name, effect) in seen:
+                raise DataError(
+                    f"the random effect {effect!r} of {term.name!r} occurs in two terms; its "
+                    "variance cannot be divided between them"
+                )
+            seen.add((term.name, effect))
+        rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
+        if replaces_residual(term.codes, rows):
+            raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
+        dependent = _dependent(term.effects)
+        if dependent is not None:
+            effect = term.effect_names[dependent]
+            before = ", ".join(term.effect_names[:dependent])
+            what = "is constant" if np.ptp(term.effects[:, dependent]) == 0 else "depends on them"
+            raise DataError(
+                f"the random effect {effect!r} of {term.name!r} {what} and cannot be told apart "
+                f"from {before}; take it out of the term"
+            )
+    for first, second in combinations(terms, 2):
+        shared = set(first.effect_names) & set(second.effect_names)
+        if first.name != second.name and shared and _same_partition(first, second):
+            raise DataError(
+                f"the grouping factors {first.name!r} and {second.name!r} divide the rows alike; "
+                f"the variance of {min(shared)!r} cannot be shared out between them. Leave one out"
+            )
+
+
+def _dependent(columns: np.ndarray) -> int | None:
+    """The first column that is a linear combination of those before it."""
+    triangle = np.linalg.qr(columns / np.linalg.norm(columns, axis=0), mode="r")
+    found = np.flatnonzero(np.abs(np.diagonal(triangle)) <= ALIASED)
+    return int(found[0]) if found.size else None
+
+
+def _same_partition(first: GroupingTerm, second: GroupingTerm) -> bool:
+    if len(first.levels) != len(second.levels):
+        return False
+    return np.array_equal(pd.factorize(first.codes)[0], pd.factorize(second.codes)[0])

@@ -1,0 +1,1 @@
+"""From a model frame to a fit: numbers with labels, certified."""

@@ -1,0 +1,132 @@
+"""A model frame to a certified fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxreml.arguments import is_reml
+from jaxreml.backend.compilation import quick_compilation, remembered, spare_memory_maps
+from jaxreml.backend.runtime import neutral
+from jaxreml.data.frame import ModelFrame
+from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.fitting.fitted import FittedModel, Grouping
+from jaxreml.model.design import with_spare_levels
+from jaxreml.optimum.effects import conditional_variances, inspect
+from jaxreml.optimum.estimate import CERTIFIED, estimate
+from jaxreml.optimum.rivals import optimality
+from jaxreml.status import NO_FIT, Status
+
+Fit = TypeVar("Fit", bound=FittedModel)
+
+
+def fit_frame(
+    frame: ModelFrame,
+    method: str,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    max_iterations: int = 100,
+    kind: type[Fit] = FittedModel,
+) -> Fit:
+    """`fit` of a model frame with a response; as a fit of class `kind`."""
+    with neutral():
+        spare_memory_maps()
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
+            design = with_spare_levels(frame.design(structure))
+        bare = design.without_names()
+        estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)
+        inspection = _compiled(inspect, method)(estimated, bare)
+        estimated, inspection = jax.device_get((estimated, inspection))
+    status = Status(int(estimated.status))
+    if status in NO_FIT:
+        raise DataError(status.sentence)
+    gradient_norm = float(np.linalg.norm(inspection.gradient))
+    scale = 1 + abs(float(estimated.criterion))
+    agrees = abs(float(inspection.criterion - estimated.criterion)) <= 1e-9 * scale
+    if status == Status.CONVERGED and not (agrees and gradient_norm <= CERTIFIED * scale):
+        status = Status.NOT_CERTIFIED
+    if status != Status.CONVERGED:
+        warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
+    variances = conditional_variances(estimated, inspection, design)
+    effects = list(zip(inspection.modes, variances, strict=True))
+    with neutral():
+        certainty = optimality(design, inspection.omega, reml=is_reml(method))
+    return kind(
+        **_fields(
+            frame, design, method, estimated, effects, status, gradient_norm, context, certainty
+        )
+    )
+
+
+@remembered
+def _compiled(function: Callable[..., Any], method: str, **options: Any) -> Callable[..., Any]:
+    """`function` of arrays, jitted so that it compiles quickly."""
+    return jax.jit(
+        lambda *arrays: function(*arrays, method, **options),
+        compiler_options=quick_compilation(jax.default_backend()),
+    )
+
+
+def _fields(
+    frame: ModelFrame,
+    design: Any,
+    method: str,
+    estimated: Any,
+    effects: list[tuple[np.ndarray, np.ndarray]],
+    status: Status,
+    gradient_norm: float,
+    context: Mapping[str, Any] | None,
+    optimality: str,
+) -> dict[str, Any]:
+    """Those of `FittedModel`."""
+    assert frame.y is not None  # `model_frame` has one
+    fixed = frame.X @ estimated.beta
+    fitted = fixed.copy()
+    groupings = []
+    for term, (modes, variances) in zip(frame.terms, effects, strict=True):
+        fitted += np.sum(term.effects * modes[term.codes], axis=1)
+        names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
+        groupings.append(
+            Grouping(term.name, term.levels, names, np.asarray(modes)[own], variances[own])
+        )
+    if frame.offset is not None:
+        fixed, fitted = fixed + frame.offset, fitted + frame.offset
+    converged = status == Status.CONVERGED
+    blank = 1.0 if converged else np.nan
+    return {
+        "formula": frame.formula.text,
+        "method": method,
+        "structure": type(design.structure).__name__.lower(),
+        "fixed_names": frame.fixed_names,
+        "aliased": frame.aliased,
+        "groupings": tuple(groupings),
+        "parameter_names": design.parameter_names,
+        "theta": estimated.theta,
+        "parameters": estimated.params,
+        "parameters_vcov": estimated.params_vcov * blank,
+        "beta": estimated.beta,
+        "vcov_array": estimated.vcov,
+        "vcov_slopes": estimated.vcov_slopes,
+        "hessian": estimated.hessian,
+        "inertia": tuple(int(count) for count in estimated.inertia),
+        "sigma": float(estimated.sigma),
+        "criterion": float(estimated.criterion),
+        "n_iter": int(estimated.iterations),
+        "gradient_norm": gradient_norm,
+        "is_singular": bool(estimated.is_singular),
+        "status": int(status),
+        "n_dropped": frame.n_dropped,
+        "y": frame.y,
+        "fixed_fitted": fixed,
+        "fitted": fitted,
+        "weights": frame.weights,
+        "offset": frame.offset,
+        "table": frame.table,
+        "context": context,
+        "optimality": optimality,
+        "made_from": (frame, design),
+    }

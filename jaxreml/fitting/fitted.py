@@ -1,0 +1,414 @@
+"""What a fit is: its numbers, and the labelled views of them that need no further inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.backend.runtime import neutral
+from jaxreml.data.frame import ModelFrame, model_frame
+from jaxreml.data.prototype import prototype
+from jaxreml.errors import DataError
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.design import Design, with_spare_levels
+from jaxreml.optimum.effects import Henderson, henderson
+from jaxreml.optimum.estimate import Status
+
+RESIDUAL = "Residual"
+ROWS = ("y", "fixed_fitted", "fitted", "weights", "offset", "table")  # fields of the rows
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """One random term of a fit.
+
+    Attributes:
+        name, levels, effects: labels of the grouping factor, its levels and the effects.
+        modes: (levels, effects), conditional modes of the random effects.
+        variances: (levels, effects, effects), their conditional covariances given the fixed
+            effects and variance parameters, as lme4's ``condVar``.
+    """
+
+    name: str
+    levels: tuple[Any, ...]
+    effects: tuple[str, ...]
+    modes: np.ndarray
+    variances: np.ndarray
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedModel:
+    """A fitted linear mixed model: what `jaxreml.fit` keeps, and `save` writes.
+
+    Attributes:
+        formula, method: as given.
+        structure: how the covariance was factorised.
+        fixed_names, aliased: columns of X, and those dropped because they depend on others.
+        groupings: random terms in lme4's order, most levels first.
+        parameter_names: names of the variance parameters `parameters`.
+        theta: (m,), lme4's relative Cholesky factor, column by column, term by term.
+        parameters, parameters_vcov, hessian: `Estimate.params` and its asymptotic covariance and
+            Hessian; NaN for parameters on the boundary, the others given them.
+        beta, vcov_array, vcov_slopes: fixed effects, their covariance, its derivatives.
+        inertia: negative, zero and positive eigenvalues of the Hessian in theta.
+        sigma: residual standard deviation.
+        criterion: -2 log (restricted) likelihood.
+        n_iter: evaluations of the criterion with its derivatives.
+        gradient_norm: norm of the gradient in theta, by a separately compiled function.
+        is_singular: whether a variance is zero or a correlation +-1.
+        status: a `Status` code; `message` is its sentence.
+        n_dropped: rows left out because of missing values.
+        y, fitted, fixed_fitted: (n,), response, fitted values, and those without random effects.
+        weights, offset: (n,) or None.
+        table: the columns used, complete rows only.
+        context: names the formula may use besides columns; not saved.
+        optimality: how it is known that no other optimum is lower: "proved to be the lowest" (one
+            variance ratio), "the lowest of 5 searches", or, with much data, "not lower with a
+            variance at zero".
+        made_from: its model frame and design; None of a fit that was loaded.
+    """
+
+    formula: str
+    method: str
+    structure: str
+    fixed_names: tuple[str, ...]
+    aliased: tuple[str, ...]
+    groupings: tuple[Grouping, ...]
+    parameter_names: tuple[str, ...]
+    theta: np.ndarray
+    parameters: np.ndarray
+    parameters_vcov: np.ndarray
+    beta: np.ndarray
+    vcov_array: np.ndarray
+    vcov_slopes: np.ndarray
+    hessian: np.ndarray
+    inertia: tuple[int, ...]
+    sigma: float
+    criterion: float
+    n_iter: int
+    gradient_norm: float
+    is_singular: bool
+    status: int
+    n_dropped: int
+    y: np.ndarray
+    fixed_fitted: np.ndarray
+    fitted: np.ndarray
+    weights: np.ndarray | None
+    offset: np.ndarray | None
+    table: pd.DataFrame
+    context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
+    optimality: str = ""
+    made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
+
+    @cached_property
+    def frame(self) -> ModelFrame:
+        """The rows used as arrays with labels; made again from `table` where the fit was loaded.
+
+        Raises:
+            DataError: the formula of a loaded fit uses functions of its `context`, which are not
+                saved.
+        """
+        return self.made_from[0] if self.made_from else self.frame_of(self.formula)
+
+    def frame_of(self, formula: str) -> ModelFrame:
+        """The model frame of another formula, of columns that the fit uses, on the same rows."""
+        extras = {
+            role: self.table[f"({role})"].to_numpy() if f"({role})" in self.table else None
+            for role in ("weights", "offset")
+        }
+        table = self.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+        return model_frame(formula, table, **extras, context=self.context)
+
+    @cached_property
+    def design(self) -> Design:
+        """The cross-products of `frame`, in the structure of the fit.
+
+        A grouped design may have some levels more, without rows, which change nothing.
+        """
+        if self.made_from:
+            return self.made_from[1]
+        with neutral():
+            return with_spare_levels(self.frame.design(self.structure))
+
+    @cached_property
+    def approximations(self) -> dict[str, Any]:
+        """What tests of the fixed effects are made from, by its name; `wald.approximation`."""
+        return {}
+
+    @cached_property
+    def prototype(self) -> ModelFrame:
+        """Some rows of `frame` with all levels, all that predictions for new rows need."""
+        return prototype(self.frame)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows are there: not those of a fit saved with ``data=False``."""
+        return "table" in vars(self)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ROWS:
+                raise DataError(
+                    f"the fit was saved without its rows (data=False), which this needs ({name}): "
+                    "save it with data=True"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # Fixed effects
+
+    @property
+    def params(self) -> pd.Series:
+        """Fixed-effects estimates."""
+        return pd.Series(self.beta, self._fixed_index, name="params")
+
+    @property
+    def bse(self) -> pd.Series:
+        """Standard errors of the fixed effects."""
+        return pd.Series(np.sqrt(np.diagonal(self.vcov_array)), self._fixed_index, name="bse")
+
+    @property
+    def tvalues(self) -> pd.Series:
+        """Estimates over standard errors."""
+        return (self.params / self.bse).rename("tvalues")
+
+    @property
+    def vcov(self) -> pd.DataFrame:
+        """Covariance matrix of the fixed effects, sigma2 (X' V0^-1 X)^-1."""
+        return pd.DataFrame(self.vcov_array, self._fixed_index, self._fixed_index)
+
+    def cov_params(self) -> pd.DataFrame:
+        """`vcov`, by statsmodels' name."""
+        return self.vcov
+
+    # Variance parameters
+
+    @cached_property
+    def variance_components(self) -> pd.DataFrame:
+        """One row per random effect, the residual last: variance, SD, log-variance and its SE.
+
+        A variance of zero has log-variance -inf and SE NaN; the other SEs are given it.
+        """
+        rows = [
+            (grouping.name, effect) for grouping in self.groupings for effect in grouping.effects
+        ]
+        variances = [np.diagonal(matrix) for matrix in self.covariances]
+        positions, _ = unstructured.positions(self._sizes)
+        variance = np.concatenate([*variances, [self.sigma**2]])
+        return pd.DataFrame(
+            {
+                "group": [group for group, _ in rows] + [RESIDUAL],
+                "term": [term for _, term in rows] + [RESIDUAL],
+                "variance": variance,
+                "sd": np.sqrt(variance),
+                "log_variance": self.parameters[positions],
+                "log_variance_se": np.sqrt(np.diagonal(self.parameters_vcov))[positions],
+            }
+        )
+
+    @property
+    def log_variances(self) -> pd.Series:
+        """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
+        return self._by_effect("log_variance")
+
+    @property
+    def log_variance_se(self) -> pd.Series:
+        """Asymptotic standard errors of the log-variances; NaN on the boundary."""
+        return self._by_effect("log_variance_se")
+
+    @property
+    def correlations(self) -> pd.DataFrame:
+        """Correlations of random effects: columns group, term1, term2, correlation."""
+        rows = []
+        for grouping, matrix in zip(self.groupings, self.covariances, strict=True):
+            sd = np.sqrt(np.diagonal(matrix))
+            for j in range(len(sd)):
+                for i in range(j + 1, len(sd)):
+                    scale = sd[i] * sd[j]
+                    value = matrix[i, j] / scale if scale > 0 else np.nan
+                    rows.append((grouping.name, grouping.effects[j], grouping.effects[i], value))
+        frame = pd.DataFrame(rows, columns=["group", "term1", "term2", "correlation"])
+        return frame.astype({"correlation": float})
+
+    @property
+    def cov_re(self) -> pd.DataFrame:
+        """Covariance matrix of the random effects of one level of every term, block-diagonal."""
+        labels = [(g.name, effect) for g in self.groupings for effect in g.effects]
+        index = pd.MultiIndex.from_tuples(labels, names=["group", "term"])
+        matrix = np.zeros((len(labels), len(labels)))
+        start = 0
+        for block in self.covariances:
+            stop = start + len(block)
+            matrix[start:stop, start:stop] = block
+            start = stop
+        return pd.DataFrame(matrix, index, index)
+
+    @property
+    def random_effects(self) -> dict[str, pd.DataFrame]:
+        """Conditional modes per grouping factor: a row per level, a column per effect."""
+        return self._by_level([grouping.modes for grouping in self.groupings])
+
+    @property
+    def random_effects_se(self) -> dict[str, pd.DataFrame]:
+        """Conditional standard deviations of `random_effects`, laid out likewise.
+
+        Given the fixed effects and variance parameters, as lme4's ``condVar`` and broom.mixed's
+        ``std.error``.
+        """
+        variances = [np.einsum("jaa->ja", grouping.variances) for grouping in self.groupings]
+        return self._by_level([np.sqrt(part) for part in variances])
+
+    def _by_level(self, values: list[np.ndarray]) -> dict[str, pd.DataFrame]:
+        """Frames of (levels, effects) arrays, one per grouping factor."""
+        frames: dict[str, list[pd.DataFrame]] = {}
+        for grouping, part in zip(self.groupings, values, strict=True):
+            index = pd.Index(grouping.levels, name=grouping.name)
+            frame = pd.DataFrame(part, index, list(grouping.effects))
+            frames.setdefault(grouping.name, []).append(frame)
+        return {
+            name: parts[0] if len(parts) == 1 else pd.concat(parts, axis=1)
+            for name, parts in frames.items()
+        }
+
+    # Fit statistics
+
+    @property
+    def llf(self) -> float:
+        """Log-likelihood, restricted under REML."""
+        return -self.criterion / 2
+
+    @property
+    def df_model(self) -> int:
+        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
+        return len(self.beta) + len(self.theta) + 1
+
+    @property
+    def df_resid(self) -> int:
+        """Observations less `df_model`."""
+        return self.nobs - self.df_model
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion, of the restricted likelihood under REML, as lme4's."""
+        return self.criterion + 2 * self.df_model
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion with log(nobs), of the restricted likelihood under REML as lme4's."""
+        return self.criterion + float(np.log(self.nobs)) * self.df_model
+
+    @cached_property
+    def nobs(self) -> int:
+        """Rows used."""
+        return len(self.y)
+
+    @property
+    def ngroups(self) -> dict[str, int]:
+        """Levels of each grouping factor."""
+        return {grouping.name: len(grouping.levels) for grouping in self.groupings}
+
+    @property
+    def converged(self) -> bool:
+        """Whether an optimum was found and certified."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def message(self) -> str:
+        """How the fit ended, in words."""
+        sentence = Status(self.status).sentence
+        if not self.converged:
+            return sentence
+        if self.optimality:
+            sentence += f"; {self.optimality}"
+        if self.is_singular:
+            sentence += "; singular: " + "; ".join(self._boundary)
+        if np.isnan(np.diagonal(self.parameters_vcov)[np.isfinite(self.parameters)]).any():
+            sentence += (
+                "; the variance parameters have no standard errors: the criterion is flat in a "
+                "combination of them"
+            )
+        return sentence
+
+    def require_optimum(self, purpose: str) -> None:
+        """Raise DataError unless the fit has an optimum.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if not self.converged:
+            raise DataError(f"cannot {purpose}: the fit has no optimum ({self.message})")
+
+    # Rows
+
+    @property
+    def fittedvalues(self) -> pd.Series:
+        """X beta + Z b + offset, in the labels of the rows used."""
+        return pd.Series(self.fitted, self.table.index, name="fittedvalues")
+
+    @property
+    def resid(self) -> pd.Series:
+        """Response less fitted values."""
+        return pd.Series(self.y - self.fitted, self.table.index, name="resid")
+
+    @cached_property
+    def henderson(self) -> Henderson:
+        """What the variances of x'beta + z'b are made of; see `effects.row_variances`."""
+        return henderson(self.theta, self.design)
+
+    def _by_effect(self, column: str) -> pd.Series:
+        components = self.variance_components
+        labels = [components["group"], components["term"]]
+        index = pd.MultiIndex.from_arrays(labels, names=["group", "term"])
+        return pd.Series(components[column].to_numpy(), index, name=column)
+
+    @property
+    def term_sizes(self) -> tuple[tuple[str, int], ...]:
+        """Per random term its grouping factor and its number of effects."""
+        return tuple((grouping.name, len(grouping.effects)) for grouping in self.groupings)
+
+    @property
+    def _fixed_index(self) -> pd.Index:
+        return pd.Index(self.fixed_names)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(len(grouping.effects) for grouping in self.groupings)
+
+    @cached_property
+    def _factors(self) -> list[np.ndarray]:
+        """Relative Cholesky factor of each term's effects, with exact zeros where singular."""
+        factors = []
+        start = 0
+        for q in self._sizes:
+            factor = np.zeros((q, q))
+            rows, columns = unstructured.triangle(q)
+            factor[rows, columns] = self.theta[start : start + rows.size]
+            factors.append(factor)
+            start += rows.size
+        return factors
+
+    @cached_property
+    def covariances(self) -> list[np.ndarray]:
+        """Covariance matrix of each term's effects."""
+        return [self.sigma**2 * factor @ factor.T for factor in self._factors]
+
+    @property
+    def _boundary(self) -> list[str]:
+        """What is on the boundary of the parameter space, in words."""
+        found = []
+        for grouping, factor in zip(self.groupings, self._factors, strict=True):
+            positive = np.any(factor != 0, axis=1)
+            zero = [e for e, varies in zip(grouping.effects, positive, strict=True) if not varies]
+            found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]
+            if np.count_nonzero(np.diagonal(factor)) < np.count_nonzero(positive):
+                found.append(
+                    f"the correlation of the effects of {grouping.name} is +-1"
+                    if positive.sum() == 2
+                    else f"the correlation matrix of the effects of {grouping.name} has lost rank"
+                )
+        return found

@@ -1,0 +1,1 @@
+"""Tests, contrasts and means of the fixed effects."""

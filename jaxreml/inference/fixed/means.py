@@ -1,0 +1,452 @@
+"""Estimated marginal means, their contrasts and slopes, as emmeans defines them.
+
+A marginal mean is the average of the fixed effects' predictions over the cells of the reference
+grid (`grid`) that the other factors make (Searle, Speed and Milliken 1980, Am. Stat. 34:216).
+Factors nested in others are found as emmeans does (`nested`): their means belong to their levels
+within those of the others, averages are over the levels that there are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.arguments import check_conf_level
+from jaxreml.data.tables import nearest
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.fixed.adjustments import check_adjustment, critical_values, p_values
+from jaxreml.inference.fixed.contrasts import Contrasts, family
+from jaxreml.inference.fixed.grid import OVERALL, ReferenceGrid, is_numeric, reference_grid
+from jaxreml.inference.fixed.nested import described, with_outer
+from jaxreml.inference.fixed.terms import FixedTerms
+from jaxreml.inference.fixed.wald import approximation, each
+
+STEP = 1e-4  # of a covariate's range, for slopes of curves
+ROUNDING = 1e-13
+WEIGHTS = ("equal", "proportional")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MarginalMeans:
+    """Marginal means, or slopes, and contrasts between them.
+
+    Attributes:
+        table: a row per mean: its levels, then estimate, std_error, df, conf_low, conf_high,
+            statistic, p_value (of the hypothesis that it is zero). What the data cannot estimate
+            is NaN, what the model makes constant (such as the difference of two slopes of a
+            straight line) is not tested, and there is a column ``reason`` then.
+        contrasts: the contrasts asked for, laid out likewise, or None.
+        averaged_over: factors averaged over.
+        notes, contrast_notes: how the means and the contrasts were made, and of what to beware, as
+            emmeans prints it.
+    """
+
+    table: pd.DataFrame
+    contrasts: pd.DataFrame | None
+    averaged_over: tuple[str, ...]
+    notes: tuple[str, ...]
+    contrast_notes: tuple[str, ...]
+    _functions: Functions
+
+    def contrast(
+        self,
+        method: str | Mapping[str, Any] = "pairwise",
+        *,
+        by: str | Sequence[str] | None = None,
+        adjust: str | None = None,
+    ) -> pd.DataFrame:
+        """Contrasts between the means.
+
+        Args:
+            method: see `jaxreml.inference.contrasts.family`.
+            by: compare within the levels of these; those of the means if None, () for none.
+            adjust: "none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak" or "BH" (see
+                `jaxreml.inference.adjustments.p_values`), within each level of `by`; None for
+                emmeans' usual one: "tukey" for pairwise contrasts, "dunnettx" for those with a
+                control, "mvt" for "consec", "BH" for "eff", "none" for others.
+
+        Returns:
+            A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
+            interval is simultaneous (Bonferroni's for "holm" and "BH").
+        """
+        return self._functions.contrasted(method, _names(by, self._functions.by), adjust)[0]
+
+    def __str__(self) -> str:
+        parts = ["\n".join([self.table.to_string(index=False), "", *self.notes])]
+        if self.contrasts is not None:
+            text = self.contrasts.to_string(index=False)
+            parts.append("\n".join([text, "", *self.contrast_notes]))
+        return "\n\n".join(parts) + "\n"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Functions:
+    """Labelled linear functions L beta + offset of the fixed effects.
+
+    Attributes:
+        fit, terms, df, conf_level: of what, and how they are tested.
+        labels: a row per function.
+        by: columns of `labels` within whose levels functions are compared.
+        L: (k, P), columns of X, the aliased ones too.
+        offset: (k,).
+        noise: rounding error of L, relative; smaller differences of its rows are taken for zero.
+        nested: whether factors of the labels are nested in others.
+    """
+
+    fit: FittedModel
+    terms: FixedTerms
+    df: str
+    conf_level: float
+    labels: pd.DataFrame
+    by: tuple[str, ...]
+    L: np.ndarray
+    offset: np.ndarray
+    noise: float = ROUNDING
+    nested: bool = False
+
+    def tabulated(
+        self, adjust: str, kind: Contrasts | None = None, sizes: Mapping[Any, int] | None = None
+    ) -> pd.DataFrame:
+        """Labels, estimates, tests and intervals; p-values are adjusted within `by`, where `sizes`
+        says how many means are compared."""
+        check_adjustment(adjust, kind is not None and kind.pairs)
+        estimable = self.terms.estimable(self.L)
+        constant = estimable & ~self.L[:, self.terms.kept].any(axis=1)
+        table = self._tests(estimable & ~constant)
+        table.loc[constant, "estimate"] = self.offset[constant]
+        table.loc[constant, "std_error"] = 0.0
+        low, high = np.empty((2, len(table)))
+        p_value = np.empty(len(table))
+        groups = self.groups()
+        for key, rows in groups.items():
+            part, means = table.iloc[rows], (sizes or {}).get(key, 0)
+            df = part["df"].to_numpy()
+            related = self._correlation(rows, part["std_error"]) if adjust == "mvt" else None
+            p_value[rows] = p_values(part["statistic"].to_numpy(), df, adjust, means, related)
+            half = part["std_error"] * critical_values(
+                self.conf_level, df, adjust, len(rows), means, related
+            )
+            low[rows] = part["estimate"] - half
+            high[rows] = part["estimate"] + half
+        table.insert(3, "conf_low", low)
+        table.insert(4, "conf_high", high)
+        table["p_value"] = p_value
+        if constant.any() or not estimable.all():
+            table["reason"] = np.where(constant, "constant: no coefficient is part of it", "")
+            table.loc[~estimable, "reason"] = "not estimable: outside the row space of X"
+        return pd.concat([self.labels, table], axis=1)
+
+    def _tests(self, tested: np.ndarray) -> pd.DataFrame:
+        columns = ["estimate", "std_error", "df", "statistic", "p_value"]
+        table = pd.DataFrame(np.nan, index=range(len(self.L)), columns=columns)
+        if tested.any():
+            L = self.L[tested][:, self.terms.kept]
+            offset = self.offset[tested]
+            found = each(self.fit, L, rhs=-offset, df=self.df)[columns]
+            found["estimate"] += offset
+            table.loc[tested] = found.to_numpy()
+        return table
+
+    def _correlation(self, rows: np.ndarray, std_error: pd.Series) -> np.ndarray:
+        """Correlations of the estimates of some functions, NaN where there is none."""
+        L = self.L[rows][:, self.terms.kept]
+        scale = std_error.where(std_error > 0).to_numpy()
+        return L @ approximation(self.fit, self.df).vcov @ L.T / np.outer(scale, scale)
+
+    def groups(self) -> dict[Any, np.ndarray]:
+        """Rows of each combination of the levels of `by`, in the order of the rows."""
+        if not self.by:
+            return {(): np.arange(len(self.labels))}
+        found: dict[Any, list[int]] = {}
+        for row, key in enumerate(self.labels[list(self.by)].itertuples(index=False, name=None)):
+            found.setdefault(key, []).append(row)
+        return {key: np.array(rows) for key, rows in found.items()}
+
+    def contrasted(
+        self, method: str | Mapping[str, Any], by: tuple[str, ...], adjust: str | None
+    ) -> tuple[pd.DataFrame, str]:
+        """The table of a family of contrasts within the levels of `by`, and how it is adjusted."""
+        for name in by:
+            if name not in self.labels:
+                raise DataError(f"by={name!r} is not among the means' {', '.join(self.labels)}")
+        compared = [name for name in self.labels if name not in by]
+        if not compared:
+            raise DataError("by takes all the factors of the means: there is nothing to compare")
+        within = replace(self, by=by)
+        names: list[str] = []
+        parts, keys = [], []
+        kind, sizes = None, {}
+        for key, rows in within.groups().items():
+            if len(rows) < 2 and self.nested:
+                continue  # the only level within what it is nested in
+            texts = _texts(self.labels.loc[rows, compared])
+            kind = family(method, texts)
+            sizes[key] = len(rows)
+            names += kind.names
+            keys += [key] * len(kind.names)
+            parts.append((kind.coefficients, rows))
+        if kind is None:
+            raise DataError("there is one mean within each level of by: nothing to compare")
+        L, offset = (
+            np.concatenate(
+                [_combined(weights, values[rows], self.noise) for weights, rows in parts]
+            )
+            for values in (self.L, self.offset)
+        )
+        labels = pd.DataFrame({"contrast": names})
+        for k, name in enumerate(by):
+            labels[name] = [key[k] for key in keys]
+        result = replace(self, labels=labels, by=by, L=L, offset=offset)
+        adjust = adjust or kind.adjust
+        tests = {len(rows) for rows in result.groups().values()}
+        families = set(sizes.values()) if adjust == "tukey" else tests
+        return result.tabulated(adjust, kind, sizes), _adjustment(adjust, families)
+
+
+def _combined(weights: np.ndarray, values: np.ndarray, noise: float) -> np.ndarray:
+    """`weights` @ `values`, zero where it is no more than rounding errors."""
+    product = weights @ values
+    return np.where(np.abs(product) <= noise * (np.abs(weights) @ np.abs(values)), 0.0, product)
+
+
+def _texts(labels: pd.DataFrame) -> list[str]:
+    """Levels as text: numbers after their factor's name, several factors one after another."""
+    columns = []
+    for name in labels:
+        texts = [f"{v:.15g}" if isinstance(v, float) else str(v) for v in labels[name]]
+        if all(_is_number(text) for text in texts):
+            texts = [f"{name}{text}" for text in texts]
+        columns.append(texts)
+    joined = [" ".join(parts) for parts in zip(*columns, strict=True)]
+    return [f"({text})" if re.search(r"[-+*/]", text) else text for text in joined]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def emmeans(
+    fit: FittedModel,
+    specs: str | Sequence[str],
+    by: str | Sequence[str] | None = None,
+    at: Mapping[str, Any] | None = None,
+    *,
+    pairwise: bool = False,
+    contrast: str | Mapping[str, Any] | None = None,
+    adjust: str | None = None,
+    df: str = "satterthwaite",
+    weights: str = "equal",
+    conf_level: float = 0.95,
+) -> MarginalMeans:
+    """Estimated marginal means of a fit, with the figures of R's emmeans.
+
+    Args:
+        fit: the fit.
+        specs: variables to whose levels the means belong; "1" for the overall mean.
+        by: further ones, within whose levels means are compared.
+        at: values of variables, see `reference_grid`.
+        pairwise: also all pairwise differences.
+        contrast: also these contrasts, see `MarginalMeans.contrast`.
+        adjust: for the p-values and intervals of the contrasts, see there; without contrasts for
+            those of the means, None for none.
+        df: method for the degrees of freedom, see `jaxreml.inference.tests`; "inf" is emmeans'
+            "asymptotic".
+        weights: of the cells averaged over: "equal", or "proportional" to their numbers of rows.
+        conf_level: confidence level.
+
+    Raises:
+        ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
+        DataError: names or levels that are not the model's; a fit that did not converge.
+    """
+    _check(weights, conf_level, pairwise, contrast)
+    grid = reference_grid(fit, at)
+    L, offset = grid.terms.rows(grid.table), grid.terms.offsets(grid.table) + grid.constant
+    return _summarised(
+        fit,
+        grid,
+        L,
+        offset,
+        specs,
+        by,
+        df,
+        weights,
+        conf_level,
+        _method(pairwise, contrast),
+        adjust,
+    )
+
+
+def emtrends(
+    fit: FittedModel,
+    specs: str | Sequence[str],
+    var: str,
+    by: str | Sequence[str] | None = None,
+    at: Mapping[str, Any] | None = None,
+    *,
+    pairwise: bool = False,
+    contrast: str | Mapping[str, Any] | None = None,
+    adjust: str | None = None,
+    df: str = "satterthwaite",
+    weights: str = "equal",
+    conf_level: float = 0.95,
+) -> MarginalMeans:
+    """Slopes of the predictions in a covariate at the levels of factors.
+
+    The derivative at the values of the reference grid, offsets included, by central differences (of
+    1e-4 of the covariate's range): that of a straight line or parabola is exact, where emmeans'
+    forward differences are so for straight lines only.
+
+    Args:
+        fit, specs, by, at, pairwise, contrast, adjust, df, weights, conf_level: as for `emmeans`.
+        var: the covariate.
+
+    Raises:
+        DataError: also a variable that is not a covariate of the fixed effects.
+    """
+    _check(weights, conf_level, pairwise, contrast)
+    grid = reference_grid(fit, at)
+    if var not in grid.levels or var in grid.terms.factors or not is_numeric(grid.table[var].dtype):
+        covariates = [n for n in grid.levels if is_numeric(grid.table[n].dtype)]
+        covariates = [n for n in covariates if n not in grid.terms.factors]
+        raise DataError(
+            f"var={var!r} is not a covariate of the fixed effects; these are: "
+            f"{', '.join(covariates) or 'none'}"
+        )
+    values = grid.terms.table[var].to_numpy(float)
+    extent = np.ptp(values) or np.abs(values).max() or 1.0
+    step = 2.0 ** np.round(np.log2(STEP * extent))  # x + step is exact for most x
+    noise = max(ROUNDING, 4 * np.finfo(float).eps * np.abs(values).max() / step)
+    ahead, behind = (
+        grid.table.assign(**{var: grid.table[var].astype(float) + sign * step}) for sign in (1, -1)
+    )
+    L, offset = (
+        (function(ahead) - function(behind)) / (2 * step)
+        for function in (grid.terms.rows, grid.terms.offsets)
+    )
+    return _summarised(
+        fit, grid, L, offset, specs, by, df, weights, conf_level,
+        _method(pairwise, contrast), adjust, noise,
+    )  # fmt: skip
+
+
+def contrasts(
+    fit: FittedModel,
+    specs: str | Sequence[str],
+    method: str | Mapping[str, Any] = "pairwise",
+    by: str | Sequence[str] | None = None,
+    at: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> pd.DataFrame:
+    """Contrasts between marginal means: `emmeans(..., contrast=method).contrasts`."""
+    found = emmeans(fit, specs, by, at, contrast=method, **options).contrasts
+    assert found is not None
+    return found
+
+
+def _summarised(
+    fit: FittedModel,
+    grid: ReferenceGrid,
+    L: np.ndarray,
+    offset: np.ndarray,
+    specs: str | Sequence[str],
+    by: str | Sequence[str] | None,
+    df: str,
+    weights: str,
+    conf_level: float,
+    method: str | Mapping[str, Any] | None,
+    adjust: str | None,
+    noise: float = ROUNDING,
+) -> MarginalMeans:
+    """Average the functions of the grid's rows over the variables not named, and compare."""
+    within = _names(by, ())
+    names = [name for name in _names(specs, ()) if name != OVERALL]
+    names = list(dict.fromkeys([*(name for name in names if name not in within), *within]))
+    for name in names:
+        if name not in grid.levels:
+            raise DataError(
+                f"{name!r} is not a variable of the fixed effects{nearest(name, list(grid.levels))}"
+            )
+    within = tuple(with_outer(within, grid.nesting))
+    asked, names = names, with_outer(names, grid.nesting)
+    average, exists = grid.averaging(names, weights)
+    labels = grid.labels(names).loc[exists].reset_index(drop=True)
+    averages = _combined(average, L, noise)
+    nested = any(name in grid.nesting for name in names)
+    functions = Functions(
+        fit, grid.terms, df, conf_level, labels, within, averages, average @ offset, noise, nested
+    )
+    of_means = "none" if method is not None else adjust or "none"
+    table = functions.tabulated(of_means)
+    over = tuple(n for n, v in grid.levels.items() if n not in names and len(v) > 1)
+    before, after = _notes(fit, grid, asked, over, df)
+    families = {len(rows) for rows in functions.groups().values()}
+    level = f"Confidence level used: {conf_level:g}"
+    notes = tuple(filter(None, [*before, *after, level, _adjustment(of_means, families)]))
+    if method is None:
+        return MarginalMeans(table, None, over, notes, (), functions)
+    compared, how = functions.contrasted(method, within, adjust)
+    contrast_notes = tuple(filter(None, [*before, *after, level, how]))
+    return MarginalMeans(table, compared, over, notes, contrast_notes, functions)
+
+
+def _notes(
+    fit: FittedModel, grid: ReferenceGrid, names: list[str], over: tuple[str, ...], df: str
+) -> tuple[list[str], list[str]]:
+    """What to beware of, and how means of `names` are made.
+
+    As emmeans, warns of means of variables that interact with others, whose effects are averaged.
+    """
+    before, after = [], []
+    terms = grid.terms.variables_of_terms
+    involved = [name for name, used in terms.items() if names and set(names) < used]
+    if involved and not grid.nesting:
+        note = f"Results may be misleading due to involvement in interactions: {involved[0]}"
+        warnings.warn(note, stacklevel=5)
+        before.append(f"NOTE: {note}")
+    if grid.nesting:
+        before.append(f"A nesting structure was found: {described(grid.nesting)}")
+    if over:
+        after.append(f"Results are averaged over the levels of: {', '.join(over)}")
+    after.append(f"Degrees-of-freedom method: {'asymptotic' if df == 'inf' else df}")
+    return before, after
+
+
+def _adjustment(adjust: str, families: set[int]) -> str:
+    """How p-values and intervals are adjusted, in emmeans' words; "" where they are not."""
+    if adjust == "none" or max(families) < 2:
+        return ""
+    size = "" if len(families) > 1 else f"{next(iter(families))} "
+    what = f"comparing a family of {size}estimates" if adjust == "tukey" else f"{size}tests"
+    return f"P value and confidence level adjustment: {adjust} method for {what}"
+
+
+def _names(value: str | Sequence[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    if value is None:
+        return default
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _method(pairwise: bool, contrast: Any) -> Any:
+    return "pairwise" if pairwise else contrast
+
+
+def _check(weights: str, conf_level: float, pairwise: bool, contrast: Any) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f'weights must be "equal" or "proportional", not {weights!r}')
+    check_conf_level(conf_level)
+    if pairwise and contrast is not None:
+        raise ValueError("give pairwise=True or contrast=, not both")

@@ -1,0 +1,381 @@
+r"""Tests of fixed effects: t and F with approximate degrees of freedom.
+
+The approximations, by the names of the argument `df`:
+
+``"satterthwaite"``
+    Giesbrecht and Burns (1985, Biometrics 41:477) for one degree of freedom, Fai and Cornelius
+    (1996, J. Stat. Comput. Simul. 54:363) for several, as lmerTest. Parameters on the boundary are
+    held there.
+``"kenward-roger"``
+    Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear, variances
+    and covariances, as pbkrtest: with an adjusted covariance of the estimates. REML only.
+``"kenward-roger-linear"``
+    The same without the second derivatives of V, as mmrm calls it. They are zero in these
+    coordinates, so both names give the same figures.
+``"residual"``
+    n - p.
+``"inf"``
+    Normal and chi-square tests, as emmeans' "asymptotic".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import pandas as pd
+from scipy.special import stdtr, stdtrit
+
+from jaxreml.arguments import check_conf_level, check_df
+from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.runtime import neutral
+from jaxreml.data.hypotheses import hypotheses
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.likelihood.profile import Profile
+from jaxreml.model import satterthwaite
+from jaxreml.model.kenward_roger import adjust
+
+NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
+CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
+NONE = 1e-14  # pbkrtest: 0 / 0 is 1 there
+NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
+
+
+class Approximation(Protocol):
+    """Covariance of the fixed effects and degrees of freedom of tests of them."""
+
+    @property
+    def vcov(self) -> np.ndarray:
+        """Covariance (p, p) of the fixed effects."""
+        ...
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """Degrees of freedom (k,) of the t tests of (k, p) `rows`."""
+        ...
+
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
+        """Denominator degrees of freedom and the factor of F of the joint test of (k, p) `rows`,
+        of which `rank` are linearly independent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same degrees of freedom for every test."""
+
+    vcov: np.ndarray
+    df: float
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """See `Approximation`."""
+        return np.full(len(rows), self.df)
+
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
+        """See `Approximation`."""
+        return self.df, 1.0
+
+
+@dataclass(frozen=True)
+class Satterthwaite:
+    """From the derivatives of the covariance, and the covariance of the variance parameters.
+
+    Attributes:
+        vcov: (p, p).
+        slopes: (m, p, p), derivatives of `vcov` in the variance parameters.
+        spread: what is known of these.
+    """
+
+    vcov: np.ndarray
+    slopes: np.ndarray
+    spread: satterthwaite.Spread
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """See `Approximation`."""
+        variance = np.einsum("kp,pq,kq->k", rows, self.vcov, rows)
+        slopes = np.einsum("kp,mpq,kq->mk", rows, self.slopes, rows)
+        with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros, parameters all at 0
+            return satterthwaite.degrees(variance, slopes, self.spread)
+
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
+        """See `Approximation`; depends on how the hypothesis is stated, as in lmerTest: on the
+        eigenvectors of the covariance of all rows, dependent ones too."""
+        vectors = np.linalg.svd(rows @ np.linalg.cholesky(self.vcov))[0][:, :rank]
+        df = self.single(vectors.T @ rows)
+        if np.ptp(df) < 1e-8 * df.max():  # balanced: exact
+            return float(df.mean()), 1.0
+        if np.any(df <= 2):  # the expectation of an F ratio does not exist there
+            return 2.0, 1.0
+        expectation = np.sum(df / (df - 2))
+        return float(2 * expectation / (expectation - len(df))), 1.0
+
+
+@dataclass(frozen=True)
+class KenwardRoger:
+    """Adjusted covariance, and what the degrees of freedom are made from.
+
+    In the basis in which the unadjusted covariance is K K':
+
+    Attributes:
+        vcov: (p, p), adjusted.
+        root: (p, p), K.
+        slopes: (m + 1, p, p), K'P_i K for the derivatives P_i of X'V^-1 X in coordinates in which V
+            is linear.
+        spread: (m + 1, m + 1), W, the inverse of the expected information in them.
+    """
+
+    vcov: np.ndarray
+    root: np.ndarray
+    slopes: np.ndarray
+    spread: np.ndarray
+
+    def single(self, rows: np.ndarray) -> np.ndarray:
+        """See `Approximation`."""
+        return np.array([self.several(row[None], 1)[0] if row.any() else np.nan for row in rows])
+
+    def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
+        """See `Approximation`; the formulae of pbkrtest (Halekoh and Hojsgaard 2014, J. Stat.
+        Softw. 59(9), section 4.2)."""
+        half = np.linalg.svd((rows @ self.root).T)[0][:, :rank]  # its projection is Theta Phi
+        q = rank
+        inner = np.einsum("pa,mpq,qb->mab", half, self.slopes, half)
+        traces = np.einsum("maa->m", inner)
+        a1 = float(traces @ self.spread @ traces)
+        a2 = float(np.einsum("mn,mab,nba->", self.spread, inner, inner))
+        if not (np.isfinite(a1) and a2 > 0):
+            return (np.inf, 1.0) if a2 == 0 else (np.nan, np.nan)
+        if q == 1:
+            return 2 / a2, 1.0  # what the rest comes to
+        b = (a1 + 6 * a2) / (2 * q)
+        g = ((q + 1) * a1 - (q + 4) * a2) / ((q + 2) * a2)
+        scale = 3 * q + 2 * (1 - g)
+        c1, c2, c3 = g / scale, (q - g) / scale, (q + 2 - g) / scale
+        v0, v1, v2 = (
+            np.where(abs(v) < 1e-10, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
+        )
+        rest = 1 - a2 / q
+        ratio = 1.0 if max(abs(rest), abs(v1)) < NONE else rest / v1
+        with np.errstate(divide="ignore"):
+            rho = ratio**2 * v0 / v2 / q
+        df = 4 + (q + 2) / (q * rho - 1)
+        factor = 1.0 if abs(df - 2) < NEAR_TWO else df * (1 - a2 / q) / (df - 2)
+        return float(df), float(factor)
+
+
+def kenward_roger(fit: FittedModel) -> KenwardRoger:
+    """The Kenward-Roger adjustment of a fit; `approximation` keeps it.
+
+    Raises:
+        DataError: variance parameters that cannot be told apart.
+    """
+    with neutral():
+        found = jax.device_get(_adjust()(fit.theta, fit.sigma**2, fit.design.without_names()))
+    if not found.exists:
+        raise DataError(
+            "Kenward-Roger's method needs the expected information of the variance parameters, "
+            "which is singular here: they cannot be told apart, and the covariance of the fixed "
+            "effects depends on them"
+        )
+    return KenwardRoger(*found[:-1])
+
+
+@remembered
+def _adjust() -> Any:
+    return jax.jit(adjust, compiler_options=quick_compilation(jax.default_backend()))
+
+
+def approximation(fit: FittedModel, df: str) -> Approximation:
+    """The approximation of that name for a fit, which keeps it.
+
+    Raises:
+        ValueError: another name.
+        DataError: a fit that the method does not serve.
+    """
+    check_df(df, fit.method)
+    df = "kenward-roger" if df == "kenward-roger-linear" else df
+    if df not in fit.approximations:
+        fit.approximations[df] = _approximation(fit, df)
+    return fit.approximations[df]
+
+
+def _approximation(fit: FittedModel, df: str) -> Approximation:
+    if df == "kenward-roger":
+        return kenward_roger(fit)
+    if df == "satterthwaite":
+        known = satterthwaite.spread(np.asarray(fit.hessian))
+        return Satterthwaite(fit.vcov_array, fit.vcov_slopes, known)
+    degrees = float(fit.nobs - len(fit.beta)) if df == "residual" else np.inf
+    return Fixed(fit.vcov_array, degrees)
+
+
+def each(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> pd.DataFrame:
+    """One t test per row of L.
+
+    Args:
+        fit: the fit.
+        L: linear functions of the fixed effects, see `jaxreml.hypotheses`.
+        rhs: (k,) or a scalar, what they are under the hypothesis.
+        df: name of the approximation, see the module.
+
+    Returns:
+        Columns estimate, std_error, df, statistic, p_value; a row per row of L. Without an optimum
+        df and p_value are NaN.
+    """
+    rows, values, labels = hypotheses(fit.fixed_names, L, rhs)
+    method = approximation(fit, df)
+    estimate = rows @ fit.beta
+    error = np.sqrt(np.einsum("kp,pq,kq->k", rows, method.vcov, rows))
+    degrees = method.single(rows) if fit.converged else np.full(len(rows), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = (estimate - values) / error
+    columns = {
+        "estimate": estimate,
+        "std_error": error,
+        "df": degrees,
+        "statistic": statistic,
+        "p_value": 2 * stdtr(degrees, -np.abs(statistic)),
+    }
+    return pd.DataFrame(columns, labels)
+
+
+def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> pd.DataFrame:
+    """One F test of all rows of L together; arguments as for `each`.
+
+    Rows that depend on others change neither the hypothesis nor the statistic, but Satterthwaite's
+    degrees of freedom, as lmerTest's `contestMD`.
+
+    Returns:
+        Columns statistic, num_df, den_df, p_value; one row.
+
+    Raises:
+        DataError: rows that contradict each other.
+    """
+    from scipy.stats import f
+
+    stated, values, _ = hypotheses(fit.fixed_names, L, rhs)
+    rows, values = _independent(stated, values, fit.bse.to_numpy())
+    method = approximation(fit, df)
+    gap = rows @ fit.beta - values
+    q = len(rows)
+    degrees, factor = method.several(stated, q)
+    statistic = factor * float(gap @ np.linalg.solve(rows @ method.vcov @ rows.T, gap)) / q
+    p_value = float(f.sf(statistic, q, degrees))
+    if np.isposinf(degrees):  # scipy's F has no such limit
+        from scipy.stats import chi2
+
+        p_value = float(chi2.sf(q * statistic, q))
+    return pd.DataFrame(
+        {"statistic": [statistic], "num_df": [q], "den_df": [degrees], "p_value": [p_value]}
+    )
+
+
+def _independent(
+    rows: np.ndarray, values: np.ndarray, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of L that do not depend on those before them, with coefficients in `units`."""
+    kept: list[int] = []
+    scaled = rows * units
+    for k, row in enumerate(scaled):
+        share = np.linalg.lstsq(scaled[kept].T, row)[0] if kept else np.zeros(0)
+        rest = row - scaled[kept].T @ share
+        if np.linalg.norm(rest) > NOT_ESTIMATED * np.linalg.norm(row):
+            kept.append(k)
+            continue
+        size = abs(values[k]) + np.abs(share) @ np.abs(values[kept])
+        if abs(values[k] - share @ values[kept]) > CONTRADICTION * size:
+            raise DataError(f"row {k} of the hypothesis contradicts those before it")
+    if not kept:
+        raise DataError("the hypothesis is empty: all coefficients are zero")
+    return rows[kept], values[kept]
+
+
+def test(
+    fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite", *, joint: bool = True
+) -> pd.DataFrame:
+    """Test linear hypotheses L beta = rhs about the fixed effects.
+
+    Args:
+        fit: the fit.
+        L: (k, p) or (p,) numbers; a dict from names of fixed effects to coefficients; or
+            equations such as ``"Days = 10"``, see `jaxreml.hypotheses`.
+        rhs: (k,) or a scalar.
+        df: "satterthwaite", "kenward-roger", "kenward-roger-linear", "residual" or "inf"; see
+            `inference.tests`.
+        joint: all rows together, one F test; or each by itself, with t tests.
+
+    Returns:
+        Columns statistic, num_df, den_df, p_value; or estimate, std_error, df, statistic and
+        p_value, a row per row of L.
+
+    Raises:
+        DataError: a hypothesis that is not one about this model, a fit without an optimum, or
+            a method that does not serve it.
+        ValueError: another `df`.
+    """
+    fit.require_optimum("test fixed effects")
+    return (joint_test if joint else each)(fit, L, rhs, df)
+
+
+def coefficients(fit: FittedModel, df: str = "satterthwaite") -> pd.DataFrame:
+    """The fixed effects with t tests of zero.
+
+    Args:
+        fit: the fit.
+        df: degrees of freedom, as for `test`; Kenward-Roger's come with adjusted standard
+            errors.
+
+    Returns:
+        Columns estimate, std_error, df, statistic, p_value.
+    """
+    table = each(fit, np.eye(len(fit.beta)), df=df)
+    return table.set_index(pd.Index(fit.fixed_names))
+
+
+def conf_int(
+    fit: FittedModel, conf_level: float = 0.95, df: str = "satterthwaite", method: str = "wald"
+) -> pd.DataFrame:
+    """Confidence intervals.
+
+    Args:
+        fit: the fit.
+        conf_level: the level.
+        df: degrees of freedom of Wald intervals, as for `test`: by default those of the tests, so
+            that an interval is without zero where the p-value is below 1 - conf_level; "inf" for
+            normal quantiles, as lme4's and statsmodels'.
+        method: "wald" for Wald intervals of the fixed effects; "profile" for profile likelihood
+            intervals of all parameters, ML as lme4's (`profile` has more options).
+
+    Returns:
+        Columns ``lower`` and ``upper``; with "profile" those of `Profile.conf_int`.
+    """
+    check_conf_level(conf_level)
+    if method == "profile":
+        return Profile(fit).conf_int(conf_level)
+    if method != "wald":
+        raise ValueError(f'method must be "wald" or "profile", not {method!r}')
+    table = coefficients(fit, df)
+    half = stdtrit(table["df"], (1 + conf_level) / 2) * table["std_error"]
+    return pd.DataFrame({"lower": table["estimate"] - half, "upper": table["estimate"] + half})
+
+
+def df_satterthwaite(fit: FittedModel) -> pd.Series:
+    """Satterthwaite's degrees of freedom of each fixed effect.
+
+    2 v^2 / (g' A g), with v the variance of the coefficient, g its derivatives in the variance
+    parameters and A their asymptotic covariance (Giesbrecht and Burns 1985, Biometrics
+    41:477); parameters on the boundary are held there.
+    """
+    return pd.Series(coefficients(fit)["df"])
+
+
+def pvalues(fit: FittedModel) -> pd.Series:
+    """Two-sided p-values of t tests with Satterthwaite's degrees of freedom."""
+    return pd.Series(coefficients(fit)["p_value"], name="pvalues")
+
+
+def vcov_kenward_roger(fit: FittedModel) -> pd.DataFrame:
+    """Kenward and Roger's adjusted covariance matrix of the fixed effects; REML only."""
+    names = pd.Index(fit.fixed_names)
+    return pd.DataFrame(approximation(fit, "kenward-roger").vcov, names, names)

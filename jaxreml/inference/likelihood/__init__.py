@@ -1,0 +1,1 @@
+"""Profiles of the likelihood and comparisons of models by it."""

@@ -1,0 +1,240 @@
+r"""Profile likelihood: intervals of SDs, correlations, the residual SD and fixed effects.
+
+The profile of a parameter is the criterion (-2 log-likelihood) minimised over all others at each
+value v of it, and its signed root is zeta(v) = sign(v - estimate) sqrt(criterion(v) - minimum),
+which is standard normal to a good approximation (Bates et al. 2015, J. Stat. Softw. 67(1),
+section 5.1). An interval of level c ends where |zeta| is the normal quantile of (1 + c) / 2. That
+point is found by Newton's method on zeta itself, whose slope is the criterion's own derivative in
+the parameter held over 2 zeta; nothing is interpolated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from jaxreml.arguments import check_conf_level, is_reml
+from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.inference.likelihood.charts import Parameter, pair, readings
+from jaxreml.inference.likelihood.charts import parameters as known_parameters
+from jaxreml.inference.likelihood.search import EXACT, MENDINGS, Limit, Search
+
+if TYPE_CHECKING:
+    from jaxreml.fitting.fitted import FittedModel
+
+RANGE_LEVEL = 0.99  # a profile covers the intervals of this level at least, as lme4's
+
+
+class Profile:
+    """Profile likelihoods of parameters of a fit; `LMMResults.profile` makes one.
+
+    Attributes:
+        parameters: names of the parameters profiled, lme4's.
+        likelihood: the criterion of variance parameters, "ML" or "REML"; that of fixed effects is
+            ML.
+        conf_level: level of the intervals that `frame` covers.
+    """
+
+    def __init__(
+        self,
+        fit: FittedModel,
+        parameters: str | Sequence[str] | None = None,
+        conf_level: float = 0.95,
+        likelihood: str = "ML",
+    ):
+        reml = is_reml(likelihood)
+        check_conf_level(conf_level)
+        fit.require_optimum("profile the likelihood")
+        self._fit = fit
+        self._known = known_parameters(fit)
+        self._chosen = _choose(self._known, parameters)
+        self.parameters = tuple(own.name for own in self._chosen)
+        self.likelihood = likelihood
+        self.conf_level = max(conf_level, RANGE_LEVEL)
+        by_reml = [own for own in self._chosen if reml and own.kind != "fixed"]
+        by_ml = [own for own in self._chosen if own not in by_reml]
+        self._searches = [
+            Search(fit, self._known, part, of)
+            for part, of in ((by_reml, True), (by_ml, False))
+            if part
+        ]
+
+    def conf_int(self, conf_level: float = 0.95) -> pd.DataFrame:
+        """Profile likelihood intervals.
+
+        The lower limit of an SD is 0, and a limit of a correlation -1 or 1, where zeta does not
+        reach the quantile before.
+
+        Args:
+            conf_level: confidence level.
+
+        Returns:
+            A row per parameter, by lme4's names and in its order; columns group (None for fixed
+            effects), term, estimate (of the likelihood profiled), lower and upper. NaN, with a
+            ConvergenceWarning that says why, where a limit was not found.
+        """
+        check_conf_level(conf_level)
+        limits = self._limits(conf_level)
+        estimated = dict(zip(self._known, self._searches[-1].estimates, strict=True))
+        for search in self._searches:
+            of_search = dict(zip(self._known, search.estimates, strict=True))
+            estimated |= {own: of_search[own] for own in search.tracks}
+        rows = []
+        for own in self._chosen:
+            ends = [limits[own, side] for side in (-1, 1)]
+            values = [own.value(end.at) for end in ends]
+            rows.append((own.group, own.term, estimated[own], *values))
+        index = pd.Index(self.parameters, name="parameter")
+        return pd.DataFrame(rows, index, ["group", "term", "estimate", "lower", "upper"])
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The points of all profiles, computed when first asked for.
+
+        Returns:
+            Columns parameter, value, zeta and criterion (its minimum with the parameter held), and
+            one for each parameter of the fit with its value there. Rows of one parameter are
+            sorted by value; they reach from one end of the interval of level `conf_level` to the
+            other.
+        """
+        quantile = _quantile(self.conf_level)
+        self._limits(self.conf_level, points=True)
+        rows = []
+        for own in self._chosen:
+            search = next(search for search in self._searches if own in search.tracks)
+            for point in search.tracks[own].sorted:
+                if abs(point.zeta) <= quantile + 2 * EXACT:
+                    others = readings(own.values(point.x), self._fit)
+                    row = own.name, own.value(point.at), point.zeta, point.criterion
+                    rows.append((*row, *others, *point.beta))
+        names = [own.name for own in self._known]
+        return pd.DataFrame(rows, columns=["parameter", "value", "zeta", "criterion", *names])
+
+    def contour(
+        self,
+        first: str,
+        second: str,
+        levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+        points: int = 64,
+    ) -> pd.DataFrame:
+        """The edges of joint likelihood regions of two parameters, exact at every point.
+
+        Where a parameter reaches its bound inside the region (an SD 0, a correlation +-1), the edge
+        goes along the bound, with a smaller deviance.
+
+        Args:
+            first, second: names of two of `parameters`.
+            levels: of the regions, by chi-squared with two degrees of freedom.
+            points: of each edge, to which some are added at its corners on a bound.
+
+        Returns:
+            Columns level, one for each parameter, and deviance; the points of an edge in turn, the
+            first again at its end. NaN, with a ConvergenceWarning, where one was not found.
+
+        Raises:
+            DataError: two correlations of one term, or a correlation and the SD of a third effect,
+                which cannot be held together; the same parameter twice.
+            ValueError: another name or level, or fewer than 4 points.
+        """
+        from jaxreml.inference.likelihood.contours import contour
+
+        for level in levels:
+            check_conf_level(level, "levels")
+        if points < 4:
+            raise ValueError(f"an edge needs at least 4 points, not {points}")
+        if first == second:
+            raise DataError(f"{first!r} is given twice: a region is of two parameters")
+        one, other = (self._parameter(name) for name in (first, second))
+        held = pair(self._fit, one, other)
+        reml = is_reml(self.likelihood) and "fixed" not in (one.kind, other.kind)
+        search = Search(self._fit, self._known, [one, other], reml)
+        return contour(self._fit, search, held, levels, points)
+
+    def _parameter(self, name: str) -> Parameter:
+        for own in self._chosen:
+            if own.name == name:
+                return own
+        known = ", ".join(self.parameters)
+        raise ValueError(f"there is no profile of {name!r}: {known}")
+
+    def _limits(self, level: float, points: bool = False) -> dict[tuple[Parameter, int], Limit]:
+        """Of each parameter, side -1 and 1; and the points between."""
+        quantile = _quantile(level)
+        found = {}
+        for search in self._searches:
+            for _ in range(MENDINGS):
+                limits = search.reach((-quantile, quantile))
+                if not points or not search.spread(limits):
+                    break
+            for own, track in search.tracks.items():
+                sides = {side: limits[own, side * quantile] for side in (-1, 1)}
+                reasons = [limit.reason for limit in sides.values() if limit.reason]
+                if track.kinks:
+                    reasons.append(
+                        f"zeta of {own.name} is not monotone: the likelihood has several optima"
+                    )
+                for reason in reasons:
+                    warnings.warn(reason, ConvergenceWarning, stacklevel=3)
+                found |= {(own, side): limit for side, limit in sides.items()}
+        return found
+
+    def __repr__(self) -> str:
+        return f"<Profile of {', '.join(self.parameters)}>"
+
+
+def _quantile(level: float) -> float:
+    from scipy.special import ndtri
+
+    return float(ndtri((1 + level) / 2))
+
+
+def _choose(known: list[Parameter], names: str | Sequence[str] | None) -> list[Parameter]:
+    """Parameters by name, in lme4's order."""
+    if names is None:
+        return known
+    wanted = [names] if isinstance(names, str) else list(names)
+    kinds = {"theta_": ("sd", "cor", "sigma"), "beta_": ("fixed",)}
+    all_names = [own.name for own in known]
+    for name in wanted:
+        if name not in kinds and name not in all_names:
+            raise ValueError(
+                f"{name!r} is not a parameter of the fit; there are {', '.join(all_names)}, and "
+                "'theta_' and 'beta_' for all variance parameters and all fixed effects"
+            )
+    if not wanted:
+        raise ValueError(f"no parameters to profile; the fit has {', '.join(all_names)}")
+    kept = {kind for name in wanted for kind in kinds.get(name, ())}
+    return [own for own in known if own.name in wanted or own.kind in kept]
+
+
+def profile(
+    fit: FittedModel,
+    parameters: str | Sequence[str] | None = None,
+    conf_level: float = 0.95,
+    likelihood: str = "ML",
+) -> Profile:
+    """Profile likelihoods of SDs, correlations, sigma and fixed effects.
+
+    Args:
+        fit: the fit.
+        parameters: names as in ``profile().parameters``, lme4's: ``sd_(Intercept)|g``,
+            ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; "theta_" and
+            "beta_" for all variance parameters and all fixed effects. All if left out.
+        conf_level: level of the intervals to cover, 0.99 at least.
+        likelihood: "ML", for any fit as lme4 does, or "REML" to profile the variance parameters
+            by the restricted likelihood. Fixed effects have no restricted likelihood: their
+            profile is always ML.
+
+    Returns:
+        A `Profile`: ``conf_int(conf_level)`` and ``frame``.
+
+    Raises:
+        DataError: the fit has no optimum.
+        JaxremlError: the profile finds a better one.
+        ValueError: a parameter that the fit does not have, a level outside (0, 1).
+    """
+    return Profile(fit, parameters, conf_level, likelihood)

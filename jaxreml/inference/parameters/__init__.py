@@ -1,0 +1,1 @@
+"""Functions of the variance parameters, with standard errors."""

@@ -1,0 +1,94 @@
+"""The arguments of a user's function g(beta, components) of a fit.
+
+`beta` is the vector of the fixed effects, (p,), in the order of `LMMResults.fixed_names`.
+`components` maps the name of each grouping factor to the covariance matrix of its random effects,
+(q, q), all its terms in one block-diagonal matrix in the order of `LMMResults.cov_re`, and
+"Residual" to the residual variance, a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import checkify
+from jax.scipy.linalg import block_diag
+
+from jaxreml.backend.runtime import neutral
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.model.covariance import unstructured
+from jaxreml.optimum.estimate import FAR, LOG_ZERO
+
+if TYPE_CHECKING:
+    from jaxreml.fitting.fitted import FittedModel
+
+Components = dict[str, Array]
+Function = Callable[[Array, Components], Array]
+Groups = tuple[tuple[str, int], ...]  # per term the grouping factor and the number of effects
+
+
+class _Named(dict):
+    """Components that say which they are when asked for another."""
+
+    def __missing__(self, key: Any) -> Any:
+        known = ", ".join(map(repr, self))
+        raise DataError(f"components has no {key!r}; this model's are {known}")
+
+
+jax.tree_util.register_pytree_node(
+    _Named,
+    lambda named: (tuple(named.values()), tuple(named)),
+    lambda keys, values: _Named(zip(keys, values, strict=True)),
+)
+
+
+def require_entries(g: Function, fit: FittedModel) -> None:
+    """Raise DataError if g asks for entries that there are none of: JAX would give it others."""
+    groups = fit.term_sizes
+
+    def at(beta: Array, theta: Array, sigma: Array) -> Any:
+        return g(beta, of_theta(theta, sigma, groups))
+
+    with neutral():
+        arrays = [jnp.asarray(part) for part in (fit.beta, fit.theta, fit.sigma)]
+        error, _ = checkify.checkify(at, errors=checkify.index_checks)(*arrays)
+        message = error.get()
+    if message:
+        raise DataError(
+            f"the function asks for an entry that beta or components does not have: {message}"
+        )
+
+
+def of_theta(theta: Array, sigma: Array, groups: Groups) -> Components:
+    """Components at relative Cholesky factors (m,) and a residual standard deviation."""
+    factors = unstructured.split_triangles(theta, tuple(q for _, q in groups))
+    return _named([sigma**2 * factor @ factor.T for factor in factors], sigma**2, groups)
+
+
+def of_params(params: Array, groups: Groups) -> Components:
+    """Components at `Estimate.params` (m + 1,), which `inside` has made finite."""
+    sizes = tuple(q for _, q in groups)
+    omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
+    sigma2 = jnp.exp(log_sigma2)
+    matrices = unstructured.symmetric_matrices(omega, sizes)
+    return _named([sigma2 * matrix for matrix in matrices], sigma2, groups)
+
+
+def inside(params: Array, groups: Groups) -> Array:
+    """`params` with finite numbers for those on the boundary, where nothing changes with them."""
+    of_variances, of_correlations = unstructured.positions(tuple(q for _, q in groups))
+    variances = jnp.maximum(params[of_variances], params[-1] + LOG_ZERO)
+    correlations = jnp.nan_to_num(jnp.clip(params[of_correlations], -FAR, FAR))
+    return params.at[of_variances].set(variances).at[of_correlations].set(correlations)
+
+
+def _named(matrices: list[Array], sigma2: Array, groups: Groups) -> Components:
+    of_factor: dict[str, list[Array]] = {}
+    for (name, _), matrix in zip(groups, matrices, strict=True):
+        of_factor.setdefault(name, []).append(matrix)
+    named = {name: block_diag(*parts) for name, parts in of_factor.items()}
+    return _Named({**named, RESIDUAL: sigma2})

@@ -1,0 +1,1 @@
+"""Simulated responses: bootstrap, likelihood-ratio distributions, power."""

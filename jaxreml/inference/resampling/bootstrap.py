@@ -1,0 +1,273 @@
+"""The parametric bootstrap: responses drawn from a fit, refitted in batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.arguments import check_conf_level
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.parameters.components import require_entries
+from jaxreml.inference.resampling import intervals
+from jaxreml.inference.resampling.likelihood_ratio import NullDistribution as NullDistribution
+from jaxreml.inference.resampling.likelihood_ratio import null_distribution as null_distribution
+from jaxreml.inference.resampling.simulation import check_count, of_fit
+from jaxreml.inference.resampling.statistics import (
+    TOGETHER,
+    Statistic,
+    default,
+    evaluate,
+    finite_params,
+    fits_of,
+    slopes,
+    standard_errors,
+    working_scale,
+)
+from jaxreml.many.record import Fits
+from jaxreml.many.refits import count_failures, refitter, require_some
+from jaxreml.optimum.estimate import Status
+
+METHODS = ("percentile", "basic", "bca", "studentized")
+SCORES = 10_000  # most draws that an acceleration is made from
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Bootstrap:
+    """Statistics of responses drawn from a fit.
+
+    Attributes:
+        fit: what they were drawn from.
+        statistic: g(beta, components); None for the default statistics.
+        estimate: (k,), statistics of the fit.
+        draws: (n - n_failed, k), those of the refits that converged, in the order drawn. A
+            log-variance is -inf where its variance is zero, a correlation NaN.
+        errors: draws of their standard errors, of SDs on the log scale and of correlations on
+            Fisher's z scale; None for a user's statistic.
+        n: responses drawn.
+        seed: as given.
+        failures: how the refits without an optimum ended, with their numbers.
+        share_singular: of the refits that converged, those with a variance of zero or a
+            correlation of +-1.
+    """
+
+    fit: FittedModel
+    statistic: Statistic | None
+    estimate: pd.Series
+    draws: pd.DataFrame
+    errors: pd.DataFrame | None
+    n: int
+    seed: int
+    failures: pd.Series
+    share_singular: float
+
+    @property
+    def n_failed(self) -> int:
+        """Refits without an optimum, left out of `draws`."""
+        return self.n - len(self.draws)
+
+    @property
+    def bias(self) -> pd.Series:
+        """Mean of the draws less the estimate; undefined draws (NaN) left out."""
+        return (self.draws.mean() - self.estimate).rename("bias")
+
+    @property
+    def std_error(self) -> pd.Series:
+        """Standard deviation of the draws, undefined ones (NaN) left out; NaN if some are
+        infinite."""
+        with np.errstate(invalid="ignore"):
+            return self.draws.std().rename("std_error")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per statistic: estimate, bias, std_error and n, the draws that define it."""
+        columns = [self.estimate, self.bias, self.std_error, self.draws.notna().sum().rename("n")]
+        return pd.concat(columns, axis=1)
+
+    def conf_int(self, conf_level: float = 0.95, method: str = "percentile") -> pd.DataFrame:
+        """Confidence intervals of all statistics.
+
+        Args:
+            conf_level: confidence level.
+            method: "percentile"; "basic", reflected at the estimate; "bca", bias-corrected and
+                accelerated (see `acceleration`); "studentized", from the draws of (statistic -
+                estimate) / standard error, for SDs on the log scale and for correlations on
+                Fisher's z scale (Davison and Hinkley 1997, ch. 5; Efron and Tibshirani 1993, An
+                Introduction to the Bootstrap, ch. 12-14). A draw on the boundary has no standard
+                error and counts as infinitely far from the estimate.
+
+        Returns:
+            Rows as `estimate`; columns lower, upper, and reason, why they are NaN or empty.
+
+        Raises:
+            ValueError: an unknown method, a level for which the draws are too few, "studentized"
+                with a user's statistic.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be among {', '.join(METHODS)}, not {method!r}")
+        check_conf_level(conf_level)
+        if (len(self.draws) + 1) * (1 - conf_level) / 2 < 1:
+            raise ValueError(
+                f"{len(self.draws)} draws are too few for a level of {conf_level}: at least "
+                f"{int(np.ceil(2 / (1 - conf_level) - 1 - 1e-9))} are needed"
+            )
+        if method == "studentized" and self.errors is None:
+            raise ValueError(
+                "studentized intervals need a standard error of the statistic in every draw, which "
+                'a function g(beta, components) does not give; use "bca"'
+            )
+        rows = [self._interval(k, conf_level, method) for k in range(len(self.estimate))]
+        return pd.DataFrame(rows, self.estimate.index, ["lower", "upper", "reason"])
+
+    def _interval(self, k: int, conf_level: float, method: str) -> tuple[float, float, str]:
+        name = str(self.estimate.index[k])
+        estimate = float(self.estimate.iloc[k])
+        draws = self.draws.iloc[:, k].to_numpy()
+        defined = ~np.isnan(draws)
+        draws = draws[defined]
+        reason = ""
+        if np.isnan(estimate):
+            reason = "the statistic of the fit is not defined"
+        elif draws.size < len(self.draws) / 2:
+            reason = "the statistic is not defined in most draws"
+        elif method != "percentile" and np.isinf(estimate):
+            reason = "the estimate is on the boundary; only percentile intervals are defined there"
+        if reason:
+            return np.nan, np.nan, reason
+        if method == "percentile":
+            limits = intervals.percentile(draws, conf_level)
+        elif method == "basic":
+            limits = intervals.basic(draws, estimate, conf_level)
+        elif method == "bca":
+            acceleration = self.acceleration.iloc[k]
+            if np.isnan(acceleration):
+                return np.nan, np.nan, "the acceleration is not defined at this fit"
+            tails = intervals.bca_probabilities(draws, estimate, acceleration, conf_level)
+            limits = intervals.order_statistics(draws, tails)
+            if np.isnan(limits).any():
+                return np.nan, np.nan, _missing(tails)
+        else:
+            forward, backward = working_scale(name)
+            errors = self.errors.iloc[defined, k].to_numpy()  # pyright: ignore
+            error = float(self._own_errors.iloc[k])
+            if not np.isfinite(error):
+                return np.nan, np.nan, "the estimate has no standard error"
+            with np.errstate(divide="ignore"):
+                limits = intervals.studentized(
+                    forward(draws), errors, forward(estimate), error, conf_level
+                )
+            limits = backward(limits)
+        if np.isnan(limits).any():
+            return np.nan, np.nan, "the limits are beyond the draws: more are needed"
+        return float(limits[0]), float(limits[1]), ""
+
+    @cached_property
+    def _own_errors(self) -> pd.Series:
+        values = standard_errors(fits_of(self.fit), self.fit.term_sizes)[0]
+        return pd.Series(values, self.estimate.index)
+
+    @cached_property
+    def acceleration(self) -> pd.Series:
+        """Efron's acceleration of every statistic, for "bca" intervals.
+
+        A sixth of the skewness of the score along the least favourable direction, at the fit, over
+        responses drawn from it (Davison and Hinkley 1997, eq. 5.23; Efron 1987): of the
+        statistic's derivatives times the inverse information times the score. The fixed effects'
+        part of it is normal; that of the variance parameters is taken from up to 10,000 draws.
+        Parameters on the boundary are held there.
+        """
+        fit, people = self.fit, of_fit(self.fit)
+        params = finite_params(fit)
+        free = np.isfinite(fit.parameters)
+        spread = np.where(np.outer(free, free), fit.parameters_vcov, 0.0)
+        engine = refitter(people.frame, fit.method, fit.structure)
+        of_draws = [
+            engine.gradients(params, block[:, start : start + TOGETHER])
+            for block in people.blocks(min(self.n, SCORES), self.seed)
+            for start in range(0, block.shape[1], TOGETHER)
+        ]
+        scores = -np.concatenate(of_draws) / 2
+        of_beta, of_params = slopes(self.statistic or default(fit), fit)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts = (scores - scores.mean(axis=0)) @ spread @ np.where(free, of_params, 0.0).T
+            variance = np.mean(parts**2, axis=0)
+            variance = variance + np.einsum("ki,ij,kj->k", of_beta, fit.vcov_array, of_beta)
+            values = np.mean(parts**3, axis=0) / variance**1.5 / 6
+        return pd.Series(values, self.estimate.index, name="acceleration")
+
+    def __repr__(self) -> str:
+        return (
+            f"<Bootstrap of {self.fit.formula!r}, {self.n} draws, {self.n_failed} failed, "
+            f"{self.share_singular:.1%} singular>"
+        )
+
+
+def _missing(tails: np.ndarray) -> str:
+    """Why quantiles at probabilities `tails` are not to be had."""
+    extreme = min(float(np.min(tails)), 1 - float(np.max(tails)))
+    if not extreme > 0:
+        return "the bias and the acceleration are too strong for limits at this level"
+    return f"the limits are quantiles beyond the draws: about {1 / extreme:,.0f} are needed"
+
+
+def bootstrap(
+    fit: FittedModel,
+    n: int = 10_000,
+    statistic: Statistic | None = None,
+    seed: int = 0,
+) -> Bootstrap:
+    """Draw responses from a fit, with new random effects, and refit the model to each.
+
+    Args:
+        fit: a fit that converged.
+        n: number of responses; they are those of ``fit.simulate(n, seed)``.
+        statistic: a JAX function g(beta, components), mapped over the refits (`components`): a
+            scalar, an array or a dict of them. All fixed effects, ``sigma``, SDs, correlations and
+            log-variances if left out.
+        seed: of the random numbers.
+
+    Returns:
+        The draws; refits without an optimum are left out and counted.
+
+    Raises:
+        DataError: the fit did not converge, or no refit did; a statistic that asks for what the
+            model does not have.
+        ValueError: n or seed out of range.
+    """
+    check_count(n, seed)
+    people = of_fit(fit)
+    function = statistic or default(fit)
+    names, own = evaluate(function, fits_of(fit), fit.term_sizes)
+    if statistic is not None:
+        require_entries(statistic, fit)
+    engine = refitter(people.frame, fit.method, fit.structure)
+    draws, errors, statuses, singular = [], [], [], 0
+    for block in people.blocks(n, seed):
+        fits = engine.fit(block)
+        statuses.append(fits.status)
+        good = _converged(fits)
+        singular += int(good.is_singular.sum())
+        draws.append(evaluate(function, good, fit.term_sizes)[1])
+        if statistic is None:
+            errors.append(standard_errors(good, fit.term_sizes))
+    status = np.concatenate(statuses)
+    values = np.concatenate(draws)
+    require_some(status)
+    index = pd.Index(names)
+    return Bootstrap(
+        fit=fit,
+        statistic=statistic,
+        estimate=pd.Series(own[0], index, name="estimate"),
+        draws=pd.DataFrame(values, columns=index),
+        errors=pd.DataFrame(np.concatenate(errors), columns=index) if errors else None,
+        n=n,
+        seed=seed,
+        failures=count_failures(status),
+        share_singular=singular / len(values),
+    )
+
+
+def _converged(fits: Fits) -> Fits:
+    good = fits.status == Status.CONVERGED
+    return Fits(*(None if part is None else part[good] for part in fits))  # pyright: ignore

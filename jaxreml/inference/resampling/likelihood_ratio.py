@@ -1,0 +1,140 @@
+"""Likelihood-ratio tests whose null distribution is simulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.resampling.simulation import check_count, of_fit
+from jaxreml.many.refits import refitter, require_some
+from jaxreml.optimum.estimate import Status
+
+
+@dataclass(frozen=True, eq=False)
+class NullDistribution:
+    """Likelihood-ratio statistics of responses drawn from the smaller of two models.
+
+    Attributes:
+        statistic: of the data.
+        draws: (n - n_failed,), of the responses for which both models have an optimum.
+        n: responses drawn.
+        n_failed: those left out.
+        share_singular: of the draws, refits of the (smaller, larger) model on the boundary.
+    """
+
+    statistic: float
+    draws: np.ndarray
+    n: int
+    n_failed: int
+    share_singular: tuple[float, float]
+
+    @property
+    def p_value(self) -> float:
+        """(1 + draws at least as large as the statistic) / (1 + draws)."""
+        return float(1 + np.sum(self.draws >= self.statistic)) / (1 + self.draws.size)
+
+    @property
+    def p_value_se(self) -> float:
+        """Monte Carlo standard error of `p_value`."""
+        p = self.p_value
+        return float(np.sqrt(p * (1 - p) / (1 + self.draws.size)))
+
+
+def null_distribution(
+    smaller: FittedModel, larger: FittedModel, n: int = 1000, seed: int = 0
+) -> NullDistribution:
+    """The distribution of a likelihood-ratio statistic if the smaller model holds.
+
+    Responses are drawn from the smaller fit and both models are fitted to each, as
+    ``pbkrtest::PBmodcomp`` (Halekoh and Hojsgaard 2014, J. Stat. Softw. 59(9)). No asymptotics:
+    right for variances on the boundary too.
+
+    Args:
+        smaller, larger: fits of nested models to the same rows by the same method, ML unless they
+            have the same fixed effects.
+        n: responses.
+        seed: of the random numbers.
+
+    Raises:
+        DataError: a fit did not converge, different rows or responses, or no refit of both
+            converged.
+        ValueError: methods that differ, REML with different fixed effects, n or seed out of range.
+    """
+    check_count(n, seed)
+    for fit in (smaller, larger):
+        fit.require_optimum("compare")
+    _require_comparable(smaller, larger)
+    people = of_fit(smaller)
+    engines = [refitter(fit.frame, fit.method, fit.structure) for fit in (smaller, larger)]
+    draws, statuses = [], []
+    singular = np.zeros(2)
+    for block in people.blocks(n, seed):
+        pair = [engine.fit(block) for engine in engines]
+        status = np.where(pair[0].status == Status.CONVERGED, pair[1].status, pair[0].status)
+        good = status == Status.CONVERGED
+        singular += [fits.is_singular[good].sum() for fits in pair]
+        draws.append(pair[0].criterion[good] - pair[1].criterion[good])
+        statuses.append(status)
+    status = np.concatenate(statuses)
+    require_some(status)
+    values = _cleaned(np.concatenate(draws), smaller.criterion)
+    small, large = singular / values.size
+    return NullDistribution(
+        statistic=float(_cleaned(smaller.criterion - larger.criterion, smaller.criterion)),
+        draws=values,
+        n=n,
+        n_failed=n - values.size,
+        share_singular=(float(small), float(large)),
+    )
+
+
+def _cleaned(statistics: np.ndarray | float, criterion: float) -> np.ndarray:
+    """Rounding error around zero, where a variance of the larger model is zero, as zero."""
+    noise = 1e-9 * (1 + abs(criterion))
+    return np.where(np.abs(statistics) < noise, 0.0, statistics)
+
+
+def _require_comparable(smaller: FittedModel, larger: FittedModel) -> None:
+    same_rows = smaller.nobs == larger.nobs and np.array_equal(smaller.y, larger.y)
+    if not same_rows:
+        raise DataError(
+            f"the fits are of different data ({smaller.nobs} and {larger.nobs} rows, or other "
+            "responses): fit both to the same rows"
+        )
+    for name in ("weights", "offset"):
+        first, second = getattr(smaller, name), getattr(larger, name)
+        if (first is None) != (second is None) or not np.array_equal(
+            np.zeros(0) if first is None else first, np.zeros(0) if second is None else second
+        ):
+            raise DataError(f"the fits have different {name}")
+    if smaller.method != larger.method:
+        raise ValueError("one fit is by REML and one by ML: fit both by the same method")
+    if smaller.method == "REML" and not _same_span(smaller.frame.X, larger.frame.X):
+        raise ValueError(
+            "restricted likelihoods of different fixed effects cannot be compared: fit both models "
+            'with method="ML"'
+        )
+    if larger.criterion > smaller.criterion + 1e-6 * (1 + abs(smaller.criterion)):
+        raise ValueError(
+            f"the likelihood of {larger.formula!r} is lower than that of {smaller.formula!r}: the "
+            "models are not nested in this order"
+        )
+
+
+def _same_span(first: np.ndarray, second: np.ndarray) -> bool:
+    if first.shape != second.shape:
+        return False
+    basis = np.linalg.qr(first)[0]
+    rest = second - basis @ (basis.T @ second)
+    return bool(np.linalg.norm(rest) <= 1e-8 * np.linalg.norm(second))
+
+
+def bootstrap_lrt(
+    fit0: FittedModel, fit1: FittedModel, n: int = 1000, seed: int = 0
+) -> NullDistribution:
+    """Bootstrap likelihood-ratio test of two nested fits in either order; `null_distribution`."""
+    smaller, larger = sorted((fit0, fit1), key=lambda fit: fit.df_model)
+    return null_distribution(smaller, larger, n, seed)

@@ -1,0 +1,266 @@
+"""Responses drawn from a model with known parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.arguments import is_reml
+from jaxreml.data.formula import parse
+from jaxreml.data.frame import ModelFrame, covariate_frame
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.model.covariance import unstructured
+
+NEW, CONDITIONAL = "~0", None
+TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
+NUMBERS = 2**18  # of a stream's responses; a processor's cache holds them
+BLOCK = 2**23  # numbers of a block of responses
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """A linear mixed model with known parameters.
+
+    Made by `population` from given values, or by `of_fit` from a fit.
+
+    Attributes:
+        frame: the rows and terms.
+        beta: (p,), fixed effects in the order of ``frame.fixed_names``.
+        factors: per random term (q, q), a square root L of the effects' covariance matrix L L'.
+        sigma: residual standard deviation at weight 1.
+        method: "REML" or "ML", by which responses are fitted.
+        structure: as in `fit`.
+        context: names the formula may use besides columns.
+    """
+
+    frame: ModelFrame
+    beta: np.ndarray
+    factors: tuple[np.ndarray, ...]
+    sigma: float
+    method: str = "REML"
+    structure: str | None = None
+    context: Mapping[str, Any] | None = None
+
+    @property
+    def mean(self) -> np.ndarray:
+        """X beta + offset, (n,)."""
+        mean = self.frame.X @ self.beta
+        return mean if self.frame.offset is None else mean + self.frame.offset
+
+    def simulate(self, n: int = 1, seed: int = 0) -> pd.DataFrame:
+        """Draw responses with new random effects; see `simulate`."""
+        return _labelled(self, self.mean, n, seed, new=True)
+
+    def blocks(self, n: int, seed: int) -> Iterator[np.ndarray]:
+        """The responses of `simulate` in blocks (rows, b) of bounded size."""
+        size = max(BLOCK // len(self.frame.X), 1)
+        size = max(size // self._together, 1) * self._together
+        for start in range(0, n, size):
+            yield self._draw(self.mean, start, min(start + size, n), seed, new=True)
+
+    @property
+    def _together(self) -> int:
+        """Responses from one stream of random numbers; it depends on the model only."""
+        return min(max(NUMBERS // len(self.frame.X), 1), TOGETHER)
+
+    def _draw(self, mean: np.ndarray, start: int, stop: int, seed: int, *, new: bool) -> np.ndarray:
+        """Responses start..stop-1, (rows, stop - start); `start` begins a stream."""
+        values = np.empty((stop - start, mean.size))
+        starts = range(start, stop, self._together)
+
+        def fill(first: int) -> None:
+            part = values[first - start : first - start + self._together]
+            self._fill(part, mean, np.random.SeedSequence((seed, first // self._together)), new)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, starts))
+        return values.T
+
+    def _fill(
+        self, out: np.ndarray, mean: np.ndarray, seed: np.random.SeedSequence, new: bool
+    ) -> None:
+        """Responses (b, rows); the first of them do not depend on b."""
+        of_errors, *of_terms = map(np.random.default_rng, seed.spawn(1 + len(self.factors)))
+        of_errors.standard_normal(out=out)
+        weights = self.frame.weights
+        out *= self.sigma if weights is None else self.sigma / np.sqrt(weights)
+        out += mean
+        if not new:
+            return
+        for term, factor, rng in zip(self.frame.terms, self.factors, of_terms, strict=True):
+            standard = rng.standard_normal((len(out), len(term.levels), len(factor)))
+            effects = standard @ factor.T
+            for k, column in enumerate(term.effects.T):
+                of_rows = np.take(effects[:, :, k], term.codes, axis=1)
+                out += of_rows if np.all(column == 1) else of_rows * column
+
+
+def of_fit(fit: FittedModel) -> Population:
+    """The population with the parameters of a fit.
+
+    Raises:
+        DataError: the fit did not converge.
+    """
+    fit.require_optimum("simulate from it")
+    factors = []
+    start = 0
+    for _, q in fit.term_sizes:
+        factor = np.zeros((q, q))
+        rows, columns = unstructured.triangle(q)
+        factor[rows, columns] = fit.sigma * fit.theta[start : start + rows.size]
+        factors.append(factor)
+        start += rows.size
+    return Population(
+        fit.frame, fit.beta, tuple(factors), fit.sigma, fit.method, fit.structure, fit.context
+    )
+
+
+def population(
+    formula: str,
+    data: Any,
+    beta: Mapping[str, float],
+    variances: Mapping[str, Any],
+    sigma: float,
+    method: str = "REML",
+    *,
+    weights: Any = None,
+    offset: Any = None,
+    structure: str | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> Population:
+    """A linear mixed model with given parameters, as ``simr::makeLmer``.
+
+    Args:
+        formula: as for `fit`; what is left of the ~ is not looked at.
+        data: the covariates, as for `fit`.
+        beta: every fixed effect by its name, such as ``{"(Intercept)": 250, "Days": 10}``.
+        variances: for every grouping factor the variance of its effect, or a vector of the
+            variances of its uncorrelated effects, or their covariance matrix; all its terms
+            together, in the order of `LMMResults.cov_re`.
+        sigma: residual standard deviation.
+        method: by which simulated responses are to be fitted, "REML" or "ML".
+        weights, offset, structure, context: as for `fit`.
+
+    Raises:
+        FormulaError, DataError: as `fit`; parameters that are missing, unknown, not finite or not
+            a covariance matrix, named.
+    """
+    is_reml(method)
+    parsed = parse(formula)
+    right = parsed.text[len(parsed.response) :]
+    frame = covariate_frame(right, data, weights=weights, offset=offset, context=context)
+    values = _checked("beta", beta, frame.fixed_names)
+    coefficients = np.array([float(values[name]) for name in frame.fixed_names])
+    if not np.all(np.isfinite(coefficients)):
+        raise DataError(f"beta has values that are not finite: {dict(values)}")
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise DataError(f"sigma must be positive, not {sigma}")
+    factors = _roots(variances, frame)
+    return Population(frame, coefficients, factors, float(sigma), method, structure, context)
+
+
+def _checked(what: str, values: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """`values` by name, exactly these names."""
+    found = {str(name): value for name, value in dict(values).items()}
+    for name in found:
+        if name not in names:
+            raise DataError(
+                f"{what} has {name!r}, which the model does not have; it has {', '.join(names)}"
+            )
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise DataError(f"{what} has no value for {', '.join(missing)}")
+    return found
+
+
+def _roots(variances: Mapping[str, Any], frame: ModelFrame) -> tuple[np.ndarray, ...]:
+    """Per term a square root of its covariance matrix."""
+    names = tuple(dict.fromkeys(term.name for term in frame.terms))
+    given = _checked("variances", variances, names)
+    roots: dict[int, np.ndarray] = {}
+    for name in names:
+        terms = [k for k, term in enumerate(frame.terms) if term.name == name]
+        sizes = [len(frame.terms[k].effect_names) for k in terms]
+        whole = _covariance(name, given[name], sum(sizes))
+        start = 0
+        for k, q in zip(terms, sizes, strict=True):
+            inside = slice(start, start + q)
+            outside = np.delete(whole[inside], np.arange(start, start + q), axis=1)
+            if np.any(outside):
+                raise DataError(
+                    f"the covariance matrix of {name} correlates effects that the formula has in "
+                    "different terms"
+                )
+            values, vectors = np.linalg.eigh(whole[inside, inside])
+            roots[k] = vectors * np.sqrt(np.maximum(values, 0.0))
+            start += q
+    return tuple(roots[k] for k in range(len(frame.terms)))
+
+
+def _covariance(name: str, value: Any, q: int) -> np.ndarray:
+    matrix = np.asarray(value, float)
+    if matrix.ndim < 2:
+        matrix = np.diag(np.atleast_1d(matrix))
+    if matrix.shape != (q, q):
+        raise DataError(
+            f"{name} has {q} random effects: its entry of variances must be {q} variances or a "
+            f"({q}, {q}) covariance matrix, not of shape {np.shape(value)}"
+        )
+    ok = np.all(np.isfinite(matrix)) and np.allclose(matrix, matrix.T)
+    if not ok or np.linalg.eigvalsh(matrix)[0] < -1e-10 * np.abs(matrix).max():
+        raise DataError(f"the entry {name!r} of variances is not a covariance matrix:\n{matrix}")
+    return matrix
+
+
+def simulate(
+    fit: FittedModel, n: int = 1, seed: int = 0, re_form: str | None = NEW
+) -> pd.DataFrame:
+    """Draw new responses from a fitted model, as lme4's ``simulate``.
+
+    y = X beta + offset + Z b + e with b ~ N(0, G) and e_i ~ N(0, sigma2 / w_i), on the scale of the
+    formula's left side. The first responses are the same for every n.
+
+    Args:
+        fit: a fit that converged.
+        n: number of responses.
+        seed: of NumPy's generator; the same seed gives the same responses.
+        re_form: ``"~0"`` for new random effects, lme4's default; None to keep the conditional
+            modes and draw the residuals only.
+
+    Returns:
+        (rows, n), in the labels of the rows used, columns ``sim_1``, ...
+
+    Raises:
+        DataError: the fit did not converge.
+        ValueError: n, seed or re_form out of range.
+    """
+    people = of_fit(fit)
+    if re_form not in (NEW, CONDITIONAL):
+        raise ValueError(
+            f're_form must be "~0" (new random effects) or None (the conditional modes), not '
+            f"{re_form!r}"
+        )
+    new = re_form == NEW
+    return _labelled(people, people.mean if new else fit.fitted, n, seed, new=new)
+
+
+def _labelled(
+    people: Population, mean: np.ndarray, n: int, seed: int, *, new: bool
+) -> pd.DataFrame:
+    check_count(n, seed)
+    values = people._draw(mean, 0, n, seed, new=new)
+    return pd.DataFrame(values, people.frame.table.index, [f"sim_{k + 1}" for k in range(n)])
+
+
+def check_count(n: int, seed: int) -> None:
+    """Raise ValueError unless n is an integer of at least 1 and the seed one of at least 0."""
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

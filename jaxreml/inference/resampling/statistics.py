@@ -1,0 +1,189 @@
+"""Statistics of a fit: functions g(beta, components), mapped over many refits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import combinations
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml.backend.compilation import remembered
+from jaxreml.backend.runtime import neutral
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import RESIDUAL, FittedModel
+from jaxreml.inference.parameters import components
+from jaxreml.inference.parameters.components import Components, Groups
+from jaxreml.many.record import Fits
+
+Statistic = Callable[[Array, Components], Any]
+TOGETHER = 1024  # refits that a statistic is computed of at a time
+
+
+def fits_of(fit: FittedModel) -> Fits:
+    """One fit as a batch of one, as far as statistics and their standard errors need it."""
+    known: dict[str, Any] = dict.fromkeys(Fits._fields)
+    known |= {
+        "beta": fit.beta,
+        "se": np.sqrt(np.diagonal(fit.vcov_array)),
+        "sigma": np.asarray(fit.sigma),
+        "theta": fit.theta,
+        "parameters": fit.parameters,
+        "parameters_se": np.sqrt(np.diagonal(fit.parameters_vcov)),
+    }
+    return Fits(*(None if part is None else part[None] for part in known.values()))  # pyright: ignore
+
+
+def default(fit: FittedModel) -> Statistic:
+    """The default statistics, one function for all fits of the same labels."""
+    effects = tuple((grouping.name, grouping.effects) for grouping in fit.groupings)
+    return _default_statistics(fit.fixed_names, effects)
+
+
+@lru_cache
+def _default_statistics(
+    fixed: tuple[str, ...], terms: tuple[tuple[str, tuple[str, ...]], ...]
+) -> Statistic:
+    """Fixed effects, sigma, SDs, correlations within terms and log-variances, by name."""
+
+    def statistics(beta: Array, components: Components) -> dict[str, Array]:
+        found = {f"beta[{name}]": beta[k] for k, name in enumerate(fixed)}
+        found["sigma"] = jnp.sqrt(components[RESIDUAL])
+        starts = dict.fromkeys(components, 0)
+        correlations, logs = {}, {}
+        for group, effects in terms:
+            start = starts[group]
+            starts[group] += len(effects)
+            places = range(start, starts[group])
+            matrix = components[group]
+            for k, effect in zip(places, effects, strict=True):
+                found[f"sd[{group}, {effect}]"] = jnp.sqrt(matrix[k, k])
+                logs[f"log_variance[{group}, {effect}]"] = jnp.log(matrix[k, k])
+            labelled = zip(places, effects, strict=True)
+            for (j, first), (i, second) in combinations(labelled, 2):
+                scale = jnp.sqrt(matrix[i, i]) * jnp.sqrt(matrix[j, j])
+                correlations[f"correlation[{group}, {first}, {second}]"] = jnp.clip(
+                    matrix[i, j] / scale, -1.0, 1.0
+                )
+        logs[f"log_variance[{RESIDUAL}]"] = jnp.log(components[RESIDUAL])
+        return found | correlations | logs
+
+    return statistics
+
+
+def standard_errors(fits: Fits, groups: Groups) -> np.ndarray:
+    """Standard errors of the default statistics on their `working_scale`, (b, k)."""
+    log_variances, fisher = [], []
+    start = 0
+    for _, q in groups:
+        log_variances += range(start, start + q)
+        # Coordinates run row by row; those after a row's first are of partial correlations.
+        firsts = [start + q + i * (i - 1) // 2 for i in range(q)]
+        fisher += [firsts[i] if j == 0 else None for j, i in combinations(range(q), 2)]
+        start += q * (q + 1) // 2
+    of_params = fits.parameters_se
+    unknown = np.full(len(of_params), np.nan)
+    of_fisher = [unknown if k is None else of_params[:, k] for k in fisher]
+    of_logs = of_params[:, log_variances]
+    residual = of_params[:, -1:]
+    parts = [fits.se, residual / 2, of_logs / 2, *(column[:, None] for column in of_fisher)]
+    return np.concatenate([*parts, of_logs, residual], axis=1)
+
+
+def working_scale(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """The scale on which a default statistic is studentised, and the way back."""
+    if name == "sigma" or name.startswith("sd["):
+        return np.log, np.exp
+    if name.startswith("correlation["):
+        return np.arctanh, np.tanh
+    return np.asarray, np.asarray
+
+
+def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the statistics and their values, (b, k).
+
+    Raises:
+        ValueError: the function gives something else than numbers, arrays or a dict of them.
+    """
+    b, p = fits.beta.shape
+    size = min(TOGETHER, b)
+    rows = []
+    with neutral():
+        names = _names(function, groups, p, fits.theta.shape[1])
+        for start in range(0, b, max(size, 1)):  # of one size, for one compilation
+            which = np.resize(np.arange(start, min(start + size, b)), size)
+            values = _mapped(function, groups)(
+                fits.beta[which], fits.theta[which], fits.sigma[which]
+            )
+            rows.append(np.asarray(values)[: b - start])
+    return names, np.concatenate(rows) if rows else np.zeros((0, len(names)))
+
+
+@remembered
+def _mapped(function: Statistic, groups: Groups) -> Callable[..., Array]:
+    def flat(beta: Array, theta: Array, sigma: Array) -> Array:
+        return _flat(function(beta, components.of_theta(theta, sigma, groups)))
+
+    return jax.jit(jax.vmap(flat))
+
+
+def _flat(value: Any) -> Array:
+    parts = [jnp.ravel(jnp.asarray(part, float)) for part in _parts(value).values()]
+    return jnp.concatenate(parts)
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {"statistic": value}
+
+
+@lru_cache(maxsize=32)
+def _names(function: Statistic, groups: Groups, p: int, m: int) -> tuple[str, ...]:
+    """A name for every number that a statistic gives."""
+
+    def parts(beta: Any, theta: Any, sigma: Any) -> dict[Any, Any]:
+        found = _parts(function(beta, components.of_theta(theta, sigma, groups)))
+        labels.extend(map(str, found))
+        return {k: jnp.asarray(part) for k, part in enumerate(found.values())}
+
+    labels: list[str] = []
+    arguments = [jax.ShapeDtypeStruct(shape, float) for shape in ((p,), (m,), ())]
+    try:
+        leaves = jax.eval_shape(parts, *arguments)
+    except DataError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "the statistic must be a JAX function g(beta, components) that gives a number, an "
+            f"array or a dict of them: {error}"
+        ) from error
+    names = []
+    for label, leaf in zip(labels, leaves.values(), strict=True):
+        places = list(np.ndindex(leaf.shape))
+        names += [f"{label}[{', '.join(map(str, place))}]" if place else label for place in places]
+    return tuple(names)
+
+
+def finite_params(fit: FittedModel) -> np.ndarray:
+    """`Estimate.params` of a fit, finite as `components.inside` makes them."""
+    with neutral():
+        return np.asarray(components.inside(jnp.asarray(fit.parameters), fit.term_sizes))
+
+
+def slopes(function: Statistic, fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of the statistics in beta, (k, p), and in `Estimate.params`, (k, m + 1)."""
+
+    with neutral():
+        slopes = _slopes(function, fit.term_sizes)(fit.beta, finite_params(fit))
+        return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
+
+
+@remembered
+def _slopes(function: Statistic, groups: Groups) -> Callable[..., tuple[Array, Array]]:
+    def flat(beta: Array, params: Array) -> Array:
+        return _flat(function(beta, components.of_params(params, groups)))
+
+    return jax.jit(jax.jacfwd(flat, argnums=(0, 1)))

@@ -1,0 +1,314 @@
+"""Residuals, leverage, Cook's distance and influence on all parameters of a fit."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.data.frame import ALIASED, ModelFrame, drop_aliased
+from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.fitting.fit import fit_frame
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.rows import influence_derivatives
+from jaxreml.many.engine import BatchFitter
+from jaxreml.optimum.effects import row_variances, scaled_rows, whitened
+from jaxreml.optimum.estimate import Status
+
+DENSE = 1000  # most random effects of crossed fits that are refitted in the dense structure
+BLOCK = 10**7  # values of the responses of refits at a time
+
+
+def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
+    """Residuals of the rows used, as lme4's residuals.merMod.
+
+    Args:
+        fit: the fit.
+        kind: "response", y less fitted values; "pearson", these times the root of the prior
+            weight; "scaled", Pearson ones over sigma, as in lme4's summary; "studentized", scaled
+            ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in.
+    """
+    resid = fit.y - fit.fitted
+    if kind == "marginal":
+        resid = fit.y - fit.fixed_fitted
+    elif kind in ("pearson", "scaled", "studentized"):
+        resid = _pearson(fit)
+        if kind != "pearson":
+            resid = resid / fit.sigma
+        if kind == "studentized":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                resid = resid / np.sqrt(1 - leverage(fit).to_numpy())
+    elif kind != "response":
+        kinds = '"response", "pearson", "scaled", "studentized" or "marginal"'
+        raise ValueError(f"kind must be {kinds}, not {kind!r}")
+    return pd.Series(resid, fit.table.index, name=kind)
+
+
+def leverage(fit: FittedModel) -> pd.Series:
+    """Diagonal of the hat matrix of the penalised least squares, as lme4's hatvalues.merMod.
+
+    Row i of sqrt(w) [X, Z] through the inverse of Henderson's equations: by how much the fitted
+    value moves with its own y at given variance parameters, beta and the random effects both
+    following. The sum is the effective number of parameters. Without any n x n matrix.
+    """
+    values = row_variances(fit.henderson, fit.design, fit.frame.X, _rows(fit.frame))
+    return pd.Series(values * _weights(fit), fit.table.index, name="leverage")
+
+
+def cooks_distance(fit: FittedModel) -> pd.Series:
+    """Cook's distance of each row as lme4's cooks.distance.merMod.
+
+    (e / (1 - h))^2 h / (sigma2 p), with e the Pearson residual and h the leverage, random effects
+    included.
+
+    Raises:
+        ValueError: a model without fixed effects.
+    """
+    p = _number_of_fixed(fit)
+    hat = leverage(fit).to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = (_pearson(fit) / (1 - hat)) ** 2 * hat / (fit.sigma**2 * p)
+    return pd.Series(np.where(np.isfinite(values), values, np.nan), fit.table.index, name="cooks")
+
+
+def dfbetas(fit: FittedModel) -> pd.DataFrame:
+    """Change of each coefficient without each row, over its standard error without it.
+
+    At the variance parameters of the fit, and exact for them: with g = X' V0^-1 d of the row d,
+    beta changes by -Phi g e / (1 - h) and Phi by Phi g g' Phi / (1 - h). `influence` lets the
+    variance parameters change too. Signs as lme4's: without the row less with it.
+
+    Returns:
+        (n, p), a column per coefficient.
+
+    Raises:
+        ValueError: a model without fixed effects.
+    """
+    _number_of_fixed(fit)
+    change, hat = _row_changes(fit)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        more = fit.sigma**2 * change**2 / (1 - hat)[:, None]
+        change = -change * (_pearson(fit) / (1 - hat))[:, None]
+    se = np.sqrt(np.diagonal(fit.vcov_array) + more)
+    return pd.DataFrame(change / se, fit.table.index, list(fit.fixed_names))
+
+
+def _row_changes(fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
+    """Phi g of each row, (n, p), over sigma2, and the leverages, (n,)."""
+    parts, design = fit.henderson, fit.design
+    scaled = scaled_rows(design, _rows(fit.frame))
+    white = whitened(parts, design, fit.frame.X, scaled)
+    across = np.linalg.solve(parts.factor.T @ design.basis, white.T).T if design.p else white
+    root = np.sqrt(_weights(fit))
+    return across * root[:, None], leverage(fit).to_numpy()
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What estimates change by when a group of rows is left out; one row per group.
+
+    Attributes:
+        coefficients: change of each fixed effect, without the group less with it; NaN for those
+            that cannot be estimated without it.
+        dfbetas: the same over the standard errors without the group, as lme4's.
+        cooks_distance: change' vcov^-1 change / p with `vcov` of all rows (Cook's distance of a
+            group as in influence.ME; lme4's has another factor, 1 - p / number of groups).
+        parameters: change of each entry of `LMMResults.parameters`, log-variances and coordinates
+            of correlations. Infinite or NaN where a variance is zero.
+        refits: columns ``rows``, the number left out, ``converged``, ``is_singular`` and
+            ``message``. Numbers of a refit that did not converge are NaN. For the first-order
+            method only ``rows``.
+    """
+
+    coefficients: pd.DataFrame
+    dfbetas: pd.DataFrame
+    cooks_distance: pd.Series
+    parameters: pd.DataFrame
+    refits: pd.DataFrame
+
+
+def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influence:
+    """Influence of groups of rows on the fixed effects and the variance parameters.
+
+    Args:
+        fit: the fit.
+        by: what the groups are: a column that the model uses or a grouping factor, by name; (n,)
+            labels of the rows used; every row its own group if left out.
+        method: "exact" refits the model without each group, in one batch where the structure has
+            one: one program for all groups of grouped fits, and of crossed ones up to 1,000 random
+            effects; a compilation and fit per group of larger ones. Columns such as ``poly(x, 2)``
+            stay those of all rows. "first-order" does without refits: one step of the variance
+            parameters by the implicit function theorem (`jaxreml.first_order`), after which beta is
+            that of the rows left, to first order in the step. It comes short where a group says
+            much about a variance.
+
+    Raises:
+        DataError: a fit without an optimum; another `by`.
+        ValueError: another method, or a fit that has no derivative or is too large for the
+            first-order method.
+    """
+    fit.require_optimum("measure influence")
+    codes, labels = _groups(fit, by)
+    if method == "first-order":
+        beta, parameters = influence_derivatives.changes(fit, codes, len(labels), by is None)
+        se = np.broadcast_to(fit.bse.to_numpy(), beta.shape)
+        refits = {"rows": np.bincount(codes, minlength=len(labels))}
+    elif method == "exact":
+        beta, se, parameters, refits = _refits(fit, codes, len(labels))
+        _blank_lost(fit, codes, beta, refits)
+        beta, parameters = beta - fit.beta, _differences(parameters, fit.parameters)
+    else:
+        raise ValueError(f'method must be "exact" or "first-order", not {method!r}')
+    p = len(fit.beta)
+    cooks = np.full(len(labels), np.nan)
+    if p:
+        cooks = np.einsum("gi,ig->g", beta, np.linalg.solve(fit.vcov_array, beta.T)) / p
+    names = list(fit.fixed_names)
+    return Influence(
+        pd.DataFrame(beta, labels, names),
+        pd.DataFrame(beta / se, labels, names),
+        pd.Series(cooks, labels, name="cooks"),
+        pd.DataFrame(parameters, labels, list(fit.parameter_names)),
+        pd.DataFrame(refits, labels),
+    )
+
+
+def _differences(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return new - old  # NaN where both are infinite
+
+
+def _groups(fit: FittedModel, by: Any) -> tuple[np.ndarray, pd.Index]:
+    """Group of each row, (n,), and the groups' labels."""
+    n = fit.nobs
+    if by is None:
+        return np.arange(n), fit.table.index
+    if isinstance(by, str):
+        for term in fit.frame.terms:
+            if term.name == by:
+                return term.codes, pd.Index(term.levels, name=by)
+        if by not in fit.table:
+            have = [term.name for term in fit.frame.terms]
+            have += [str(name) for name in fit.table.columns]
+            raise DataError(
+                f"{by!r} is no grouping factor or column of the model, which has "
+                f"{', '.join(dict.fromkeys(have))}; give the labels of other groups as an array"
+            )
+        by = pd.Series(fit.table[by].to_numpy(), name=by)
+    if np.ndim(by) != 1 or len(by) != n or pd.isna(pd.Series(by)).any():
+        raise DataError(f"by must have a label for each of the {n} rows used, or name a column")
+    labels = pd.Series(by)
+    codes, levels = pd.factorize(labels, sort=True)
+    return codes, pd.Index(levels, name=labels.name)
+
+
+def _refits(
+    fit: FittedModel, codes: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """Coefficients, standard errors and variance parameters without each group, and statuses."""
+    frame = fit.frame
+    effects = sum(len(term.levels) * len(term.effect_names) for term in frame.terms)
+    if fit.structure == "crossed" and effects > DENSE:
+        found = [_refit(fit, codes != k) for k in range(count)]
+        beta, se, parameters, status, singular = (np.array(x) for x in zip(*found, strict=True))
+    else:
+        structure = "grouped" if fit.structure == "grouped" else "dense"
+        fitter = BatchFitter(frame, fit.method, structure=structure, lanes=1)
+        step = max(1, BLOCK // fit.nobs)
+        blocks = []
+        for start in range(0, count, step):
+            out = codes[:, None] == np.arange(start, min(start + step, count))
+            fits = fitter.fit(np.where(out, np.nan, fit.y[:, None]))
+            blocks.append((fits.beta, fits.se, fits.parameters, fits.status, fits.is_singular))
+        beta, se, parameters, status, singular = map(np.concatenate, zip(*blocks, strict=True))
+    return (
+        beta,
+        se,
+        parameters,
+        {
+            "rows": np.bincount(codes, minlength=count),
+            "converged": status == Status.CONVERGED,
+            "is_singular": singular.astype(bool),
+            "message": [Status(int(code)).sentence for code in status],
+        },
+    )
+
+
+def _blank_lost(
+    fit: FittedModel, codes: np.ndarray, beta: np.ndarray, refits: dict[str, Any]
+) -> None:
+    """NaN for coefficients that cannot be estimated without a group.
+
+    A refit drops only the last of columns that depend on each other; without the first level of a
+    factor the intercept that it has left is another level's.
+    """
+    frame = fit.frame
+    for k in np.flatnonzero(refits["converged"] & np.isnan(beta).any(axis=1)):
+        columns = frame.X[codes != k]
+        lengths = np.linalg.norm(columns, axis=0)
+        triangle = np.linalg.qr(columns / np.where(lengths > 0, lengths, 1.0), mode="r")
+        _, sizes, directions = np.linalg.svd(triangle)  # of X itself U would be rows by rows
+        lost = np.any(np.abs(directions[np.sum(sizes > ALIASED * sizes[0]) :]) > ALIASED, axis=0)
+        beta[k, lost] = np.nan
+        names = [name for name, out in zip(frame.fixed_names, lost, strict=True) if out]
+        refits["message"][k] += f"; cannot be estimated without these rows: {', '.join(names)}"
+
+
+def _refit(fit: FittedModel, kept: np.ndarray) -> tuple[Any, ...]:
+    """One fit in the rows `kept`, by itself."""
+    p, m = len(fit.beta), len(fit.parameters)
+    beta, se = np.full(p, np.nan), np.full(p, np.nan)
+    failed = beta, se, np.full(m, np.nan)
+    try:
+        frame, places = _without(fit.frame, kept)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = fit_frame(frame, fit.method, fit.structure)
+    except DataError:
+        return (*failed, Status.TOO_FEW_ROWS, False)
+    if not found.converged:
+        return (*failed, found.status, False)
+    beta[places], se[places] = found.beta, found.bse
+    return beta, se, found.parameters, found.status, found.is_singular
+
+
+def _without(frame: ModelFrame, kept: np.ndarray) -> tuple[ModelFrame, list[int]]:
+    """The frame in the rows `kept`, its columns of X as they are, and which of them are left."""
+    X, names, _ = drop_aliased(frame.X[kept], frame.fixed_names)
+    terms = []
+    for term in frame.terms:
+        present, codes = np.unique(term.codes[kept], return_inverse=True)
+        levels = tuple(term.levels[k] for k in present)
+        terms.append(replace(term, levels=levels, codes=codes, effects=term.effects[kept]))
+    part = replace(
+        frame,
+        y=None if frame.y is None else frame.y[kept],
+        X=X,
+        fixed_names=names,
+        terms=tuple(terms),
+        weights=None if frame.weights is None else frame.weights[kept],
+        offset=None if frame.offset is None else frame.offset[kept],
+        table=frame.table[kept],
+    )
+    return part, [frame.fixed_names.index(name) for name in names]
+
+
+def _rows(frame: ModelFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(term.codes, term.effects) for term in frame.terms]
+
+
+def _weights(fit: FittedModel) -> np.ndarray:
+    return np.ones(fit.nobs) if fit.weights is None else fit.weights
+
+
+def _pearson(fit: FittedModel) -> np.ndarray:
+    return (fit.y - fit.fitted) * np.sqrt(_weights(fit))
+
+
+def _number_of_fixed(fit: FittedModel) -> int:
+    if not len(fit.beta):
+        raise ValueError("the model has no fixed effects for a row to have influence on")
+    return len(fit.beta)

@@ -1,0 +1,355 @@
+r"""Predictions of a fit for its own rows and for new ones, with their standard errors.
+
+With b split into the effects that a prediction uses, b_1 with rows z_1, and the others, b_2, the
+prediction of a row (x, z) is x'beta_hat + z_1'b_hat_1 + offset. Two intervals go with it:
+
+- ``"confidence"``, for x'beta + z_1'b_1, the mean given these random effects. Its variance is that
+  of x'(beta_hat - beta) + z_1'(b_hat_1 - b_1), by the inverse of Henderson's mixed model equations:
+  beta_hat and b_hat jointly. A level that the fit has not seen has b_hat = 0 and adds z Sigma z'.
+- ``"prediction"``, for a new observation there: it adds sigma2 / weight, and z_2'Sigma_2 z_2 for
+  the random effects that are left out, those of levels drawn anew.
+
+Where columns of X depend on others, rows outside the row space of X, such as a combination of
+levels without data, are NaN, with an EstimabilityWarning: what their mean is would depend on which
+columns were left out. R's ``predict.lm(rankdeficient = "NA")``.
+
+Both intervals take the variance parameters for known, as lme4 and merTools do; normal quantiles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import ndtri
+
+from jaxreml.arguments import check_conf_level
+from jaxreml.data.columns import codes_of, complete_rows, label, like_fitted, require_same_kind
+from jaxreml.data.formula import parse
+from jaxreml.data.frame import EXTRAS, ModelFrame, check_finite
+from jaxreml.data.grouping import GroupingTerm, combined_codes, grouping_terms
+from jaxreml.data.tables import beside, nearest, texts_of_names, to_pandas
+from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.optimum.effects import row_variances
+
+Mask = tuple[np.ndarray, ...]  # per term (q,) booleans, which effects
+
+
+class Rows(NamedTuple):
+    """Rows to predict for, k complete ones.
+
+    Attributes:
+        index: labels of all rows asked for.
+        complete: which of them are complete, booleans.
+        estimable: (k,) booleans, for which complete rows the data determine x'beta.
+        X: (k, p), as in the fit.
+        effects: per term (k, q).
+        codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
+        offset, weights: (k,).
+    """
+
+    index: pd.Index
+    complete: np.ndarray
+    estimable: np.ndarray
+    X: np.ndarray
+    effects: list[np.ndarray]
+    codes: list[np.ndarray]
+    offset: np.ndarray
+    weights: np.ndarray
+
+
+def predict(
+    fit: FittedModel,
+    newdata: Any = None,
+    re_form: str | bool | None = None,
+    allow_new_levels: bool = False,
+    *,
+    interval: str | None = None,
+    conf_level: float = 0.95,
+    offset: Any = None,
+    weights: Any = None,
+) -> pd.Series | pd.DataFrame:
+    """Predictions, as lme4's predict.merMod, with standard errors if wanted.
+
+    The columns of the model are made of `newdata` as they were for the fit: with its state of
+    transforms such as ``poly(x, 2)`` and ``scale(x)``, its levels of factors and contrasts,
+    and without aliased columns.
+
+    Args:
+        fit: the fit.
+        newdata: any table as for `fit`; the rows of the fit if left out. The response is not
+            needed, nor are the grouping factors of random effects that `re_form` leaves out.
+            A row with a missing value in a column that is needed has NaN for its prediction,
+            and so has, with an EstimabilityWarning, one whose fixed effects the data do not
+            determine, such as a combination of levels without data.
+        re_form: which random effects to use: None for all, "~0" or False for none, or a
+            formula with some of them, such as ``"~ (1 | school)"``.
+        allow_new_levels: predict for levels of grouping factors that the fit has not seen,
+            whose random effects are taken for zero. Refused by name otherwise.
+        interval: None; "confidence" for x'beta + z'b, with the uncertainty of beta and of the
+            random effects used, jointly (b of a new level has all of its variance Sigma);
+            "prediction" for a new observation: with the residual variance, and the variance of
+            the random effects not used, besides. Variance parameters are taken for known.
+        conf_level: of the interval, by normal quantiles.
+        offset: of the rows of newdata, a column name or values, where the fit was made with
+            the argument `offset`. ``offset()`` of the formula is evaluated anyway.
+        weights: likewise; wanted for prediction intervals only.
+
+    Returns:
+        Predictions in the row labels of newdata; with `interval`, a frame with the columns
+        ``prediction``, ``se``, ``lower`` and ``upper``.
+
+    Raises:
+        DataError: a column that is missing or of another kind than in the fit, levels that the
+            fit has not seen, named.
+        FormulaError: a `re_form` that the fit has not.
+        ValueError: other arguments than these; an offset or weights that are missing; intervals
+            of a fit without an optimum.
+    """
+    if interval not in (None, "confidence", "prediction"):
+        raise ValueError(f'interval must be None, "confidence" or "prediction", not {interval!r}')
+    check_conf_level(conf_level)
+    if interval:
+        fit.require_optimum("give standard errors")
+    frame = fit.frame if newdata is None else fit.prototype
+    used = included_effects(frame, re_form)
+    with_left_out = interval == "prediction"
+    if newdata is None:
+        if offset is not None or weights is not None:
+            raise ValueError("offset and weights belong to newdata, which is not given")
+        rows = _own_rows(fit)
+    else:
+        rows = _new_rows(fit, newdata, used, with_left_out, offset, weights)
+    if not allow_new_levels:
+        _require_known(frame, rows, used, newdata)
+
+    _warn_not_estimable(frame, rows)
+    mean = np.where(rows.estimable, rows.X @ fit.beta + rows.offset, np.nan)
+    own = []  # the part of each row of Z whose effects have modes
+    variance = np.zeros(len(mean))
+    for grouping, block, keep, effects, codes in zip(
+        fit.groupings, fit.covariances, used, rows.effects, rows.codes, strict=True
+    ):
+        known = codes >= 0
+        chosen = effects * keep
+        variance += np.where(known, 0.0, _quadratic(chosen, block))
+        if with_left_out and not keep.all():
+            if keep.any():
+                raise ValueError(
+                    f"re_form keeps some effects of the term on {grouping.name!r} and leaves out "
+                    "others, which are correlated with them: a prediction interval needs whole "
+                    "terms"
+                )
+            variance += _quadratic(effects, block)
+        here, places = chosen * known[:, None], np.where(known, codes, 0)
+        mean += np.sum(here * grouping.modes[places], axis=1)
+        own.append((places, here))
+    if interval is None:
+        return _series(rows, mean, "prediction")
+    sigma2 = fit.sigma**2
+    variance += sigma2 * row_variances(fit.henderson, fit.design, rows.X, own)
+    if interval == "prediction":
+        variance += sigma2 / rows.weights
+    se = np.sqrt(np.where(rows.estimable, variance, np.nan))
+    half = ndtri((1 + conf_level) / 2) * se
+    columns = {"prediction": mean, "se": se, "lower": mean - half, "upper": mean + half}
+    return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
+
+
+def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """z M z' of each row, (k,)."""
+    return np.sum(rows @ matrix * rows, axis=1)
+
+
+def _series(rows: Rows, values: np.ndarray, name: str) -> pd.Series:
+    """Values of complete rows among all, NaN for the others."""
+    whole = np.full(len(rows.index), np.nan)
+    whole[rows.complete] = values
+    return pd.Series(whole, rows.index, name=name)
+
+
+def included_effects(frame: ModelFrame, re_form: str | bool | None) -> Mask:
+    """Which random effects a prediction uses.
+
+    Args:
+        frame: of the fit.
+        re_form: None for all, ``"~0"`` or False for none, or a formula such as
+            ``"~ (1 | school)"`` with some of the fit's random terms or of their effects.
+
+    Raises:
+        FormulaError: another formula.
+    """
+    if re_form is None:
+        return tuple(np.ones(len(term.effect_names), bool) for term in frame.terms)
+    used = tuple(np.zeros(len(term.effect_names), bool) for term in frame.terms)
+    if re_form is False or (isinstance(re_form, str) and re_form.replace(" ", "") == "~0"):
+        return used
+    if not isinstance(re_form, str):
+        raise FormulaError(f're_form must be None, "~0" or a formula text, not {re_form!r}')
+    parsed = parse(re_form)
+    if parsed.response or parsed.offsets or parsed.fixed not in ("0", "1"):
+        raise FormulaError(f"re_form has random terms only, as in '~ (1 | g)', not {re_form!r}")
+    context = frame.fixed_encoding.context
+    for bar in parsed.random:
+        here = [k for k, term in enumerate(frame.terms) if term.name == bar.name]
+        if not here:
+            have = ", ".join(dict.fromkeys(repr(term.name) for term in frame.terms))
+            raise FormulaError(
+                f"re_form has a term on {bar.name!r}; the fit has random effects on {have}"
+            )
+        have = {name: k for k in here for name in frame.terms[k].effect_names}
+        for asked in grouping_terms(bar, frame.table, context):
+            for name in asked.effect_names:
+                if name not in have:
+                    raise FormulaError(
+                        f"re_form has the effect {name!r} of {bar.name!r}; the fit has "
+                        f"{', '.join(map(repr, have))}"
+                    )
+                used[have[name]][frame.terms[have[name]].effect_names.index(name)] = True
+    return used
+
+
+def _own_rows(fit: FittedModel) -> Rows:
+    frame = fit.frame
+    n = len(frame.X)
+    return Rows(
+        fit.table.index,
+        np.ones(n, bool),
+        np.ones(n, bool),
+        frame.X,
+        [term.effects for term in frame.terms],
+        [term.codes for term in frame.terms],
+        np.zeros(n) if frame.offset is None else frame.offset,
+        np.ones(n) if frame.weights is None else frame.weights,
+    )
+
+
+def _new_rows(
+    fit: FittedModel, newdata: Any, used: Mask, with_left_out: bool, offset: Any, weights: Any
+) -> Rows:
+    """Rows of a new table, in the encodings of the fit."""
+    frame = fit.prototype
+    extras = {"offset": offset, "weights": weights}
+    if offset is None and EXTRAS["offset"] in frame.table:
+        raise ValueError(
+            "the fit was made with offset=...; give the offset of the new rows too (zeros for none)"
+        )
+    if with_left_out and weights is None and frame.weights is not None:
+        raise ValueError(
+            "the fit has prior weights; a prediction interval needs those of the new rows: "
+            "weights=... (ones for observations of variance sigma2)"
+        )
+    needed = [with_left_out or bool(keep.any()) for keep in used]
+    encodings = [frame.fixed_encoding, *frame.offset_encodings]
+    encodings += [t.encoding for t, need in zip(frame.terms, needed, strict=True) if need]
+    names = [name for encoding in encodings for name in encoding.variables]
+    used_terms = zip(frame.terms, used, strict=True)
+    factors = [name for term, keep in used_terms if keep.any() for name in term.factors]
+    names += factors
+    columns = texts_of_names(newdata)
+    names = [name for name in dict.fromkeys(names) if name in frame.table]
+    for name in names:
+        if name not in columns:
+            hint = nearest(name, columns)
+            if name in factors:
+                hint += '. re_form="~0" predicts without random effects'
+            raise DataError(f"newdata has no column {name!r}{hint}")
+        if columns.count(name) > 1:
+            raise DataError(f"column {name!r} occurs more than once in newdata; rename one")
+    table = to_pandas(newdata, names)
+    if not names:  # nothing but an intercept
+        table = pd.DataFrame(index=_labels(newdata))
+    index = table.index
+    for role, value in extras.items():
+        if value is not None:
+            table[EXTRAS[role]] = beside(role, value, newdata, len(index))
+    table, complete = complete_rows(table)
+    check_finite(table)
+    in_columns = {name for encoding in encodings for name in encoding.variables}
+    for name in names if len(table) else ():
+        if name in in_columns:
+            table[name] = like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
+    k = len(table)
+    X = np.zeros((k, len(frame.fixed_names)))
+    estimable = np.ones(k, bool)
+    effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
+    codes = [np.zeros(k, int) for _ in frame.terms]
+    given = {role: table[EXTRAS[role]].to_numpy(float) for role in extras if EXTRAS[role] in table}
+    total_offset = given.get("offset", np.zeros(k))
+    prior = given.get("weights", np.ones(k))
+    if np.any(prior <= 0):
+        row = int(np.argmax(prior <= 0))
+        raise DataError(
+            f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}"
+        )
+    if k:
+        places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
+        full = frame.fixed_encoding.matrix(table)
+        X = full[:, places]
+        if frame.row_space is not None:
+            estimable = frame.row_space.contains(full)
+        for encoding in frame.offset_encodings:
+            total_offset = total_offset + encoding.matrix(table)[:, 0]
+        for i, (term, keep, need) in enumerate(zip(frame.terms, used, needed, strict=True)):
+            if need:
+                effects[i] = term.encoding.matrix(table)
+            if keep.any():
+                codes[i] = _codes(term, frame.table, table)
+    return Rows(index, complete, estimable, X, effects, codes, total_offset, prior)
+
+
+def _labels(newdata: Any) -> pd.Index:
+    """Row labels of a table of which no column is used."""
+    names = texts_of_names(newdata)
+    if not names:
+        raise DataError("newdata has no columns, so that it does not say how many rows there are")
+    return to_pandas(newdata, names[:1]).index
+
+
+def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.ndarray:
+    """Levels of a grouping factor, -1 for those that the fit has not seen."""
+    old, new = [], []
+    for name in term.factors:
+        levels = pd.Categorical(fitted[name]).categories
+        values = pd.Series(table[name])
+        require_same_kind(name, values, pd.Series(levels))
+        old.append(codes_of(pd.Series(fitted[name]), levels.tolist()))
+        new.append(codes_of(values, levels.tolist()))
+    combined = combined_codes([np.concatenate(pair) + 1 for pair in zip(old, new, strict=True)])
+    of_level = np.full(int(combined.max()) + 1, -1)
+    of_level[combined[: len(fitted)]] = term.codes
+    return of_level[combined[len(fitted) :]]
+
+
+def _warn_not_estimable(frame: ModelFrame, rows: Rows) -> None:
+    """Say which rows are NaN because their combination of the fixed effects is not determined."""
+    found = np.flatnonzero(rows.complete)[~rows.estimable]
+    if found.size:
+        shown = ", ".join(map(repr, rows.index[found[:5]].tolist()))
+        warnings.warn(
+            f"{found.size} row(s) of newdata are NaN ({shown}{', ...' if found.size > 5 else ''}): "
+            "the data do not determine their fixed effects, as these columns of X depend on others "
+            f"in the data but not there: {', '.join(frame.aliased)}",
+            EstimabilityWarning,
+            stacklevel=4,
+        )
+
+
+def _require_known(frame: ModelFrame, rows: Rows, used: Mask, newdata: Any) -> None:
+    """Refuse levels that the fit has not seen."""
+    for term, keep, codes in zip(frame.terms, used, rows.codes, strict=True):
+        unknown = codes < 0
+        if not keep.any() or not unknown.any():
+            continue
+        row = int(np.flatnonzero(rows.complete)[np.argmax(unknown)])
+        values = to_pandas(newdata, list(term.factors)).iloc[row].tolist()
+        level = values[0] if len(values) == 1 else ":".join(map(str, values))
+        raise DataError(
+            f"the level {level!r} of {term.name!r} in row {label(rows.index[row:])} of newdata is "
+            f"not in the fit ({int(unknown.sum())} such row(s)); its levels are such as "
+            f"{term.levels[0]!r}. "
+            're_form="~0" predicts without random effects, allow_new_levels=True for new levels'
+        )

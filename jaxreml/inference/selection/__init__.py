@@ -1,0 +1,1 @@
+"""Models with a term less: drop1, ranova, step."""

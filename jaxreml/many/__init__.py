@@ -1,0 +1,1 @@
+"""The engines that fit one model to many responses."""

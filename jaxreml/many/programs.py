@@ -1,0 +1,306 @@
+"""The compiled programs of `fit_many`: what is done with a chunk of responses, lanes last.
+
+1. `begin` reduces the responses to cross-products and gives each lane its start, which is the
+   optimum itself where the design is balanced.
+2. `climb` finds the optima, all lanes in step, in the spectral form where there is one variance
+   ratio, or where a limited number of steps leads.
+3. `screen` looks on a grid of covariances, the same for all responses, for other optima.
+4. `conclude` evaluates the criterion of the full design at the roots found, with its derivatives,
+   and what follows from them: the certificate and every number of a fit.
+
+They are compiled apart, so that the certificate is not the search's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.many.screening import grid
+from jaxreml.many.shared import Reduced, SharedDesign
+from jaxreml.model import linalg, satterthwaite
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.design import Design
+from jaxreml.model.kenward_roger import adjust, single_degrees
+from jaxreml.model.objective import profiled
+from jaxreml.optimum import newton
+from jaxreml.optimum.effects import conditional_modes
+from jaxreml.optimum.estimate import (
+    CERTIFIED,
+    Estimate,
+    Status,
+    expand_root,
+    outcome,
+    report,
+    search,
+    start_root,
+)
+
+TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
+AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
+
+
+class Plan(NamedTuple):
+    """What programs are compiled for, besides shapes.
+
+    Attributes:
+        reml: REML or ML.
+        grouped: whether there is one grouping factor.
+        in_lanes: whether lanes are one design with a trailing axis (`SharedDesign.batch`), or
+            designs for `vmap`.
+        df: degrees of freedom of tests, as in `fit_many`.
+        exact: as in `SharedDesign.reduce`.
+        careful: as in `newton.minimise`.
+    """
+
+    reml: bool
+    grouped: bool
+    in_lanes: bool
+    df: str = "satterthwaite"
+    exact: bool = False
+    careful: bool = False
+
+
+class Found(NamedTuple):
+    """What the search hands on, responses on the last axis; `newton.Trace` without its point."""
+
+    root: Array
+    value: Array
+    iterations: Array
+    converged: Array
+    stalled: Array
+    radius: Array
+
+
+def _begin(
+    shared: SharedDesign, values: Array, shift: Array, *, plan: Plan
+) -> tuple[Reduced, Array, Array]:
+    """Reduce a chunk, (groups, n, lanes), and find where to start.
+
+    The rows of one group at a time fit into the cache; all that follows takes them together.
+    """
+    groups = jax.lax.map(lambda group: shared.reduce(*group, exact=plan.exact), (values, shift))
+    reduced = jax.tree.map(_merge, groups)
+    if plan.in_lanes:
+        root = start_root(_searched(shared, reduced, plan), plan.reml)
+    else:
+        root = _per_lane(lambda reduced: start_root(shared.each(reduced), plan.reml))(reduced)
+    return reduced, root, jnp.ones_like(reduced.residual_ss)
+
+
+def _merge(groups: Array) -> Array:
+    """(groups, ..., lanes) to (..., groups * lanes)."""
+    moved = jnp.moveaxis(groups, 0, -2)
+    return moved.reshape(*moved.shape[:-2], moved.shape[-2] * moved.shape[-1])
+
+
+def _searched(shared: SharedDesign, reduced: Reduced, plan: Plan) -> Design:
+    """The design whose criterion is minimised."""
+    if shared.spectral is not None:
+        return shared.rotated(reduced, reml=plan.reml)
+    return shared.batch(reduced)
+
+
+def _climb(
+    shared: SharedDesign, reduced: Reduced, root: Array, radius: Array, limit: Array, *, plan: Plan
+) -> Found:
+    """The optima, or where at most `limit` expansions from `root` lead."""
+
+    def climb(design: Design, root: Array, radius: Array) -> Found:
+        trace = search(
+            design, root, plan.reml, TOLERANCE, limit, radius=radius, careful=plan.careful
+        )
+        return Found(trace.at, trace.point.value, *trace[2:])
+
+    if plan.in_lanes:
+        return climb(_searched(shared, reduced, plan), root, radius)
+    each = _per_lane(lambda reduced, *state: climb(shared.each(reduced), *state))
+    return each(reduced, root, radius)
+
+
+def _screen(shared: SharedDesign, reduced: Reduced, *, plan: Plan) -> Array:
+    """The criterion on the `screening.grid`, (G, lanes); not for lanes in step."""
+    omegas = unstructured.omega_from_root(jnp.asarray(grid(shared.sizes)[0].T), shared.sizes)
+
+    def at(omega: Array) -> Array:
+        return _per_lane(lambda own: profiled(omega, shared.each(own), reml=plan.reml))(reduced)
+
+    return jax.lax.map(at, omegas.T)
+
+
+def _along(shared: SharedDesign, reduced: Reduced, omegas: Array, *, plan: Plan) -> Array:
+    """The criterion at points (k, m, lanes) of each response, (k, lanes)."""
+    if plan.in_lanes:
+        design = _searched(shared, reduced, plan)
+        return jax.lax.map(lambda omega: profiled(omega, design, reml=plan.reml), omegas)
+
+    def at(omega: Array) -> Array:
+        each = _per_lane(
+            lambda own, own_omega: profiled(own_omega, shared.each(own), reml=plan.reml)
+        )
+        return each(reduced, omega)
+
+    return jax.lax.map(at, omegas)
+
+
+def _conclude(
+    shared: SharedDesign,
+    reduced: Reduced,
+    found: Found,
+    before: Array,
+    contrasts: Array,
+    *,
+    plan: Plan,
+) -> Array:
+    """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch.Table`.
+
+    `before` are expansions in earlier passes; the last one is the one here. `contrasts` are (k, p).
+    """
+
+    def conclude(design: Design, found: Found, before: Array) -> Array:
+        found = found._replace(iterations=before + found.iterations + 1)
+        trace = newton.Trace(found.root, None, *found[2:])
+        point = expand_root(found.root, design, reml=plan.reml)
+        status = outcome(found.root, point, trace, design)
+        estimate = report(found.root, point, trace, design, status)
+        return pack(estimate, found.value, _tests(shared, estimate, contrasts, plan))
+
+    if plan.in_lanes:
+        packed = conclude(shared.batch(reduced), found, before)
+    else:
+        each = _per_lane(lambda reduced, *rest: conclude(shared.each(reduced), *rest))
+        packed = each(reduced, found, before)
+    return packed.at[0].set(jnp.where(reduced.doubtful, Status.NOT_CERTIFIED, packed[0]))
+
+
+class Tests(NamedTuple):
+    """Estimates, standard errors and degrees of freedom, (p + k, ...), of fixed effects and then
+    contrasts."""
+
+    estimates: Array
+    errors: Array
+    degrees: Array
+
+
+def _tests(shared: SharedDesign, estimate: Estimate, contrasts: Array, plan: Plan) -> Tests:
+    rows = jnp.concatenate([jnp.eye(shared.p, dtype=contrasts.dtype), contrasts])
+    if plan.df.startswith("kenward-roger"):
+        return _kenward_roger_tests(shared, estimate, rows)
+    tests = satterthwaite_tests(estimate, rows)
+    if plan.df == "satterthwaite":
+        return tests
+    count = shared.n - shared.p if plan.df == "residual" else jnp.inf
+    return tests._replace(degrees=jnp.full_like(tests.degrees, count))
+
+
+def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
+    """Tests of (k, p) `rows`; parameters on the boundary are held there."""
+    variance = jnp.einsum("kp,pq...,kq->k...", rows, estimate.vcov, rows)
+    slopes = jnp.einsum("kp,mpq...,kq->mk...", rows, estimate.vcov_slopes, rows)
+    df = satterthwaite.degrees(variance, slopes, satterthwaite.spread(estimate.hessian))
+    estimates = jnp.tensordot(rows, estimate.beta, axes=1)
+    return Tests(estimates, jnp.sqrt(variance), df)
+
+
+def _kenward_roger_tests(shared: SharedDesign, estimate: Estimate, rows: Array) -> Tests:
+    blank = shared.blank()
+
+    def adjusted(theta: Array, sigma: Array) -> tuple[Array, Array, Array]:
+        adjustment = adjust(theta, sigma**2, blank)
+        variance = jnp.einsum("kp,pq,kq->k", rows, adjustment.vcov, rows)
+        return variance, single_degrees(adjustment, rows), adjustment.exists
+
+    if estimate.theta.ndim == 2:
+        adjusted = _per_lane(adjusted)
+    variance, degrees, exist = adjusted(estimate.theta, estimate.sigma)
+    variance, degrees = (jnp.where(exist, array, jnp.nan) for array in (variance, degrees))
+    return Tests(jnp.tensordot(rows, estimate.beta, axes=1), jnp.sqrt(variance), degrees)
+
+
+def _per_lane(function: Any) -> Any:
+    return jax.vmap(function, in_axes=-1, out_axes=-1)
+
+
+def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
+    """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
+    scale = 1 + jnp.abs(estimate.criterion)
+    certified = (estimate.gradient_norm <= CERTIFIED * scale) & (
+        jnp.abs(estimate.criterion - value) <= AGREES * scale
+    )
+    converged = estimate.status == Status.CONVERGED
+    status = jnp.where(converged & ~certified, Status.NOT_CERTIFIED, estimate.status)
+    p = len(estimate.beta)
+    one = jnp.ones_like(value)[None]
+    return jnp.concatenate(
+        [
+            status * one,
+            *(array[:p] for array in tests[:3]),
+            estimate.sigma * one,
+            estimate.theta,
+            estimate.params,
+            jnp.sqrt(linalg.diagonal(estimate.params_vcov)),
+            estimate.criterion * one,
+            estimate.gradient_norm * one,
+            estimate.iterations * one,
+            estimate.is_singular * one,
+            *(array[p:] for array in tests[:3]),
+        ]
+    )
+
+
+def _modes_of(
+    shared: SharedDesign, values: Array, shift: Array, root: Array, *, plan: Plan
+) -> tuple[Array, ...]:
+    """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
+    shared = replace(shared, collapse=None, spectral=None)
+
+    def modes(reduced: Reduced, root: Array) -> tuple[Array, ...]:
+        design = shared.each(reduced)
+        return conditional_modes(unstructured.omega_from_root(root, design.sizes), design)
+
+    reduced = shared.reduce(_merge(values), _merge(shift), exact=True)
+    return _per_lane(modes)(reduced, root)
+
+
+class Programs:
+    """The programs of a plan, jitted and spread over the devices of a mesh."""
+
+    def __init__(self, mesh: Mesh, plan: Plan):
+        last: list[Any] = [PartitionSpec(*[None] * k, "responses") for k in range(3)]
+        scores = last[2 if plan.grouped else 1]
+        reduced = Reduced(scores, last[1], last[0], last[1], last[0], last[0], last[0])
+        found = Found(last[1], *[last[0]] * 5)
+        first, everywhere = PartitionSpec("responses"), PartitionSpec()
+        options = quick_compilation(mesh.devices.flat[0].platform)
+
+        def spread(function: Any, batched: tuple, out: Any) -> Any:
+            """Each device works on its own part of the last axis."""
+            return jax.jit(
+                jax.shard_map(
+                    partial(function, plan=plan),
+                    mesh=mesh,
+                    in_specs=(everywhere, *batched),
+                    out_specs=out,
+                    check_vma=False,
+                ),
+                compiler_options=options,
+            )
+
+        known = reduced, last[1], last[0]
+        self.held = jax.tree.map(lambda spec: NamedSharding(mesh, spec), known)
+        self.begin = spread(_begin, (first, first), known)
+        self.climb = spread(_climb, (*known, everywhere), found)
+        self.screen = spread(_screen, (reduced,), last[1])
+        self.along = spread(_along, (reduced, last[2]), last[1])
+        self.conclude = spread(_conclude, (reduced, found, last[0], everywhere), last[1])
+        self.modes = spread(_modes_of, (first, first, last[1]), last[2])
+
+
+programs = remembered(Programs)

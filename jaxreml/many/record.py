@@ -1,0 +1,380 @@
+"""What `fit_many` finds: its numbers, and the labelled views of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.design import parameter_names
+from jaxreml.optimum.estimate import Status
+
+
+class Fits(NamedTuple):
+    """Numbers of many fits, NumPy arrays with the responses on the first axis.
+
+    NaN (False for `is_singular`, 0 for `iterations`) where `status` is not CONVERGED.
+
+    Attributes:
+        beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
+        sigma: (b,), residual standard deviations.
+        theta: (b, m), relative Cholesky factors as in `Estimate`.
+        parameters, parameters_se: (b, m + 1), `Estimate.params` and their standard errors.
+        criterion, gradient_norm: (b,).
+        iterations, nobs, missing, rank: (b,) integers; `missing` counts rows without a value,
+            `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
+            `beta` and `contrast` that these rows say nothing about are NaN.
+        is_singular: (b,) booleans.
+        status: (b,) `Status` codes.
+        contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
+        modes: per random term (b, levels, effects), or None.
+    """
+
+    beta: np.ndarray
+    se: np.ndarray
+    df: np.ndarray
+    sigma: np.ndarray
+    theta: np.ndarray
+    parameters: np.ndarray
+    parameters_se: np.ndarray
+    criterion: np.ndarray
+    gradient_norm: np.ndarray
+    iterations: np.ndarray
+    nobs: np.ndarray
+    missing: np.ndarray
+    rank: np.ndarray
+    is_singular: np.ndarray
+    status: np.ndarray
+    contrast: np.ndarray
+    contrast_se: np.ndarray
+    contrast_df: np.ndarray
+    modes: tuple[np.ndarray, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BatchModel:
+    """What all responses of a batch share: the model and its labels.
+
+    Attributes:
+        formula, method, structure: as in `LMMResults`.
+        fixed_names, aliased: columns of X, and those dropped because they depend on others.
+        groups: per random term its grouping factor and its effects, in lme4's order.
+        levels: per random term the labels of its levels.
+        n_dropped: rows left out because of missing values in the data (not in a response).
+        df: degrees of freedom of the tests, as in `LMMResults.test`.
+        contrasts: names of the contrasts asked for.
+    """
+
+    formula: str
+    method: str
+    structure: str
+    fixed_names: tuple[str, ...]
+    aliased: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+    levels: tuple[tuple[Any, ...], ...]
+    n_dropped: int
+    df: str = "satterthwaite"
+    contrasts: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Effects per random term."""
+        return tuple(len(effects) for _, effects in self.groups)
+
+    @property
+    def variance_labels(self) -> list[tuple[str, str]]:
+        """Group and term of each variance, the residual's last."""
+        labels = [(group, effect) for group, effects in self.groups for effect in effects]
+        return [*labels, (RESIDUAL, RESIDUAL)]
+
+    @property
+    def correlation_labels(self) -> list[tuple[str, str, str]]:
+        """Group and the two terms of each correlation."""
+        return [
+            (group, effects[j], effects[i])
+            for group, effects in self.groups
+            for j in range(len(effects))
+            for i in range(j + 1, len(effects))
+        ]
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of `Fits.parameters`, as `Design.parameter_names`."""
+        return parameter_names(self.groups)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedBatch:
+    """One model fitted to many responses.
+
+    Every labelled property has the responses as its index. A response without an optimum has a
+    `status` other than 0, its `messages` say why, and its numbers are NaN. Coefficients and
+    contrasts that the rows of a response say nothing about, because its missing values leave no row
+    of a level for example, are NaN for it, and its message names them; the others have the meaning
+    that they have for all responses.
+
+    Attributes:
+        model: what the responses share.
+        responses: their names.
+        fits: the numbers, NumPy arrays with the responses on the first axis.
+    """
+
+    model: BatchModel
+    responses: pd.Index
+    fits: Fits
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    # Fixed effects
+
+    @property
+    def params(self) -> pd.DataFrame:
+        """Fixed-effects estimates, a column per coefficient."""
+        return self._fixed(self.fits.beta)
+
+    @property
+    def bse(self) -> pd.DataFrame:
+        """Standard errors of the fixed effects."""
+        return self._fixed(self.fits.se)
+
+    @property
+    def tvalues(self) -> pd.DataFrame:
+        """Estimates over standard errors."""
+        return self._fixed(self.fits.beta / self.fits.se)
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """Degrees of freedom of the fixed effects, by the method that `fit_many` was asked for."""
+        return self._fixed(self.fits.df)
+
+    @property
+    def df_satterthwaite(self) -> pd.DataFrame:
+        """Satterthwaite's degrees of freedom, as `LMMResults.df_satterthwaite`.
+
+        Raises:
+            DataError: `fit_many` was asked for others.
+        """
+        if self.model.df != "satterthwaite":
+            raise DataError(f"the degrees of freedom are those of df={self.model.df!r}: use `df`")
+        return self.df
+
+    @cached_property
+    def pvalues(self) -> pd.DataFrame:
+        """Two-sided p-values of t tests with `df`."""
+        from scipy.special import stdtr
+
+        return self._fixed(2 * stdtr(self.fits.df, -np.abs(self.fits.beta / self.fits.se)))
+
+    @cached_property
+    def contrasts(self) -> pd.DataFrame:
+        """The contrasts that `fit_many` was asked for: a row per response, columns by contrast and
+        estimate, std_error, df, statistic, p_value, p_adjusted (as `pvalues_adjusted`)."""
+        from scipy.special import stdtr
+
+        fits = self.fits
+        statistic = fits.contrast / fits.contrast_se
+        p_value = 2 * stdtr(fits.contrast_df, -np.abs(statistic))
+        named = {
+            "estimate": fits.contrast,
+            "std_error": fits.contrast_se,
+            "df": fits.contrast_df,
+            "statistic": statistic,
+            "p_value": p_value,
+            "p_adjusted": benjamini_hochberg(p_value),
+        }
+        parts = {
+            name: pd.DataFrame({key: part[:, k] for key, part in named.items()}, self.responses)
+            for k, name in enumerate(self.model.contrasts)
+        }
+        if not parts:
+            raise DataError("no contrasts were asked for: call fit_many(..., contrasts=...)")
+        return pd.concat(parts, axis=1)
+
+    @cached_property
+    def pvalues_adjusted(self) -> pd.DataFrame:
+        """`pvalues` adjusted over the responses for the false discovery rate, each coefficient by
+        itself (Benjamini and Hochberg 1995); responses without one stay out."""
+        return self._fixed(benjamini_hochberg(self.pvalues.to_numpy()))
+
+    # Variance parameters
+
+    @cached_property
+    def variances(self) -> pd.DataFrame:
+        """Variances by group and term, the residual's last."""
+        diagonals = [np.diagonal(matrix, axis1=1, axis2=2) for matrix in self._covariances]
+        residual = self.fits.sigma[:, None] ** 2
+        return self._by_effect(np.concatenate([*diagonals, residual], axis=1))
+
+    @property
+    def log_variances(self) -> pd.DataFrame:
+        """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
+        return self._by_effect(self.fits.parameters[:, self._positions])
+
+    @property
+    def log_variance_se(self) -> pd.DataFrame:
+        """Asymptotic standard errors of the log-variances; NaN on the boundary."""
+        return self._by_effect(self.fits.parameters_se[:, self._positions])
+
+    @cached_property
+    def correlations(self) -> pd.DataFrame:
+        """Correlations of the random effects, a column per group and pair of terms."""
+        values = []
+        for matrix in self._covariances:
+            sd = np.sqrt(np.diagonal(matrix, axis1=1, axis2=2))
+            for j in range(sd.shape[1]):
+                for i in range(j + 1, sd.shape[1]):
+                    scale = sd[:, i] * sd[:, j]
+                    known = scale > 0
+                    values.append(
+                        np.divide(
+                            matrix[:, i, j], scale, out=np.full(len(self), np.nan), where=known
+                        )
+                    )
+        names = ["group", "term1", "term2"]
+        columns = pd.MultiIndex.from_tuples(self.model.correlation_labels, names=names)
+        array = np.stack(values, axis=1) if values else np.zeros((len(self), 0))
+        return pd.DataFrame(array, self.responses, columns)
+
+    # How it went
+
+    @property
+    def criterion(self) -> pd.Series:
+        """-2 log (restricted) likelihood."""
+        return self._series(self.fits.criterion, "criterion")
+
+    @property
+    def status(self) -> pd.Series:
+        """`Status` codes, 0 for an optimum."""
+        return self._series(self.fits.status, "status")
+
+    @property
+    def converged(self) -> pd.Series:
+        """Whether an optimum was found and certified."""
+        return self._series(self.fits.status == Status.CONVERGED, "converged")
+
+    @property
+    def messages(self) -> pd.Series:
+        """How each fit ended, in words, and what the rows of the response say nothing about."""
+        codes, sentences = self.message_codes
+        return self._series([sentences[code] for code in codes], "message")
+
+    @cached_property
+    def message_codes(self) -> tuple[np.ndarray, list[str]]:
+        """The messages as (b,) positions in a list of sentences that begins with those of
+        `Status`."""
+        codes = self.fits.status.astype(np.int32)
+        sentences = [status.sentence for status in Status]  # a status code is its position
+        unknown = np.isnan(np.concatenate([self.fits.beta, self.fits.contrast], axis=1))
+        some = np.flatnonzero((codes == Status.CONVERGED) & unknown.any(axis=1))
+        patterns, which = np.unique(unknown[some], axis=0, return_inverse=True)
+        codes[some] = len(sentences) + which.reshape(-1)
+        labels = [*self.model.fixed_names, *self.model.contrasts]
+        for pattern in patterns:
+            names = ", ".join(labels[k] for k in np.flatnonzero(pattern))
+            sentences.append(
+                f"{Status.CONVERGED.sentence}; not estimable from the rows where the response is "
+                f"not missing: {names}"
+            )
+        return codes, sentences
+
+    @property
+    def is_singular(self) -> pd.Series:
+        """Whether a variance is zero or a correlation +-1."""
+        return self._series(self.fits.is_singular, "is_singular")
+
+    @property
+    def gradient_norm(self) -> pd.Series:
+        """Norm of the gradient at the optimum, recomputed by a separately compiled program."""
+        return self._series(self.fits.gradient_norm, "gradient_norm")
+
+    @property
+    def n_iter(self) -> pd.Series:
+        """Evaluations of the criterion with its derivatives."""
+        return self._series(self.fits.iterations, "n_iter")
+
+    @property
+    def nobs(self) -> pd.Series:
+        """Rows used."""
+        return self._series(self.fits.nobs, "nobs")
+
+    @property
+    def n_missing(self) -> pd.Series:
+        """Rows left out because the response is missing there."""
+        return self._series(self.fits.missing, "n_missing")
+
+    # Random effects
+
+    def random_effects(self, i: int) -> dict[str, pd.DataFrame]:
+        """Conditional modes of response number `i`, as `LMMResults.random_effects`.
+
+        Raises:
+            DataError: `fit_many` was not asked for them.
+        """
+        if self.fits.modes is None:
+            raise DataError("the conditional modes were not kept: call fit_many(..., modes=True)")
+        frames: dict[str, list[pd.DataFrame]] = {}
+        for (group, effects), levels, modes in zip(
+            self.model.groups, self.model.levels, self.fits.modes, strict=True
+        ):
+            frame = pd.DataFrame(modes[i], pd.Index(levels, name=group), list(effects))
+            frames.setdefault(group, []).append(frame)
+        return {name: pd.concat(parts, axis=1) for name, parts in frames.items()}
+
+    def position(self, i: int | str) -> int:
+        """Position of a response given by position or name; DataError if there is none."""
+        if isinstance(i, int | np.integer):
+            if not -len(self) <= i < len(self):
+                raise DataError(f"there is no response {i}: there are {len(self)}")
+            return int(i) % len(self)
+        places = np.flatnonzero(self.responses == i)
+        if len(places) != 1:
+            raise DataError(f"{len(places)} responses have the name {i!r}")
+        return int(places[0])
+
+    def _series(self, values: Any, name: str) -> pd.Series:
+        return pd.Series(values, self.responses, name=name)
+
+    def _fixed(self, values: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(values, self.responses, list(self.model.fixed_names))
+
+    def _by_effect(self, values: np.ndarray) -> pd.DataFrame:
+        names = ["group", "term"]
+        columns = pd.MultiIndex.from_tuples(self.model.variance_labels, names=names)
+        return pd.DataFrame(values, self.responses, columns)
+
+    @property
+    def _positions(self) -> np.ndarray:
+        return unstructured.positions(self.model.sizes)[0]
+
+    @cached_property
+    def _covariances(self) -> list[np.ndarray]:
+        """Per term the covariance matrices of its effects, (responses, q, q)."""
+        matrices = []
+        start = 0
+        for q in self.model.sizes:
+            factor = np.zeros((len(self), q, q))
+            rows, columns = unstructured.triangle(q)
+            factor[:, rows, columns] = self.fits.theta[:, start : start + rows.size]
+            factor *= self.fits.sigma[:, None, None]
+            matrices.append(factor @ factor.transpose(0, 2, 1))
+            start += rows.size
+        return matrices
+
+
+def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+    """Adjusted p-values (b, k), column by column, NaN where there is none."""
+    from scipy.stats import false_discovery_control
+
+    adjusted = np.full_like(p_values, np.nan)
+    for own, column in zip(adjusted.T, p_values.T, strict=True):
+        known = np.flatnonzero(~np.isnan(column))
+        if known.size:
+            own[known] = false_discovery_control(column[known])
+    return adjusted

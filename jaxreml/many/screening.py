@@ -1,0 +1,206 @@
+"""Screening of a batch for lower optima than the ones found.
+
+The criterion is computed on a grid of relative covariances that all responses share, so that all
+that depends on the covariance is computed once, and a response costs a few matrix products. Only
+responses with several minima on the grid, or a lower one, are searched again from rival starts. Of
+4,000 responses in small unbalanced designs with two correlated effects, of which 26 had a lower
+optimum than the one found first, this missed one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreml.backend.runtime import neutral
+from jaxreml.many.shared import Reduced, SharedDesign
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.structures.collapse import SAME
+from jaxreml.optimum.rivals import diagonal_root, is_lower, starts
+
+GRID = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)  # relative SDs, to two effects
+COARSE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # likewise, for three effects
+CORRELATIONS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+LOWEST = 4  # minima of a grid that are looked at
+STEPS = 8  # of a path
+NEGLIGIBLE = 1e-11  # singular values of the grid's maps, as fractions of the largest
+
+
+@lru_cache
+def grid(sizes: unstructured.Sizes) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Roots to screen a batch on, (G, r), and the shape of the grid, whose product is G.
+
+    Relative SDs, by correlations for two correlated effects. With more effects than two, or three
+    without correlations, the rival `starts` alone, which are no grid: the shape is empty.
+    """
+    k = sum(sizes)
+    if sizes == (2,):
+        axes: list[Any] = [GRID[:1] + GRID[2:-2]] * 2 + [CORRELATIONS]
+        roots = [
+            [first, 0.0, rho * second, second * math.sqrt(1 - rho * rho)]
+            for first, second, rho in itertools.product(*axes)
+        ]
+    elif k <= 3 and max(sizes) == 1:
+        axes = [GRID if k < 3 else COARSE] * k
+        roots = [diagonal_root(np.array(sds), sizes) for sds in itertools.product(*axes)]
+    else:
+        return starts(sizes), ()
+    return np.array(roots), tuple(len(axis) for axis in axes)
+
+
+class Screened(NamedTuple):
+    """What the `grid` shows of other optima.
+
+    Attributes:
+        lower: (b,) booleans, whether a point of the grid is below the optimum found.
+        several: (b,) booleans, whether there are several minima among the points.
+        minima: (LOWEST, b), points that are minima, the lowest first; the last one repeats.
+    """
+
+    lower: np.ndarray
+    several: np.ndarray
+    minima: np.ndarray
+
+
+def screened(values: np.ndarray, found: np.ndarray, sizes: unstructured.Sizes) -> Screened:
+    """Look for other optima.
+
+    Args:
+        values: (G, b), the criterion on the `grid`.
+        found: (b,), at the optima.
+        sizes: effects per term.
+    """
+    shape = grid(sizes)[1]
+    values = np.where(np.isfinite(values), values, np.inf)
+    lower = is_lower(values.min(axis=0), found)
+    if not shape:
+        return Screened(lower, np.zeros_like(lower), np.zeros((LOWEST, lower.size), int))
+    cube = values.reshape(*shape, -1)
+    lowest_near = cube
+    for axis in range(len(shape)):
+        before, after = np.copy(lowest_near), np.copy(lowest_near)
+        own = np.moveaxis(lowest_near, axis, 0)
+        np.moveaxis(before, axis, 0)[1:] = own[:-1]
+        np.moveaxis(after, axis, 0)[:-1] = own[1:]
+        lowest_near = np.minimum(lowest_near, np.minimum(before, after))
+    heights = np.where(cube <= lowest_near, cube, np.inf).reshape(values.shape)
+    chosen = []
+    for _ in range(LOWEST):
+        place = np.argmin(heights, axis=0)
+        height = np.take_along_axis(heights, place[None], axis=0)[0]
+        gone = ~np.isfinite(height)
+        chosen.append(np.where(gone, chosen[-1], place) if chosen else place)
+        # Points that are the same covariance have the same value.
+        heights[~is_lower(height, heights)] = np.inf
+    return Screened(lower, chosen[0] != chosen[1], np.array(chosen))
+
+
+def path(minima: np.ndarray, omega: np.ndarray, sizes: unstructured.Sizes) -> np.ndarray:
+    """Relative covariances on the straight ways from minima of the grid to the optimum.
+
+    Steps of the grid are coarse where a valley is narrow and oblique, as for two correlated
+    effects: half of all responses have several minima on it. If the criterion nowhere rises on the
+    way, there is no other optimum there.
+
+    Args:
+        minima: (LOWEST, b), as in `Screened`.
+        omega: (m, b), of the optima found.
+        sizes: effects per term.
+
+    Returns:
+        (LOWEST, STEPS + 1, m, b), with both ends.
+    """
+    begins = np.moveaxis(_grid_omegas(sizes)[minima], -1, 1)[:, None]
+    share = np.linspace(0, 1, STEPS + 1)[None, :, None, None]
+    return (1 - share) * begins + share * omega
+
+
+@lru_cache
+def _grid_omegas(sizes: unstructured.Sizes) -> np.ndarray:
+    with neutral():
+        return np.asarray(unstructured.omega_from_root(jnp.asarray(grid(sizes)[0].T), sizes)).T
+
+
+def rises(along: np.ndarray) -> np.ndarray:
+    """Whether the criterion rises on a `path`, for its values (LOWEST, STEPS + 1, b)."""
+    along = np.where(np.isfinite(along), along, np.inf)
+    return is_lower(along[:, :-1], along[:, 1:]).any(axis=(0, 1))
+
+
+def has_one_optimum(shared: SharedDesign) -> bool:
+    """Whether every response of a design has one optimum, and screening is idle.
+
+    With q unrestricted effects on one factor, the same regular F in all levels, and the same scores
+    A of X, which span them, the fixed effects are least squares whatever the covariance. The
+    criterion is that of a Wishart matrix with covariance sigma2 (I + F Omega F') and a chi-squared
+    one with sigma2: convex in their precisions K and k, as is the restriction K <= k I.
+    """
+    if len(shared.sizes) > 1 or shared.codes is None:
+        return False
+    factors, scores = np.asarray(shared.factors), np.asarray(shared.scores_x)
+    size = np.abs(factors).max()
+    equal = np.ptp(factors, axis=2).max() <= SAME * size
+    regular = np.diagonal(factors).min() > SAME * size
+    first = scores[:, :, 0]  # J A A' = I, as X is orthonormal: A spans, apart from the rest of X
+    spans = np.abs(factors.shape[2] * first @ first.T - np.eye(len(first))).max() < 1e-9
+    return bool(equal and regular and spans and np.ptp(scores, axis=2).max() <= SAME)
+
+
+class Grid:
+    """The criterion of all responses of a design on the `grid`; on the host.
+
+    Args:
+        shared: the design, whose batches are a `GroupedBatch`.
+        reml: the criterion.
+    """
+
+    def __init__(self, shared: SharedDesign, *, reml: bool):
+        plan, p, q = shared.collapse, shared.p, sum(shared.sizes)
+        factors = np.asarray(shared.factors if plan is None else plan.factors)
+        counts = np.ones(factors.shape[-1]) if plan is None else np.asarray(plan.counts)
+        scores_x = np.asarray(shared.scores_x if plan is None else plan.scores_x)
+        basis = unstructured.symmetric_basis(shared.sizes)
+        omegas = np.tensordot(_grid_omegas(shared.sizes), basis, axes=1)
+        inner = np.einsum("abJ,Gbc,dcJ->GJad", factors, omegas, factors, optimize=True)
+        inner += np.eye(q)
+        precision = np.linalg.inv(inner)
+        self.rows, self.columns = unstructured.triangle(q)
+        twice = np.where(self.rows == self.columns, 1.0, 2.0)[:, None]
+        lower = np.moveaxis(precision[:, :, self.rows, self.columns], 2, 1) * twice
+        self.of_products = lower.reshape(len(lower), -1)
+        across = np.einsum("apJ,GJab->GpbJ", scores_x, precision, optimize=True)
+        of_x = np.asarray(shared.remainder_xx) + np.einsum("GpbJ,buJ->Gpu", across, scores_x)
+        root = np.linalg.cholesky(of_x)
+        half = np.linalg.inv(root)
+        self.of_remainder = half.reshape(len(half) * p, p)
+        of_scores = half @ across.reshape(len(half), p, scores_x.shape[2] * q)
+        across = of_scores.reshape(len(half) * p, scores_x.shape[2] * q)
+        left, size, right = np.linalg.svd(across, full_matrices=False)
+        kept = size > NEGLIGIBLE * np.max(size, initial=0.0)
+        self.left, self.right = left[:, kept] * size[kept], right[kept]
+        n = float(shared.n)
+        self.degrees = n - p if reml else n
+        logs = np.linalg.slogdet(inner)[1] @ counts
+        if reml:
+            pivots = np.append(np.diagonal(root, axis1=1, axis2=2), np.ones((len(root), 1)), axis=1)
+            logs = logs + 2 * np.log(pivots).sum(axis=1)
+            logs = logs + 2 * np.log(np.abs(np.diagonal(shared.basis))).sum()
+        unit = self.degrees * (1 + math.log(2 * math.pi / self.degrees))
+        self.constants = logs + unit - float(shared.log_weights)
+
+    def values(self, reduced: Reduced) -> np.ndarray:
+        """(G, b)."""
+        scores = np.asarray(reduced.scores)
+        b = scores.shape[-1]
+        products = scores[self.rows] * scores[self.columns]
+        of_y = self.of_products @ products.reshape(-1, b) + np.asarray(reduced.remainder_yy)
+        half = self.left @ (self.right @ scores.reshape(-1, b))
+        half += self.of_remainder @ np.asarray(reduced.remainder_xy)
+        rss = of_y - np.sum(half.reshape(len(of_y), -1, b) ** 2, axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.degrees * np.log(rss) + self.constants[:, None]

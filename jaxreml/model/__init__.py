@@ -1,0 +1,1 @@
+"""The likelihood: cross-products, covariances, structures, objectives. Arrays only."""

@@ -1,0 +1,1 @@
+"""Maps from parameters to the covariance of the random effects."""

@@ -1,0 +1,431 @@
+"""Small matrices with the batch on the trailing axes: the only place that calls LAPACK.
+
+jaxlib (0.10.2) hands LAPACK calls for a batch of matrices to the threads that run programs, and
+waits for them in one of these: when all wait, they wait for ever. A call for one matrix is made
+where it stands. So no call here has a batch on a CPU: up to a certain order the recurrences are
+written out over the trailing axes, which XLA fuses and vectorises; above it, where that would
+compile slowly, matrices go to LAPACK one at a time, which takes no longer than their batch. `vmap`
+of a function without trailing axes does the same.
+
+A matrix that is not positive definite gives NaN, never an altered factor. Derivatives are written
+out in terms of these functions, so that all this holds for them as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.custom_batching import custom_vmap
+from jax.scipy.linalg import solve_triangular
+
+FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
+UNROLLED_ORDER = 8
+PIVOTED_ORDER = 4  # likewise, with a search for pivots
+
+
+def transpose(matrix: Array) -> Array:
+    """(i, j, ...) to (j, i, ...)."""
+    return jnp.swapaxes(matrix, 0, 1)
+
+
+def matmul(left: Array, right: Array) -> Array:
+    """Products of (i, k, ...) and (k, j, ...); the trailing axes broadcast."""
+    if left.ndim == right.ndim == 2:
+        return left @ right
+    if not 0 < left.shape[1] <= UNROLLED_ORDER**2:
+        return jnp.einsum("ik...,kj...->ij...", left, right)
+    products = [left[:, k, None] * right[None, k] for k in range(left.shape[1])]
+    return reduce(add, products)
+
+
+def row_products(left: Array, right: Array) -> Array:
+    """Inner products of the rows of (a, k, ...) and (b, k, ...), (a, b, ...)."""
+    if left.ndim == right.ndim == 2:
+        return left @ right.T
+    return jnp.sum(left[:, None] * right[None], axis=2)
+
+
+def diagonal(matrix: Array) -> Array:
+    """Diagonals of (k, k, ...), (k, ...)."""
+    if matrix.ndim == 2:
+        return jnp.diagonal(matrix)
+    rows = [matrix[i, i] for i in range(matrix.shape[0])]
+    return jnp.stack(rows) if rows else jnp.zeros((0, *matrix.shape[2:]), matrix.dtype)
+
+
+def eye_like(matrix: Array) -> Array:
+    """The identity, (k, k, 1, ...), with as many axes as `matrix`, (k, k, ...)."""
+    q = matrix.shape[0]
+    return jnp.eye(q, dtype=matrix.dtype).reshape(q, q, *[1] * (matrix.ndim - 2))
+
+
+def flat_inverse(matrix: Any, sizes: Any, tolerance: float) -> tuple[Any, Any]:
+    """A generalised inverse of semidefinite (k, k, ...), and the directions it leaves out.
+
+    By symmetric sweeps (Goodnight 1979, Am. Stat. 33:149): what depends on the coordinates before
+    it is held at zero, which makes no difference to functions that are constant in the flat
+    directions. NumPy arrays or JAX's.
+
+    Args:
+        matrix: (k, k, ...).
+        sizes: (k, ...), positive: how large diagonal entries are where nothing is flat.
+        tolerance: pivots of at most this, per unit of `sizes`, are zero.
+
+    Returns:
+        The inverse, zero in the coordinates held, and the flat directions, (k, k, ...): a column
+        for each coordinate held, its largest entry +-1, zeros for the others. NaN where a pivot is
+        negative or NaN.
+    """
+    xp: Any = np if isinstance(matrix, np.ndarray) else jnp
+    unit = 1 / xp.sqrt(sizes)
+    swept = matrix * unit[:, None] * unit
+    eye = xp.eye(len(matrix), dtype=matrix.dtype)
+    eye = eye.reshape(*eye.shape, *[1] * (matrix.ndim - 2))
+    held = []
+    broken = False
+    for k in range(len(matrix)):
+        pivot = swept[k, k]
+        is_flat = ~(pivot > tolerance)
+        broken = broken | ~(pivot >= -tolerance)
+        safe = xp.where(is_flat, 1.0, pivot)
+        column = swept[:, k]
+        rest = swept - column[:, None] * column[None] / safe
+        column = (column * (1 - eye[k]) - eye[k] / 2) / safe
+        rest = rest + eye[k][:, None] * column[None] + column[:, None] * eye[k][None]
+        swept = xp.where(is_flat, swept, rest)
+        held.append(is_flat)
+    flat = xp.stack(held)
+    inverse = xp.where(flat[:, None] | flat, 0.0, -swept)
+    directions = xp.where(flat, eye - xp.where(flat[:, None], 0.0, swept), 0.0)
+    inverse = inverse * unit[:, None] * unit
+    directions = directions * unit[:, None]
+    largest = xp.max(xp.abs(directions), axis=0)
+    directions = directions / xp.where(largest > 0, largest, 1.0)
+    return xp.where(broken, xp.nan, inverse), xp.where(broken, xp.nan, directions)
+
+
+def border(matrix: Array, column: Array, corner: Array) -> Array:
+    """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...)."""
+    top = jnp.concatenate([matrix, column[:, None]], axis=1)
+    return jnp.concatenate([top, jnp.concatenate([column, corner[None]])[None]])
+
+
+def alike(tree: Any, like: Array) -> Any:
+    """`tree`, of the type that what depends on `like` has inside `jax.shard_map`: there constants
+    are the same on all devices, and loops and solutions must not change their type."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    never = jnp.any(like < like)
+    return jax.tree.map(lambda leaf: jnp.where(never, leaf, leaf), tree)
+
+
+def cond(which: Any, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """`jax.lax.cond`. Inside `jax.shard_map` both are computed, as `vmap` does: JAX (0.10.2) cannot
+    map there what has constants inside."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return jax.lax.cond(which, first, second)
+    return jax.tree.map(partial(jnp.where, which), first(), second())
+
+
+def lower(matrix: Array) -> Array:
+    """(k, k, ...) with zeros above the diagonal."""
+    return jnp.where(_where(np.tri(len(matrix)), matrix), matrix, 0.0)
+
+
+def _where(entries: np.ndarray, matrix: Array) -> np.ndarray:
+    """Booleans (k, k, 1, ...) with as many axes as `matrix`, (k, k, ...)."""
+    return entries.astype(bool).reshape(*entries.shape, *[1] * (matrix.ndim - 2))
+
+
+@jax.custom_jvp
+def cholesky(matrix: Array) -> Array:
+    """Lower Cholesky factors, (k, k, ...) to (k, k, ...). The upper triangle is not read."""
+    if not matrix.size:
+        return matrix
+    if matrix.ndim == 2 or len(matrix) > UNROLLED_ORDER:
+        return _each(_cholesky, matrix)
+    columns = []
+    rest = matrix
+    for k in range(matrix.shape[0]):
+        column = rest[:, 0] / jnp.sqrt(rest[:1, 0])
+        below = column[1:]
+        columns.append(jnp.concatenate([jnp.zeros_like(matrix[:k, 0]), column]))
+        rest = rest[1:, 1:] - below[:, None] * below[None]
+    return jnp.stack(columns, axis=1)
+
+
+@cholesky.defjvp
+def _cholesky_jvp(primals, tangents):
+    """dL = L P, with P the lower triangle of L^-1 dA L^-T, its diagonal halved."""
+    factor = cholesky(*primals)
+    below = lower(tangents[0])
+    moved = below + transpose(below) - below * eye_like(below)
+    inside = solve_lower(factor, transpose(solve_lower(factor, moved)))
+    return factor, matmul(factor, lower(inside) - inside * eye_like(inside) / 2)
+
+
+def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
+    """Solve ``factor x = right``, or ``factor' x = right`` if `transposed`, for lower-triangular
+    (k, k, ...) and right (k, c, ...). The upper triangle is not read."""
+    lanes = jnp.broadcast_shapes(factor.shape[2:], right.shape[2:])
+    right = jnp.broadcast_to(right, (*right.shape[:2], *lanes))
+    if factor.ndim > 2 and len(factor) <= UNROLLED_ORDER:
+        return _unrolled_solve(factor, right, transposed)
+
+    def product(x: Array) -> Array:
+        triangle = lower(factor)
+        return matmul(transpose(triangle) if transposed else triangle, x)
+
+    return jax.lax.custom_linear_solve(
+        product,
+        alike(right, factor),
+        lambda _, right: _substitute(factor, right, transposed),
+        lambda _, right: _substitute(factor, right, not transposed),
+    )
+
+
+def solve_upper(factor: Array, right: Array) -> Array:
+    """Solve ``factor x = right`` for upper-triangular (k, k, ...) and right (k, c, ...)."""
+    return solve_lower(transpose(factor), right, transposed=True)
+
+
+def _substitute(factor: Array, right: Array, transposed: bool) -> Array:
+    """`solve_lower` for right with all lanes, without derivatives."""
+    k = len(factor)
+    if right.size and factor.size == k * k:  # the same in all lanes
+        solved = _SOLVE[transposed](factor.reshape(k, k), right.reshape(k, -1))
+        return solved.reshape(right.shape)
+    if k > UNROLLED_ORDER:
+        return _each(_SOLVE[transposed], factor, right)
+    return _unrolled_solve(factor, right, transposed)
+
+
+def _unrolled_solve(factor: Array, right: Array, transposed: bool) -> Array:
+    """`solve_lower` in plain operations, which have their own derivatives."""
+    if not right.size:
+        return right
+    if transposed:  # a lower triangle again, with rows and columns reversed
+        return _unrolled_solve(transpose(factor)[::-1, ::-1], right[::-1], False)[::-1]
+    rows: list[Array] = []
+    for i in range(len(factor)):
+        rest = reduce(add, [-factor[i, j][None] * rows[j] for j in range(i)], right[i])
+        rows.append(rest / factor[i, i][None])
+    return jnp.stack(rows)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
+    """Inverses of (k, k, ...) and the logarithms of their positive determinants, (...).
+
+    Symmetric positive `definite`, by Cholesky factors, or not, by elimination with pivots. The
+    derivatives are written out, which keeps programs that differentiate twice small.
+    """
+    if len(matrix) == 1:
+        return 1 / matrix, jnp.log(matrix[0, 0])
+    if definite:
+        factor = cholesky(matrix)
+        half = solve_lower(factor, jnp.broadcast_to(eye_like(factor), factor.shape))
+        logs = jnp.sum(jnp.log(diagonal(factor)), axis=0)
+        return matmul(transpose(half), half), 2 * logs
+    if matrix.ndim == 2 or len(matrix) > PIVOTED_ORDER:
+        return _each(_inverse, matrix)
+    return _eliminate(matrix)
+
+
+@inverse.defjvp
+def _inverse_jvp(definite, primals, tangents):
+    inverted, logs = inverse(primals[0], definite)
+    moved = matmul(inverted, tangents[0])
+    return (inverted, logs), (-matmul(moved, inverted), jnp.sum(diagonal(moved), axis=0))
+
+
+def _eliminate(matrix: Array) -> tuple[Array, Array]:
+    """`inverse` by Gauss and Jordan's elimination, the largest entry of a column for its pivot."""
+    k = len(matrix)
+    identity = jnp.broadcast_to(eye_like(matrix), matrix.shape)
+    rows = list(jnp.concatenate([matrix, identity], axis=1))
+    logs = jnp.zeros_like(matrix[0, 0])
+    for i in range(k):
+        for j in range(i + 1, k):
+            swap = (jnp.abs(rows[j][i]) > jnp.abs(rows[i][i]))[None]
+            rows[i], rows[j] = (
+                jnp.where(swap, rows[j], rows[i]),
+                jnp.where(swap, rows[i], rows[j]),
+            )
+        logs = logs + jnp.log(jnp.abs(rows[i][i]))
+        rows[i] = rows[i] / rows[i][i][None]
+        for j in range(k):
+            if j != i:
+                rows[j] = rows[j] - rows[j][i][None] * rows[i]
+    return jnp.stack(rows)[:, k:], logs
+
+
+@jax.custom_jvp
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues (k, ...), increasing, and eigenvectors (k, k, ...), the columns, of symmetric
+    (k, k, ...)."""
+    if len(matrix) == 1:
+        return matrix[0], jnp.ones_like(matrix)
+    return _each(_eigh, matrix)
+
+
+@eigh.defjvp
+def _eigh_jvp(primals, tangents):
+    values, vectors = eigh(*primals)
+    inside = matmul(transpose(vectors), matmul(tangents[0], vectors))
+    identity = eye_like(inside)
+    turns = (1 - identity) * inside / (values[None] - values[:, None] + identity)
+    return (values, vectors), (diagonal(inside), matmul(vectors, turns))
+
+
+@jax.custom_jvp
+def qr(matrix: Array) -> tuple[Array, Array]:
+    """Q (n, p, ...) and R (p, p, ...) of (n, p, ...), p <= n."""
+    return _each(_qr, matrix)
+
+
+@qr.defjvp
+def _qr_jvp(primals, tangents):
+    """With M = dA R^-1 and the skew S that has the part of Q'M below its diagonal,
+    dQ = M + Q (S - Q'M) and dR = (Q'M - S) R (Walter, Lehmann and Lamour 2012, Optim. Methods
+    Softw. 27:829)."""
+    basis, triangle = qr(*primals)
+    moved = transpose(solve_lower(transpose(triangle), transpose(tangents[0])))
+    inside = matmul(transpose(basis), moved)
+    below = lower(inside) * (1 - eye_like(inside))
+    rest = inside - below + transpose(below)
+    return (basis, triangle), (moved - matmul(basis, rest), matmul(rest, triangle))
+
+
+def conditional_variance(factors: Array, root: Array) -> Array:
+    """L (I + L'F'F L)^-1 L', (q, q, ...), for F (r, q, ...) and L (q, q)."""
+    root = root.reshape(*root.shape, *[1] * (factors.ndim - 2))
+    loadings = matmul(factors, root)
+    inner = matmul(transpose(loadings), loadings)
+    factor = cholesky(inner + eye_like(inner))
+    half = solve_lower(factor, jnp.broadcast_to(transpose(root), factor.shape))
+    return matmul(transpose(half), half)
+
+
+def _one_at_a_time(lanes: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of matrices one that never gets a batch: `vmap` calls `lanes`, the same
+    function of matrices with trailing axes, instead."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        single = custom_vmap(function)
+
+        def rule(size: int, mapped: list[bool], *arrays: Array) -> tuple[Any, Any]:
+            pairs = zip(arrays, mapped, strict=True)
+            last = [jnp.moveaxis(a, 0, -1) if is_mapped else a[..., None] for a, is_mapped in pairs]
+            found = jax.tree.map(lambda array: jnp.moveaxis(array, -1, 0), lanes(*last))
+            return found, jax.tree.map(lambda _: True, found)
+
+        single.def_vmap(rule)
+        return single
+
+    return decorate
+
+
+def _each(function: Any, *matrices: Array) -> Any:
+    """A function of `_one_at_a_time` for all lanes of its arguments."""
+    lanes = jnp.broadcast_shapes(*(matrix.shape[2:] for matrix in matrices))
+    if not lanes:
+        return function(*matrices)
+    full = [jnp.broadcast_to(matrix, (*matrix.shape[:2], *lanes)) for matrix in matrices]
+    first = [jnp.moveaxis(matrix.reshape(*matrix.shape[:2], -1), -1, 0) for matrix in full]
+    found = jax.lax.platform_dependent(
+        *first,
+        cpu=lambda *first: jax.lax.map(lambda own: function(*own), first),
+        default=jax.vmap(function.fun),
+    )
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1).reshape(*a.shape[1:], *lanes), found)
+
+
+@_one_at_a_time(lambda matrix: cholesky(matrix))
+def _cholesky(matrix: Array) -> Array:
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+@_one_at_a_time(lambda factor, right: _substitute(factor, right, False))
+def _solve(factor: Array, right: Array) -> Array:
+    return solve_triangular(factor, right, lower=True)
+
+
+@_one_at_a_time(lambda factor, right: _substitute(factor, right, True))
+def _solve_transposed(factor: Array, right: Array) -> Array:
+    return solve_triangular(factor, right, lower=True, trans=1)
+
+
+_SOLVE = {False: _solve, True: _solve_transposed}
+
+
+@_one_at_a_time(lambda matrix: inverse(matrix, False))
+def _inverse(matrix: Array) -> tuple[Array, Array]:
+    return jnp.linalg.inv(matrix), jnp.linalg.slogdet(matrix)[1]
+
+
+@_one_at_a_time(lambda matrix: eigh(matrix))
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
+
+
+@_one_at_a_time(lambda matrix: qr(matrix))
+def _qr(matrix: Array) -> tuple[Array, Array]:
+    basis, triangle = jnp.linalg.qr(matrix)
+    return basis, triangle
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
+    """U R = X with orthonormal U (n, p) for X (n, p), zeros in both for columns that are dependent.
+
+    A column counts as dependent if no more than `tolerance` of its length is outside the span of
+    those before it. It is left out, of the derivatives too: those of U and R are what they are
+    without it, and zero in it, where they do not exist.
+
+    By Gram-Schmidt, as LAPACK's QR factorisation puts an arbitrary direction in the place of a
+    dependent column; twice is enough (Kahan, in Parlett 1980).
+    """
+    matrix = jnp.asarray(matrix)  # eager derivatives come with NumPy arrays
+    size = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
+    size = jnp.where(size > 0, size, 1.0)
+
+    def add_column(k: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        basis, triangle = found
+        rest = matrix[:, k] / size[k]
+        length = jnp.linalg.norm(rest)
+        shares = basis.T @ rest
+        rest = rest - basis @ shares
+        again = basis.T @ rest
+        rest = rest - basis @ again
+        pivot = jnp.linalg.norm(rest)
+        kept = pivot > tolerance * length
+        unit = jnp.where(kept, rest / jnp.where(kept, pivot, 1.0), 0.0)
+        column = jnp.where(kept, (shares + again).at[k].set(pivot), 0.0)
+        return basis.at[:, k].set(unit), triangle.at[:, k].set(column * size[k])
+
+    p = matrix.shape[1]
+    nothing = jnp.zeros_like(matrix), jnp.zeros((p, p), matrix.dtype)
+    return jax.lax.fori_loop(0, p, add_column, nothing) if p else nothing
+
+
+@independent_columns.defjvp
+def _independent_columns_jvp(tolerance, primals, tangents):
+    basis, triangle = independent_columns(primals[0], tolerance)
+    dependent = diagonal(triangle) == 0
+    whole = triangle + jnp.diag(jnp.where(dependent, 1.0, 0.0))
+    moved = jnp.where(dependent, 0.0, tangents[0])
+    moved = transpose(solve_lower(transpose(whole), transpose(moved)))  # dX R^-1
+    within = basis.T @ moved
+    turned = jnp.tril(within, -1)
+    turned = turned - turned.T
+    outside = moved - basis @ within
+    return (basis, triangle), (basis @ turned + outside, (within - turned) @ triangle)

@@ -1,0 +1,1 @@
+"""Random terms on any number of factors: elimination level by level, then one Schur complement."""

@@ -1,0 +1,162 @@
+"""Any random terms: one Cholesky factorisation over all random effects.
+
+Z is held as a matrix. Of order r = min(n, Q) for n rows and Q random effects, so it serves several
+grouping factors while min(n, Q) is at most a few thousand, and every other structure is tested
+against it. The random effects of a term are ordered effect by effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml.model import linalg
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.structures.base import Explicit, Marginal, Projection, Rows, blank_response
+from jaxreml.model.structures.layout import Layout
+
+ROW_ENTRIES = 10**7  # of rows by random effects at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense(Explicit):
+    """Cross-products of any random terms, Q random effects altogether.
+
+    Attributes:
+        factors: (r, Q), F of Z = Q F.
+        scores: (r, p + 1), Q'[X y].
+        remainder: (p + 1, p + 1), cross-products of [X y] minus its projection on Q.
+        sizes: effects per term, static.
+        levels: levels per term, static; the sum of sizes times levels is Q.
+    """
+
+    factors: Array
+    scores: Array
+    remainder: Array
+    sizes: tuple[int, ...] = field(metadata={"static": True})
+    levels: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.sizes, self.levels)
+
+    def _factorise(self, omega: Array) -> tuple[Array, Array]:
+        matrices = unstructured.symmetric_matrices(omega, self.sizes)
+        inner = jnp.eye(self.factors.shape[0], dtype=omega.dtype)
+        for factor, matrix in zip(self.layout.split(self.factors, axis=1), matrices, strict=True):
+            scaled = jnp.einsum("raj,ab->rbj", factor, matrix)
+            inner = inner + jnp.einsum("rbj,sbj->rs", scaled, factor)
+        factor = linalg.cholesky(inner)
+        return factor, 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+
+    def marginal(self, omega: Array) -> Marginal:
+        factor, logdet = self._factorise(omega)
+        scores = linalg.solve_lower(factor, self.scores)
+        return Marginal(logdet, self.remainder + scores.T @ scores)
+
+    def project(self, omega: Array) -> Projection:
+        factor, logdet = self._factorise(omega)
+        loadings = linalg.solve_lower(factor, self.factors)
+        scores = linalg.solve_lower(factor, self.scores)
+        gram = self.remainder + scores.T @ scores
+        return Projection(logdet, gram, loadings.T @ loadings, loadings.T @ scores)
+
+    def combine(self, cross: Array, matrix: Array) -> Array:
+        return cross @ matrix
+
+    def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
+        cross = cross @ matrix
+        return (cross * weights) @ cross.T
+
+    def trace(self, inner: Array) -> Array:
+        return self.layout.trace(inner)
+
+    def pair_trace(self, left: Array, right: Array) -> Array:
+        return self.layout.pair_trace(left, right)
+
+    def form(self, cross: Array, matrix: Array) -> Array:
+        cross = cross @ matrix
+        return self.layout.form(cross, cross)
+
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        moved = self.layout.moved(projection.cross @ matrix)
+        flat = moved.reshape(len(moved), -1)
+        return (flat.T @ projection.inner @ flat).reshape(*moved.shape[1:], *moved.shape[1:])
+
+    def without_response(self) -> Dense:
+        scores, remainder = blank_response(self.scores, self.remainder)
+        return replace(self, scores=scores, remainder=remainder)
+
+    def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
+        return self.layout.modes(omega, cross[:, 0])
+
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+        """(Q, Q), H with Var(b | y) = H'H."""
+        loadings = self.layout.times(self.factors, factors)
+        inner = loadings.T @ loadings + jnp.eye(loadings.shape[1], dtype=loadings.dtype)
+        across = tuple(factor.T for factor in factors)
+        identity = jnp.eye(len(inner), dtype=inner.dtype)
+        return self.layout.times(linalg.solve_lower(linalg.cholesky(inner), identity), across)
+
+    def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
+        half = np.asarray(posterior)
+        shapes = zip(self.sizes, self.levels, strict=True)
+        ends = np.cumsum([q * count for q, count in shapes])[:-1]
+        parts = zip(np.split(half, ends, axis=1), self.sizes, self.levels, strict=True)
+        return tuple(
+            np.einsum("raj,rbj->jab", cube, cube)
+            for cube in (part.reshape(len(half), q, count) for part, q, count in parts)
+        )
+
+    def row_variances(self, posterior: Array, rows: Rows) -> np.ndarray:
+        across = np.ascontiguousarray(np.asarray(posterior).T)
+        sparse = self.layout.sparse(rows)
+        step = max(1, ROW_ENTRIES // len(across))
+        parts = [np.zeros(0)]
+        for start in range(0, sparse.shape[0], step):
+            parts.append(np.sum((sparse[start : start + step] @ across) ** 2, axis=1))
+        return np.concatenate(parts)
+
+
+class DenseBasis:
+    """The orthogonal factorisation Z = Q F of all random effects.
+
+    Args:
+        effects: one (codes (n,), columns (n, q), levels) per term. Traced columns are taken as
+            they are (F = Z, Q = I): a QR factorisation has no derivative where Z loses rank.
+    """
+
+    def __init__(self, effects: list[tuple[np.ndarray, Any, int]]):
+        n = effects[0][0].size
+        traced = any(isinstance(columns, Array) for _, columns, _ in effects)
+        blocks = []
+        for codes, columns, n_levels in effects:
+            q = columns.shape[1]
+            where = (np.arange(n)[:, None], codes[:, None] + n_levels * np.arange(q))
+            if traced:
+                blocks.append(jnp.zeros((n, n_levels * q), columns.dtype).at[where].set(columns))
+            else:
+                block = np.zeros((n, n_levels * q), columns.dtype)
+                block[where] = columns
+                blocks.append(block)
+        self.levels = tuple(n_levels for _, _, n_levels in effects)
+        if traced:
+            self.directions: Any = None
+            self.factors: Any = jnp.concatenate(blocks, axis=1)
+        else:
+            self.directions, self.factors = np.linalg.qr(np.concatenate(blocks, axis=1))
+
+    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Dense:
+        """Project [X y], (n, p + 1), NumPy or traced."""
+        if self.directions is None:
+            remainder = jnp.zeros((columns.shape[1],) * 2, self.factors.dtype)
+            return Dense(self.factors, jnp.asarray(columns), remainder, sizes, self.levels)
+        scores = self.directions.T @ columns
+        rest = columns - self.directions @ scores
+        return Dense(self.factors, scores, rest.T @ rest, sizes, self.levels)

@@ -1,0 +1,323 @@
+"""One grouping factor: V0 is block-diagonal over its levels.
+
+Every random term is on the same factor, with q effects altogether. All arrays have the levels on
+their last axis, which is the one that vectorises. A level without rows (padding, to stack designs
+of unequal numbers of levels for `vmap`) has F = 0 and c = 0 and contributes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.linalg import block_diag
+
+from jaxreml.model import linalg
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.structures.base import Explicit, Marginal, Projection, Rows, blank_response
+
+# A column whose part outside the span of the columns before it, within a level, is shorter than
+# this fraction of itself is collinear there: the square of it is below rounding error.
+COLLINEAR = 1e-10
+
+
+class Levels(Explicit):
+    """What `Grouped` and `GroupedBatch` have in common; lanes may follow the levels' axis."""
+
+    factors: Array
+    sizes: tuple[int, ...]
+
+    @property
+    def _basis(self) -> Array:
+        """The matrices E_i, flattened: (m, q * q)."""
+        basis = unstructured.symmetric_basis(self.sizes)
+        return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
+
+    def _omega(self, omega: Array) -> Array:
+        """Omega, (q, q, 1), the same for all levels."""
+        q = sum(self.sizes)
+        flat = jnp.tensordot(self._basis.T, omega, axes=1)
+        return flat.reshape(q, q, 1, *omega.shape[1:])
+
+    def _cholesky(self, omega: Array) -> Array:
+        """Factors of P = I + F Omega F', (q, q, J), for Omega (q, q, 1)."""
+        scaled = linalg.matmul(self.factors, omega)
+        inner = linalg.matmul(scaled, linalg.transpose(self.factors))
+        return linalg.cholesky(inner + linalg.eye_like(inner))
+
+    def trace(self, inner: Array) -> Array:
+        total = jnp.sum(inner, axis=2)
+        return jnp.tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
+
+    def pair_trace(self, left: Array, right: Array) -> Array:
+        lower = unstructured.triangle(sum(self.sizes))
+        products = linalg.row_products(left[lower], right[lower])
+        flat = products.reshape(-1, *products.shape[2:])
+        traces = jnp.tensordot(jnp.asarray(pairing(self.sizes), flat.dtype), flat, axes=1)
+        m = unstructured.count_theta(self.sizes)
+        return traces.reshape(m, m, *flat.shape[1:])
+
+
+class Products(NamedTuple):
+    """Cross-products of traced effects with what they meet: all that the criterion depends on.
+
+    Attributes:
+        effects: (q, q, J), Z'Z.
+        columns: (q, p + 1, J), Z'[X y].
+        rest: (p + 1, p + 1), [X y]'[X y].
+    """
+
+    effects: Array
+    columns: Array
+    rest: Array
+
+
+@jax.custom_jvp
+def _projection(
+    omega: Array, factors: Array, scores: Array, remainder: Array, products: Products
+) -> Projection:
+    """`Grouped.project` for effects that are traced; `omega` is Omega, (q, q, 1).
+
+    Values come from Z = Q F, where nothing cancels. Q and F have no derivatives where effects tie
+    within a level, though the criterion has: so derivatives are taken in `products`, which alone
+    it depends on.
+    """
+    return Grouped(factors, scores, remainder, (len(omega),))._of_matrix(omega)
+
+
+@_projection.defjvp
+def _projection_jvp(primals, tangents):
+    """With B and D the projection's, A and C the products and M = (I + A Omega)^-1 = I - B Omega:
+    B = M A, D = M C, log|V| = log|I + A Omega| and gram = [X y]'[X y] - C'Omega D."""
+    found = _projection(*primals)
+    omega, omega_dot = primals[0], tangents[0]
+    dot = tangents[4]
+    inner, cross = found.inner, found.cross
+    modes = linalg.matmul(omega, cross)
+    kept = linalg.eye_like(inner) - linalg.matmul(inner, omega)
+    moved = linalg.matmul(inner, omega_dot)
+    of_modes = linalg.matmul(dot.effects, modes)
+
+    def total(left: Array, right: Array) -> Array:
+        """Sum of left'right over the levels."""
+        return jnp.einsum("aiJ,ajJ->ij", left, right)
+
+    traces = linalg.matmul(omega, linalg.matmul(kept, dot.effects)) + moved
+    mixed = total(modes, dot.columns)
+    gram = dot.rest - mixed - mixed.T + total(modes, of_modes)
+    return found, Projection(
+        jnp.sum(linalg.diagonal(traces)),
+        gram - total(cross, linalg.matmul(omega_dot, cross)),
+        linalg.matmul(linalg.matmul(kept, dot.effects), linalg.transpose(kept))
+        - linalg.matmul(moved, inner),
+        linalg.matmul(kept, dot.columns - of_modes) - linalg.matmul(moved, cross),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Grouped(Levels):
+    """Cross-products of one grouping factor with J levels.
+
+    Attributes:
+        factors: (q, q, J), F of each level's Z = Q F, upper triangular.
+        scores: (q, p + 1, J), Q'[X y].
+        remainder: (p + 1, p + 1), cross-products of [X y] minus its projection on Q.
+        sizes: effects per term, static; they sum to q.
+        products: given if effects are traced; the other arrays have no derivatives then.
+    """
+
+    factors: Array
+    scores: Array
+    remainder: Array
+    sizes: tuple[int, ...] = field(metadata={"static": True})
+    products: Products | None = None
+
+    def _factorise(self, omega: Array) -> tuple[Array, Array]:
+        factor = self._cholesky(omega)
+        logs = sum(jnp.log(factor[i, i]) for i in range(len(factor)))
+        return factor, 2 * jnp.sum(logs)
+
+    def _gram(self, scores: Array) -> Array:
+        """The remainder plus the cross-products of scores (q, p + 1, J)."""
+        return self.remainder + sum(
+            linalg.row_products(scores[i], scores[i]) for i in range(len(scores))
+        )
+
+    def marginal(self, omega: Array) -> Marginal:
+        if self.products is not None:
+            return Marginal(*self.project(omega)[:2])
+        factor, logdet = self._factorise(self._omega(omega))
+        return Marginal(logdet, self._gram(linalg.solve_lower(factor, self.scores)))
+
+    def project(self, omega: Array) -> Projection:
+        matrix = self._omega(omega)
+        if self.products is None:
+            return self._of_matrix(matrix)
+        return _projection(matrix, self.factors, self.scores, self.remainder, self.products)
+
+    def _of_matrix(self, omega: Array) -> Projection:
+        """`project` at Omega, (q, q, 1)."""
+        factor, logdet = self._factorise(omega)
+        loadings = linalg.solve_lower(factor, self.factors)
+        scores = linalg.solve_lower(factor, self.scores)
+        across = linalg.transpose(loadings)
+        inner, cross = linalg.matmul(across, loadings), linalg.matmul(across, scores)
+        return Projection(logdet, self._gram(scores), inner, cross)
+
+    def combine(self, cross: Array, matrix: Array) -> Array:
+        return jnp.einsum("auJ,uv->avJ", cross, matrix)
+
+    def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
+        cross = self.combine(cross, matrix)
+        weighted = cross * weights[:, None]
+        return jnp.sum(weighted[:, None] * cross[None], axis=2)
+
+    def form(self, cross: Array, matrix: Array) -> Array:
+        cross = self.combine(cross, matrix)
+        forms = []
+        for a, b in zip(*unstructured.effects_of_omega(self.sizes), strict=True):
+            product = linalg.row_products(cross[a], cross[b])
+            forms.append(product if a == b else product + linalg.transpose(product))
+        return jnp.stack(forms)
+
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        chosen = self.combine(projection.cross, matrix)
+        basis = jnp.asarray(unstructured.symmetric_basis(self.sizes), chosen.dtype)
+        moved = jnp.einsum("iab,bkJ->aikJ", basis, chosen)
+        flat = moved.reshape(len(moved), -1, moved.shape[-1])
+        images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
+        return jnp.einsum("aikJ,ajlJ->ikjl", moved, images)
+
+    def padded(self, n_levels: int) -> Grouped:
+        """With levels without rows, up to `n_levels`; on the host."""
+        pad = [(0, 0), (0, 0), (0, n_levels - self.factors.shape[-1])]
+        factors, scores = (np.pad(part, pad) for part in (self.factors, self.scores))
+        return replace(self, factors=factors, scores=scores)  # pyright: ignore
+
+    def without_response(self) -> Grouped:
+        scores, remainder = blank_response(self.scores, self.remainder)
+        return replace(self, scores=scores, remainder=remainder, products=None)
+
+    def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
+        modes = linalg.matmul(self._omega(omega), cross)[:, 0]
+        parts = jnp.split(modes, np.cumsum(self.sizes)[:-1])
+        return tuple(jnp.swapaxes(part, 0, 1) for part in parts)
+
+    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+        return linalg.conditional_variance(self.factors, block_diag(*factors))
+
+    def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
+        whole = np.asarray(posterior)
+        ends = np.cumsum((0, *self.sizes))
+        return tuple(np.moveaxis(whole[a:b, a:b], 2, 0) for a, b in pairwise(ends))
+
+    def row_variances(self, posterior: Array, rows: Rows) -> np.ndarray:
+        whole = np.asarray(posterior)
+        owners = [(codes, column) for codes, effects in rows for column in np.asarray(effects).T]
+        total = np.zeros(len(rows[0][0]))
+        for a, (codes, left) in enumerate(owners):
+            for b, (others, right) in enumerate(owners):
+                total += left * whole[a, b, codes] * right * (codes == others)
+        return total
+
+
+@lru_cache
+def pairing(sizes: tuple[int, ...]) -> np.ndarray:
+    """tr(E_i L E_j R) for symmetric L and R as a linear map of the products of the entries of
+    their lower triangles: (m m, t t), t = q (q + 1) / 2."""
+    q = sum(sizes)
+    place = unstructured.places(q)
+    basis = unstructured.symmetric_basis(sizes)
+    m, t = len(basis), q * (q + 1) // 2
+    traces = np.zeros((m, m, t, t))
+    for i, j in np.ndindex(m, m):
+        for a, b in np.argwhere(basis[i]):
+            for c, d in np.argwhere(basis[j]):
+                traces[i, j, place[b, c], place[d, a]] += 1
+    return traces.reshape(m * m, t * t)
+
+
+class GroupedBasis:
+    """The within-level orthogonal factorisation Z = Q F.
+
+    Args:
+        codes: (n,) integers 0..J-1.
+        effects: (n, q), columns scaled, NumPy or traced. Q and F of traced ones have no
+            derivatives: `Grouped.products` has.
+        n_levels: J.
+    """
+
+    def __init__(self, codes: np.ndarray, effects: Any, n_levels: int):
+        self.order = np.argsort(codes, kind="stable")
+        self.codes = codes[self.order]
+        self.n_levels = n_levels
+        self.starts = np.searchsorted(self.codes, np.arange(n_levels))
+        self.empty = np.bincount(codes, minlength=n_levels) == 0
+        self.effects = effects[self.order]
+        self.traced = isinstance(effects, Array)
+        xp: Any = jnp if self.traced else np
+        directions: list[Any] = []
+        entries: dict[tuple[int, int], Any] = {}
+        for k, column in enumerate(_fixed(self.effects).T):
+            length = xp.sqrt(self._sum(column * column))
+            for _ in range(2):  # orthogonalising twice is enough (Kahan, in Parlett 1980)
+                for i, direction in enumerate(directions):
+                    share = self._sum(direction * column)
+                    column = column - direction * share[self.codes]
+                    entries[i, k] = entries.get((i, k), 0.0) + share
+            rest = xp.sqrt(self._sum(column * column))
+            rest = xp.where(rest <= COLLINEAR * length, 0.0, rest)
+            entries[k, k] = rest
+            inverse = xp.where(rest > 0, 1 / xp.where(rest > 0, rest, 1.0), 0.0)
+            directions.append(column * inverse[self.codes])
+        none = xp.zeros_like(entries[0, 0])
+        places = range(len(directions))
+        rows = [xp.stack([entries.get((i, k), none) for k in places]) for i in places]
+        self.factors = xp.stack(rows)
+        self.directions = xp.stack(directions, axis=1)
+
+    def _sum(self, values: Any) -> Any:
+        """Sums over the rows of each level, (n, ...) to (J, ...)."""
+        if isinstance(values, Array):
+            return jax.ops.segment_sum(values, self.codes, self.n_levels, indices_are_sorted=True)
+        sums = np.add.reduceat(values, np.minimum(self.starts, len(values) - 1), axis=0)
+        sums[self.empty] = 0
+        return sums
+
+    def project(self, columns: Any) -> tuple[Any, Any]:
+        """Scores Q'columns, (q, k, J), and what Q leaves, (n, k) in `order`, NumPy or traced."""
+        rest = columns[self.order]
+        scores = []
+        for direction in self.directions.T:
+            score = self._sum(direction[:, None] * rest)
+            rest = rest - direction[:, None] * score[self.codes]
+            scores.append(score.T)
+        return (jnp if isinstance(scores[0], Array) else np).stack(scores), rest
+
+    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Grouped:
+        """Project [X y], (n, p + 1), NumPy or traced."""
+        if not self.traced:
+            scores, rest = self.project(columns)
+            return Grouped(self.factors, scores, rest.T @ rest, sizes)
+        columns = jnp.asarray(columns)
+        scores, rest = self.project(_fixed(columns))
+        ordered = columns[self.order]
+
+        def products(right: Array) -> Array:
+            sums = [self._sum(effect[:, None] * right).T for effect in self.effects.T]
+            return jnp.stack(sums)
+
+        shadow = Products(products(self.effects), products(ordered), columns.T @ columns)
+        return Grouped(self.factors, scores, rest.T @ rest, sizes, shadow)
+
+
+def _fixed(array: Any) -> Any:
+    """Without derivatives."""
+    return jax.lax.stop_gradient(array) if isinstance(array, Array) else array

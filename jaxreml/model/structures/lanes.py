@@ -1,0 +1,162 @@
+"""`Grouped` for many responses of one design, the lanes of a batch on the last axis.
+
+What the responses share, the scores of X, is never repeated per response: its cross-products enter
+as constants of matrix products with P^-1 and its derivatives, which hold all that depends on a
+response's Omega. So a step of a batch is a few elementwise operations per level, which vectorise
+over the lanes, and matrix products of the full width of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml.model import linalg
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.structures.base import Marginal, Projection
+from jaxreml.model.structures.grouped import Levels
+
+
+class Cross(NamedTuple):
+    """D = F' P^-1 c, its part of X as a factor: c is shared.
+
+    Attributes:
+        left: (q, q, J, B), F' P^-1.
+        response: (q, J, B), the column of y.
+    """
+
+    left: Array
+    response: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupedBatch(Levels):
+    """Cross-products of one grouping factor with J levels and B responses.
+
+    `omega` and results have the B lanes on a last axis; lanes may also be 1.
+
+    Attributes:
+        factors: (q, q, J, 1), as in `Grouped`.
+        counts: (J, 1), how many levels with this F an entry stands for in log|V0| and its
+            derivatives: 1, or another number where levels were collapsed (`Collapse`).
+        scores_x: (q, p, J), Q'X.
+        pairs: (p(p + 1)/2, q(q + 1)/2, J), `cross_products` of them.
+        scores_y: (q, J, B), Q'y.
+        remainder: (p + 1, p + 1, B), as in `Grouped`.
+        sizes: effects per term, static; they sum to q.
+    """
+
+    factors: Array
+    counts: Array
+    scores_x: Array
+    pairs: Array
+    scores_y: Array
+    remainder: Array
+    sizes: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def _q(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def _p(self) -> int:
+        return self.scores_x.shape[1]
+
+    def without_response(self) -> GroupedBatch:
+        """One lane with a response of length 1 that nothing explains."""
+        p = self._p
+        remainder = self.remainder[..., :1]
+        remainder = remainder.at[p].set(0.0).at[:, p].set(0.0).at[p, p].set(1.0)
+        return replace(self, scores_y=jnp.zeros_like(self.scores_y[..., :1]), remainder=remainder)
+
+    def marginal(self, omega: Array) -> Marginal:
+        return Marginal(*self.project(omega)[:2])
+
+    def project(self, omega: Array) -> Projection:
+        factor = self._cholesky(self._omega(omega))
+        pivots = linalg.diagonal(factor)
+        logdet = 2 * jnp.sum(self.counts * jnp.log(jnp.prod(pivots, axis=0)), axis=0)
+
+        inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
+        half = linalg.matmul(inverse, self.scores_y[:, None])
+        weighted = linalg.matmul(linalg.transpose(inverse), half)[:, 0]
+        precision = linalg.matmul(linalg.transpose(inverse), inverse)
+        across = linalg.transpose(linalg.matmul(inverse, self.factors))
+        gram = self.remainder + self._products(
+            precision, weighted, jnp.sum(half * half, axis=(0, 1, 2))
+        )
+        cross: Any = Cross(linalg.matmul(across, inverse), linalg.matmul(across, half)[:, 0])
+        return Projection(logdet, gram, linalg.matmul(across, linalg.transpose(across)), cross)
+
+    def _products(self, left: Array, middle: Array, right: Array) -> Array:
+        """Sums over levels [cx' left cx, cx' middle; ., right], (p + 1, p + 1, B).
+
+        Args:
+            left: (q, q, J, B or 1), symmetric.
+            middle: (q, J, B).
+            right: (B,).
+        """
+        lower = left[unstructured.triangle(self._q)]
+        lanes = right.shape
+        packed = jnp.tensordot(self.pairs, lower, axes=((1, 2), (0, 1)))
+        of_x = packed[unstructured.places(self._p)]
+        of_x = jnp.broadcast_to(of_x, (*of_x.shape[:2], *lanes))
+        of_xy = jnp.tensordot(self.scores_x, middle, axes=((0, 2), (0, 1)))
+        return linalg.border(of_x, of_xy, right)
+
+    def repeat(self, inner: Array) -> Array:
+        return inner * self.counts
+
+    def form(self, cross: Any, matrix: Array) -> Array:
+        left, response = cross
+        forms = []
+        for a, b in zip(*unstructured.effects_of_omega(self.sizes), strict=True):
+            # E = e_a e_b' and, off the diagonal, its transpose
+            inside = left[a][:, None] * left[b]
+            middle = left[a] * response[b]
+            right = jnp.sum(response[a] * response[b], axis=0)
+            if a == b:
+                products = self._products(inside, middle, right)
+            else:
+                middle = middle + left[b] * response[a]
+                inside = inside + linalg.transpose(inside)
+                products = self._products(inside, middle, 2 * right)
+            inner = linalg.matmul(products, matrix)
+            forms.append(linalg.matmul(linalg.transpose(matrix), inner))
+        return jnp.stack(forms)
+
+    def outer(self, cross: Any, matrix: Array, weights: Array) -> Array:
+        left, response = cross
+        p, q = self._p, self._q
+        total = linalg.matmul(matrix * weights, linalg.transpose(matrix))
+        rows, columns = unstructured.triangle(p)
+        twice = np.where(rows == columns, 1.0, 2.0)[:, None]
+        pairs = jnp.moveaxis(self.pairs, 0, 2)
+        packed = jnp.tensordot(pairs, total[rows, columns] * twice, axes=1)
+        halves = np.where(np.equal(*unstructured.triangle(q)), 1.0, 0.5)
+        inside = (packed * halves[:, None, None])[unstructured.places(q)]
+        of_y = jnp.tensordot(self.scores_x, total[:p, p], axes=((1,), (0,)))
+        of_y = linalg.matmul(left, of_y[:, None])[:, 0] + total[p, p] / 2 * response
+        across = of_y[:, None] * response
+        of_x = linalg.matmul(linalg.matmul(left, inside), linalg.transpose(left))
+        return of_x + across + linalg.transpose(across)
+
+
+def cross_products(scores_x: np.ndarray) -> np.ndarray:
+    """What cx' S cx, (p, p), is a linear map of: (p(p + 1)/2, q(q + 1)/2, J) for scores (q, p, J).
+
+    Of the result and of the symmetric S, the lower `covariance.triangle`.
+    """
+    q, p, _ = scores_x.shape
+    rows, columns = unstructured.triangle(q)
+    u, v = unstructured.triangle(p)
+    first = scores_x[rows][:, u] * scores_x[columns][:, v]
+    second = scores_x[columns][:, u] * scores_x[rows][:, v]
+    twice = (rows != columns)[:, None, None]
+    return np.ascontiguousarray((first + twice * second).transpose(1, 0, 2))

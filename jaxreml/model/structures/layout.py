@@ -1,0 +1,132 @@
+"""All random effects of several terms in one vector: term by term, effect by effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+from jax import Array
+
+from jaxreml.model.covariance import unstructured
+
+
+def _basis(q: int, kind: Any) -> np.ndarray:
+    return unstructured.symmetric_basis((q,)).reshape(-1, q * q).astype(kind)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Effects per term and levels per term; Q effects altogether."""
+
+    sizes: tuple[int, ...]
+    levels: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Q."""
+        return sum(q * j for q, j in zip(self.sizes, self.levels, strict=True))
+
+    def split(self, array: Array, axis: int = 0) -> list[Array]:
+        """Cut the axis of all random effects into one (effects, levels) pair of axes per term."""
+        counts = [q * j for q, j in zip(self.sizes, self.levels, strict=True)]
+        parts = jnp.split(array, np.cumsum(counts)[:-1], axis=axis)
+        return [
+            part.reshape(*part.shape[:axis], q, j, *part.shape[axis + 1 :])
+            for part, q, j in zip(parts, self.sizes, self.levels, strict=True)
+        ]
+
+    def times(self, array: Array, matrices: tuple[Array, ...]) -> Array:
+        """array @ M for (., Q) and M block-diagonal, one (q, q) matrix per term for its levels."""
+        columns = []
+        for part, matrix, q in zip(self.split(array, axis=1), matrices, self.sizes, strict=True):
+            for b in range(q):
+                columns.append(sum(part[:, a] * matrix[a, b] for a in range(q)))
+        return jnp.concatenate(columns, axis=1)
+
+    def diagonal_blocks(self, left: Array, right: Array) -> list[Array]:
+        """Diagonal blocks of left @ right for (Q, k) and (k, Q): per term (q, q, levels)."""
+        return [
+            jnp.einsum("ajk,bjk->abj", part, other)
+            for part, other in zip(self.split(left), self.split(right.T), strict=True)
+        ]
+
+    def blocks(self, matrix: Array) -> list[Array]:
+        """Diagonal blocks of (Q, Q), per term (q, q, levels)."""
+        found = []
+        for k, rows in enumerate(self.split(matrix)):
+            found.append(jnp.einsum("ajbj->abj", self.split(rows, axis=2)[k]))
+        return found
+
+    def trace(self, matrix: Array) -> Array:
+        """tr(M E_i) for (Q, Q) M, shape (m,)."""
+        return self.trace_blocks(self.blocks(matrix))
+
+    def trace_blocks(self, blocks: list[Array]) -> Array:
+        """The same from the diagonal blocks, per term (q, q, levels)."""
+        traces = [
+            _basis(q, block.dtype) @ jnp.sum(block, axis=2).reshape(q * q)
+            for block, q in zip(blocks, self.sizes, strict=True)
+        ]
+        return jnp.concatenate(traces)
+
+    def pair_trace(self, left: Array, right: Array) -> Array:
+        """tr(E_i left E_j right) for (Q, Q) matrices, shape (m, m)."""
+        lefts = [self.split(block, axis=2) for block in self.split(left)]
+        rights = [self.split(block, axis=2) for block in self.split(right)]
+        rows = []
+        for k, q in enumerate(self.sizes):
+            row = []
+            for j, s in enumerate(self.sizes):
+                products = jnp.einsum("bicj,djai->abcd", lefts[k][j], rights[j][k])
+                row.append(
+                    _basis(q, left.dtype) @ products.reshape(q * q, s * s) @ _basis(s, left.dtype).T
+                )
+            rows.append(jnp.concatenate(row, axis=1))
+        return jnp.concatenate(rows)
+
+    def form(self, left: Array, right: Array) -> Array:
+        """left' E_i right for (Q, k) and (Q, l), shape (m, k, l)."""
+        forms = []
+        parts = zip(self.split(left), self.split(right), self.sizes, strict=True)
+        for part, other, q in parts:
+            columns = part.shape[-1], other.shape[-1]
+            products = jnp.einsum("aju,bjv->abuv", part, other)
+            products = products.reshape(q * q, -1)
+            forms.append((_basis(q, part.dtype) @ products).reshape(-1, *columns))
+        return jnp.concatenate(forms)
+
+    def moved(self, vectors: Array) -> Array:
+        """E_i v for the columns v of (Q, k), (Q, m, k)."""
+        m = unstructured.count_theta(self.sizes)
+        columns = []
+        start = 0
+        for part, q in zip(self.split(vectors), self.sizes, strict=True):
+            basis = _basis(q, part.dtype).reshape(-1, q, q)
+            own = jnp.einsum("iab,bjk->ajik", basis, part)
+            own = own.reshape(-1, *own.shape[2:])
+            columns.append(jnp.pad(own, [(0, 0), (start, m - start - len(basis)), (0, 0)]))
+            start += len(basis)
+        return jnp.concatenate(columns)
+
+    def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
+        """Omega D for D (Q,): per term (levels, effects)."""
+        matrices = unstructured.symmetric_matrices(omega, self.sizes)
+        parts = self.split(cross)
+        return tuple(part.T @ matrix for part, matrix in zip(parts, matrices, strict=True))
+
+    def sparse(self, rows: Any) -> Any:
+        """Rows of Z as a sparse matrix (k, Q), from per term (codes (k,), effects (k, q))."""
+        places, values = [], []
+        start = 0
+        for (codes, effects), n_levels in zip(rows, self.levels, strict=True):
+            q = effects.shape[1]
+            places.append(start + codes[:, None] + n_levels * np.arange(q))
+            values.append(effects)
+            start += n_levels * q
+        place, value = np.concatenate(places, axis=1), np.concatenate(values, axis=1)
+        k, width = place.shape
+        ends = np.arange(0, k * width + 1, width)
+        return sp.csr_matrix((value.ravel(), place.ravel(), ends), (k, self.total))

@@ -1,0 +1,1 @@
+"""The optimum of a likelihood: search, rivals, status, certificate, standard errors."""

@@ -1,0 +1,190 @@
+"""Conditional modes of the random effects, variances of predictions, certificate of an optimum."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax import Array
+
+from jaxreml.arguments import is_reml
+from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.runtime import neutral
+from jaxreml.model import linalg
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.design import Design
+from jaxreml.model.objective import profiled
+from jaxreml.model.structures.base import Rows
+from jaxreml.optimum.estimate import Estimate
+
+
+class Inspection(NamedTuple):
+    """What a fit reports beyond its `Estimate`.
+
+    Attributes:
+        criterion: (), by the objective alone.
+        gradient: (m,), of the objective in theta (scaled effects) by reverse-mode autodiff.
+        modes: per term (levels, effects), conditional modes of the random effects given y,
+            Omega Z' V0^-1 (y - X beta) (best linear unbiased predictors).
+        posterior: what `conditional_variances` makes their variances from.
+        omega: (m,), relative covariances in scaled units.
+    """
+
+    criterion: Array
+    gradient: Array
+    modes: tuple[Array, ...]
+    posterior: Any
+    omega: Array
+
+
+def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
+    """Conditional modes at an estimate, and its criterion and gradient by another route.
+
+    A program of its own, compiled apart from `estimate`: it computes derivatives by reverse-mode
+    autodiff through `Structure.marginal` where `estimate` uses closed forms through
+    `Structure.project`. An estimate whose gradient is not zero here was miscompiled.
+    """
+    return _inspect(estimate, design.without_names(), is_reml(method))
+
+
+@partial(jax.jit, static_argnums=2)
+def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
+    factors = design.scaled_factors(estimate.theta)
+    value, gradient = criterion(estimate, design, reml)
+    omega = unstructured.omega_from_theta(unstructured.join_triangles(factors), design.sizes)
+    posterior = design.structure.posterior(omega, factors)
+    return Inspection(value, gradient, conditional_modes(omega, design), posterior, omega)
+
+
+def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
+    """The objective at an estimate and its gradient in theta, as in `Inspection`."""
+    theta = unstructured.join_triangles(design.scaled_factors(estimate.theta))
+
+    def objective(theta: Array) -> Array:
+        omega = unstructured.omega_from_theta(theta, design.sizes)
+        return profiled(omega, design, reml=reml)
+
+    return jax.value_and_grad(objective)(theta)
+
+
+def conditional_variances(
+    estimate: Estimate, inspection: Inspection, design: Design
+) -> tuple[np.ndarray, ...]:
+    """Per term (levels, effects, effects), Var(b | y) given the parameters. On the host."""
+    relative = design.structure.variances(inspection.posterior)
+    sigma2 = float(estimate.sigma) ** 2
+    return tuple(
+        sigma2 * design.units.variances(k, variance) for k, variance in enumerate(relative)
+    )
+
+
+def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
+    """Per term (levels, effects), Omega Z' V0^-1 (y - X beta) at relative covariances `omega`."""
+    p = design.p
+    projection = design.structure.project(omega)
+    factor = linalg.cholesky(projection.gram)
+    # In the orthonormal basis, on top of what `beta_ols` explains
+    beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
+    residual = jnp.concatenate([-beta, jnp.ones_like(beta, shape=(1, 1))])
+    cross = design.structure.combine(projection.cross, residual)
+    modes = design.structure.modes(omega, cross)
+    return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))
+
+
+class Henderson(NamedTuple):
+    """What the variances of x'beta + z'b given y are made of (`row_variances`).
+
+    Attributes:
+        posterior: of the random effects given the fixed ones, as the structure has it.
+        shifts: per term (levels, effects, p), Omega Z' V0^-1 U for X = U `basis`: what the modes
+            lose per unit of a coefficient of U. In scaled units of the effects.
+        factor: (p, p), lower Cholesky factor of U' V0^-1 U.
+    """
+
+    posterior: Any
+    shifts: tuple[Array, ...]
+    factor: Array
+
+
+def henderson(theta: np.ndarray, design: Design) -> Henderson:
+    """The parts of the inverse of Henderson's mixed model equations that predictions need.
+
+    Args:
+        theta: (m,), relative Cholesky factors as in `Estimate`.
+        design: the data.
+    """
+    with neutral():
+        parts = _compiled_henderson()(theta, design.without_names())
+        return jax.device_get(parts)
+
+
+@remembered
+def _compiled_henderson() -> Any:
+    return jax.jit(_henderson, compiler_options=quick_compilation(jax.default_backend()))
+
+
+def _henderson(theta: Array, design: Design) -> Henderson:
+    structure, p = design.structure, design.p
+    factors = design.scaled_factors(theta)
+    omega = unstructured.omega_from_theta(unstructured.join_triangles(factors), design.sizes)
+    projection = structure.project(omega)
+
+    def shift(column: Array) -> tuple[Array, ...]:
+        return structure.modes(omega, structure.combine(projection.cross, column[:, None]))
+
+    units = jnp.eye(p + 1, dtype=theta.dtype)[:, : max(p, 1)]
+    shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(units)
+    return Henderson(
+        structure.posterior(omega, factors),
+        tuple(part[..., :p] for part in shifts),
+        linalg.cholesky(projection.gram[:p, :p]),
+    )
+
+
+def row_variances(parts: Henderson, design: Design, X: np.ndarray, rows: Rows) -> np.ndarray:
+    """Var(x'(beta_hat - beta) + z'(b_hat - b)) of rows (x, z), over sigma2, (k,). On the host.
+
+    z K z' + (x - z H) Phi (x - z H)' with K the relative covariance of b given y and beta,
+    H = K Z'X = Omega Z' V0^-1 X and Phi = (X' V0^-1 X)^-1: a quadratic form of the inverse of the
+    coefficients of the mixed model equations (Henderson 1975, Biometrics 31:423).
+
+    Args:
+        parts: `henderson` of the design.
+        design: the data.
+        X: (k, p) fixed-effects columns.
+        rows: per term the levels, (k,) integers, and the effects, (k, q), in the user's units;
+            zero where a row does without them.
+    """
+    scaled = scaled_rows(design, rows)
+    white = whitened(parts, design, X, scaled)
+    return design.structure.row_variances(parts.posterior, scaled) + np.sum(white**2, axis=1)
+
+
+def scaled_rows(design: Design, rows: Rows) -> Rows:
+    """Rows of Z in the units of the structure."""
+    return [
+        (codes, np.asarray(design.units.rows(k, effects)))
+        for k, (codes, effects) in enumerate(rows)
+    ]
+
+
+def whitened(parts: Henderson, design: Design, X: np.ndarray, scaled: Rows) -> np.ndarray:
+    """(x - z H) A with A A' = Phi, (k, p), for rows of `scaled_rows`."""
+    rest = from_basis(design, X)
+    for (codes, effects), shifts in zip(scaled, parts.shifts, strict=True):
+        for a, column in enumerate(effects.T):
+            rest = rest - column[:, None] * np.asarray(shifts)[codes, a]
+    if not design.p:
+        return rest
+    return scipy.linalg.solve_triangular(parts.factor, rest.T, lower=True).T
+
+
+def from_basis(design: Design, X: np.ndarray) -> np.ndarray:
+    """Rows of U with X = U `basis`, (k, p)."""
+    if not design.p:
+        return X
+    return scipy.linalg.solve_triangular(design.basis, X.T, trans=1).T

@@ -1,0 +1,254 @@
+r"""Optima of the criterion with parameters held at values that people read: SDs, correlations,
+the residual SD, fixed effects.
+
+`Coordinates` give each such parameter an axis of its own, so that holding it is leaving its axis
+out. With the effects of a term reordered, the absolute covariance matrix of the term is T T' for
+a triangular T whose first row is the SD of the first effect; of a correlation's two effects, put
+first, the second row of T is d (cos a, sin a), and the correlation is cos a; the two SDs, of which
+a sign would be the correlation's, have square roots for coordinates. All others are free, and none
+has bounds: the criterion is even in diagonal entries and square roots, so that a zero variance is
+an ordinary stationary point, and so is a correlation of +-1. A fixed effect moves the response
+(`Combined`). So one program serves every parameter and every value: they differ in numbers only.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.runtime import neutral
+from jaxreml.model import linalg
+from jaxreml.model.covariance import unstructured
+from jaxreml.model.design import Design
+from jaxreml.model.objective import expand, neg2_loglik
+from jaxreml.model.structures.combined import Combined
+from jaxreml.optimum import newton
+from jaxreml.optimum.estimate import CERTIFIED, ZERO
+
+TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
+AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
+MAX_ITERATIONS = 100
+LANES = 32  # optima sought together
+ALONE = 2**16  # numbers in a structure from which on they are sought one by one
+
+
+class Coordinates(NamedTuple):
+    """Axes of the parameters x of one optimum, (m + 2,): entries of T for all terms, column by
+    column, log sigma, and the distance that held fixed effects are from least squares.
+
+    All arrays are of floats.
+
+    Attributes:
+        order: (r, m), to the entries of a root of Omega from those of T: of the effects in another
+            order, or another basis.
+        roots: (m,), 1 where x has the square root of an entry, 0 elsewhere.
+        polar: (m, m), 1 in the row of d and the column of a where x has these, 0 elsewhere.
+        pivots: (m + 2,), 1 for entries on the diagonal of T that are free.
+        free: (m + 2,), 1 for what is optimised, 0 for what is held.
+        columns: (p + 1, p + 1), combinations of [X y] for the columns of X that are free and y.
+        shift: (p,), the combination of X that the response gains per unit of the last entry of x.
+        absent: (p + 1,), 1 for columns that there are none of.
+        log_unit: (), logarithm of the residual SD to which T and sigma are relative.
+    """
+
+    order: Any
+    roots: Any
+    polar: Any
+    pivots: Any
+    free: Any
+    columns: Any
+    shift: Any
+    absent: Any
+    log_unit: Any
+
+
+class Optimum(NamedTuple):
+    """An optimum found; arrays with as many on the first axis as were sought.
+
+    Attributes:
+        x: (m + 2,).
+        value: (), the criterion.
+        gradient: (m + 2,), of the criterion in x, what is held included.
+        hessian: (m + 2, m + 2), without the last entry of x.
+        beta: (p,), all fixed effects.
+        certified: (), whether the search ended and a separately compiled gradient agrees.
+    """
+
+    x: np.ndarray
+    value: np.ndarray
+    gradient: np.ndarray
+    hessian: np.ndarray
+    beta: np.ndarray
+    certified: np.ndarray
+
+
+class Point(NamedTuple):
+    """The criterion around x.
+
+    Attributes:
+        value, gradient, hessian: (), (m + 2,) and (m + 2, m + 2), zero for what is held.
+        full: the Hessian with what is held, but for the last entry of x.
+    """
+
+    value: Array
+    gradient: Array
+    hessian: Array
+    full: Array
+
+
+def triangle(x: Any, axes: Coordinates) -> Any:
+    """Entries of T, (m,), at x (m,); NumPy or JAX."""
+    xp = jnp if isinstance(x, Array) else np
+    roots, polar = axes.roots, axes.polar
+    entries = x * (1 - roots + roots * x)
+    angles = polar.sum(axis=0)
+    return entries * (1 - angles) * xp.cos(polar @ x) + (polar.T @ entries) * xp.sin(x)
+
+
+def _omega(x: Array, axes: Coordinates, sizes: unstructured.Sizes) -> tuple[Array, Array]:
+    """Relative covariances and residual log-variance at x (m + 1,)."""
+    entries = triangle(x[:-1], axes)
+    absolute = unstructured.omega_from_root(axes.order @ entries, sizes)
+    return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
+
+
+def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
+    columns = axes.columns.at[:-1, -1].add(shift * axes.shift)
+    return replace(design, structure=Combined(design.structure, columns, axes.absent))  # pyright: ignore
+
+
+def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
+    """The criterion at x (m + 2,) with its derivatives, the response of `design` moved."""
+    inner = x[:-1]
+
+    def slopes(inner: Array) -> tuple[Array, Array]:
+        jacobian = jax.jacfwd(lambda inner: jnp.append(*_omega(inner, axes, design.sizes)))(inner)
+        return jacobian, jacobian
+
+    omega, log_sigma2 = _omega(inner, axes, design.sizes)
+    outer = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
+    bends, jacobian = jax.jacfwd(slopes, has_aux=True)(inner)
+    bend = jnp.tensordot(outer.joint_gradient, bends, axes=1)
+    full = jnp.pad(jacobian.T @ outer.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
+    gradient = jnp.append(outer.joint_gradient @ jacobian, 0.0) * axes.free
+    return Point(outer.value, gradient, full * axes.free[:, None] * axes.free, full)
+
+
+def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton.Trace:
+    """The optimum from x (m + 2,)."""
+    start = x
+    held = _combined(x[-1], axes, design)
+
+    def at(x: Array) -> Array:
+        """Rounding must not move what is held."""
+        return jnp.where(axes.free > 0, x, start)
+
+    def snap(x: Array) -> Array:
+        return jnp.where((axes.pivots > 0) & (jnp.abs(x) < ZERO), 0.0, x)
+
+    trace = newton.minimise(
+        lambda x: expansion(at(x), axes, held, reml=reml),
+        start,
+        snap,
+        tolerance=TOLERANCE,
+        max_iterations=MAX_ITERATIONS,
+    )
+    return trace._replace(at=at(trace.at))
+
+
+def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[Array, Array, Array]:
+    """Criterion, its gradient and the fixed effects at x, by reverse-mode autodiff."""
+
+    def value(x: Array) -> Array:
+        held = _combined(x[-1], axes, design)
+        return neg2_loglik(*_omega(x[:-1], axes, design.sizes), held, reml=reml)
+
+    held = _combined(x[-1], axes, design)
+    omega, _ = _omega(x[:-1], axes, design.sizes)
+    gram = held.structure.marginal(omega).gram
+    p = design.p
+    factor = linalg.cholesky(gram)
+    slopes = -linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
+    slopes = jnp.append(slopes, 1.0)
+    columns = jnp.asarray(held.structure.columns)  # pyright: ignore
+    shift = linalg.solve_upper(jnp.asarray(design.basis), (columns @ slopes)[:p, None])
+    beta = design.beta_ols - shift[:, 0]
+    return *jax.value_and_grad(value)(x), beta
+
+
+@remembered
+def _programs(
+    structure: Any, shapes: tuple[tuple[tuple[int, ...], str], ...], reml: bool, together: bool
+) -> tuple[Any, Any]:
+    """The search and the certificate, compiled at the same time.
+
+    Args:
+        structure: the tree of x, axes and design.
+        shapes: of its leaves, with their types.
+        reml: the criterion.
+        together: whether x and axes have lanes.
+    """
+    leaves = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in shapes]
+    arguments = jax.tree.unflatten(structure, leaves)
+    options = quick_compilation(jax.default_backend())
+
+    def lower(function: Any) -> Any:
+        program = partial(function, reml=reml)
+        if together:
+            program = jax.vmap(program, in_axes=(0, 0, None))
+        return jax.jit(program, compiler_options=options).lower(*arguments)
+
+    traced = [lower(function) for function in (_climb, _look)]
+    with ThreadPoolExecutor(len(traced)) as pool:
+        climb, look = pool.map(lambda program: program.compile(), traced)
+    return climb, look
+
+
+def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml: bool) -> Optimum:
+    """The optima nearest to `starts`, (b, m + 2), each in axes of its own.
+
+    They are sought `LANES` at a time, in step; in large structures one by one. `design` is one
+    `without_names`, on the device.
+    """
+    numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(design.structure))
+    size = LANES if numbers < ALONE else 1
+    chunks = range(0, len(starts), size)
+    found = [_chunk(starts[k : k + size], axes[k : k + size], design, reml, size) for k in chunks]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+
+def _chunk(
+    starts: np.ndarray, axes: list[Coordinates], design: Design, reml: bool, size: int
+) -> Optimum:
+    """Optima of at most `size` lanes."""
+    count = len(starts)
+    padded = np.resize(np.arange(count), size)  # repeats
+    x = starts[padded]
+    lanes = jax.tree.map(lambda *leaves: np.stack(leaves), *[axes[k] for k in padded])
+    together = size > 1
+    if not together:
+        x, lanes = jax.tree.map(lambda leaf: leaf[0], (x, lanes))
+    with neutral():
+        leaves, structure = jax.tree.flatten((x, lanes, design))
+        shapes = tuple((np.shape(leaf), leaf.dtype.name) for leaf in leaves)
+        climb, look = _programs(structure, shapes, reml, together)
+        trace = climb(x, lanes, design)
+        looked = look(trace.at, lanes, design)
+        result = jax.device_get((trace.at, trace.point, trace.converged, looked))
+    if not together:
+        result = jax.tree.map(lambda leaf: np.asarray(leaf)[None], result)
+    x, point, converged, (value, gradient, beta) = jax.tree.map(lambda leaf: leaf[:count], result)
+    scale = 1 + np.abs(value)
+    norm = np.linalg.norm(gradient * np.array([own.free for own in axes]), axis=1)
+    with np.errstate(invalid="ignore"):
+        agrees = np.abs(value - point.value) <= AGREES * scale
+    certified = converged & agrees & (norm <= CERTIFIED * scale)
+    return Optimum(x, value, gradient, point.full, beta, certified)

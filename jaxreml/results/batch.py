@@ -1,0 +1,67 @@
+"""`BatchResults`: what `fit_many` returns, one row per response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxreml.errors import DataError
+from jaxreml.many.record import FittedBatch
+from jaxreml.optimum.estimate import Status
+from jaxreml.results import batch_tables, parquet
+from jaxreml.results.results import LMMResults
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BatchResults(FittedBatch):
+    """One model fitted to many responses: a `FittedBatch`, its tables and files.
+
+    Attributes:
+        model, responses, fits: as in `FittedBatch`.
+        refit: fits response number i alone; None if the values of the responses are not at hand.
+    """
+
+    refit: Callable[[int], LMMResults] | None = None
+
+    tidy = batch_tables.tidy
+    glance = batch_tables.glance
+    to_frame = batch_tables.to_frame
+    to_xarray = batch_tables.to_xarray
+    to_parquet = parquet.write_parquet
+
+    @classmethod
+    def read_parquet(cls, path: str | Path) -> BatchResults:
+        """Read results that `to_parquet` or a streaming `fit_many` wrote."""
+        return parquet.read_parquet(path, cls)
+
+    def estimate(self, i: int | str) -> LMMResults:
+        """The fit of one response alone, with everything that `fit` reports.
+
+        It is `fit` of the rows where the response is not missing, coded from these rows: where they
+        lack a level, a factor has fewer columns and perhaps another reference level, and functions
+        such as ``poly`` or ``scale`` have other values. A warning says so where coefficients are
+        not those of `params` then.
+
+        Args:
+            i: its position, or its name.
+
+        Raises:
+            DataError: no such response, or its values are not at hand (results read from a file
+                or made from a stream).
+        """
+        if self.refit is None:
+            raise DataError(
+                "the values of the responses are not at hand (a stream, or results read from a "
+                "file): use jaxreml.fit on the response itself"
+            )
+        return self.refit(self.position(i))
+
+    def __repr__(self) -> str:
+        failed = int(np.sum(self.fits.status != Status.CONVERGED))
+        return (
+            f"<BatchResults {self.model.formula!r}, {self.model.method}, {len(self)} responses, "
+            f"{failed} without an optimum, {int(np.nansum(self.fits.is_singular))} singular>"
+        )

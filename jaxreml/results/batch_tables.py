@@ -1,0 +1,419 @@
+"""Results of many fits as frames: long as `tables`, wide with a row per response, and xarray."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.arguments import check_conf_level
+from jaxreml.errors import DataError
+from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.model.covariance import unstructured
+
+if TYPE_CHECKING:
+    from jaxreml.many.record import FittedBatch
+from jaxreml.many.record import BatchModel
+
+EFFECTS = ("fixed", "ran_pars", "contrasts")
+Labels = list[tuple[str, str | None, str]]  # effect, group, term
+Part = tuple[Labels, dict[str, np.ndarray]]
+
+
+# Long
+
+
+def tidy(
+    results: FittedBatch,
+    effects: str | tuple[str, ...] = EFFECTS[:2],
+    *,
+    conf_int: bool = False,
+    conf_level: float = 0.95,
+) -> pd.DataFrame:
+    """Estimates as a long frame, one row per response and term.
+
+    For each response the rows of `LMMResults.tidy`, by the same conventions. Coefficients and
+    contrasts that its rows say nothing about have rows of NaN, as all terms of responses without
+    an optimum have.
+
+    Args:
+        results: B responses.
+        effects: any of "fixed" and "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
+            residual SD ``sd__Observation``) and "contrasts", those that `fit_many` was asked for.
+        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: for fixed effects
+            and contrasts with the degrees of freedom of their tests, from the log scale for SDs,
+            from Fisher's z for correlations.
+        conf_level: their level.
+
+    Returns:
+        Columns response, effect, group, term, estimate, std_error and, for fixed effects and
+        contrasts, statistic, df, p_value and p_adjusted (Benjamini and Hochberg's, over the
+        responses, term by term); B times the number of terms rows. Correlations have standard
+        errors where one of the two is the first effect of its term; the others depend on several
+        coordinates, whose covariances a batch does not keep.
+
+    Raises:
+        ValueError: other `effects`, or a level that is not between 0 and 1.
+    """
+    wanted = (effects,) if isinstance(effects, str) else tuple(effects)
+    unknown = [effect for effect in wanted if effect not in EFFECTS]
+    if unknown or not wanted:
+        asked = repr(unknown[0]) if unknown else "nothing"
+        raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {asked}")
+    check_conf_level(conf_level)
+    parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars, "contrasts": _tidy_contrasts}
+    labels, values = zip(*(parts[effect](results, conf_level) for effect in wanted), strict=True)
+    rows = [row for part in labels for row in part]
+    columns: dict[str, Any] = {"response": results.responses.repeat(len(rows))}
+    for k, name in enumerate(("effect", "group", "term")):
+        columns[name] = np.tile(np.array([row[k] for row in rows], object), len(results))
+    names = ["estimate", "std_error"]
+    names += ["statistic", "df", "p_value", "p_adjusted"] * (wanted != ("ran_pars",))
+    names += ["conf_low", "conf_high"] * conf_int
+    for name in names:
+        matrices = [
+            part.get(name, np.full((len(results), len(own)), np.nan))
+            for own, part in zip(labels, values, strict=True)
+        ]
+        columns[name] = np.concatenate(matrices, axis=1).ravel()
+    return pd.DataFrame(columns)
+
+
+def _tidy_fixed(results: FittedBatch, conf_level: float) -> Part:
+    fits = results.fits
+    labels: Labels = [("fixed", None, name) for name in results.model.fixed_names]
+    return labels, {
+        "statistic": results.tvalues.to_numpy(),
+        "p_value": results.pvalues.to_numpy(),
+        "p_adjusted": results.pvalues_adjusted.to_numpy(),
+        **_intervals(fits.beta, fits.se, fits.df, conf_level),
+    }
+
+
+def _tidy_contrasts(results: FittedBatch, conf_level: float) -> Part:
+    fits = results.fits
+    table = results.contrasts.swaplevel(axis=1)
+    names = ("statistic", "p_value", "p_adjusted")
+    labels: Labels = [("contrast", None, name) for name in results.model.contrasts]
+    return labels, {
+        **{name: table[name].to_numpy() for name in names},
+        **_intervals(fits.contrast, fits.contrast_se, table["df"].to_numpy(), conf_level),
+    }
+
+
+def _intervals(
+    estimate: np.ndarray, std_error: np.ndarray, df: np.ndarray, conf_level: float
+) -> dict[str, np.ndarray]:
+    from scipy.special import stdtrit
+
+    half = stdtrit(df, (1 + conf_level) / 2) * std_error
+    return {
+        "estimate": estimate,
+        "std_error": std_error,
+        "df": df,
+        "conf_low": estimate - half,
+        "conf_high": estimate + half,
+    }
+
+
+def _tidy_ran_pars(results: FittedBatch, conf_level: float) -> Part:
+    from scipy.special import ndtri
+
+    quantile = ndtri((1 + conf_level) / 2)
+    model = results.model
+    sd = np.sqrt(results.variances.to_numpy())
+    correlations = results.correlations.to_numpy()
+    z, z_se = _fisher(results)
+    spread = results.log_variance_se.to_numpy() / 2
+    with np.errstate(over="ignore", invalid="ignore"):  # an SD next to zero has any upper limit
+        low, high = sd * np.exp(-quantile * spread), sd * np.exp(quantile * spread)
+    # Each term's SDs are followed by its correlations.
+    labels: Labels = []
+    order: list[int] = []
+    sds = iter(range(sd.shape[1]))
+    pairs = iter(range(sd.shape[1], sd.shape[1] + correlations.shape[1]))
+    for group, effects in model.groups:
+        for effect in effects:
+            labels.append(("ran_pars", group, f"sd__{effect}"))
+            order.append(next(sds))
+        for first, second in combinations(effects, 2):
+            labels.append(("ran_pars", group, f"cor__{first}.{second}"))
+            order.append(next(pairs))
+    labels.append(("ran_pars", RESIDUAL, "sd__Observation"))
+    order.append(next(sds))
+    return labels, {
+        "estimate": np.concatenate([sd, correlations], axis=1)[:, order],
+        "std_error": np.concatenate([sd * spread, z_se / np.cosh(z) ** 2], axis=1)[:, order],
+        "conf_low": np.concatenate([low, np.tanh(z - quantile * z_se)], axis=1)[:, order],
+        "conf_high": np.concatenate([high, np.tanh(z + quantile * z_se)], axis=1)[:, order],
+    }
+
+
+def _fisher(results: FittedBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Fisher's z of each correlation with its standard error; NaN where it is no coordinate."""
+    fits, sizes = results.fits, results.model.sizes
+    z, z_se = (np.full(results.correlations.shape, np.nan) for _ in range(2))
+    start = at = 0
+    for q in sizes:
+        for i in range(1, q):  # tanh of the first coordinate of row i is its correlation with 0
+            place = start + q + i * (i - 1) // 2
+            known = np.isfinite(fits.parameters_se[:, place])
+            z[known, at + i - 1] = fits.parameters[known, place]
+            z_se[known, at + i - 1] = fits.parameters_se[known, place]
+        start += q * (q + 1) // 2
+        at += q * (q - 1) // 2
+    return z, z_se
+
+
+def glance(results: FittedBatch) -> pd.DataFrame:
+    """One row of fit statistics per response, as `LMMResults.glance`, and how it ended.
+
+    Columns response, nobs, sigma, log_lik, aic, bic, reml_crit or deviance, df_residual,
+    converged, is_singular, n_dropped (rows of the data and of the response), n_missing (those of
+    the response), status, message.
+    """
+    fits, model = results.fits, results.model
+    df_model = fits.rank + fits.theta.shape[1] + 1
+    with np.errstate(divide="ignore"):  # no rows
+        log_nobs = np.log(fits.nobs)
+    return pd.DataFrame(
+        {
+            "response": results.responses,
+            "nobs": fits.nobs,
+            "sigma": fits.sigma,
+            "log_lik": -fits.criterion / 2,
+            "aic": fits.criterion + 2 * df_model,
+            "bic": fits.criterion + log_nobs * df_model,
+            "reml_crit" if model.method == "REML" else "deviance": fits.criterion,
+            "df_residual": fits.nobs - df_model,
+            "converged": results.converged.to_numpy(),
+            "is_singular": fits.is_singular,
+            "n_dropped": fits.missing + model.n_dropped,
+            "n_missing": fits.missing,
+            "status": fits.status,
+            "message": _messages(results),
+        }
+    )
+
+
+def _messages(results: FittedBatch) -> pd.Categorical:
+    codes = pd.Categorical.from_codes(*results.message_codes)  # pyright: ignore
+    return codes.remove_unused_categories()
+
+
+# Wide
+
+
+def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
+    """Columns of `to_frame` that hold each field of `Fits`: a name, or one per entry."""
+
+    def each(name: str) -> list[str]:
+        return [f"{name}[{label}]" for label in model.fixed_names]
+
+    return {
+        "nobs": "nobs",
+        "missing": "n_missing",
+        "rank": "rank",
+        "beta": each("beta"),
+        "se": each("se"),
+        "df": each("df"),
+        "sigma": "sigma",
+        "theta": [f"theta[{', '.join(label)}]" for label in _theta_labels(model)],
+        "parameters": list(model.parameter_names),
+        "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
+        "criterion": "criterion",
+        "gradient_norm": "gradient_norm",
+        "iterations": "n_iter",
+        "is_singular": "is_singular",
+        "status": "status",
+        "contrast": [f"contrast[{name}]" for name in model.contrasts],
+        "contrast_se": [f"contrast_se[{name}]" for name in model.contrasts],
+        "contrast_df": [f"contrast_df[{name}]" for name in model.contrasts],
+    }
+
+
+def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
+    """Columns of p-values, and after them those of the same adjusted over the responses: of fixed
+    effects and of contrasts."""
+    return [
+        ([f"{p}[{name}]" for name in names], [f"{p}_adjusted[{name}]" for name in names])
+        for p, names in (("p", model.fixed_names), ("contrast_p", model.contrasts))
+    ]
+
+
+def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
+    """Everything but the modes as a wide frame, one row per response.
+
+    Columns: response, nobs, n_missing, rank (fixed effects fitted); per fixed effect ``beta[x]``,
+    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false, ``p_adjusted[x]``
+    (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]`` and likewise
+    ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
+    ``contrast_p_adjusted[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
+    ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
+    as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
+    ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
+    criterion, gradient_norm, n_iter, is_singular, converged, status, message.
+
+    Raises:
+        DataError: names of columns of the data with commas give two columns one name.
+    """
+    model, fits = results.model, results.fits
+    columns = field_columns(model)
+    frame: dict[str, Any] = {"response": results.responses}
+
+    def add(names: str | list[str], values: np.ndarray) -> None:
+        pairs = [(names, values)] if isinstance(names, str) else zip(names, values.T, strict=True)
+        for name, column in pairs:
+            if name in frame:
+                raise DataError(f"two columns would be {name!r}: rename a column of the data")
+            frame[name] = column
+
+    def add_field(*fields: str) -> None:
+        for field in fields:
+            add(columns[field], getattr(fits, field))
+
+    add_field("nobs", "missing", "rank", "beta", "se")
+    add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
+    add_field("df")
+    (p, p_adjusted), (contrast_p, contrast_p_adjusted) = p_value_columns(model)
+    add(p, results.pvalues.to_numpy())
+    if adjusted:
+        add(p_adjusted, results.pvalues_adjusted.to_numpy())
+    add_field("contrast", "contrast_se")
+    if model.contrasts:
+        tests = results.contrasts.swaplevel(axis=1)
+        add([f"contrast_t[{name}]" for name in model.contrasts], tests["statistic"].to_numpy())
+        add_field("contrast_df")
+        add(contrast_p, tests["p_value"].to_numpy())
+        if adjusted:
+            add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
+    add_field("sigma")
+    add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
+    correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]
+    add(correlations, results.correlations.to_numpy())
+    add_field("parameters", "parameters_se", "theta")
+    add_field("criterion", "gradient_norm", "iterations", "is_singular")
+    frame["converged"] = results.converged.to_numpy()
+    add_field("status")
+    frame["message"] = _messages(results)
+    return pd.DataFrame(frame)
+
+
+def _variance_labels(model: BatchModel) -> list[str]:
+    return [", ".join(label) for label in model.variance_labels[:-1]] + [RESIDUAL]
+
+
+def _theta_labels(model: BatchModel) -> list[tuple[str, ...]]:
+    """Group and effects of each entry of theta, in its order: one effect on the diagonal."""
+    return [
+        (group, effects[j]) if i == j else (group, effects[j], effects[i])
+        for group, effects in model.groups
+        for i, j in zip(*unstructured.triangle(len(effects)), strict=True)
+    ]
+
+
+# xarray
+
+
+def to_xarray(results: FittedBatch) -> Any:
+    """Everything as an xarray Dataset.
+
+    Dimensions: ``response``; ``term``, the fixed effects; ``component``, the variances, labelled
+    ``g, x`` (``Residual`` last), with coordinates ``component_group`` and ``component_term``;
+    ``pair``, the correlations, labelled ``g, x1, x2``; ``factor``, the entries of theta;
+    ``contrast`` where there are any.
+    Conditional modes, where kept, are ``modes_g`` per grouping factor g, with dimensions
+    ``response``, ``level_g`` and ``effect_g``.
+
+    Raises:
+        DataError: xarray is not installed.
+    """
+    try:
+        import xarray
+    except ImportError:
+        raise DataError("to_xarray needs xarray: pip install 'jaxreml[xarray]'") from None
+    from jaxreml import __version__
+
+    model, fits = results.model, results.fits
+    pairs = [", ".join(label) for label in model.correlation_labels]
+    # z has an order of its own.
+    z = [model.parameter_names.index(f"z[{pair}]") for pair in pairs]
+    by_dimensions = {
+        ("response", "term"): {
+            "beta": fits.beta,
+            "se": fits.se,
+            "t": results.tvalues.to_numpy(),
+            "df": fits.df,
+            "p": results.pvalues.to_numpy(),
+        },
+        ("response", "component"): {
+            "variance": results.variances.to_numpy(),
+            "log_variance": results.log_variances.to_numpy(),
+            "log_variance_se": results.log_variance_se.to_numpy(),
+        },
+        ("response", "pair"): {
+            "correlation": results.correlations.to_numpy(),
+            "z": fits.parameters[:, z],
+            "z_se": fits.parameters_se[:, z],
+        },
+        ("response", "factor"): {"theta": fits.theta},
+        ("response",): {
+            "sigma": fits.sigma,
+            "criterion": fits.criterion,
+            "gradient_norm": fits.gradient_norm,
+            "n_iter": fits.iterations,
+            "nobs": fits.nobs,
+            "n_missing": fits.missing,
+            "rank": fits.rank,
+            "is_singular": fits.is_singular,
+            "converged": results.converged.to_numpy(),
+            "status": fits.status,
+        },
+    }
+    if model.contrasts:
+        by_dimensions["response", "contrast"] = {
+            "contrast_estimate": fits.contrast,
+            "contrast_se": fits.contrast_se,
+            "contrast_df": fits.contrast_df,
+        }
+    variables: dict[str, Any] = {
+        name: (dimensions, values)
+        for dimensions, named in by_dimensions.items()
+        for name, values in named.items()
+    }
+    coordinates: dict[str, Any] = {
+        "response": results.responses.to_numpy(),
+        "term": list(model.fixed_names),
+        "component": _variance_labels(model),
+        "component_group": ("component", [group for group, _ in model.variance_labels]),
+        "component_term": ("component", [term for _, term in model.variance_labels]),
+        "pair": np.array(pairs, str),  # text too where there are none
+        "factor": [", ".join(label) for label in _theta_labels(model)],
+    }
+    if model.contrasts:
+        coordinates["contrast"] = list(model.contrasts)
+    for group, levels, effects, modes in _modes(results):
+        dimensions = ("response", f"level_{group}", f"effect_{group}")
+        variables[f"modes_{group}"] = (dimensions, modes)
+        coordinates[f"level_{group}"] = list(levels)
+        coordinates[f"effect_{group}"] = effects
+    attributes = {"formula": model.formula, "method": model.method, "structure": model.structure}
+    attributes["jaxreml"] = __version__
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _modes(results: FittedBatch) -> list[tuple[str, tuple[Any, ...], list[str], np.ndarray]]:
+    """Per grouping factor its levels, effects and modes (b, levels, effects), if kept."""
+    model, modes = results.model, results.fits.modes
+    if modes is None:
+        return []
+    names = [group for group, _ in model.groups]
+    found = []
+    for group in dict.fromkeys(names):
+        terms = [k for k, name in enumerate(names) if name == group]
+        effects = [effect for k in terms for effect in model.groups[k][1]]
+        joined = np.concatenate([modes[k] for k in terms], axis=2)
+        found.append((group, model.levels[terms[0]], effects, joined))
+    return found

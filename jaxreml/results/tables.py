@@ -1,0 +1,355 @@
+"""Results as text and as long frames, in the layouts of lmerTest and broom.mixed."""
+
+from __future__ import annotations
+
+import string
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.arguments import check_conf_level
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.fixed import wald
+from jaxreml.inference.parameters.delta import variance_parameters
+
+EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
+
+
+def tidy(
+    fit: FittedModel,
+    effects: str | tuple[str, ...] = ("fixed", "ran_pars"),
+    conf_int: bool = False,
+    conf_level: float = 0.95,
+    df: str = "satterthwaite",
+) -> pd.DataFrame:
+    """Estimates as a long frame, as broom.mixed's `tidy`.
+
+    Args:
+        fit: the fit.
+        effects: any of "fixed", "ran_pars" (SDs ``sd__x``, correlations ``cor__x1.x2``, the
+            residual SD ``sd__Observation``), "ran_vals" (conditional modes) and "ran_coefs"
+            (coefficients per level: conditional mode plus fixed effect of the same name).
+        conf_int: whether to add Wald intervals, ``conf_low`` and ``conf_high``: for fixed effects
+            with the degrees of freedom of their tests, normal for conditional modes, from the log
+            scale for SDs, from Fisher's z for correlations.
+        conf_level: their level.
+        df: degrees of freedom for fixed effects, as for `LMMResults.test`.
+
+    Returns:
+        Columns effect, group, level, term, estimate, std_error, statistic, df, p_value, those that
+        apply to the effects asked for. Standard errors of SDs and correlations are the delta
+        method's; those of conditional modes are `LMMResults.random_effects_se`.
+
+    Raises:
+        ValueError: another effect, or a level outside (0, 1).
+    """
+    check_conf_level(conf_level)
+    wanted = (effects,) if isinstance(effects, str) else tuple(effects)
+    unknown = [effect for effect in wanted if effect not in EFFECTS]
+    if unknown:
+        raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {unknown[0]!r}")
+    parts = {
+        "fixed": partial(_tidy_fixed, df=df),
+        "ran_pars": _tidy_ran_pars,
+        "ran_vals": _tidy_modes,
+        "ran_coefs": _tidy_coefficients,
+    }
+    frame = pd.concat([parts[effect](fit, conf_level) for effect in wanted], ignore_index=True)
+    order = ["effect", "group", "level", "term", "estimate", "std_error", "statistic", "df"]
+    order += ["p_value"] + (["conf_low", "conf_high"] if conf_int else [])
+    return frame.reindex(columns=[name for name in order if name in frame])
+
+
+def _tidy_fixed(fit: FittedModel, conf_level: float, df: str) -> pd.DataFrame:
+    interval = wald.conf_int(fit, conf_level, df)
+    table = wald.coefficients(fit, df).reset_index(names="term")
+    table.insert(0, "effect", "fixed")
+    table.insert(1, "group", None)
+    return table.assign(
+        conf_low=interval["lower"].to_numpy(), conf_high=interval["upper"].to_numpy()
+    )
+
+
+def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
+    from scipy.special import ndtri
+
+    quantile = ndtri((1 + conf_level) / 2)
+    sds = iter(fit.variance_components.itertuples(index=False))
+    rows: list[tuple] = []
+
+    def add_sd(term: str) -> None:
+        component: Any = next(sds)
+        spread = component.log_variance_se / 2
+        low, high = component.sd * np.exp(np.array([-1, 1]) * quantile * spread)
+        rows.append((component.group, term, component.sd, component.sd * spread, low, high))
+
+    correlations = fit.correlations
+    uncertainty: dict[str, tuple[float, float, float]] = {}
+    if len(correlations) and fit.converged:
+        table = variance_parameters(fit, conf_level=conf_level)
+        columns = table[["std_error", "conf_low", "conf_high"]].itertuples(index=False, name=None)
+        uncertainty = dict(zip(table.index, columns, strict=True))
+    start = 0
+    for grouping in fit.groupings:
+        q = len(grouping.effects)
+        for effect in grouping.effects:
+            add_sd(f"sd__{effect}")
+        stop = start + q * (q - 1) // 2
+        for pair in correlations.iloc[start:stop].itertuples(index=False):
+            term = f"cor__{pair.term1}.{pair.term2}"
+            name = f"cor_{pair.term2}.{pair.term1}|{pair.group}"
+            spread, low, high = uncertainty.get(name, (np.nan, np.nan, np.nan))
+            rows.append((pair.group, term, pair.correlation, spread, low, high))
+        start = stop
+    add_sd("sd__Observation")
+    columns = ["group", "term", "estimate", "std_error", "conf_low", "conf_high"]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame.insert(0, "effect", "ran_pars")
+    return frame
+
+
+def _tidy_modes(fit: FittedModel, conf_level: float) -> pd.DataFrame:
+    from scipy.special import ndtri
+
+    frame = _by_level(fit.random_effects, "ran_vals")
+    frame["std_error"] = _by_level(fit.random_effects_se, "ran_vals")["estimate"]
+    half = ndtri((1 + conf_level) / 2) * frame["std_error"]
+    return frame.assign(conf_low=frame["estimate"] - half, conf_high=frame["estimate"] + half)
+
+
+def _tidy_coefficients(fit: FittedModel, _: float) -> pd.DataFrame:
+    modes = fit.random_effects
+    fixed = {name: fit.params.reindex(part.columns, fill_value=0.0) for name, part in modes.items()}
+    return _by_level({name: part + fixed[name] for name, part in modes.items()}, "ran_coefs")
+
+
+def _by_level(frames: dict[str, pd.DataFrame], effect: str) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(
+            {
+                "effect": effect,
+                "group": name,
+                "level": np.repeat(frame.index.to_numpy(), frame.shape[1]),
+                "term": list(frame.columns) * len(frame),
+                "estimate": frame.to_numpy().ravel(),
+            }
+        )
+        for name, frame in frames.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def glance(fit: FittedModel) -> pd.DataFrame:
+    """One row of fit statistics, as broom.mixed's `glance`, with how the fit ended."""
+    criterion = "reml_crit" if fit.method == "REML" else "deviance"
+    return pd.DataFrame(
+        {
+            "nobs": [fit.nobs],
+            "sigma": [fit.sigma],
+            "log_lik": [fit.llf],
+            "aic": [fit.aic],
+            "bic": [fit.bic],
+            criterion: [fit.criterion],
+            "df_residual": [fit.df_resid],
+            "converged": [fit.converged],
+            "is_singular": [fit.is_singular],
+            "n_dropped": [fit.n_dropped],
+        }
+    )
+
+
+def augment(fit: FittedModel) -> pd.DataFrame:
+    """The columns used with `fitted`, `resid`, `fixed` (fitted values without random effects), and
+    `weights` and `offset` if there are any. A column of the data of that name gets a trailing
+    underscore here."""
+    added = {"fitted": fit.fitted, "resid": fit.y - fit.fitted, "fixed": fit.fixed_fitted}
+    if fit.weights is not None:
+        added["weights"] = fit.weights
+    if fit.offset is not None:
+        added["offset"] = fit.offset
+    table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+    return table.rename(columns={name: f"{name}_" for name in added}).assign(**added)
+
+
+# Text
+
+
+_METHODS = {
+    "satterthwaite": "t-tests use Satterthwaite's method",
+    "kenward-roger": "t-tests use Kenward-Roger's method",
+    "kenward-roger-linear": "t-tests use Kenward-Roger's method",
+    "residual": "t-tests use the residual degrees of freedom",
+    "inf": "Tests are normal",
+}
+
+
+def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
+    """The fit as text, in the layout of lmerTest's summary; `df` as for `LMMResults.test`."""
+    by = "REML" if fit.method == "REML" else "maximum likelihood"
+    parts = [
+        f"Linear mixed model fit by {by}. {_METHODS[df]}\n"
+        f"Formula: {fit.formula}\n"
+        f"Structure: {fit.structure}",
+        _criterion(fit),
+        *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
+        "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),
+    ]
+    if fit.fixed_names:
+        parts.append("Fixed effects:\n" + _fixed_effects(wald.coefficients(fit, df)))
+    if len(fit.fixed_names) > 1:
+        parts.append("Correlation of Fixed Effects:\n" + _fixed_correlations(fit))
+    notes = []
+    if fit.aliased:
+        notes.append(
+            f"dropped {len(fit.aliased)} column(s) of X that depend on others: "
+            f"{', '.join(fit.aliased)}"
+        )
+    notes.append(fit.message if fit.converged else f"NOT CONVERGED: {fit.message}")
+    return "\n\n".join(parts) + "\n\n" + "\n".join(notes) + "\n"
+
+
+def _table(rows: list[list[str]], left: int) -> str:
+    """Columns padded to their width, the first `left` of them to the left."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if k < left else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(" ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _digits(values: np.ndarray, significant: int = 4) -> list[str]:
+    """Numbers of one column with the same decimals, `significant` digits for the smallest."""
+    finite = np.abs(values[np.isfinite(values) & (values != 0)])
+    if not finite.size:
+        return [f"{value:.1f}" for value in values]
+    smallest, largest = np.floor(np.log10([finite.min(), finite.max()]))
+    if largest >= 6 or smallest < -5:
+        return [f"{value:.{significant - 1}e}" for value in values]
+    decimals = int(np.clip(significant - 1 - smallest, 0, 6 if largest < 2 else significant))
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def _criterion(fit: FittedModel) -> str:
+    if fit.method == "REML":
+        return f"REML criterion at convergence: {fit.criterion:.1f}"
+    values = [fit.aic, fit.bic, fit.llf, fit.criterion, fit.df_resid]
+    names = ["AIC", "BIC", "logLik", "deviance", "df.resid"]
+    cells = [f"{value:.1f}" for value in values[:-1]] + [str(fit.df_resid)]
+    return _table([names, cells], left=0)
+
+
+def _scaled_residuals(fit: FittedModel) -> str:
+    root = 1.0 if fit.weights is None else np.sqrt(fit.weights)
+    scaled = (fit.y - fit.fitted) * root / fit.sigma
+    cells = [f"{value:.4f}" for value in np.quantile(scaled, [0, 0.25, 0.5, 0.75, 1])]
+    return _table([["Min", "1Q", "Median", "3Q", "Max"], cells], left=0)
+
+
+def _random_effects(fit: FittedModel) -> str:
+    components = fit.variance_components
+    columns = [
+        _digits(components[name].to_numpy())
+        for name in ("variance", "sd", "log_variance", "log_variance_se")
+    ]
+    most = max(len(grouping.effects) for grouping in fit.groupings)
+    rows = [
+        [" Groups", "Name", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
+        + ["Corr"] * (most > 1)
+        + [""] * (most - 2)
+    ]
+    k = 0
+    for grouping, matrix in zip(fit.groupings, fit.covariances, strict=True):
+        sd = np.sqrt(np.diagonal(matrix))
+        for i, effect in enumerate(grouping.effects):
+            cells = [f" {grouping.name}" if i == 0 else "", effect]
+            cells += [column[k] for column in columns]
+            for j in range(most - 1):
+                shown = j < i and sd[i] * sd[j] > 0
+                cells.append(f"{matrix[i, j] / (sd[i] * sd[j]):.2f}" if shown else "")
+            rows.append(cells)
+            k += 1
+    rows.append([" Residual", ""] + [column[k] for column in columns] + [""] * (most - 1))
+    return _table(rows, left=2)
+
+
+def _counts(fit: FittedModel) -> str:
+    groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
+    text = f"Number of obs: {fit.nobs}, groups:  {groups}"
+    if fit.n_dropped:
+        text += f"\n  ({fit.n_dropped} rows with missing values dropped)"
+    return text
+
+
+def _p_value(value: float) -> str:
+    if not np.isfinite(value):
+        return "NA"
+    return "< 2e-16" if value < 2e-16 else f"{value:.3g}" if value >= 1e-4 else f"{value:.2e}"
+
+
+def _stars(value: float) -> str:
+    for bound, stars in ((0.001, "***"), (0.01, "**"), (0.05, "*"), (0.1, ".")):
+        if value < bound:
+            return stars
+    return ""
+
+
+def _fixed_effects(table: pd.DataFrame) -> str:
+    p_values = table["p_value"].to_numpy()
+    columns = [
+        list(table.index),
+        _digits(table["estimate"].to_numpy()),
+        _digits(table["std_error"].to_numpy()),
+        [f"{value:.2f}" for value in table["df"]],
+        [f"{value:.3f}" for value in table["statistic"]],
+        [_p_value(value) for value in p_values],
+        [_stars(value).ljust(3) for value in p_values],
+    ]
+    header = ["", "Estimate", "Std. Error", "df", "t value", "Pr(>|t|)", ""]
+    text = _table([header, *map(list, zip(*columns, strict=True))], left=1)
+    if np.any(p_values < 0.1):
+        text += "\n---\nSignif. codes:  0 '***' 0.001 '**' 0.01 '*' 0.05 '.' 0.1 ' ' 1"
+    return text
+
+
+def _fixed_correlations(fit: FittedModel) -> str:
+    names = list(fit.fixed_names)
+    sd = fit.bse.to_numpy()
+    matrix = fit.vcov_array / np.outer(sd, sd)
+    short = abbreviated(names, 6)
+    rows = [["", *short[:-1]]]
+    for i in range(1, len(names)):
+        cells = [f"{matrix[i, j]:.3f}" if j < i else "" for j in range(len(names) - 1)]
+        rows.append([names[i], *cells])
+    return _table(rows, left=1)
+
+
+def abbreviated(names: list[str], length: int) -> list[str]:
+    """Short names, as different as the names are; the rules of R's `abbreviate`.
+
+    Lower case vowels go from the end, then other lower case letters, never the first of a word,
+    until `length` characters are left or nothing more can go; names that come out alike keep more.
+    """
+    short = [_shortened(name, length) for name in names]
+    for least in range(length + 1, max(map(len, names), default=0) + 1):
+        alike = {text for text in short if short.count(text) > 1}
+        if not alike:
+            break
+        pairs = zip(names, short, strict=True)
+        short = [_shortened(name, least) if text in alike else text for name, text in pairs]
+    return short
+
+
+def _shortened(name: str, length: int) -> str:
+    for droppable in ("aeiou", string.ascii_lowercase):
+        for k in reversed(range(1, len(name))):
+            if len(name) <= length:
+                return name
+            if name[k] in droppable and name[k - 1].isalnum():
+                name = name[:k] + name[k + 1 :]
+    return name
