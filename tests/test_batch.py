@@ -16,7 +16,7 @@ import watchdog
 import jaxreml
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.engine import BatchFitter
-from jaxreml.many.shared import share
+from jaxreml.many.shared import prepare, share
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.lanes import cross_products
 from jaxreml.optimum.effects import inspect
@@ -81,6 +81,7 @@ CASES = {
     "levels": ("table", "~ x + (x | g)", {}, True),
     "uncorrelated": ("table", "~ x + (x || g)", {"weights": "w"}, True),
     "dense": ("table", "~ x + (1 | g) + (1 | h)", {}, False),
+    "crossed": ("table", "~ x + (1 | g) + (1 | h)", {}, False),
 }
 MORE = {("ML", case) for case in CASES if case not in ("collapsed", "spectral")}
 
@@ -104,8 +105,10 @@ def test_equals_estimate(case, method):
     data = table() if name == "table" else jaxreml.datasets.load(name)
     group, slope = ("Subject", "Days") if name == "sleepstudy" else ("g", "x")
     values = responses(data, 40, group=group, slope=slope)
-    fitter = BatchFitter(covariate_frame(formula, data, **extras), method, modes=True)
-    assert (fitter.whole[0].pairs is not None) == in_lanes
+    structure = "dense" if case == "dense" else None
+    frame = covariate_frame(formula, data, **extras)
+    fitter = BatchFitter(frame, method, modes=True, structure=structure)
+    assert (getattr(fitter.whole.shared, "pairs", None) is not None) == in_lanes
     fits = fitter.fit(values)
     assert fits.is_singular.any() and not fits.is_singular.all()
     assert_same(fits, one_by_one(formula, data, values[:, :20], method, **extras))
@@ -115,7 +118,9 @@ def test_programs_of_lapack_calls_end():
     """Two at a time wait for each other's threads in jaxlib 0.10.2; here is work for ten."""
     data = table()
     values = responses(data, 320, group="g", slope="x")
-    fitter = BatchFitter(covariate_frame(CASES["dense"][1], data), "REML", modes=True)
+    fitter = BatchFitter(
+        covariate_frame(CASES["dense"][1], data), "REML", modes=True, structure="dense"
+    )
     fits = fitter.fit(values)
     first = fitter.fit(values[:, :20])
     np.testing.assert_allclose(fits.criterion[:20], first.criterion, rtol=1e-12)
@@ -143,7 +148,8 @@ def test_collapsed_and_rotated_designs_have_the_same_criterion(reml):
     codes = np.repeat(np.arange(30), rng.choice([2, 3, 5], 30))
     X = np.column_stack([np.ones(codes.size), rng.normal(size=(codes.size, 2))])
     values = jnp.asarray(rng.normal(size=(codes.size, 4)) * 10)
-    shared = share(X, [(codes, X[:, :1])], weights=None, offset=None, structure=None, reml=reml)
+    terms = [(codes, X[:, :1])]
+    shared = share(*prepare(X, terms, weights=None, offset=None, structure=None), reml=reml)
     assert shared.collapse.counts.size < 30 and shared.spectral is not None
     whole = replace(shared, collapse=None, spectral=None, pairs=cross_products(shared.scores_x))
     plain = whole.batch(whole.reduce(values, exact=True))

@@ -341,11 +341,11 @@ def test_parquet_holds_the_frame_for_other_readers(results, tmp_path):
 def test_tables_may_be_cut_and_joined(many_terms):
     table = to_table(many_terms)
     order = [4, 5, 0, 1, 2]
-    again = from_table(pa.concat_tables([table.slice(4), table.slice(0, 3)]))
+    again = from_table(pa.concat_tables([table.slice(4), table.slice(0, 3)]), BatchResults)
     assert again.responses.tolist() == order
     np.testing.assert_array_equal(again.fits.theta, many_terms.fits.theta[order])
     np.testing.assert_array_equal(again.fits.modes[1], many_terms.fits.modes[1][order])
-    none = from_table(table.slice(0, 0))
+    none = from_table(table.slice(0, 0), BatchResults)
     assert (len(none), len(none.tidy()), none.fits.modes[0].shape) == (0, 0, (0, 12, 4))
     assert none.to_xarray().sizes["response"] == 0
 

@@ -15,6 +15,7 @@ from jaxreml import DataError, Design, Term, estimate, ml_objective, reml_object
 from jaxreml.model.covariance import unstructured
 from jaxreml.model.design import stack
 from jaxreml.model.objective import expand
+from jaxreml.model.structures import Crossed
 from jaxreml.model.structures.crossed import planning
 
 KINDS = ["crossed", "partial", "nested", "three nested", "vectors", "one factor", "mixed", "chain"]
@@ -239,7 +240,7 @@ def test_purely_nested_has_no_tail():
         y, np.ones((codes.size, 1)), [codes // 30, codes, codes // 300], structure=None
     )
     structure = design.structure
-    assert isinstance(structure, jaxreml.structures.Crossed)
+    assert isinstance(structure, Crossed)
     assert structure.order == (1, 0, 2) and not structure.levels
     largest = max(np.size(leaf) for leaf in jax.tree.leaves(structure))
     assert largest <= 2 * 3000  # X and y by level

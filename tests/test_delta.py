@@ -160,7 +160,7 @@ def test_names_transforms_and_levels():
     assert list(fit.delta(lambda beta, named: beta[0]).index) == ["g"]
     frame = fit.delta(both, names=("a", "b"), transform=[None, "log"], conf_level=0.9)
     assert frame.loc["a", "std_error"] == pytest.approx(fit.bse["Days"])
-    interval = fit.conf_int(alpha=0.1).loc["Days"]
+    interval = fit.conf_int(0.9, "inf").loc["Days"]
     np.testing.assert_allclose(frame.loc["a", ["conf_low", "conf_high"]].astype(float), interval)
     residual = fit.variance_parameters("variance", 0.9).loc["sigma2"]
     pd.testing.assert_series_equal(frame.loc["b"], residual, check_names=False)

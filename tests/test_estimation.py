@@ -13,7 +13,7 @@ import pytest
 
 import jaxreml
 from jaxreml import Design, Status, estimate, reml_objective, stack
-from jaxreml.optimum.estimate import FLAT
+from jaxreml.model.linalg import FLAT
 
 pytestmark = pytest.mark.optimised  # vmap against a loop
 

@@ -16,10 +16,10 @@ import pytest
 
 import jaxreml
 from jaxreml import Design, estimate, reml_objective, stack
-from jaxreml.api.fit_many import refits
 from jaxreml.data.frame import covariate_frame
+from jaxreml.many import crossed
 from jaxreml.many.engine import BatchFitter, _Pattern
-from jaxreml.many.programs import programs
+from jaxreml.many.programs import Plan, programs
 from jaxreml.model import linalg
 from jaxreml.optimum import held
 
@@ -248,13 +248,17 @@ def test_crossed_refits_have_no_batched_calls():
     rng = np.random.default_rng(0)
     data = pd.DataFrame({"x": rng.normal(size=60), "g": np.arange(60) // 4, "h": np.arange(60) % 5})
     frame = covariate_frame("~ x + (x | g) + (x | h)", data)
-    refitter = refits.CrossedRefitter(frame, "REML")
-    lanes = refitter._reduce(rng.normal(size=(60, 3)))
-    compiled = refits._programs(True)
-    fits = compiled.estimate.lower(refitter.shared, lanes)
-    certify = compiled.certify.lower(refitter.shared, lanes, fits.out_info)
-    slopes = compiled.gradients.lower(refitter.shared, np.zeros(7), lanes)
-    for program in (fits, certify, slopes):
+    rows = BatchFitter(frame).whole.shared
+    assert isinstance(rows, crossed.CrossedRows)
+    lanes = rows.reduce(rng.normal(size=(60, 3)))
+    compiled = crossed._programs(Plan(True, False, False, "kenward-roger"), 100)
+    fits = compiled.estimate.lower(rows.design, lanes)
+    certify = compiled.certify.lower(
+        rows.design, lanes, fits.out_info, np.zeros((0, 2)), rows.blank()
+    )
+    modes = compiled.modes.lower(rows.design, lanes, fits.out_info)
+    slopes = compiled.gradients.lower(rows.design, np.zeros(7), lanes)
+    for program in (fits, certify, modes, slopes):
         assert not batched_calls(program)
 
 

@@ -374,11 +374,44 @@ def test_progress_on_a_terminal():
     assert "1 failed" in shown
 
 
-def test_crossed_structure_is_refused():
-    data = jaxreml.datasets.load("penicillin")
-    values = np.tile(data["diameter"].to_numpy()[:, None], 3)
-    with pytest.raises(jaxreml.DataError, match="single responses"):
-        jaxreml.fit_many("~ 1 + (1 | plate) + (1 | sample)", data, values, structure="crossed")
+@pytest.mark.optimised  # lanes against single fits
+@pytest.mark.parametrize("formula", ["~ x + (x | g) + (1 | h)", "~ x + (1 | g / k)"])
+def test_crossed_and_nested_factors_are_single_fits(formula):
+    rng = np.random.default_rng(5)
+    n = 240
+    table = {"x": rng.normal(size=n), "g": np.arange(n) % 20, "h": rng.integers(0, 8, n)}
+    data = pd.DataFrame(table | {"k": np.arange(n) // 20 % 4, "w": rng.uniform(0.5, 2, n)})
+    values = rng.normal(size=(n, 70)) + rng.normal(size=(8, 70))[data["h"]]
+    values += rng.choice([0.0, 1.0], 70) * rng.normal(size=(20, 70))[data["g"]]
+    values[:3, 1] = values[:3, 2] = values[5:9, 3] = np.nan
+    values[:, 4] = 1.0
+    options = {"weights": "w", "df": "kenward-roger", "contrasts": {"sum": [1, 1]}, "modes": True}
+    results = jaxreml.fit_many(formula, data, values, **options)
+    assert results.model.structure == "crossed"
+    assert results.is_singular.any() and results.status[4] == jaxreml.Status.CONSTANT
+    for i in (0, 1, 2, 3, 69):
+        single = results.estimate(i)
+        test = single.test([1, 1], df="kenward-roger", joint=False)
+        np.testing.assert_allclose(results.criterion[i], single.criterion, rtol=1e-11)
+        assert results.nobs[i] == single.nobs and results.is_singular[i] == single.is_singular
+        for ours, theirs in (
+            (results.params, single.params),
+            (results.df, single.coefficients("kenward-roger")["df"]),
+            (results.contrasts["estimate"], test["estimate"]),
+            (results.contrasts["std_error"], test["std_error"]),
+        ):
+            np.testing.assert_allclose(ours.iloc[i], np.ravel(theirs), rtol=1e-6)
+        for name, modes in single.random_effects.items():
+            np.testing.assert_allclose(results.random_effects(i)[name], modes, atol=1e-8)
+
+
+@pytest.mark.long
+def test_crossed_factors_with_thousands_of_levels():
+    data = jaxreml.datasets.load("insteval")
+    values = np.column_stack([data["y"], np.random.default_rng(0).permutation(data["y"])])
+    results = jaxreml.fit_many("~ service + (1 | s) + (1 | d) + (1 | dept:service)", data, values)
+    single = jaxreml.fit("y ~ service + (1 | s) + (1 | d) + (1 | dept:service)", data)
+    np.testing.assert_allclose(results.criterion[0], single.criterion, atol=1e-6)
 
 
 def test_devices_are_a_kind_or_devices(data, table):

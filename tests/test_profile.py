@@ -19,7 +19,7 @@ import jaxreml
 from jaxreml.errors import JaxremlError
 from jaxreml.inference.likelihood import charts
 from jaxreml.model.objective import expand, neg2_loglik
-from jaxreml.optimum import held
+from jaxreml.optimum import held as holding
 from jaxreml.optimum.estimate import Status
 
 # The reference is read off splines through points of a bobyqa search; ours are exact (see below).
@@ -235,10 +235,10 @@ def test_derivatives_in_coordinates_equal_autodiff():
     sizes = fit.design.sizes
 
     def value(x):
-        omega, log_sigma2 = held._omega(x, held.axes, sizes)
+        omega, log_sigma2 = holding._omega(x, held.axes, sizes)
         return neg2_loglik(omega, log_sigma2, fit.design, reml=False)
 
-    program = jax.jit(held.expansion, static_argnames="reml")
+    program = jax.jit(holding.expansion, static_argnames="reml")
     point = program(jnp.asarray(x), held.axes, fit.design, reml=False)
     gradient = jax.jit(jax.grad(value))(x[:-1])
     np.testing.assert_allclose(point.gradient[:-1], gradient * held.axes.free[:-1], rtol=1e-9)
@@ -284,7 +284,7 @@ def test_refusals():
 
 def test_an_optimum_that_is_not_certified_gives_nan_and_the_reason(monkeypatch):
     profile = fitted("dyestuff", "ML").profile("sigma")
-    searched = held.optima
+    searched = holding.optima
 
     def uncertified(*args, **options):
         found = searched(*args, **options)

@@ -12,7 +12,7 @@ import jaxreml
 from jaxreml import Design, Term, estimate
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.screening import Grid, grid, has_one_optimum, screened
-from jaxreml.many.shared import share
+from jaxreml.many.shared import prepare, share
 from jaxreml.model.covariance import unstructured
 from jaxreml.model.objective import profiled
 from jaxreml.optimum.estimate import search
@@ -177,7 +177,9 @@ def test_the_grid_of_a_batch_has_the_criterion(formula):
     frame = covariate_frame(formula, pd.DataFrame({"x": X[:, 1], "g": terms[0].group}))
     effects = [(term.codes, term.effects) for term in frame.terms]
     for reml in (True, False):
-        shared = share(frame.X, effects, weights=None, offset=None, structure=None, reml=reml)
+        shared = share(
+            *prepare(frame.X, effects, weights=None, offset=None, structure=None), reml=reml
+        )
         reduced = shared.reduce(jnp.asarray(y[:, None]), exact=True)
         values = Grid(shared, reml=reml).values(reduced)
         roots, shape = grid(shared.sizes)
@@ -207,8 +209,8 @@ def test_balanced_designs_need_no_screening():
     def unique(formula: str, rows: slice = slice(None)) -> bool:
         frame = covariate_frame(formula, data[rows])
         effects = [(term.codes, term.effects) for term in frame.terms]
-        args = {"weights": None, "offset": None, "structure": None, "reml": True}
-        return has_one_optimum(share(frame.X, effects, **args))
+        prepared = prepare(frame.X, effects, weights=None, offset=None, structure=None)
+        return has_one_optimum(share(*prepared, reml=True))
 
     assert unique("~ Days + (Days | Subject)")
     assert unique("~ Days + (1 | Subject)")

@@ -21,6 +21,7 @@ import watchdog
 
 import jaxreml
 from jaxreml import DataError, fit_many
+from jaxreml.results.streamed import Parts
 
 FORMULA = "~ Days + (1 | Subject)"
 # The study as code, so that processes of its own can make it too.
@@ -62,9 +63,7 @@ def parts(tmp_path_factory):
         class Interrupted(Exception):
             pass
 
-        import jaxreml.results.streamed
-
-        keep = jaxreml.parts.Parts.write
+        keep = Parts.write
 
         def write(self, k, *arguments):
             if k == 2:
@@ -72,7 +71,7 @@ def parts(tmp_path_factory):
             keep(self, k, *arguments)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(jaxreml.parts.Parts, "write", write)
+            patch.setattr(Parts, "write", write)
             fit_many(FORMULA, data, values, output=folder / "out.parquet", batch_size=6)
     return folder
 

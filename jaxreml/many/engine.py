@@ -13,26 +13,31 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml.arguments import check_df, is_reml
-from jaxreml.backend.compilation import spare_memory_maps
+from jaxreml.backend.compilation import quick_compilation, remembered, spare_memory_maps
 from jaxreml.backend.devices import local_devices
 from jaxreml.backend.runtime import neutral, require_own_threads
 from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
+from jaxreml.many.crossed import CrossedRows
 from jaxreml.many.programs import Plan, programs
-from jaxreml.many.record import Fits
+from jaxreml.many.record import Fits, Table
 from jaxreml.many.screening import Grid, has_one_optimum, path, rises, screened
-from jaxreml.many.shared import DOUBTFUL, Reduced, SharedDesign, share
+from jaxreml.many.shared import DOUBTFUL, Reduced, SharedDesign, prepare, share
 from jaxreml.model.covariance import unstructured
+from jaxreml.model.objective import ml_objective, reml_objective
+from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.optimum.estimate import Status
-from jaxreml.optimum.rivals import is_lower, starts
+from jaxreml.optimum.rivals import starts
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
 FEW, MANY = 32, 256  # lanes of a chunk, at least and at most
@@ -51,7 +56,7 @@ class Rows(NamedTuple):
             in the rows, such as a level of a factor, under its name.
     """
 
-    shared: SharedDesign
+    shared: SharedDesign | CrossedRows
     coefficients: np.ndarray
     estimable: np.ndarray
 
@@ -98,7 +103,12 @@ class BatchFitter:
         self.asked_structure, self.lanes = structure, lanes
         self.devices = local_devices(devices)
         self.whole = self._share(None)
-        self.structure = "dense" if self.whole.shared.codes is None else "grouped"
+        shared = self.whole.shared
+        self.structure = (
+            "crossed"
+            if isinstance(shared, CrossedRows)
+            else ("dense" if shared.codes is None else "grouped")
+        )
 
     def _share(self, kept: np.ndarray | None) -> Rows:
         """The design in the rows `kept`; None for all."""
@@ -114,15 +124,18 @@ class BatchFitter:
                 estimable = RowSpace(X, columns).contains(
                     np.concatenate([np.eye(p), self.contrasts])
                 )
-        shared = share(
+        prepared, basis = prepare(
             frame.X[:, columns],
             [(term.codes, term.effects) for term in frame.terms],
             weights=frame.weights,
             offset=frame.offset,
             structure=self.asked_structure,
-            reml=self.reml,
             kept=kept,
         )
+        if isinstance(basis, CrossedBasis):
+            shared = CrossedRows.of(prepared, basis, self.lanes)
+        else:
+            shared = share(prepared, basis, reml=self.reml)
         return Rows(shared, columns, estimable)
 
     def fit(self, values: np.ndarray) -> Fits:
@@ -167,7 +180,40 @@ class BatchFitter:
             except DataError:
                 table.status[columns] = Status.TOO_FEW_ROWS
                 return
-        _Pattern(self, design, values, kept, table).run(columns)
+        if not isinstance(design.shared, CrossedRows):
+            _Pattern(self, design, values, kept, table).run(columns)
+            return
+        design.shared.fit(
+            values,
+            columns,
+            table,
+            Plan(self.reml, False, False, self.df),
+            self.contrasts[:, design.coefficients],
+            self.devices,
+            max_iterations=self.max_iterations,
+            modes=self.modes,
+            known=(design.coefficients, design.estimable),
+        )
+
+    def gradients(self, parameters: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Gradients (b, m + 1) of the objective at `parameters` for complete (n, b) `values`."""
+        shared = self.whole.shared
+        if isinstance(shared, CrossedRows):
+            return shared.gradients(parameters, values, reml=self.reml)
+        shared = replace(shared, collapse=None, spectral=None)
+        with neutral():
+            return np.asarray(_gradients(self.reml)(shared, parameters, values))
+
+
+@remembered
+def _gradients(reml: bool) -> Any:
+    slope = jax.grad(reml_objective if reml else ml_objective)
+
+    def of_all(shared: SharedDesign, parameters: Array, values: Array) -> Array:
+        each = jax.vmap(lambda own: slope(parameters, shared.each(own)), in_axes=-1)
+        return each(shared.reduce(values, exact=True))
+
+    return jax.jit(of_all, compiler_options=quick_compilation(jax.default_backend()))
 
 
 class _Part(NamedTuple):
@@ -223,6 +269,7 @@ class _Pattern:
     ):
         self.fitter, self.values, self.kept, self.table = fitter, values, kept, table
         shared, self.design = design.shared, design
+        assert isinstance(shared, SharedDesign)
         self.mesh = Mesh(np.array(fitter.devices), ("responses",))
         self.shared = jax.device_put(shared, NamedSharding(self.mesh, PartitionSpec()))
         self.shifts = bool(np.any(shared.constant))
@@ -385,94 +432,6 @@ def _cut(iterations: np.ndarray) -> int:
     cost = np.arange(counts.size) + beyond * (counts.size - 1 + OF_A_PASS)
     cost[0] = np.inf
     return int(np.argmin(cost))
-
-
-class Table:
-    """The numbers of a block while it is worked on: responses on the first axis.
-
-    Attributes:
-        status: (b,) `Status` codes.
-        rank: (b,), as in `Fits`.
-        numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
-        widths: columns of each field.
-        modes: per random term (b, levels, effects), or None.
-    """
-
-    FIELDS = (
-        "beta", "se", "df", "sigma", "theta", "parameters", "parameters_se", "criterion",
-        "gradient_norm", "iterations", "is_singular", "contrast", "contrast_se", "contrast_df",
-    )  # fmt: skip
-
-    def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
-        p = len(frame.fixed_names)
-        m = unstructured.count_theta(tuple(len(term.effect_names) for term in frame.terms))
-        self.p, self.k = p, k
-        self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
-        self.numbers = np.full((b, sum(self.widths)), np.nan)
-        self.status = np.full(b, Status.NOT_FINITE.value)
-        self.rank = np.full(b, p)
-        self.modes = None
-        if modes:
-            self.modes = tuple(
-                np.full((b, len(term.levels), len(term.effect_names)), np.nan)
-                for term in frame.terms
-            )
-
-    def store(
-        self,
-        columns: np.ndarray,
-        packed: np.ndarray,
-        modes: Any,
-        coefficients: np.ndarray,
-        estimable: np.ndarray,
-        *,
-        rival: bool = False,
-    ) -> np.ndarray:
-        """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses.
-
-        `coefficients` and `estimable` as in `Rows`.
-
-        Of `rival` searches, those with a criterion lower than the one here.
-        """
-        packed = packed[:, : columns.size]
-        status = packed[0].astype(int)
-        good = status == Status.CONVERGED
-        if rival:
-            place = sum(self.widths[: self.FIELDS.index("criterion")])
-            good &= is_lower(packed[1 + place], self.numbers[columns, place])
-        p, k, whole = self.p, self.k, self.numbers.shape[1]
-        fixed = [coefficients + part * p for part in range(3)]
-        places = np.concatenate([*fixed, np.arange(3 * p, whole)])
-        written = good if rival else np.ones_like(good)
-        self.status[columns[written]] = status[written]
-        self.rank[columns[good]] = coefficients.size
-        self.numbers[columns[good, None], places] = packed[1:, good].T
-        unknown = np.flatnonzero(~estimable[:p]), np.flatnonzero(~estimable[p:])
-        for part in range(3):  # estimates, standard errors, degrees of freedom
-            for first, some in zip((part * p, whole - (3 - part) * k), unknown, strict=True):
-                self.numbers[np.ix_(columns[good], first + some)] = np.nan
-        if modes is not None:
-            for own, new in zip(self.modes, modes, strict=True):  # pyright: ignore
-                own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]
-        return status
-
-    def fits(self, nobs: np.ndarray, missing: np.ndarray) -> Fits:
-        """The numbers by name."""
-        parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
-        named = dict(zip(self.FIELDS, parts, strict=True))
-        for name in ("sigma", "criterion", "gradient_norm", "iterations", "is_singular"):
-            named[name] = named[name][:, 0]
-        with np.errstate(invalid="ignore"):
-            named["iterations"] = np.nan_to_num(named["iterations"]).astype(int)
-            named["is_singular"] = np.nan_to_num(named["is_singular"]).astype(bool)
-        return Fits(
-            **{name: np.ascontiguousarray(part) for name, part in named.items()},
-            nobs=nobs,
-            missing=missing,
-            rank=self.rank,
-            status=self.status,
-            modes=self.modes,
-        )
 
 
 def _patterns(values: np.ndarray, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

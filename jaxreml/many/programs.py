@@ -170,7 +170,9 @@ def _conclude(
         point = expand_root(found.root, design, reml=plan.reml)
         status = outcome(found.root, point, trace, design)
         estimate = report(found.root, point, trace, design, status)
-        return pack(estimate, found.value, _tests(shared, estimate, contrasts, plan))
+        blank = shared.blank() if plan.df.startswith("kenward-roger") else None
+        tests = tests_of(estimate, contrasts, plan.df, shared.n - shared.p, blank)
+        return pack(estimate, found.value, tests)
 
     if plan.in_lanes:
         packed = conclude(shared.batch(reduced), found, before)
@@ -189,14 +191,26 @@ class Tests(NamedTuple):
     degrees: Array
 
 
-def _tests(shared: SharedDesign, estimate: Estimate, contrasts: Array, plan: Plan) -> Tests:
-    rows = jnp.concatenate([jnp.eye(shared.p, dtype=contrasts.dtype), contrasts])
-    if plan.df.startswith("kenward-roger"):
-        return _kenward_roger_tests(shared, estimate, rows)
+def tests_of(
+    estimate: Estimate, contrasts: Array, df: str, residual: Any, blank: Design | None
+) -> Tests:
+    """Tests of the coefficients and of (k, p) `contrasts`.
+
+    Args:
+        estimate: of one response, or of many on the last axis.
+        contrasts: linear functions of the coefficients.
+        df: degrees of freedom, as in `fit_many`.
+        residual: those of residuals, rows less coefficients.
+        blank: for Kenward-Roger's, the design with any response that X and Z do not explain.
+    """
+    p = contrasts.shape[1]
+    rows = jnp.concatenate([jnp.eye(p, dtype=contrasts.dtype), contrasts])
+    if blank is not None:
+        return _kenward_roger_tests(blank, estimate, rows)
     tests = satterthwaite_tests(estimate, rows)
-    if plan.df == "satterthwaite":
+    if df == "satterthwaite":
         return tests
-    count = shared.n - shared.p if plan.df == "residual" else jnp.inf
+    count = residual if df == "residual" else jnp.inf
     return tests._replace(degrees=jnp.full_like(tests.degrees, count))
 
 
@@ -209,9 +223,7 @@ def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
     return Tests(estimates, jnp.sqrt(variance), df)
 
 
-def _kenward_roger_tests(shared: SharedDesign, estimate: Estimate, rows: Array) -> Tests:
-    blank = shared.blank()
-
+def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array) -> Tests:
     def adjusted(theta: Array, sigma: Array) -> tuple[Array, Array, Array]:
         adjustment = adjust(theta, sigma**2, blank)
         variance = jnp.einsum("kp,pq,kq->k", rows, adjustment.vcov, rows)

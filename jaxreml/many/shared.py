@@ -20,7 +20,7 @@ from jaxreml.model import linalg
 from jaxreml.model.design import Design, replaces_residual, require_full_rank, structure_basis
 from jaxreml.model.structures import Grouped
 from jaxreml.model.structures.collapse import Collapse, collapse
-from jaxreml.model.structures.dense import Dense
+from jaxreml.model.structures.dense import Dense, DenseBasis
 from jaxreml.model.structures.grouped import GroupedBasis
 from jaxreml.model.structures.lanes import GroupedBatch, cross_products
 from jaxreml.model.structures.spectral import Spectral, spectral
@@ -280,16 +280,50 @@ class SharedDesign:
         )
 
 
-def share(
+class Prepared(NamedTuple):
+    """Rows of a model without a response, orthogonalised on the host.
+
+    Attributes:
+        used: (n,) booleans; the other rows are zero.
+        roots: (n,) of the weights, zero in rows not used; None if all are one.
+        offset: (n,) or None.
+        log_weights: sum over the rows used.
+        units: of the effects.
+        effects: per term codes (n,), columns (n, q) in these units, and number of levels.
+        basis_rows, triangle: weighted X = `basis_rows` (n, p), orthonormal, times (p, p).
+        constant: (p,), coefficients of the constant in the columns of X; zero if it is not there.
+    """
+
+    used: np.ndarray
+    roots: np.ndarray | None
+    offset: np.ndarray | None
+    log_weights: float
+    units: Units
+    effects: list[tuple[np.ndarray, Any, int]]
+    basis_rows: np.ndarray
+    triangle: np.ndarray
+    constant: np.ndarray
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Effects per term."""
+        return tuple(columns.shape[1] for _, columns, _ in self.effects)
+
+    @property
+    def n_used(self) -> int:
+        """Rows used."""
+        return int(self.used.sum())
+
+
+def prepare(
     X: np.ndarray,
     terms: list[tuple[np.ndarray, np.ndarray]],
     *,
     weights: np.ndarray | None,
     offset: np.ndarray | None,
     structure: str | None,
-    reml: bool,
     kept: np.ndarray | None = None,
-) -> SharedDesign:
+) -> tuple[Prepared, Any]:
     """Prepare a design for blocks of responses, on the host.
 
     Args:
@@ -297,19 +331,17 @@ def share(
         terms: per random term the codes (n,), 0..J-1 without gaps, and the effects (n, q).
         weights, offset: (n,) or None.
         structure: as in `Design.from_arrays`.
-        reml: which criterion the spectral form is for.
-        kept: (n,) booleans, the rows to use; None for all. Levels that no row kept has stay, empty;
-            equal levels are not collapsed then, so that all patterns have the same shapes.
+        kept: (n,) booleans, the rows to use; None for all. Levels that no row kept has stay, empty,
+            so that all patterns have the same shapes.
 
     Returns:
-        The design.
+        The rows, and the basis of the structure.
 
     Raises:
         DataError: fewer rows than effects, one level only, or X not of full rank in these rows.
     """
     n = len(X)
     used = np.ones(n, bool) if kept is None else kept
-    n_used = int(used.sum())
     _check_rows(used, X.shape[1], terms, weights)
     roots = None if kept is None else used.astype(float)
     log_weights = 0.0
@@ -319,24 +351,30 @@ def share(
     weighted = [columns for _, columns in terms]
     if roots is not None:
         weighted = [columns * roots[:, None] for columns in weighted]
-    units = Units.of(weighted, n_used)
+    units = Units.of(weighted, int(used.sum()))
     effects = [
         (codes, units.rows(k, weighted[k]), int(codes.max()) + 1)
         for k, (codes, _) in enumerate(terms)
     ]
-    sizes = tuple(columns.shape[1] for _, columns in terms)
-    if structure == "crossed":
-        raise DataError(
-            "many responses with several grouping factors go through the dense structure; the "
-            'crossed one takes single responses (`fit`). Leave structure out, or set it to "dense"'
-        )
-    if structure is None and any(not np.array_equal(codes, terms[0][0]) for codes, _ in terms):
-        structure = "dense"  # the only one for several factors that takes many responses
     basis = structure_basis(effects, structure, n)
     rows = X if roots is None else X * roots[:, None]
     basis_rows, triangle = orthonormal(rows)
     require_full_rank(triangle, rows)
+    constant = _constant(X[used])
+    prepared = Prepared(
+        used, roots, offset, log_weights, units, effects, basis_rows, triangle, constant
+    )
+    return prepared, basis
 
+
+def share(prepared: Prepared, basis: GroupedBasis | DenseBasis, *, reml: bool) -> SharedDesign:
+    """The design of prepared rows; `reml` says which criterion its spectral form is for.
+
+    Equal levels are not collapsed where not all rows are used, so that all patterns have the same
+    shapes.
+    """
+    used, roots, offset, log_weights, units, effects, basis_rows, triangle, constant = prepared
+    sizes, whole = prepared.sizes, bool(used.all())
     plan = eigen = pairs = None
     grouped = isinstance(basis, GroupedBasis)
     directions: Any = basis.directions
@@ -345,14 +383,14 @@ def share(
         codes = effects[0][0].astype(np.int32)
         directions = directions[np.argsort(basis.order)]
     of_x: Any = basis.structure(basis_rows, sizes)  # X as its own response
-    q, p = sum(sizes), X.shape[1]
+    q, p = sum(sizes), len(triangle)
     size = p * (p + 1) // 2 * (q * (q + 1) // 2) * effects[0][2]
     if grouped and q <= MOST_EFFECTS and size <= MOST_PAIRS:
         factors, scores, counts = basis.factors, of_x.scores, np.ones(basis.n_levels)
-        plan = collapse(factors, scores) if kept is None else None
+        plan = collapse(factors, scores) if whole else None
         if plan is not None:
             factors, scores, counts = plan.factors, plan.scores_x, plan.counts
-        if q == 1 and kept is None:
+        if q == 1 and whole:
             eigen = spectral(factors, counts, scores, reml=reml)  # pyright: ignore
         pairs = cross_products(scores)  # pyright: ignore
     rest = basis_rows - _projected(directions, codes, of_x.scores)
@@ -364,12 +402,12 @@ def share(
         codes=codes,  # pyright: ignore
         rest_rows=rest,  # pyright: ignore
         basis=triangle,  # pyright: ignore
-        constant=_constant(X[used]),  # pyright: ignore
+        constant=constant,  # pyright: ignore
         factors=of_x.factors,
         scores_x=of_x.scores,
         remainder_xx=of_x.remainder,
         log_weights=np.float64(log_weights),  # pyright: ignore
-        n=np.float64(n_used),  # pyright: ignore
+        n=np.float64(prepared.n_used),  # pyright: ignore
         units=units,
         collapse=plan,
         spectral=eigen,

@@ -55,9 +55,15 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
     factors = design.scaled_factors(estimate.theta)
     value, gradient = criterion(estimate, design, reml)
-    omega = unstructured.omega_from_theta(unstructured.join_triangles(factors), design.sizes)
+    omega = relative_covariances(estimate, design)
     posterior = design.structure.posterior(omega, factors)
     return Inspection(value, gradient, conditional_modes(omega, design), posterior, omega)
+
+
+def relative_covariances(estimate: Estimate, design: Design) -> Array:
+    """Omega (m,) at an estimate, in the units of the design."""
+    theta = unstructured.join_triangles(design.scaled_factors(estimate.theta))
+    return unstructured.omega_from_theta(theta, design.sizes)
 
 
 def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:

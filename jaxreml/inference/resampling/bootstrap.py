@@ -26,8 +26,8 @@ from jaxreml.inference.resampling.statistics import (
     standard_errors,
     working_scale,
 )
-from jaxreml.many.record import Fits
-from jaxreml.many.refits import count_failures, refitter, require_some
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.record import Fits, count_failures, require_some
 from jaxreml.optimum.estimate import Status
 
 METHODS = ("percentile", "basic", "bca", "studentized")
@@ -181,7 +181,7 @@ class Bootstrap:
         params = finite_params(fit)
         free = np.isfinite(fit.parameters)
         spread = np.where(np.outer(free, free), fit.parameters_vcov, 0.0)
-        engine = refitter(people.frame, fit.method, fit.structure)
+        engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
         of_draws = [
             engine.gradients(params, block[:, start : start + TOGETHER])
             for block in people.blocks(min(self.n, SCORES), self.seed)
@@ -241,7 +241,7 @@ def bootstrap(
     names, own = evaluate(function, fits_of(fit), fit.term_sizes)
     if statistic is not None:
         require_entries(statistic, fit)
-    engine = refitter(people.frame, fit.method, fit.structure)
+    engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(n, seed):
         fits = engine.fit(block)

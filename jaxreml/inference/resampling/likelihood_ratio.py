@@ -9,7 +9,8 @@ import numpy as np
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.simulation import check_count, of_fit
-from jaxreml.many.refits import refitter, require_some
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.record import require_some
 from jaxreml.optimum.estimate import Status
 
 
@@ -68,7 +69,9 @@ def null_distribution(
         fit.require_optimum("compare")
     _require_comparable(smaller, larger)
     people = of_fit(smaller)
-    engines = [refitter(fit.frame, fit.method, fit.structure) for fit in (smaller, larger)]
+    engines = [
+        BatchFitter(fit.frame, fit.method, structure=fit.structure) for fit in (smaller, larger)
+    ]
     draws, statuses = [], []
     singular = np.zeros(2)
     for block in people.blocks(n, seed):

@@ -15,7 +15,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.extension import extend
 from jaxreml.inference.resampling.simulation import Population, check_count, of_fit
-from jaxreml.many.refits import refitter
+from jaxreml.many.engine import BatchFitter
 from jaxreml.optimum.estimate import Status
 
 
@@ -113,7 +113,7 @@ def _curve(
     size: int | None,
 ) -> list[dict[str, Any]]:
     """The rows of one sample size."""
-    engine = refitter(people.frame, people.method, people.structure)
+    engine = BatchFitter(people.frame, people.method, structure=people.structure)
     fits = [engine.fit(block) for block in people.blocks(simulations, seed)]
     beta, se, df, status, singular = (
         np.concatenate([getattr(part, field) for part in fits])

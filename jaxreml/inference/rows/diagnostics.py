@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from jaxreml.data.frame import ALIASED, ModelFrame, drop_aliased
-from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.fitting.fit import fit_frame
+from jaxreml.data.frame import ALIASED, ModelFrame
+from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.rows import influence_derivatives
 from jaxreml.many.engine import BatchFitter
 from jaxreml.optimum.effects import row_variances, scaled_rows, whitened
 from jaxreml.optimum.estimate import Status
 
-DENSE = 1000  # most random effects of crossed fits that are refitted in the dense structure
 BLOCK = 10**7  # values of the responses of refits at a time
 
 
@@ -209,21 +206,14 @@ def _refits(
     fit: FittedModel, codes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """Coefficients, standard errors and variance parameters without each group, and statuses."""
-    frame = fit.frame
-    effects = sum(len(term.levels) * len(term.effect_names) for term in frame.terms)
-    if fit.structure == "crossed" and effects > DENSE:
-        found = [_refit(fit, codes != k) for k in range(count)]
-        beta, se, parameters, status, singular = (np.array(x) for x in zip(*found, strict=True))
-    else:
-        structure = "grouped" if fit.structure == "grouped" else "dense"
-        fitter = BatchFitter(frame, fit.method, structure=structure, lanes=1)
-        step = max(1, BLOCK // fit.nobs)
-        blocks = []
-        for start in range(0, count, step):
-            out = codes[:, None] == np.arange(start, min(start + step, count))
-            fits = fitter.fit(np.where(out, np.nan, fit.y[:, None]))
-            blocks.append((fits.beta, fits.se, fits.parameters, fits.status, fits.is_singular))
-        beta, se, parameters, status, singular = map(np.concatenate, zip(*blocks, strict=True))
+    fitter = BatchFitter(fit.frame, fit.method, structure=fit.structure, lanes=1)
+    step = max(1, BLOCK // fit.nobs)
+    blocks = []
+    for start in range(0, count, step):
+        out = codes[:, None] == np.arange(start, min(start + step, count))
+        fits = fitter.fit(np.where(out, np.nan, fit.y[:, None]))
+        blocks.append((fits.beta, fits.se, fits.parameters, fits.status, fits.is_singular))
+    beta, se, parameters, status, singular = map(np.concatenate, zip(*blocks, strict=True))
     return (
         beta,
         se,
@@ -255,45 +245,6 @@ def _blank_lost(
         beta[k, lost] = np.nan
         names = [name for name, out in zip(frame.fixed_names, lost, strict=True) if out]
         refits["message"][k] += f"; cannot be estimated without these rows: {', '.join(names)}"
-
-
-def _refit(fit: FittedModel, kept: np.ndarray) -> tuple[Any, ...]:
-    """One fit in the rows `kept`, by itself."""
-    p, m = len(fit.beta), len(fit.parameters)
-    beta, se = np.full(p, np.nan), np.full(p, np.nan)
-    failed = beta, se, np.full(m, np.nan)
-    try:
-        frame, places = _without(fit.frame, kept)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = fit_frame(frame, fit.method, fit.structure)
-    except DataError:
-        return (*failed, Status.TOO_FEW_ROWS, False)
-    if not found.converged:
-        return (*failed, found.status, False)
-    beta[places], se[places] = found.beta, found.bse
-    return beta, se, found.parameters, found.status, found.is_singular
-
-
-def _without(frame: ModelFrame, kept: np.ndarray) -> tuple[ModelFrame, list[int]]:
-    """The frame in the rows `kept`, its columns of X as they are, and which of them are left."""
-    X, names, _ = drop_aliased(frame.X[kept], frame.fixed_names)
-    terms = []
-    for term in frame.terms:
-        present, codes = np.unique(term.codes[kept], return_inverse=True)
-        levels = tuple(term.levels[k] for k in present)
-        terms.append(replace(term, levels=levels, codes=codes, effects=term.effects[kept]))
-    part = replace(
-        frame,
-        y=None if frame.y is None else frame.y[kept],
-        X=X,
-        fixed_names=names,
-        terms=tuple(terms),
-        weights=None if frame.weights is None else frame.weights[kept],
-        offset=None if frame.offset is None else frame.offset[kept],
-        table=frame.table[kept],
-    )
-    return part, [frame.fixed_names.index(name) for name in names]
 
 
 def _rows(frame: ModelFrame) -> list[tuple[np.ndarray, np.ndarray]]:
