@@ -22,7 +22,7 @@ from common import for_r, have_r, header, machine, row, run_r, seconds
 
 import jaxreml
 from jaxreml.inference.resampling.simulation import of_fit
-from jaxreml.many.refits import refitter
+from jaxreml.many.engine import BatchFitter
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 
@@ -38,7 +38,7 @@ def run_jaxreml(data, n: int, repeats: int) -> dict:
     first = seconds(lambda: fit.bootstrap(n))
     made = fit.bootstrap(n, seed=1)
     people = of_fit(fit)
-    engine = refitter(people.frame, fit.method, fit.structure)
+    engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
     blocks = list(people.blocks(n, 1))
 
     def refit() -> None:

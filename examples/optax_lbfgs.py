@@ -61,13 +61,13 @@ def minimise(design: jaxreml.Design, y: np.ndarray, estimate: jaxreml.Estimate) 
     params = np.asarray(params)
     print(f"optax.lbfgs, {steps} steps, gradient norm {norm:.1e}\n")
     print(f"{'':38s}{'optax':>12s}{'estimate':>12s}")
-    for name, mine, theirs in zip(names, params, estimate.params, strict=True):
+    for name, mine, theirs in zip(names, params, estimate.parameters, strict=True):
         print(f"{name:38s}{mine:12.6f}{theirs:12.6f}")
     print(f"{'criterion':38s}{criterion:12.6f}{estimate.criterion:12.6f}")
     return {
         "names": names,
         "params_optax": params,
-        "params_estimate": np.asarray(estimate.params),
+        "params_estimate": np.asarray(estimate.parameters),
         "criterion_optax": float(criterion),
         "criterion_estimate": float(estimate.criterion),
         "status": int(estimate.status),

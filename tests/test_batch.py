@@ -66,8 +66,8 @@ def assert_same(fits, singles) -> None:
         np.testing.assert_allclose(fits.se[i], se, rtol=1e-6)
         np.testing.assert_allclose(fits.sigma[i], estimate.sigma, rtol=1e-6)
         np.testing.assert_allclose(fits.theta[i], estimate.theta, atol=1e-6, rtol=1e-5)
-        np.testing.assert_allclose(fits.parameters[i], estimate.params, atol=1e-5, rtol=1e-5)
-        spread = np.sqrt(np.diagonal(estimate.params_vcov))
+        np.testing.assert_allclose(fits.parameters[i], estimate.parameters, atol=1e-5, rtol=1e-5)
+        spread = np.sqrt(np.diagonal(estimate.parameters_vcov))
         np.testing.assert_allclose(fits.parameters_se[i], spread, rtol=1e-5)
         if fits.modes is not None:
             for own, other in zip(fits.modes, modes, strict=True):

@@ -28,8 +28,10 @@ def test_round_trip(seed, sizes):
     theta = jnp.asarray(random_theta(seed, sizes))
     factors = unstructured.split_triangles(theta, sizes)
     np.testing.assert_array_equal(unstructured.join_triangles(factors), theta)
-    params = unstructured.params_from_factors(factors, jnp.asarray(0.3), zero=-100.0, limit=20.0)
-    omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
+    params = unstructured.parameters_from_factors(
+        factors, jnp.asarray(0.3), zero=-100.0, limit=20.0
+    )
+    omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
     assert float(log_sigma2) == 0.3
     np.testing.assert_allclose(
         omega, unstructured.omega_from_theta(theta, sizes), rtol=1e-9, atol=1e-12
@@ -74,7 +76,7 @@ def test_derivatives_in_the_root_equal_autodiff(sizes):
 
 
 def test_two_effects_have_fishers_z():
-    omega, _ = unstructured.omega_from_params(jnp.array([0.0, 0.0, 0.8, 0.0]), (2,))
+    omega, _ = unstructured.omega_from_parameters(jnp.array([0.0, 0.0, 0.8, 0.0]), (2,))
     assert float(omega[1]) == pytest.approx(np.tanh(0.8))
 
 
@@ -90,13 +92,13 @@ def test_hessian_in_params_equals_autodiff(sizes):
         return jnp.sin(both).sum() + both @ A @ both
 
     def in_params(params):
-        omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
+        omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
         return value(jnp.append(omega, log_sigma2))
 
-    both = jnp.append(*unstructured.omega_from_params(params, sizes))
+    both = jnp.append(*unstructured.omega_from_parameters(params, sizes))
     gradient, hessian = jax.grad(value)(both), jax.hessian(value)(both)
     # The residual's gradient is zero at an optimum and is not read; its coordinate is linear.
-    in_closed_form = jax.jit(unstructured.hessian_in_params, static_argnums=3)
+    in_closed_form = jax.jit(unstructured.hessian_in_parameters, static_argnums=3)
     jacobian, found = in_closed_form(params, gradient, hessian, sizes)
     np.testing.assert_allclose(found, jax.jit(jax.hessian(in_params))(params), atol=1e-9)
     expected = jax.jit(jax.grad(in_params))(params)
@@ -139,7 +141,7 @@ def test_lower_factor_of_a_root():
 )
 def test_boundary(theta, free, shown):
     factors = unstructured.split_triangles(jnp.array(theta), (2,))
-    params = unstructured.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
+    params = unstructured.parameters_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
     inside, reported = unstructured.boundary(factors, params)
     np.testing.assert_array_equal(inside, np.array(free, bool))
     if shown is not None:
@@ -164,7 +166,9 @@ def test_boundary_of_three_effects(theta, z):
     for unit in rng.uniform(0.1, 10, size=(20, 3)):
         (factor,) = unstructured.split_triangles(jnp.array(theta), (3,))
         factors = (factor * unit[:, None],)
-        params = unstructured.params_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
+        params = unstructured.parameters_from_factors(
+            factors, jnp.zeros(()), zero=-100.0, limit=20.0
+        )
         inside, shown = unstructured.boundary(factors, params)
         np.testing.assert_array_equal(inside[3:6], np.isfinite(z))
         np.testing.assert_array_equal(np.where(np.isfinite(shown[3:6]), 1, shown[3:6]), z)
@@ -206,7 +210,7 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, m)))
 
     def value(params):
-        omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
+        omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
         return (weights[0] @ omega) ** 2 + jnp.sin(weights[1] @ omega) + log_sigma2**2
 
     here, there = jnp.asarray(params), jnp.asarray(inside)
@@ -224,4 +228,4 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
 
 def test_coordinates_that_are_defined_are_read():
     for params in ([0.3, -0.2, np.nan, 0.1], [0.3, np.nan, 0.2, 0.1]):
-        assert np.isnan(unstructured.omega_from_params(jnp.asarray(params), (2,))[0]).any()
+        assert np.isnan(unstructured.omega_from_parameters(jnp.asarray(params), (2,))[0]).any()

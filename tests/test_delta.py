@@ -39,7 +39,7 @@ def test_figures_of_r(name):
         wanted = [expected[key] for key in ("marginal", "conditional", "icc")]
         np.testing.assert_allclose(estimates, wanted, rtol=3e-5, atol=1e-12)
     assert (table["note"] == "").all()
-    assert np.isfinite(table[["std_error", "conf_low", "conf_high"]]).all(axis=None)
+    assert np.isfinite(table[["std_error", "lower", "upper"]]).all(axis=None)
 
 
 def test_all_models_with_one_correlation_have_glmmTMBs_standard_errors():
@@ -53,7 +53,7 @@ def test_all_models_with_one_correlation_have_glmmTMBs_standard_errors():
         z = np.arctanh(row["estimate"]) + np.array([-Q, Q]) * row["std_error"] / (
             1 - row["estimate"] ** 2
         )
-        np.testing.assert_allclose(row[["conf_low", "conf_high"]].astype(float), np.tanh(z))
+        np.testing.assert_allclose(row[["lower", "upper"]].astype(float), np.tanh(z))
 
 
 def test_covariance_is_that_of_a_finite_difference_hessian():
@@ -89,7 +89,7 @@ def test_scales_of_the_variance_parameters():
     table = fit.variance_parameters("log")
     np.testing.assert_array_equal(table["estimate"], fit.parameters)
     np.testing.assert_allclose(
-        table["conf_high"] - table["estimate"], Q * np.sqrt(np.diagonal(log)), rtol=1e-12
+        table["upper"] - table["estimate"], Q * np.sqrt(np.diagonal(log)), rtol=1e-12
     )
     variances = fit.variance_parameters("variance")
     matrix = fit.cov_re.to_numpy()
@@ -101,7 +101,7 @@ def test_scales_of_the_variance_parameters():
     row = variances.loc["var_Machine[C]|Worker"]
     log_se = fit.log_variance_se["Worker", "Machine[C]"]
     assert row["std_error"] == pytest.approx(row["estimate"] * log_se, rel=1e-12)
-    assert row["conf_low"] == pytest.approx(row["estimate"] * np.exp(-Q * log_se), rel=1e-12)
+    assert row["lower"] == pytest.approx(row["estimate"] * np.exp(-Q * log_se), rel=1e-12)
     with pytest.raises(ValueError, match="scale must be one of log, variance, sd"):
         fit.variance_parameters("var")
 
@@ -120,9 +120,7 @@ def test_icc_of_a_balanced_one_way_layout():
     assert row["std_error"] == pytest.approx(math.sqrt(slopes**2 @ variances), rel=1e-6)
     x = row["estimate"]
     limits = np.log(x / (1 - x)) + np.array([-Q, Q]) * row["std_error"] / (x * (1 - x))
-    np.testing.assert_allclose(
-        row[["conf_low", "conf_high"]].astype(float), 1 / (1 + np.exp(-limits))
-    )
+    np.testing.assert_allclose(row[["lower", "upper"]].astype(float), 1 / (1 + np.exp(-limits)))
     assert fit.icc("Batch").index[0] == "icc[Batch]"
     pd.testing.assert_series_equal(fit.icc("Batch").iloc[0], row, check_names=False)
 
@@ -136,7 +134,7 @@ def test_a_function_of_beta_and_components_has_the_standard_error_of_finite_diff
 
     @jax.jit
     def plain(x):
-        return at_day(x[:2], components.of_params(x[2:], fit.term_sizes))
+        return at_day(x[:2], components.of_parameters(x[2:], fit.term_sizes))
 
     at = np.concatenate([fit.beta, fit.parameters])
     steps = 1e-4 * np.diag(1 + np.abs(at))
@@ -147,7 +145,7 @@ def test_a_function_of_beta_and_components_has_the_standard_error_of_finite_diff
     assert row["estimate"] == pytest.approx(float(plain(at)), rel=1e-12)
     assert row["std_error"] == pytest.approx(math.sqrt(expected), rel=1e-6)
     half = Q * row["std_error"] / row["estimate"]
-    assert row["conf_high"] == pytest.approx(row["estimate"] * math.exp(half), rel=1e-9)
+    assert row["upper"] == pytest.approx(row["estimate"] * math.exp(half), rel=1e-9)
 
 
 def test_names_transforms_and_levels():
@@ -161,7 +159,7 @@ def test_names_transforms_and_levels():
     frame = fit.delta(both, names=("a", "b"), transform=[None, "log"], conf_level=0.9)
     assert frame.loc["a", "std_error"] == pytest.approx(fit.bse["Days"])
     interval = fit.conf_int(0.9, "inf").loc["Days"]
-    np.testing.assert_allclose(frame.loc["a", ["conf_low", "conf_high"]].astype(float), interval)
+    np.testing.assert_allclose(frame.loc["a", ["lower", "upper"]].astype(float), interval)
     residual = fit.variance_parameters("variance", 0.9).loc["sigma2"]
     pd.testing.assert_series_equal(frame.loc["b"], residual, check_names=False)
     with pytest.raises(ValueError, match=r"3 names for 2 value\(s\)"):

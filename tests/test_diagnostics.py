@@ -178,7 +178,7 @@ class TestFirstOrder:
 
         def solution(params, keep):
             """The criterion of some rows and beta; the others become independent of them."""
-            omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
+            omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
             V = jnp.diag(1 / jnp.asarray(weights))
             matrices = unstructured.symmetric_matrices(omega, sizes)
             for term, matrix, here in zip(frame.terms, matrices, same, strict=True):

@@ -397,12 +397,12 @@ def test_singular_fits_of_three_effects():
         free = np.isfinite(np.asarray(fit.params[:-1]))
         assert free.sum() == q * rank - rank * (rank - 1) // 2
         assert np.isinf(fit.params[3:6]).sum() == q - rank
-        errors = np.sqrt(np.diagonal(fit.params_vcov))
+        errors = np.sqrt(np.diagonal(fit.parameters_vcov))
         if np.nanmin(np.diagonal(fit.hessian)) < FLAT:  # z of a correlation next to 1 is not known
             assert np.isnan(errors).all()
             continue
         np.testing.assert_array_equal(np.isfinite(errors[:-1]), free)
-        np.testing.assert_allclose(errors, np.sqrt(np.diagonal(other.params_vcov)), rtol=1e-8)
+        np.testing.assert_allclose(errors, np.sqrt(np.diagonal(other.parameters_vcov)), rtol=1e-8)
         if rank not in ranks:  # one of each rank by an independent route
             free = np.append(free, True)
             params = np.nan_to_num(np.asarray(fit.params), posinf=20.0, neginf=-20.0)

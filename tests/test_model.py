@@ -28,7 +28,7 @@ def fit() -> LMMResults:
 def test_labels(fit):
     assert list(fit.params.index) == ["(Intercept)", "Days"]
     assert fit.vcov.loc["Days", "Days"] == pytest.approx(fit.bse["Days"] ** 2)
-    pd.testing.assert_frame_equal(fit.vcov, fit.cov_params())
+
     assert fit.tvalues["Days"] == pytest.approx(6.771485, abs=1e-5)
     components = fit.variance_components
     assert list(components.columns) == [

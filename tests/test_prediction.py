@@ -107,9 +107,9 @@ class TestVariances:
     def test_glmmtmb(self, name):
         figures = FIGURES["se"][name]
         fit = fitted(name)
-        se = fit.predict(interval="confidence")["se"][:12]
+        se = fit.predict(interval="confidence")["std_error"][:12]
         np.testing.assert_allclose(se, figures["joint"], rtol=1e-5)
-        none = fit.predict(re_form="~0", interval="confidence")["se"][:12]
+        none = fit.predict(re_form="~0", interval="confidence")["std_error"][:12]
         np.testing.assert_allclose(none, figures["fixed"], rtol=1e-5)
         # predict(se.fit = TRUE) adds the uncertainty of the variance parameters
         assert (se < np.array(figures["reported"])).all()
@@ -122,17 +122,17 @@ class TestVariances:
         own = np.sum(x @ fit.vcov_array * x, axis=1)
         between = np.sum(x @ fit.cov_re.to_numpy() * x, axis=1)
         known = {"allow_new_levels": True}
-        se = fit.predict(new, interval="confidence", **known)["se"]
+        se = fit.predict(new, interval="confidence", **known)["std_error"]
         np.testing.assert_allclose(se**2, own + between)
         whole = fit.predict(new, interval="prediction", **known)
-        np.testing.assert_allclose(whole["se"] ** 2, own + between + fit.sigma**2)
+        np.testing.assert_allclose(whole["std_error"] ** 2, own + between + fit.sigma**2)
         without = fit.predict(new[["Days"]], "~0", interval="prediction")
         pd.testing.assert_frame_equal(without, whole)
         half = whole["upper"] - whole["prediction"]
-        np.testing.assert_allclose(half, 1.959963984540054 * whole["se"])
+        np.testing.assert_allclose(half, 1.959963984540054 * whole["std_error"])
         np.testing.assert_allclose(whole["prediction"] - whole["lower"], half)
         one = fit.predict(new, "~ (1 | Subject)", interval="confidence", **known)
-        np.testing.assert_allclose(one["se"] ** 2, own + fit.cov_re.iloc[0, 0])
+        np.testing.assert_allclose(one["std_error"] ** 2, own + fit.cov_re.iloc[0, 0])
         with pytest.raises(ValueError, match="whole terms"):
             fit.predict(new, "~ (1 | Subject)", interval="prediction", **known)
 
@@ -230,7 +230,7 @@ class TestEncodings:
         one = fit.predict(re_form="~ (1 | g)", interval="prediction")
         given = fit.predict(re_form="~ (1 | g)", interval="confidence")
         z, sigma = fit.frame.terms[0].effects, fit.cov_re.to_numpy()[:2, :2]
-        more = one["se"] ** 2 - given["se"] ** 2
+        more = one["std_error"] ** 2 - given["std_error"] ** 2
         np.testing.assert_allclose(more, np.sum(z @ sigma * z, axis=1) + fit.sigma**2)
 
     def test_missing_values(self, fit, table):
@@ -300,10 +300,10 @@ def test_weights_and_offset():
         fit.predict(new)
     with pytest.raises(ValueError, match="prior weights"):
         fit.predict(new, offset="o", interval="prediction")
-    ones = fit.predict(new, offset="o", interval="prediction", weights=np.ones(5))["se"]
-    confidence = fit.predict(new, offset="o", interval="confidence")["se"]
+    ones = fit.predict(new, offset="o", interval="prediction", weights=np.ones(5))["std_error"]
+    confidence = fit.predict(new, offset="o", interval="confidence")["std_error"]
     np.testing.assert_allclose(ones**2 - confidence**2, fit.sigma**2)
-    own = fit.predict(interval="prediction")["se"][:5]
+    own = fit.predict(interval="prediction")["std_error"][:5]
     np.testing.assert_allclose(own**2 - confidence**2, fit.sigma**2 / table["w"][:5])
     with pytest.raises(DataError, match="weights must be positive"):
         fit.predict(new, offset="o", weights=np.zeros(5))
@@ -316,7 +316,7 @@ def test_no_fixed_effects():
     with jax.enable_x64(True):
         fit = jaxreml.fit("y ~ 0 + (1 | g)", table)
     ratio = float(fit.theta[0]) ** 2
-    se = fit.predict(table[:1], interval="confidence")["se"]
+    se = fit.predict(table[:1], interval="confidence")["std_error"]
     assert se[0] ** 2 == pytest.approx(fit.sigma**2 * ratio / (1 + 5 * ratio))
     with pytest.raises(ValueError, match="no fixed effects"):
         fit.cooks_distance()

@@ -111,7 +111,7 @@ def test_objective_and_derivatives_far_from_the_origin():
     found = estimate(design)
     value, slope = jax.value_and_grad(reml_objective)(found.params, design)
     assert float(value) == pytest.approx(float(found.criterion), abs=1e-8)
-    steps = np.asarray(jnp.sqrt(jnp.diagonal(found.params_vcov)))
+    steps = np.asarray(jnp.sqrt(jnp.diagonal(found.parameters_vcov)))
     assert np.abs(slope * steps).max() < 1e-5
 
 
@@ -122,7 +122,7 @@ def test_stack_of_near_and_far_origins():
     for k, design in enumerate(designs):
         alone = estimate(design)
         np.testing.assert_allclose(together.params[k], alone.params, atol=1e-8)
-        error = np.diagonal(together.params_vcov[k]) / np.diagonal(alone.params_vcov) - 1
+        error = np.diagonal(together.parameters_vcov[k]) / np.diagonal(alone.parameters_vcov) - 1
         assert np.abs(error).max() < 1e-6
 
 

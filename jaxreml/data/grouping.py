@@ -131,7 +131,7 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
             )
     for first, second in combinations(terms, 2):
         shared = set(first.effect_names) & set(second.effect_names)
-        if first.name != second.name and shared and _same_partition(first, second):
+        if first.name != second.name and shared and same_partition(first.codes, second.codes):
             raise DataError(
                 f"the grouping factors {first.name!r} and {second.name!r} divide the rows alike; "
                 f"the variance of {min(shared)!r} cannot be shared out between them. Leave one out"
@@ -145,7 +145,6 @@ def _dependent(columns: np.ndarray) -> int | None:
     return int(found[0]) if found.size else None
 
 
-def _same_partition(first: GroupingTerm, second: GroupingTerm) -> bool:
-    if len(first.levels) != len(second.levels):
-        return False
-    return np.array_equal(pd.factorize(first.codes)[0], pd.factorize(second.codes)[0])
+def same_partition(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two factors, by their codes, divide the rows alike."""
+    return np.array_equal(pd.factorize(first)[0], pd.factorize(second)[0])

@@ -16,8 +16,9 @@ from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.fitting.fitted import FittedModel, Grouping
 from jaxreml.model.design import with_spare_levels
+from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_variances, inspect
-from jaxreml.optimum.estimate import CERTIFIED, estimate
+from jaxreml.optimum.estimate import estimate
 from jaxreml.optimum.rivals import optimality
 from jaxreml.status import NO_FIT, Status
 
@@ -45,9 +46,8 @@ def fit_frame(
     if status in NO_FIT:
         raise DataError(status.sentence)
     gradient_norm = float(np.linalg.norm(inspection.gradient))
-    scale = 1 + abs(float(estimated.criterion))
-    agrees = abs(float(inspection.criterion - estimated.criterion)) <= 1e-9 * scale
-    if status == Status.CONVERGED and not (agrees and gradient_norm <= CERTIFIED * scale):
+    certified = is_certified(estimated.criterion, inspection.criterion, gradient_norm)
+    if status == Status.CONVERGED and not certified:
         status = Status.NOT_CERTIFIED
     if status != Status.CONVERGED:
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
@@ -106,8 +106,8 @@ def _fields(
         "groupings": tuple(groupings),
         "parameter_names": design.parameter_names,
         "theta": estimated.theta,
-        "parameters": estimated.params,
-        "parameters_vcov": estimated.params_vcov * blank,
+        "parameters": estimated.parameters,
+        "parameters_vcov": estimated.parameters_vcov * blank,
         "beta": estimated.beta,
         "vcov_array": estimated.vcov,
         "vcov_slopes": estimated.vcov_slopes,

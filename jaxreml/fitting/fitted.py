@@ -52,8 +52,8 @@ class FittedModel:
         groupings: random terms in lme4's order, most levels first.
         parameter_names: names of the variance parameters `parameters`.
         theta: (m,), lme4's relative Cholesky factor, column by column, term by term.
-        parameters, parameters_vcov, hessian: `Estimate.params` and its asymptotic covariance and
-            Hessian; NaN for parameters on the boundary, the others given them.
+        parameters, parameters_vcov, hessian: those of `Estimate`, their asymptotic
+            covariance and Hessian; NaN for parameters on the boundary, the others given them.
         beta, vcov_array, vcov_slopes: fixed effects, their covariance, its derivatives.
         inertia: negative, zero and positive eigenvalues of the Hessian in theta.
         sigma: residual standard deviation.
@@ -182,10 +182,6 @@ class FittedModel:
         """Covariance matrix of the fixed effects, sigma2 (X' V0^-1 X)^-1."""
         return pd.DataFrame(self.vcov_array, self._fixed_index, self._fixed_index)
 
-    def cov_params(self) -> pd.DataFrame:
-        """`vcov`, by statsmodels' name."""
-        return self.vcov
-
     # Variance parameters
 
     @cached_property
@@ -283,24 +279,24 @@ class FittedModel:
         return -self.criterion / 2
 
     @property
-    def df_model(self) -> int:
+    def dof(self) -> int:
         """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
         return len(self.beta) + len(self.theta) + 1
 
     @property
     def df_resid(self) -> int:
-        """Observations less `df_model`."""
-        return self.nobs - self.df_model
+        """Observations less `dof`."""
+        return self.nobs - self.dof
 
     @property
     def aic(self) -> float:
         """Akaike's criterion, of the restricted likelihood under REML, as lme4's."""
-        return self.criterion + 2 * self.df_model
+        return self.criterion + 2 * self.dof
 
     @property
     def bic(self) -> float:
         """Schwarz's criterion with log(nobs), of the restricted likelihood under REML as lme4's."""
-        return self.criterion + float(np.log(self.nobs)) * self.df_model
+        return self.criterion + float(np.log(self.nobs)) * self.dof
 
     @cached_property
     def nobs(self) -> int:

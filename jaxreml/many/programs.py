@@ -31,9 +31,9 @@ from jaxreml.model.design import Design
 from jaxreml.model.kenward_roger import adjust, single_degrees
 from jaxreml.model.objective import profiled
 from jaxreml.optimum import newton
+from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_modes
 from jaxreml.optimum.estimate import (
-    CERTIFIED,
     Estimate,
     Status,
     expand_root,
@@ -44,7 +44,6 @@ from jaxreml.optimum.estimate import (
 )
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
-AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
 
 
 class Plan(NamedTuple):
@@ -159,7 +158,7 @@ def _conclude(
     *,
     plan: Plan,
 ) -> Array:
-    """Everything at the roots found, (1 + R, lanes): status, then the fields of `batch.Table`.
+    """Everything at the roots found, (1 + R, lanes): status, then the fields of `record.Table`.
 
     `before` are expansions in earlier passes; the last one is the one here. `contrasts` are (k, p).
     """
@@ -242,10 +241,7 @@ def _per_lane(function: Any) -> Any:
 
 def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
-    scale = 1 + jnp.abs(estimate.criterion)
-    certified = (estimate.gradient_norm <= CERTIFIED * scale) & (
-        jnp.abs(estimate.criterion - value) <= AGREES * scale
-    )
+    certified = is_certified(value, estimate.criterion, estimate.gradient_norm)
     converged = estimate.status == Status.CONVERGED
     status = jnp.where(converged & ~certified, Status.NOT_CERTIFIED, estimate.status)
     p = len(estimate.beta)
@@ -256,8 +252,8 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
             *(array[:p] for array in tests[:3]),
             estimate.sigma * one,
             estimate.theta,
-            estimate.params,
-            jnp.sqrt(linalg.diagonal(estimate.params_vcov)),
+            estimate.parameters,
+            jnp.sqrt(linalg.diagonal(estimate.parameters_vcov)),
             estimate.criterion * one,
             estimate.gradient_norm * one,
             estimate.iterations * one,

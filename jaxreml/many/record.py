@@ -27,7 +27,7 @@ class Fits(NamedTuple):
         beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
         sigma: (b,), residual standard deviations.
         theta: (b, m), relative Cholesky factors as in `Estimate`.
-        parameters, parameters_se: (b, m + 1), `Estimate.params` and their standard errors.
+        parameters, parameters_se: (b, m + 1), `Estimate.parameters` and their standard errors.
         criterion, gradient_norm: (b,).
         iterations, nobs, missing, rank: (b,) integers; `missing` counts rows without a value,
             `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of

@@ -111,7 +111,7 @@ class Design:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """Names of the entries of an objective's `params`, in order, the residual last.
+        """Names of the entries of an objective's `parameters`, in order, the residual last.
 
         ``log_variance[g, x]`` is the log-variance of effect x of factor g; ``z[g, x1, x2]`` the
         inverse hyperbolic tangent of the (partial) correlation of x1 and x2.

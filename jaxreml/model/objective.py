@@ -30,7 +30,7 @@ from jaxreml.model.design import Design, require_precision
 from jaxreml.model.structures import Marginal
 
 
-def reml_objective(params: Array, design: Design, *, harville: bool = False) -> Array:
+def reml_objective(parameters: Array, design: Design, *, harville: bool = False) -> Array:
     r"""-2 log restricted likelihood.
 
     It contains log|X'V^-1 X|, so it depends on the columns of X and not only on their span: with
@@ -44,8 +44,8 @@ def reml_objective(params: Array, design: Design, *, harville: bool = False) -> 
     which does not exist, is zero. The value jumps where a column becomes dependent.
 
     Args:
-        params: (m + 1,), log-variances and correlation coordinates, the residual's last, in the
-            order of ``design.parameter_names``. On the boundary, as `Estimate.params` has them
+        parameters: (m + 1,), log-variances and correlation coordinates, the residual's last, in the
+            order of ``design.parameter_names``. On the boundary, as `Estimate.parameters` has them
             (-inf, +-inf, NaN where these leave a correlation undefined), value and derivatives are
             their limits; the derivatives in entries on the boundary are zero.
         design: the data.
@@ -60,39 +60,39 @@ def reml_objective(params: Array, design: Design, *, harville: bool = False) -> 
         `estimate` reports it as zero.
 
     Raises:
-        ValueError: `params` of the wrong length.
+        ValueError: `parameters` of the wrong length.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
     """
-    value = _objective(params, design, reml=True)
+    value = _objective(parameters, design, reml=True)
     return value - design.log_gram_x if harville else value
 
 
-def ml_objective(params: Array, design: Design) -> Array:
+def ml_objective(parameters: Array, design: Design) -> Array:
     """-2 log likelihood with the fixed effects profiled out.
 
     It depends on the span of X's columns alone: X may be an output of a network. Otherwise as
     `reml_objective`, dependent columns of a traced X included.
     """
-    return _objective(params, design, reml=False)
+    return _objective(parameters, design, reml=False)
 
 
-def _objective(params: Array, design: Design, *, reml: bool) -> Array:
+def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
     require_precision(design)
     length = len(design.parameter_names)
-    params = jnp.asarray(params)
-    if params.shape != (length,):
+    parameters = jnp.asarray(parameters)
+    if parameters.shape != (length,):
         raise ValueError(
-            f"params must have shape ({length},), one entry each for "
-            f"{', '.join(design.parameter_names)}; got shape {params.shape}"
+            f"parameters must have shape ({length},), one entry each for "
+            f"{', '.join(design.parameter_names)}; got shape {parameters.shape}"
         )
-    return _compiled_objective(params.astype(design.dtype), design.without_names(), reml)
+    return _compiled_objective(parameters.astype(design.dtype), design.without_names(), reml)
 
 
 @partial(jax.jit, static_argnums=2)
-def _compiled_objective(params: Array, design: Design, reml: bool) -> Array:
+def _compiled_objective(parameters: Array, design: Design, reml: bool) -> Array:
     with usual_promotion():
-        omega, log_sigma2 = design.units.omega(params)
+        omega, log_sigma2 = design.units.omega(parameters)
         value = neg2_loglik(omega, log_sigma2, design, reml=reml)
         # derivatives of NaN where it is NaN
         return value * jnp.where(jnp.isnan(value), jnp.nan, 1.0)

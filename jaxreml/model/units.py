@@ -106,11 +106,13 @@ class Units:
                 found.append(_diagonal(matrix)[:, None] * factor)
         return tuple(found)
 
-    def omega(self, params: Array) -> tuple[Array, Array]:
-        """Relative covariances inside (m,) and the residual log-variance of `params` (m + 1,)."""
+    def omega(self, parameters: Array) -> tuple[Array, Array]:
+        """Relative covariances inside (m,) and residual log-variance at `parameters` (m + 1,)."""
         sizes = tuple(len(own) for own in self.matrices)
-        omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
-        factors = unstructured.factors_from_params(params, sizes) if any(self.rotated) else ()
+        omega, log_sigma2 = unstructured.omega_from_parameters(parameters, sizes)
+        factors = (
+            unstructured.factors_from_parameters(parameters, sizes) if any(self.rotated) else ()
+        )
         parts = []
         start = 0
         for k, (q, matrix) in enumerate(zip(sizes, self.matrices, strict=True)):
@@ -126,10 +128,10 @@ class Units:
         return jnp.concatenate(parts), log_sigma2
 
     def jacobians(self, shown: Array, inner: Array) -> tuple[Array, Array]:
-        """Derivatives of `params` in those inside, (m + 1, m + 1), and the other way round.
+        """Derivatives of `parameters` in those inside, (m + 1, m + 1), and the other way round.
 
         Args:
-            shown: (m + 1,) `params` with what is on the boundary as `covariance.boundary` has it.
+            shown: (m + 1,) `parameters` with those on the boundary as `boundary` has them.
             inner: the same inside.
         """
 
@@ -145,11 +147,11 @@ class Units:
         mapped = jax.vmap(lambda a, b: both(a, b, matrices), in_axes=-1, out_axes=-1)
         return mapped(shown, inner)
 
-    def _changed(self, params: Array, change: Any) -> Array:
+    def _changed(self, parameters: Array, change: Any) -> Array:
         """Finite parameters of the changed factors."""
         sizes = tuple(len(own) for own in self.matrices)
-        factors = change(unstructured.factors_from_params(params, sizes))
-        return unstructured.params_from_factors(factors, params[-1], zero=0.0, limit=0.0)
+        factors = change(unstructured.factors_from_parameters(parameters, sizes))
+        return unstructured.parameters_from_factors(factors, parameters[-1], zero=0.0, limit=0.0)
 
 
 def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,6 @@ ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for arctanh(+-1) likewise
 NEARLY_PERFECT = 1e-10  # likewise, where the search did not converge
-CERTIFIED = 1e-6  # gradient that rounding can leave, per unit of the criterion
 
 
 @jax.tree_util.register_dataclass
@@ -37,21 +36,21 @@ class Estimate:
 
     Attributes:
         theta: (m,), relative Cholesky factors column by column, as lme4's.
-        params: (m + 1,), log-variances and correlation coordinates in the order of
+        parameters: (m + 1,), log-variances and correlation coordinates in the order of
             ``design.parameter_names``; -inf for a variance of zero, +-inf for a correlation of
             +-1, NaN for a correlation that a zero variance leaves undefined.
-        params_vcov: (m + 1, m + 1), asymptotic covariance 2 H^-1 of `params` given the parameters
+        parameters_vcov: (m + 1, m + 1), asymptotic covariance 2 H^-1 of `parameters` given those
             on a boundary, whose rows are NaN; all NaN if the Hessian is not positive definite.
-        log_variances: the log-variances among `params`, one per effect, the residual's last.
+        log_variances: the log-variances among `parameters`, one per effect, the residual's last.
         log_variance_se: their standard errors.
         beta: (p,), fixed effects; NaN, as in what follows, for a column of a traced X that depends
             on those before it.
         vcov: (p, p), sigma2 (X' V0^-1 X)^-1, their covariance.
-        vcov_slopes: (m + 1, p, p), derivatives of `vcov` in `params`, zero for those on a
+        vcov_slopes: (m + 1, p, p), derivatives of `vcov` in `parameters`, zero for those on a
             boundary: what Satterthwaite's degrees of freedom are made of.
         sigma: (), residual standard deviation.
         criterion: (), -2 log (restricted) likelihood at the optimum.
-        hessian: (m + 1, m + 1), of the criterion in `params`; NaN as in `params_vcov`.
+        hessian: (m + 1, m + 1), of the criterion in `parameters`; NaN as in `parameters_vcov`.
         iterations: (), expansions of the criterion computed.
         gradient_norm: (), Euclidean norm of the gradient in the root (scaled effects).
         inertia: (3,), negative, zero and positive eigenvalues of the Hessian in theta.
@@ -61,8 +60,8 @@ class Estimate:
     """
 
     theta: Array
-    params: Array
-    params_vcov: Array
+    parameters: Array
+    parameters_vcov: Array
     log_variances: Array
     log_variance_se: Array
     beta: Array
@@ -83,7 +82,7 @@ def estimate(
 ) -> Estimate:
     """Fit a design by REML or ML.
 
-    Pure: `jit`, `vmap` over stacked designs (`jaxreml.design.stack`), and derivatives to any order
+    Pure: `jit`, `vmap` over stacked designs (`jaxreml.stack`), and derivatives to any order
     with respect to the design, by the implicit function theorem at the optimum; they are zero where
     `status` is not CONVERGED, so that such a lane of a `vmap`, masked by its status, adds nothing
     to a derivative in what lanes share. Fixed effects and
@@ -408,12 +407,12 @@ def report(
     unknown = absent[:, None] | absent
 
     # Variance parameters, inside and then in the user's units of the effects.
-    finite = unstructured.params_from_factors(
+    finite = unstructured.parameters_from_factors(
         scaled, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR
     )
     free, inner = unstructured.boundary(scaled, finite)
     slopes = jnp.concatenate([expansion.gradient, jnp.zeros_like(expansion.gradient[:1])])
-    jacobian, hessian = unstructured.hessian_in_params(
+    jacobian, hessian = unstructured.hessian_in_parameters(
         finite, slopes, expansion.joint_hessian, sizes
     )
     of_omega = [
@@ -431,9 +430,9 @@ def report(
     # The pivot is NaN, and the comparison false, where the factorisation failed.
     regular = jnp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.FLAT
     inverse = linalg.solve_lower(unit_factor, identity) / unit
-    params_vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
+    parameters_vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
     factors = design.units.factors(scaled)
-    finite = unstructured.params_from_factors(
+    finite = unstructured.parameters_from_factors(
         factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR
     )
     theirs, shown = unstructured.boundary(factors, finite)
@@ -442,20 +441,20 @@ def report(
         out, back = design.units.jacobians(shown, inner)
         out = jnp.where(theirs[:, None] & free, out, 0.0)
         back = jnp.where(free[:, None] & theirs, back, 0.0)
-        params_vcov = _congruent(linalg.transpose(out), jnp.where(both, params_vcov, 0.0))
+        parameters_vcov = _congruent(linalg.transpose(out), jnp.where(both, parameters_vcov, 0.0))
         hessian = _congruent(back, jnp.where(both, hessian, 0.0))
         vcov_slopes = jnp.sum(back[:, :, None, None] * vcov_slopes[:, None], axis=0)
     free = theirs
     both = free[:, None] & free
-    params_vcov = jnp.where(both & regular, params_vcov, jnp.nan)
+    parameters_vcov = jnp.where(both & regular, parameters_vcov, jnp.nan)
     positions, _ = unstructured.positions(sizes)
 
     return Estimate(
         theta=unstructured.join_triangles(factors),
-        params=shown,
-        params_vcov=params_vcov,
+        parameters=shown,
+        parameters_vcov=parameters_vcov,
         log_variances=shown[positions],
-        log_variance_se=jnp.sqrt(linalg.diagonal(params_vcov))[positions],
+        log_variance_se=jnp.sqrt(linalg.diagonal(parameters_vcov))[positions],
         beta=jnp.where(absent, jnp.nan, beta),
         vcov=jnp.where(unknown, jnp.nan, vcov),
         vcov_slopes=jnp.where(unknown, jnp.nan, vcov_slopes),

@@ -31,10 +31,10 @@ from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.model.structures.combined import Combined
 from jaxreml.optimum import newton
-from jaxreml.optimum.estimate import CERTIFIED, ZERO
+from jaxreml.optimum.certificate import is_certified
+from jaxreml.optimum.estimate import ZERO
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
-AGREES = 1e-11  # difference of the two programs' criteria, per unit of the criterion
 MAX_ITERATIONS = 100
 LANES = 32  # optima sought together
 ALONE = 2**16  # numbers in a structure from which on they are sought one by one
@@ -246,9 +246,7 @@ def _chunk(
     if not together:
         result = jax.tree.map(lambda leaf: np.asarray(leaf)[None], result)
     x, point, converged, (value, gradient, beta) = jax.tree.map(lambda leaf: leaf[:count], result)
-    scale = 1 + np.abs(value)
     norm = np.linalg.norm(gradient * np.array([own.free for own in axes]), axis=1)
     with np.errstate(invalid="ignore"):
-        agrees = np.abs(value - point.value) <= AGREES * scale
-    certified = converged & agrees & (norm <= CERTIFIED * scale)
+        certified = converged & is_certified(point.value, value, norm)
     return Optimum(x, value, gradient, point.full, beta, certified)

@@ -175,7 +175,7 @@ def glance(results: FittedBatch) -> pd.DataFrame:
     the response), status, message.
     """
     fits, model = results.fits, results.model
-    df_model = fits.rank + fits.theta.shape[1] + 1
+    dof = fits.rank + fits.theta.shape[1] + 1
     with np.errstate(divide="ignore"):  # no rows
         log_nobs = np.log(fits.nobs)
     return pd.DataFrame(
@@ -184,10 +184,10 @@ def glance(results: FittedBatch) -> pd.DataFrame:
             "nobs": fits.nobs,
             "sigma": fits.sigma,
             "log_lik": -fits.criterion / 2,
-            "aic": fits.criterion + 2 * df_model,
-            "bic": fits.criterion + log_nobs * df_model,
+            "aic": fits.criterion + 2 * dof,
+            "bic": fits.criterion + log_nobs * dof,
             "reml_crit" if model.method == "REML" else "deviance": fits.criterion,
-            "df_residual": fits.nobs - df_model,
+            "df_residual": fits.nobs - dof,
             "converged": results.converged.to_numpy(),
             "is_singular": fits.is_singular,
             "n_dropped": fits.missing + model.n_dropped,

@@ -89,7 +89,7 @@ def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
     uncertainty: dict[str, tuple[float, float, float]] = {}
     if len(correlations) and fit.converged:
         table = variance_parameters(fit, conf_level=conf_level)
-        columns = table[["std_error", "conf_low", "conf_high"]].itertuples(index=False, name=None)
+        columns = table[["std_error", "lower", "upper"]].itertuples(index=False, name=None)
         uncertainty = dict(zip(table.index, columns, strict=True))
     start = 0
     for grouping in fit.groupings:

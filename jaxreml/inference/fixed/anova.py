@@ -1,7 +1,7 @@
 r"""Analysis of variance tables of the fixed effects.
 
 Each type says which hypothesis L beta = 0 belongs to a term; the F tests are
-`jaxreml.inference.tests.joint`'s. The definitions are SAS's (The GLM Procedure, "The Four Types of
+`wald.joint_test`'s. The definitions are SAS's (The GLM Procedure, "The Four Types of
 Estimable Functions"), as in lmerTest (Kuznetsova, Brockhoff and Christensen 2017, J. Stat. Softw.
 82(13)). A term contains another if it has all its variables, the same covariates and more factors.
 
@@ -40,7 +40,7 @@ def anova(fit: FittedModel, type: str | int = "III", df: str = "satterthwaite") 
     Args:
         fit: the fit.
         type: "I", "II", "III" or 1, 2, 3.
-        df: method for the denominator degrees of freedom, see `jaxreml.inference.tests`.
+        df: method for the denominator degrees of freedom, see `jaxreml.inference.wald`.
 
     Returns:
         Columns sum_sq, mean_sq (F times the residual variance; with Kenward-Roger's method F before

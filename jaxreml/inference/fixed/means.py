@@ -38,7 +38,7 @@ class MarginalMeans:
     """Marginal means, or slopes, and contrasts between them.
 
     Attributes:
-        table: a row per mean: its levels, then estimate, std_error, df, conf_low, conf_high,
+        table: a row per mean: its levels, then estimate, std_error, df, lower, upper,
             statistic, p_value (of the hypothesis that it is zero). What the data cannot estimate
             is NaN, what the model makes constant (such as the difference of two slopes of a
             straight line) is not tested, and there is a column ``reason`` then.
@@ -138,8 +138,8 @@ class Functions:
             )
             low[rows] = part["estimate"] - half
             high[rows] = part["estimate"] + half
-        table.insert(3, "conf_low", low)
-        table.insert(4, "conf_high", high)
+        table.insert(3, "lower", low)
+        table.insert(4, "upper", high)
         table["p_value"] = p_value
         if constant.any() or not estimable.all():
             table["reason"] = np.where(constant, "constant: no coefficient is part of it", "")
@@ -263,7 +263,7 @@ def emmeans(
         contrast: also these contrasts, see `MarginalMeans.contrast`.
         adjust: for the p-values and intervals of the contrasts, see there; without contrasts for
             those of the means, None for none.
-        df: method for the degrees of freedom, see `jaxreml.inference.tests`; "inf" is emmeans'
+        df: method for the degrees of freedom, see `jaxreml.inference.wald`; "inf" is emmeans'
             "asymptotic".
         weights: of the cells averaged over: "equal", or "proportional" to their numbers of rows.
         conf_level: confidence level.

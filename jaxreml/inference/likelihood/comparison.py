@@ -88,7 +88,7 @@ def compare(
     labels = [f"fit {k + 1}" for k in range(len(fits))] if names is None else list(names)
     _require_same_data(fits, labels)
     fitted = _commensurable(fits, labels, refit)
-    order = sorted(range(len(fits)), key=lambda k: fitted[k].df_model)
+    order = sorted(range(len(fits)), key=lambda k: fitted[k].dof)
     criteria = _criteria([fitted[k] for k in order])
     table = _information([fitted[k] for k in order], criteria)
     table.insert(0, "formula", [fits[k].formula for k in order])
@@ -179,7 +179,7 @@ def _criteria(fits: Sequence[FittedModel]) -> list[float]:
 
 def _information(fits: Sequence[FittedModel], criteria: Sequence[float]) -> pd.DataFrame:
     """Numbers of parameters, log-likelihoods and information criteria."""
-    npar = np.array([fit.df_model for fit in fits])
+    npar = np.array([fit.dof for fit in fits])
     n = fits[0].nobs
     deviance = np.array(criteria)
     aic = deviance + 2 * npar
@@ -208,7 +208,7 @@ def _pair(
     small: FittedModel, large: FittedModel, upper: float, lower: float
 ) -> tuple[Pair | None, str]:
     """The pair to test, or None and the reason."""
-    df = large.df_model - small.df_model
+    df = large.dof - small.dof
     if df == 0:
         return None, "as many parameters"
     obstacle = nesting.mean_obstacle(small.frame, large.frame) or nesting.random_obstacle(

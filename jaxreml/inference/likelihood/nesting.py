@@ -22,6 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from jaxreml.data.frame import GroupingTerm, ModelFrame
+from jaxreml.data.grouping import same_partition
 
 OUTSIDE = 1e-7  # share of a column outside a span, beyond which it counts
 
@@ -120,14 +121,9 @@ def step(small: ModelFrame, large: ModelFrame) -> Step:
 def _same_term(first: GroupingTerm, second: GroupingTerm) -> bool:
     return (
         len(first.effect_names) == len(second.effect_names)
-        and _same_partition(first.codes, second.codes)
+        and same_partition(first.codes, second.codes)
         and not outside(first.effects, second.effects).any()
     )
-
-
-def _same_partition(first: np.ndarray, second: np.ndarray) -> bool:
-    both = _cross(first, second)
-    return both.max() == first.max() == second.max()
 
 
 def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -178,14 +174,14 @@ def _image(term: GroupingTerm, other: GroupingTerm, rows: np.ndarray) -> np.ndar
     effects, of_other = term.effects[rows], other.effects[rows]
     if _cross(own, codes).max() != own.max():
         return None  # a level of `term` is in several of `other`
-    if _same_partition(own, codes):
+    if same_partition(own, codes):
         columns = effects
     else:
         kinds = _kinds(own, of_other)
         count = int(kinds.max()) + 1
         if count * effects.shape[1] > of_other.shape[1]:
             return None
-        if not _same_partition(_cross(codes, kinds), own):
+        if not same_partition(_cross(codes, kinds), own):
             return None
         split = [effects * (kinds == kind)[:, None] for kind in range(count)]
         columns = np.concatenate(split, axis=1)

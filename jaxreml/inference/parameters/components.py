@@ -69,21 +69,21 @@ def of_theta(theta: Array, sigma: Array, groups: Groups) -> Components:
     return _named([sigma**2 * factor @ factor.T for factor in factors], sigma**2, groups)
 
 
-def of_params(params: Array, groups: Groups) -> Components:
-    """Components at `Estimate.params` (m + 1,), which `inside` has made finite."""
+def of_parameters(parameters: Array, groups: Groups) -> Components:
+    """Components at `Estimate.parameters` (m + 1,), which `inside` has made finite."""
     sizes = tuple(q for _, q in groups)
-    omega, log_sigma2 = unstructured.omega_from_params(params, sizes)
+    omega, log_sigma2 = unstructured.omega_from_parameters(parameters, sizes)
     sigma2 = jnp.exp(log_sigma2)
     matrices = unstructured.symmetric_matrices(omega, sizes)
     return _named([sigma2 * matrix for matrix in matrices], sigma2, groups)
 
 
-def inside(params: Array, groups: Groups) -> Array:
-    """`params` with finite numbers for those on the boundary, where nothing changes with them."""
+def inside(parameters: Array, groups: Groups) -> Array:
+    """Finite numbers for `parameters` on the boundary, where nothing changes with them."""
     of_variances, of_correlations = unstructured.positions(tuple(q for _, q in groups))
-    variances = jnp.maximum(params[of_variances], params[-1] + LOG_ZERO)
-    correlations = jnp.nan_to_num(jnp.clip(params[of_correlations], -FAR, FAR))
-    return params.at[of_variances].set(variances).at[of_correlations].set(correlations)
+    variances = jnp.maximum(parameters[of_variances], parameters[-1] + LOG_ZERO)
+    correlations = jnp.nan_to_num(jnp.clip(parameters[of_correlations], -FAR, FAR))
+    return parameters.at[of_variances].set(variances).at[of_correlations].set(correlations)
 
 
 def _named(matrices: list[Array], sigma2: Array, groups: Groups) -> Components:

@@ -87,7 +87,7 @@ class Program(NamedTuple):
 
 def delta(
     fit: FittedModel,
-    g: components.Function,
+    function: components.Function,
     *,
     conf_level: float = 0.95,
     names: str | Sequence[str] | None = None,
@@ -97,7 +97,7 @@ def delta(
 
     Args:
         fit: the fit.
-        g: a JAX function g(beta, components) with a scalar or a vector as its value; see
+        function: a JAX function g(beta, components) with a scalar or a vector as its value; see
             `inference.components`.
         conf_level: of the intervals.
         names: of the values.
@@ -105,7 +105,7 @@ def delta(
             "logit" or "fisher" (inverse hyperbolic tangent); or a sequence, one for each value.
 
     Returns:
-        A row per value: estimate, std_error, conf_low, conf_high, and note, which says what a
+        A row per value: estimate, std_error, lower, upper, and note, which says what a
         standard error is conditional on, or why there is none.
 
     Raises:
@@ -114,11 +114,11 @@ def delta(
             returns something else; a value outside the range of its transform.
         ValueError: names or transforms of another number than the values; another transform.
     """
-    if not callable(g):
-        raise DataError(f"g must be a function g(beta, components), not {g!r}")
-    linear = linearise(fit, program(g, fit.term_sizes))
-    components.require_entries(g, fit)
-    label = getattr(g, "__name__", "g")
+    if not callable(function):
+        raise DataError(f"function must be a JAX function g(beta, components), not {function!r}")
+    linear = linearise(fit, program(function, fit.term_sizes))
+    components.require_entries(function, fit)
+    label = getattr(function, "__name__", "g")
     label = "g" if label == "<lambda>" else label
     scalar = len(linear.estimate) == 1
     if names is None:
@@ -132,15 +132,15 @@ def program(g: Callable[..., Any], groups: components.Groups) -> Program:
     def values(beta: Array, theta: Array, sigma: Array, *data: Any) -> Array:
         return _vector(g(beta, components.of_theta(theta, sigma, groups), *data))
 
-    def at_params(beta: Array, params: Array, *data: Any) -> tuple[Array, Array]:
+    def at_parameters(beta: Array, params: Array, *data: Any) -> tuple[Array, Array]:
         inside = components.inside(params, groups)
-        value = _vector(g(beta, components.of_params(inside, groups), *data))
+        value = _vector(g(beta, components.of_parameters(inside, groups), *data))
         return value, value
 
     options = quick_compilation(jax.default_backend())
     return Program(
         jax.jit(values, compiler_options=options),
-        jax.jit(jax.jacfwd(at_params, argnums=(0, 1), has_aux=True), compiler_options=options),
+        jax.jit(jax.jacfwd(at_parameters, argnums=(0, 1), has_aux=True), compiler_options=options),
     )
 
 
@@ -289,8 +289,8 @@ def wald(
         {
             "estimate": linear.estimate,
             "std_error": std_error,
-            "conf_low": limits[:, 0],
-            "conf_high": limits[:, 1],
+            "lower": limits[:, 0],
+            "upper": limits[:, 1],
             "note": notes,
         },
         index=pd.Index(list(names)),

@@ -20,7 +20,7 @@ from jaxreml.inference.resampling.statistics import (
     Statistic,
     default,
     evaluate,
-    finite_params,
+    finite_parameters,
     fits_of,
     slopes,
     standard_errors,
@@ -178,7 +178,7 @@ class Bootstrap:
         Parameters on the boundary are held there.
         """
         fit, people = self.fit, of_fit(self.fit)
-        params = finite_params(fit)
+        params = finite_parameters(fit)
         free = np.isfinite(fit.parameters)
         spread = np.where(np.outer(free, free), fit.parameters_vcov, 0.0)
         engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
@@ -188,9 +188,9 @@ class Bootstrap:
             for start in range(0, block.shape[1], TOGETHER)
         ]
         scores = -np.concatenate(of_draws) / 2
-        of_beta, of_params = slopes(self.statistic or default(fit), fit)
+        of_beta, of_parameters = slopes(self.statistic or default(fit), fit)
         with np.errstate(invalid="ignore", divide="ignore"):
-            parts = (scores - scores.mean(axis=0)) @ spread @ np.where(free, of_params, 0.0).T
+            parts = (scores - scores.mean(axis=0)) @ spread @ np.where(free, of_parameters, 0.0).T
             variance = np.mean(parts**2, axis=0)
             variance = variance + np.einsum("ki,ij,kj->k", of_beta, fit.vcov_array, of_beta)
             values = np.mean(parts**3, axis=0) / variance**1.5 / 6
@@ -214,7 +214,7 @@ def _missing(tails: np.ndarray) -> str:
 def bootstrap(
     fit: FittedModel,
     n: int = 10_000,
-    statistic: Statistic | None = None,
+    function: Statistic | None = None,
     seed: int = 0,
 ) -> Bootstrap:
     """Draw responses from a fit, with new random effects, and refit the model to each.
@@ -222,7 +222,7 @@ def bootstrap(
     Args:
         fit: a fit that converged.
         n: number of responses; they are those of ``fit.simulate(n, seed)``.
-        statistic: a JAX function g(beta, components), mapped over the refits (`components`): a
+        function: a JAX function g(beta, components), mapped over the refits (`components`): a
             scalar, an array or a dict of them. All fixed effects, ``sigma``, SDs, correlations and
             log-variances if left out.
         seed: of the random numbers.
@@ -237,10 +237,11 @@ def bootstrap(
     """
     check_count(n, seed)
     people = of_fit(fit)
-    function = statistic or default(fit)
+    asked = function
+    function = function or default(fit)
     names, own = evaluate(function, fits_of(fit), fit.term_sizes)
-    if statistic is not None:
-        require_entries(statistic, fit)
+    if asked is not None:
+        require_entries(asked, fit)
     engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(n, seed):
@@ -249,7 +250,7 @@ def bootstrap(
         good = _converged(fits)
         singular += int(good.is_singular.sum())
         draws.append(evaluate(function, good, fit.term_sizes)[1])
-        if statistic is None:
+        if asked is None:
             errors.append(standard_errors(good, fit.term_sizes))
     status = np.concatenate(statuses)
     values = np.concatenate(draws)
@@ -257,7 +258,7 @@ def bootstrap(
     index = pd.Index(names)
     return Bootstrap(
         fit=fit,
-        statistic=statistic,
+        statistic=asked,
         estimate=pd.Series(own[0], index, name="estimate"),
         draws=pd.DataFrame(values, columns=index),
         errors=pd.DataFrame(np.concatenate(errors), columns=index) if errors else None,

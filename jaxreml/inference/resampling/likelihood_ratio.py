@@ -139,5 +139,5 @@ def bootstrap_lrt(
     fit0: FittedModel, fit1: FittedModel, n: int = 1000, seed: int = 0
 ) -> NullDistribution:
     """Bootstrap likelihood-ratio test of two nested fits in either order; `null_distribution`."""
-    smaller, larger = sorted((fit0, fit1), key=lambda fit: fit.df_model)
+    smaller, larger = sorted((fit0, fit1), key=lambda fit: fit.dof)
     return null_distribution(smaller, larger, n, seed)

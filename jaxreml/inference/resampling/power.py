@@ -53,8 +53,9 @@ def power(
 
     Returns:
         One row per sample size, effect and size: effect, size, n (NaN if not asked for), nobs,
-        power (share of the refits with p < alpha), low and high (exact binomial interval), n_failed
-        (refits without an optimum or degrees of freedom, left out), share_singular (of the others).
+        power (share of the refits with p < alpha), lower and upper (exact binomial interval),
+        n_failed (refits without an optimum or degrees of freedom, left out), share_singular (of the
+        others).
 
     Raises:
         DataError: a fit that did not converge, an effect that the model does not have, a sample
@@ -136,8 +137,8 @@ def _curve(
                 "n": np.nan if size is None else size,
                 "nobs": len(people.frame.X),
                 "power": found / total,
-                "low": float(low),
-                "high": float(high),
+                "lower": float(low),
+                "upper": float(high),
                 "n_failed": simulations - total,
                 "share_singular": float(singular[good].mean()),
             }

@@ -85,11 +85,11 @@ def standard_errors(fits: Fits, groups: Groups) -> np.ndarray:
         firsts = [start + q + i * (i - 1) // 2 for i in range(q)]
         fisher += [firsts[i] if j == 0 else None for j, i in combinations(range(q), 2)]
         start += q * (q + 1) // 2
-    of_params = fits.parameters_se
-    unknown = np.full(len(of_params), np.nan)
-    of_fisher = [unknown if k is None else of_params[:, k] for k in fisher]
-    of_logs = of_params[:, log_variances]
-    residual = of_params[:, -1:]
+    of_parameters = fits.parameters_se
+    unknown = np.full(len(of_parameters), np.nan)
+    of_fisher = [unknown if k is None else of_parameters[:, k] for k in fisher]
+    of_logs = of_parameters[:, log_variances]
+    residual = of_parameters[:, -1:]
     parts = [fits.se, residual / 2, of_logs / 2, *(column[:, None] for column in of_fisher)]
     return np.concatenate([*parts, of_logs, residual], axis=1)
 
@@ -167,23 +167,23 @@ def _names(function: Statistic, groups: Groups, p: int, m: int) -> tuple[str, ..
     return tuple(names)
 
 
-def finite_params(fit: FittedModel) -> np.ndarray:
-    """`Estimate.params` of a fit, finite as `components.inside` makes them."""
+def finite_parameters(fit: FittedModel) -> np.ndarray:
+    """`Estimate.parameters` of a fit, finite as `components.inside` makes them."""
     with neutral():
         return np.asarray(components.inside(jnp.asarray(fit.parameters), fit.term_sizes))
 
 
 def slopes(function: Statistic, fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
-    """Derivatives of the statistics in beta, (k, p), and in `Estimate.params`, (k, m + 1)."""
+    """Derivatives of the statistics in beta, (k, p), and in `Estimate.parameters`, (k, m + 1)."""
 
     with neutral():
-        slopes = _slopes(function, fit.term_sizes)(fit.beta, finite_params(fit))
+        slopes = _slopes(function, fit.term_sizes)(fit.beta, finite_parameters(fit))
         return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
 
 
 @remembered
 def _slopes(function: Statistic, groups: Groups) -> Callable[..., tuple[Array, Array]]:
-    def flat(beta: Array, params: Array) -> Array:
-        return _flat(function(beta, components.of_params(params, groups)))
+    def flat(beta: Array, parameters: Array) -> Array:
+        return _flat(function(beta, components.of_parameters(parameters, groups)))
 
     return jax.jit(jax.jacfwd(flat, argnums=(0, 1)))

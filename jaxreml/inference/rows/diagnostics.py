@@ -134,11 +134,9 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         fit: the fit.
         by: what the groups are: a column that the model uses or a grouping factor, by name; (n,)
             labels of the rows used; every row its own group if left out.
-        method: "exact" refits the model without each group, in one batch where the structure has
-            one: one program for all groups of grouped fits, and of crossed ones up to 1,000 random
-            effects; a compilation and fit per group of larger ones. Columns such as ``poly(x, 2)``
-            stay those of all rows. "first-order" does without refits: one step of the variance
-            parameters by the implicit function theorem (`jaxreml.first_order`), after which beta is
+        method: "exact" refits the model without each group, by one program for all of them. Columns
+            such as ``poly(x, 2)`` stay those of all rows. "first-order" does without refits: one
+            step of the variance parameters by the implicit function theorem, after which beta is
             that of the rows left, to first order in the step. It comes short where a group says
             much about a variance.
 

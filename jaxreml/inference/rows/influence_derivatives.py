@@ -27,12 +27,12 @@ from jax.scipy.linalg import block_diag
 from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.parameters import components
 from jaxreml.model import linalg
 from jaxreml.model.covariance import unstructured
 from jaxreml.model.design import MAX_DENSE_BYTES, Design
 from jaxreml.model.structures.layout import Layout
 from jaxreml.optimum.effects import from_basis, scaled_rows, whitened
-from jaxreml.optimum.estimate import FAR, LOG_ZERO
 
 LEFT = 1e-10  # share of a coefficient's information, or of a row, that a group must leave
 BLOCK = 10**7  # numbers of rows by random effects at a time
@@ -63,7 +63,7 @@ def changes(
             "first-order influence needs the variance parameters' Hessian, which is singular: "
             f'{fit.message}. Use method="exact"'
         )
-    frame, sizes = fit.frame, fit.design.sizes
+    frame = fit.frame
     of_level = None
     if fit.structure == "grouped":
         levels = frame.terms[0].codes
@@ -71,7 +71,7 @@ def changes(
         of_level[levels] = codes
     root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
     with neutral():
-        finite = _finite(fit.parameters, sizes)
+        finite = np.asarray(components.inside(jnp.asarray(fit.parameters), fit.term_sizes))
         whole = of_level is not None and np.array_equal(of_level[levels], codes)
         if of_level is not None and (of_rows or whole):
             values = _of_levels(fit, finite, root, of_level, count, of_rows)
@@ -83,20 +83,11 @@ def changes(
     return own + step[:, inside] @ of_beta[:, inside].T, step
 
 
-def _finite(params: np.ndarray, sizes: unstructured.Sizes) -> np.ndarray:
-    """Parameters with finite numbers for those on the boundary."""
-    of_variances, of_correlations = unstructured.positions(sizes)
-    params = params.copy()
-    params[of_variances] = np.maximum(params[of_variances], params[-1] + LOG_ZERO)
-    params[of_correlations] = np.nan_to_num(np.clip(params[of_correlations], -FAR, FAR))
-    return params
-
-
 # Any groups of any structure, on the host
 
 
 def _of_any(
-    fit: FittedModel, params: np.ndarray, root: np.ndarray, codes: np.ndarray, count: int
+    fit: FittedModel, parameters: np.ndarray, root: np.ndarray, codes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `_of_levels`, groups of the same number of rows together."""
     frame, design, parts = fit.frame, fit.design, fit.henderson
@@ -111,10 +102,10 @@ def _of_any(
     rows = scaled_rows(design, [(term.codes, term.effects) for term in frame.terms])
     Z = layout.sparse([(levels, effects * root[:, None]) for levels, effects in rows])
 
-    def scaled(params: Any) -> Any:
-        return design.units.omega(params)[0]
+    def scaled(parameters: Any) -> Any:
+        return design.units.omega(parameters)[0]
 
-    omega, jacobian = scaled(params), np.asarray(jax.jacfwd(scaled)(params))
+    omega, jacobian = scaled(parameters), np.asarray(jax.jacfwd(scaled)(parameters))
     matrices = unstructured.symmetric_matrices(omega, design.sizes)
     products = np.asarray(layout.times(jnp.asarray((Z.T @ Z).toarray()), matrices))
     inverse = np.linalg.inv(np.eye(layout.total) + products.T)
@@ -129,7 +120,7 @@ def _of_any(
     moved = layout.form(jnp.asarray(of_z.T), jnp.asarray(scores[:, None]))[..., 0]
     of_beta = -to_beta @ np.asarray(moved).T @ jacobian
 
-    slopes, own = np.full((count, len(params)), np.nan), np.full((count, design.p), np.nan)
+    slopes, own = np.full((count, len(parameters)), np.nan), np.full((count, design.p), np.nan)
     order = np.argsort(codes, kind="stable")
     per_group = np.bincount(codes, minlength=count)
     first = np.cumsum(per_group) - per_group
@@ -189,7 +180,7 @@ def _contract(layout: Layout, left: np.ndarray, right: np.ndarray) -> np.ndarray
 
 def _of_levels(
     fit: FittedModel,
-    params: np.ndarray,
+    parameters: np.ndarray,
     root: np.ndarray,
     of_level: np.ndarray,
     count: int,
@@ -205,30 +196,30 @@ def _of_levels(
     Z = np.concatenate([effects for _, effects in rows], axis=1) * root[:, None]
     columns = np.column_stack([from_basis(design, X), y - X @ np.asarray(design.beta_ols)])
     program = _compiled(fit.method == "REML", of_rows, count)
-    return program(params, design.without_names(), columns, Z, levels, of_level)
+    return program(parameters, design.without_names(), columns, Z, levels, of_level)
 
 
 @remembered
 def _compiled(reml: bool, of_rows: bool, count: int) -> Any:
     """`_of_levels` as a program."""
 
-    def program(params: Array, *arrays: Any) -> tuple[Array, Array, Array]:
-        def parts(params: Array) -> tuple[Array, Array, Array]:
-            return _parts(params, *arrays, reml=reml, of_rows=of_rows, count=count)
+    def program(parameters: Array, *arrays: Any) -> tuple[Array, Array, Array]:
+        def parts(parameters: Array) -> tuple[Array, Array, Array]:
+            return _parts(parameters, *arrays, reml=reml, of_rows=of_rows, count=count)
 
         def slope(unit: Array) -> tuple[Array, Array]:
-            _, (of_psi, _, of_beta) = jax.jvp(parts, (params,), (unit,))
+            _, (of_psi, _, of_beta) = jax.jvp(parts, (parameters,), (unit,))
             return of_psi, of_beta
 
-        _, own, _ = parts(params)
-        of_psi, of_beta = jax.lax.map(slope, jnp.eye(len(params), dtype=params.dtype))
+        _, own, _ = parts(parameters)
+        of_psi, of_beta = jax.lax.map(slope, jnp.eye(len(parameters), dtype=parameters.dtype))
         return of_psi.T, own, of_beta.T
 
     return jax.jit(program, compiler_options=quick_compilation(jax.default_backend()))
 
 
 def _parts(
-    params: Array,
+    parameters: Array,
     design: Design,
     columns: Array,
     Z: Array,
@@ -242,7 +233,7 @@ def _parts(
     """psi (count,), the change of beta (count, p) at given parameters, and beta (p,).
 
     Args:
-        params: (m + 1,), finite.
+        parameters: (m + 1,), finite.
         design: grouped.
         columns: (n, p + 1), the orthonormal basis of X and the residual of y, as in the design.
         Z: (n, q), scaled effects.
@@ -252,7 +243,7 @@ def _parts(
     """
     p = design.p
     structure: Any = design.structure
-    omega, log_sigma2 = design.units.omega(params)
+    omega, log_sigma2 = design.units.omega(parameters)
     projection = structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     rss = factor[p, p] ** 2

@@ -100,7 +100,7 @@ def predict(
 
     Returns:
         Predictions in the row labels of newdata; with `interval`, a frame with the columns
-        ``prediction``, ``se``, ``lower`` and ``upper``.
+        ``prediction``, ``std_error``, ``lower`` and ``upper``.
 
     Raises:
         DataError: a column that is missing or of another kind than in the fit, levels that the
@@ -155,7 +155,7 @@ def predict(
         variance += sigma2 / rows.weights
     se = np.sqrt(np.where(rows.estimable, variance, np.nan))
     half = ndtri((1 + conf_level) / 2) * se
-    columns = {"prediction": mean, "se": se, "lower": mean - half, "upper": mean + half}
+    columns = {"prediction": mean, "std_error": se, "lower": mean - half, "upper": mean + half}
     return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
 
 

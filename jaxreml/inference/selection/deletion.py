@@ -39,7 +39,7 @@ def drop1(
     Args:
         fit: the fit.
         scope: terms to leave out; all that no other contains if left out.
-        df: method for the denominator degrees of freedom of F tests, see `jaxreml.inference.tests`.
+        df: method for the denominator degrees of freedom of F tests, see `jaxreml.inference.wald`.
         test: "F" for F tests of a term's coefficients, as lmerTest's; "chi2" for likelihood ratios,
             of models fitted by ML.
 
@@ -63,8 +63,8 @@ def drop1(
         return _table(rows, names, COLUMNS)
     whole = fit if fit.method == "ML" else refit(fit, model, "ML")
     others = [refit(whole, model.without(name), "ML") for name in names]
-    sizes = [(other.df_model, other.criterion) for other in others]
-    return _ratios((whole.df_model, whole.criterion), dict(zip(names, sizes, strict=True)))
+    sizes = [(other.dof, other.criterion) for other in others]
+    return _ratios((whole.dof, whole.criterion), dict(zip(names, sizes, strict=True)))
 
 
 def _scope(model: Model, scope: str | Sequence[str] | None) -> list[str]:
@@ -138,11 +138,11 @@ def _ranova(
             refitted = refit(fit, smaller, fit.method) if smaller.bars else None
             found[label] = smaller, refitted
             sizes[label] = (
-                (refitted.df_model, refitted.criterion)
+                (refitted.dof, refitted.criterion)
                 if refitted is not None
                 else (len(fit.beta) + 1, LeastSquares(fit.frame).criterion(fit.method))
             )
-    return _ratios((fit.df_model, fit.criterion), sizes), found
+    return _ratios((fit.dof, fit.criterion), sizes), found
 
 
 def _ratios(whole: tuple[int, float], others: dict[str, tuple[int, float]]) -> pd.DataFrame:
@@ -211,7 +211,7 @@ def step(
 
     Args:
         fit: the model to begin with.
-        df: for the F tests of the fixed effects, see `jaxreml.inference.tests`.
+        df: for the F tests of the fixed effects, see `jaxreml.inference.wald`.
         alpha_random, alpha_fixed: levels.
         reduce_random, reduce_fixed: whether these are reduced at all.
         keep: terms of the fixed effects to keep.

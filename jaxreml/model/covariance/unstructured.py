@@ -12,7 +12,7 @@ residual variance ``sigma2``. The views, each a differentiable map of the one be
 ``omega``            lower triangles, column by column, of the relative covariance matrices
                      ``Omega_k = Lambda_k Lambda_k'``; the marginal covariance
                      ``V / sigma2 = I + Z Omega Z'`` is linear in them
-``params``           for each term its log-variances and then its correlation coordinates; the
+``parameters``           for each term its log-variances and then its correlation coordinates; the
                      residual log-variance last. Unconstrained
 ===================  ==========================================================================
 
@@ -62,7 +62,7 @@ def count_theta(sizes: Sizes) -> int:
 
 @lru_cache
 def positions(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Where `params` holds log-variances (the residual's last) and correlation coordinates."""
+    """Where `parameters` holds log-variances (the residual's last) and correlation coordinates."""
     log_variances: list[int] = []
     start = 0
     for q in sizes:
@@ -372,18 +372,18 @@ def _scale_of_omega(log_variances: Array, sizes: Sizes) -> Array:
     return jnp.exp((log_variances[rows] + log_variances[columns]) / 2 - log_variances[-1])
 
 
-def omega_from_params(params: Array, sizes: Sizes) -> tuple[Array, Array]:
-    """Relative covariances (m,) and the residual log-variance of `params` (m + 1,).
+def omega_from_parameters(parameters: Array, sizes: Sizes) -> tuple[Array, Array]:
+    """Relative covariances (m,) and the residual log-variance of `parameters` (m + 1,).
 
-    `params` may be on the boundary, as `boundary` shows them: -inf for the log of a variance of
+    `parameters` may be on the boundary, as `boundary` shows them: -inf for the log of a variance of
     zero, +-inf for the coordinate of a correlation of +-1. Their derivatives are the limits, zero.
     A coordinate of NaN that these leave undefined is not read.
     """
     of_variances, of_correlations = positions(sizes)
-    log_variances, z = params[of_variances], params[of_correlations]
+    log_variances, z = parameters[of_variances], parameters[of_correlations]
     if of_correlations.size:
         z = jnp.where(jnp.isnan(z) & _undefined(log_variances, z, sizes), 0.0, z)
-    return _scale_of_omega(log_variances, sizes) * _correlations(z, sizes), params[-1]
+    return _scale_of_omega(log_variances, sizes) * _correlations(z, sizes), parameters[-1]
 
 
 def _undefined(log_variances: Array, z: Array, sizes: Sizes) -> Array:
@@ -409,19 +409,19 @@ def _undefined(log_variances: Array, z: Array, sizes: Sizes) -> Array:
     return jnp.stack([none | entry for entry in undefined])
 
 
-def factors_from_params(params: Array, sizes: Sizes) -> tuple[Array, ...]:
-    """Relative Cholesky factors (q_k, q_k) of `params` (m + 1,) as `boundary` shows them."""
+def factors_from_parameters(parameters: Array, sizes: Sizes) -> tuple[Array, ...]:
+    """Relative Cholesky factors (q_k, q_k) of `parameters` (m + 1,) as `boundary` shows them."""
     factors = []
     start = 0
     for q in sizes:
-        log_variances = params[start : start + q] - params[-1]
+        log_variances = parameters[start : start + q] - parameters[-1]
         varies = log_variances > -jnp.inf
         sd = jnp.where(varies, jnp.exp(jnp.where(varies, log_variances, 0.0) / 2), 0.0)
         start += q
         rows = []
         for i in range(q):
             rest, row = sd[i], []
-            for z in params[start : start + i]:
+            for z in parameters[start : start + i]:
                 finite = jnp.isfinite(z)
                 inside = jnp.where(finite, z, 0.0)
                 at_limit = jnp.isinf(z)
@@ -433,10 +433,10 @@ def factors_from_params(params: Array, sizes: Sizes) -> tuple[Array, ...]:
     return tuple(factors)
 
 
-def params_from_factors(
+def parameters_from_factors(
     factors: tuple[Array, ...], log_sigma2: Array, *, zero: float, limit: float
 ) -> Array:
-    """`params` of relative Cholesky factors.
+    """`parameters` of relative Cholesky factors.
 
     Args:
         factors: lower triangular (q_k, q_k), relative to the residual standard deviation.
@@ -453,8 +453,8 @@ def params_from_factors(
     return jnp.concatenate([*parts, log_sigma2[None]])
 
 
-def boundary(factors: tuple[Array, ...], params: Array) -> tuple[Array, Array]:
-    """Which of `params` are inside the parameter space, and what to show for the others.
+def boundary(factors: tuple[Array, ...], parameters: Array) -> tuple[Array, Array]:
+    """Which of `parameters` are inside the parameter space, and what to show for the others.
 
     That is read off the exact zeros of the factors: with all pivots positive everything is inside.
     A pivot of zero uses up its effect's variance at the last entry of its row that is not zero:
@@ -462,10 +462,10 @@ def boundary(factors: tuple[Array, ...], params: Array) -> tuple[Array, Array]:
 
     Args:
         factors: relative Cholesky factors as `factor_semidefinite` gives them, zeros exact.
-        params: their `params_from_factors`.
+        parameters: their `parameters_from_factors`.
 
     Returns:
-        (m + 1,) booleans, and `params` with -inf for the log of a zero variance, +-inf for the
+        (m + 1,) booleans, and `parameters` with -inf for the log of a zero variance, +-inf for the
         coordinate of a correlation of +-1 and NaN for one that is not identified there.
     """
     free = []
@@ -475,43 +475,43 @@ def boundary(factors: tuple[Array, ...], params: Array) -> tuple[Array, Array]:
         q = factor.shape[0]
         positive = jnp.sum(factor**2, axis=1) > 0
         pivots = linalg.diagonal(factor) > 0
-        variances = params[start : start + q]
+        variances = parameters[start : start + q]
         free.append(positive)
         shown.append(jnp.where(positive, variances, -jnp.inf))
         start += q
         for i in range(1, q):
             _, left = _tails(factor[i], i)
             for j in range(i):
-                z = params[start]
+                z = parameters[start]
                 inside = positive[i] & pivots[j] & left[j]
                 at_limit = pivots[j] & ~left[j] & (factor[i, j] != 0)
                 free.append(inside[None])
                 outside = jnp.where(at_limit, jnp.sign(z) * jnp.inf, jnp.nan)
                 shown.append(jnp.where(inside, z, outside)[None])
                 start += 1
-    free.append(jnp.ones_like(params[-1:], bool))
-    shown.append(params[-1:])
+    free.append(jnp.ones_like(parameters[-1:], bool))
+    shown.append(parameters[-1:])
     return jnp.concatenate(free), jnp.concatenate(shown)
 
 
-def hessian_in_params(
-    params: Array, gradient: Array, hessian: Array, sizes: Sizes
+def hessian_in_parameters(
+    parameters: Array, gradient: Array, hessian: Array, sizes: Sizes
 ) -> tuple[Array, Array]:
-    """Chain rule: derivatives in (omega, log sigma2) at `params` to derivatives in `params`.
+    """Chain rule: derivatives in (omega, log sigma2) to those in `parameters`, at these.
 
     Args:
-        params: (m + 1,), where the derivatives were taken.
+        parameters: (m + 1,), where the derivatives were taken.
         gradient: (m + 1,), in omega and log sigma2; the last entry is not read.
         hessian: (m + 1, m + 1), likewise.
         sizes: effects per term.
 
     Returns:
-        The Jacobian of (omega, log sigma2) in `params` and the Hessian in `params`, both
+        The Jacobian of (omega, log sigma2) in `parameters` and the Hessian in `parameters`, both
         (m + 1, m + 1).
     """
     of_variances, of_correlations = positions(sizes)
-    z = params[of_correlations]
-    scale = _scale_of_omega(params[of_variances], sizes)
+    z = parameters[of_correlations]
+    scale = _scale_of_omega(parameters[of_variances], sizes)
     # omega = scale * correlations, and log(scale) is linear in the log-variances.
     rows, columns = effects_of_omega(sizes)
     m, v = rows.size, of_variances.size
@@ -520,8 +520,10 @@ def hessian_in_params(
     np.add.at(linear, (np.arange(m), columns), 0.5)
     linear[:, -1] = -1.0
     omega = scale * _correlations(z, sizes)
-    jacobian = omega[:, None] * linear.reshape(m, v, *[1] * (params.ndim - 1)).astype(params.dtype)
-    linear = jnp.asarray(linear, params.dtype)
+    jacobian = omega[:, None] * linear.reshape(m, v, *[1] * (parameters.ndim - 1)).astype(
+        parameters.dtype
+    )
+    linear = jnp.asarray(linear, parameters.dtype)
     curvature = jnp.tensordot(linear.T, gradient[:m, None] * jacobian, axes=1)
     if of_correlations.size:
         slope, bend = _correlation_derivatives(z, sizes)
