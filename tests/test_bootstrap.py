@@ -383,7 +383,7 @@ def test_power_is_that_of_the_noncentral_t(trial):
         limit = stats.t.ppf(0.975, row.n - 2)
         exact = stats.nct.sf(limit, row.n - 2, row.size / se)
         exact += stats.nct.cdf(-limit, row.n - 2, row.size / se)
-        assert row.low < exact < row.high
+        assert row.lower < exact < row.upper
         assert row.n_failed == 0 and row.share_singular < 0.01
 
 

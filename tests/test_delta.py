@@ -53,7 +53,7 @@ def test_all_models_with_one_correlation_have_glmmTMBs_standard_errors():
         z = np.arctanh(row["estimate"]) + np.array([-Q, Q]) * row["std_error"] / (
             1 - row["estimate"] ** 2
         )
-        np.testing.assert_allclose(row[["lower", "upper"]].astype(float), np.tanh(z))
+        np.testing.assert_allclose(row[["conf_low", "conf_high"]].astype(float), np.tanh(z))
 
 
 def test_covariance_is_that_of_a_finite_difference_hessian():

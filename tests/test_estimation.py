@@ -32,7 +32,7 @@ def test_standard_errors_equal_a_numerical_hessian(method):
     def value(params):
         return independent.neg2_loglik(params, y, X, [(codes, Z)], reml=method == "REML")
 
-    params = np.asarray(fit.params)
+    params = np.asarray(fit.parameters)
     assert float(fit.criterion) == pytest.approx(value(params), rel=1e-12)
     assert np.abs(independent.gradient(value, params)).max() < 1e-6
     hessian = independent.hessian(value, params)
@@ -53,7 +53,7 @@ def test_derivatives_of_vcov_equal_finite_differences():
         V = independent.marginal_covariance(params, [(codes, Z)], None, len(y))
         return np.linalg.inv(X.T @ np.linalg.solve(V, X))
 
-    slopes = independent.gradient(vcov, np.asarray(fit.params))
+    slopes = independent.gradient(vcov, np.asarray(fit.parameters))
     np.testing.assert_allclose(fit.vcov_slopes, slopes, atol=1e-8)
 
 
@@ -144,8 +144,8 @@ def test_correlation_close_to_one_is_not_taken_for_one():
     fit = estimate(design)
     assert int(fit.status) == Status.CONVERGED
     assert not bool(fit.is_singular)
-    assert 0.99997 < np.tanh(fit.params[2]) < 0.999999
-    value = float(reml_objective(fit.params, design))
+    assert 0.99997 < np.tanh(fit.parameters[2]) < 0.999999
+    value = float(reml_objective(fit.parameters, design))
     assert value == pytest.approx(float(fit.criterion), abs=1e-6)
     assert np.isfinite(fit.log_variance_se).all()
 
@@ -229,7 +229,9 @@ def test_no_fixed_effects():
     y, _, codes, _ = independent.simulate(3, q=1)
     none = np.empty((y.size, 0))
     fit = estimate(Design.from_arrays(y, none, [codes]))
-    value = independent.neg2_loglik(fit.params, y, none, [(codes, np.ones((y.size, 1)))], reml=True)
+    value = independent.neg2_loglik(
+        fit.parameters, y, none, [(codes, np.ones((y.size, 1)))], reml=True
+    )
     assert float(fit.criterion) == pytest.approx(value, rel=1e-12)
     assert fit.beta.shape == (0,)
 
@@ -394,9 +396,9 @@ def test_singular_fits_of_three_effects():
         assert int(fit.status) == int(other.status) == Status.CONVERGED
         rank = int((fit.theta[np.array([0, 3, 5])] > 0).sum())
         assert bool(fit.is_singular) == bool(other.is_singular) == (rank < q)
-        free = np.isfinite(np.asarray(fit.params[:-1]))
+        free = np.isfinite(np.asarray(fit.parameters[:-1]))
         assert free.sum() == q * rank - rank * (rank - 1) // 2
-        assert np.isinf(fit.params[3:6]).sum() == q - rank
+        assert np.isinf(fit.parameters[3:6]).sum() == q - rank
         errors = np.sqrt(np.diagonal(fit.parameters_vcov))
         if np.nanmin(np.diagonal(fit.hessian)) < FLAT:  # z of a correlation next to 1 is not known
             assert np.isnan(errors).all()
@@ -405,7 +407,7 @@ def test_singular_fits_of_three_effects():
         np.testing.assert_allclose(errors, np.sqrt(np.diagonal(other.parameters_vcov)), rtol=1e-8)
         if rank not in ranks:  # one of each rank by an independent route
             free = np.append(free, True)
-            params = np.nan_to_num(np.asarray(fit.params), posinf=20.0, neginf=-20.0)
+            params = np.nan_to_num(np.asarray(fit.parameters), posinf=20.0, neginf=-20.0)
 
             def value(some, params=params, free=free, y=y):
                 moved = params.copy()

@@ -109,7 +109,7 @@ def test_objective_and_derivatives_far_from_the_origin():
     """The objective in the user's parameters is least at the estimate and curved as it says."""
     design = arrays(2000.0)
     found = estimate(design)
-    value, slope = jax.value_and_grad(reml_objective)(found.params, design)
+    value, slope = jax.value_and_grad(reml_objective)(found.parameters, design)
     assert float(value) == pytest.approx(float(found.criterion), abs=1e-8)
     steps = np.asarray(jnp.sqrt(jnp.diagonal(found.parameters_vcov)))
     assert np.abs(slope * steps).max() < 1e-5
@@ -121,7 +121,7 @@ def test_stack_of_near_and_far_origins():
     together = jax.vmap(estimate)(stack(designs))
     for k, design in enumerate(designs):
         alone = estimate(design)
-        np.testing.assert_allclose(together.params[k], alone.params, atol=1e-8)
+        np.testing.assert_allclose(together.parameters[k], alone.parameters, atol=1e-8)
         error = np.diagonal(together.parameters_vcov[k]) / np.diagonal(alone.parameters_vcov) - 1
         assert np.abs(error).max() < 1e-6
 
