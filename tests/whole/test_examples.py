@@ -16,7 +16,7 @@ from matplotlib.image import imread
 
 from jaxreml import Status
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 def check_schools(figures: dict, text: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import references
 from fits import fitted
 from references import data, reference
 
@@ -18,9 +18,7 @@ import jaxreml
 from jaxreml import DataError, FormulaError, LMMResults
 from jaxreml.optimum.effects import row_variances
 
-FIGURES = json.loads(
-    (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
-)
+FIGURES = json.loads((references.HERE / "predictions" / "predictions.json").read_text())
 
 
 def henderson(fit: LMMResults) -> np.ndarray:

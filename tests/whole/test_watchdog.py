@@ -34,7 +34,7 @@ def test_a_test_that_hangs_fails_with_its_stack(tmp_path, workers, sleep):
     (tmp_path / "test_of_c.py").write_text(HANGS.format(sleep=sleep))
     command = [sys.executable, "-m", "pytest", "-p", "watchdog", "-n", str(workers), "test_of_c.py"]
     settings = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    settings |= {"PYTHONPATH": str(Path(__file__).parent), "JAXREML_TEST_LIMIT": "0.2"}
+    settings |= {"PYTHONPATH": str(Path(__file__).parents[1]), "JAXREML_TEST_LIMIT": "0.2"}
     run = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert run.returncode == 1
     assert "Timeout (0:00:01)!" in run.stderr

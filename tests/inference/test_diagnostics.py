@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 from fits import fitted
 from references import reference
 
@@ -18,9 +18,9 @@ import jaxreml
 from jaxreml import DataError, LMMResults
 from jaxreml.model.covariance import unstructured
 
-FIGURES = json.loads(
-    (Path(__file__).parent / "reference" / "predictions" / "predictions.json").read_text()
-)["influence"]
+FIGURES = json.loads((references.HERE / "predictions" / "predictions.json").read_text())[
+    "influence"
+]
 
 
 @functools.cache

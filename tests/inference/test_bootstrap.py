@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import references
 from scipy import stats
 
 import jaxreml
@@ -26,7 +26,7 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.optimum.estimate import Status
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
-R = json.loads((Path(__file__).parent / "reference" / "bootstrap.txt").read_text())
+R = json.loads((references.HERE / "bootstrap.txt").read_text())
 
 
 @pytest.fixture(scope="module")
