@@ -60,6 +60,13 @@ def quick_compilation(platform: str) -> dict[str, bool] | None:
     return options
 
 
+def quick_jit(function: Callable[..., Any]) -> Any:
+    """`jax.jit` of a function of arrays, by `quick_compilation` for the default device."""
+    import jax
+
+    return jax.jit(function, compiler_options=quick_compilation(jax.default_backend()))
+
+
 def remembered(maker: _Maker) -> _Maker:
     """`lru_cache` of a function that makes compiled programs, which `forget_programs` empties."""
     cached: Any = lru_cache(maker)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxreml.arguments import is_reml
-from jaxreml.backend.compilation import quick_compilation, remembered, spare_memory_maps
+from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
 from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
@@ -65,10 +65,7 @@ def fit_frame(
 @remembered
 def _compiled(function: Callable[..., Any], method: str, **options: Any) -> Callable[..., Any]:
     """`function` of arrays, jitted so that it compiles quickly."""
-    return jax.jit(
-        lambda *arrays: function(*arrays, method, **options),
-        compiler_options=quick_compilation(jax.default_backend()),
-    )
+    return quick_jit(lambda *arrays: function(*arrays, method, **options))
 
 
 def _fields(

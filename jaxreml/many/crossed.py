@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.many.programs import Plan, pack, tests_of
 from jaxreml.many.record import Table
@@ -211,15 +211,11 @@ class _Programs:
     """The compiled programs; the certificate is apart from the search."""
 
     def __init__(self, plan: Plan, max_iterations: int):
-        options = quick_compilation(jax.default_backend())
-
-        def compiled(function: Any, **fixed: Any) -> Any:
-            return jax.jit(partial(function, **fixed), compiler_options=options)
-
-        self.estimate = compiled(_estimates, reml=plan.reml, max_iterations=max_iterations)
-        self.certify = compiled(_certified, plan=plan)
-        self.gradients = compiled(_gradients, reml=plan.reml)
-        self.modes = compiled(_modes)
+        estimates = partial(_estimates, reml=plan.reml, max_iterations=max_iterations)
+        self.estimate = quick_jit(estimates)
+        self.certify = quick_jit(partial(_certified, plan=plan))
+        self.gradients = quick_jit(partial(_gradients, reml=plan.reml))
+        self.modes = quick_jit(_modes)
 
 
 _programs = remembered(_Programs)

@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml.arguments import check_df, is_reml
-from jaxreml.backend.compilation import quick_compilation, remembered, spare_memory_maps
+from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
 from jaxreml.backend.devices import local_devices
 from jaxreml.backend.runtime import neutral, require_own_threads
 from jaxreml.data.estimability import RowSpace
@@ -213,7 +213,7 @@ def _gradients(reml: bool) -> Any:
         each = jax.vmap(lambda own: slope(parameters, shared.each(own)), in_axes=-1)
         return each(shared.reduce(values, exact=True))
 
-    return jax.jit(of_all, compiler_options=quick_compilation(jax.default_backend()))
+    return quick_jit(of_all)
 
 
 class _Part(NamedTuple):

@@ -12,7 +12,7 @@ import scipy.linalg
 from jax import Array
 
 from jaxreml.arguments import is_reml
-from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
 from jaxreml.model.covariance import unstructured
@@ -130,7 +130,7 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
 
 @remembered
 def _compiled_henderson() -> Any:
-    return jax.jit(_henderson, compiler_options=quick_compilation(jax.default_backend()))
+    return quick_jit(_henderson)
 
 
 def _henderson(theta: Array, design: Design) -> Henderson:

@@ -375,7 +375,7 @@ def test_progress_on_a_terminal():
 
 
 @pytest.mark.optimised  # lanes against single fits
-@pytest.mark.parametrize("formula", ["~ x + (x | g) + (1 | h)", "~ x + (1 | g / k)"])
+@pytest.mark.parametrize("formula", ["~ x + (1 | g) + (1 | h)", "~ x + (1 | g / k)"])
 def test_crossed_and_nested_factors_are_single_fits(formula):
     rng = np.random.default_rng(5)
     n = 240
@@ -389,7 +389,7 @@ def test_crossed_and_nested_factors_are_single_fits(formula):
     results = jaxreml.fit_many(formula, data, values, **options)
     assert results.model.structure == "crossed"
     assert results.is_singular.any() and results.status[4] == jaxreml.Status.CONSTANT
-    for i in (0, 1, 2, 3, 69):
+    for i in (0, 2, 69):
         single = results.estimate(i)
         test = single.test([1, 1], df="kenward-roger", joint=False)
         np.testing.assert_allclose(results.criterion[i], single.criterion, rtol=1e-11)

@@ -29,7 +29,7 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from jaxreml.arguments import check_conf_level, check_df
-from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
@@ -183,7 +183,7 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
 
 @remembered
 def _adjust() -> Any:
-    return jax.jit(adjust, compiler_options=quick_compilation(jax.default_backend()))
+    return quick_jit(adjust)
 
 
 def approximation(fit: FittedModel, df: str) -> Approximation:

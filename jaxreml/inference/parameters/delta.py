@@ -20,7 +20,7 @@ from jax import Array
 from scipy.special import expit, logit, ndtri
 
 from jaxreml.arguments import check_conf_level
-from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
@@ -137,11 +137,8 @@ def program(g: Callable[..., Any], groups: components.Groups) -> Program:
         value = _vector(g(beta, components.of_parameters(inside, groups), *data))
         return value, value
 
-    options = quick_compilation(jax.default_backend())
-    return Program(
-        jax.jit(values, compiler_options=options),
-        jax.jit(jax.jacfwd(at_parameters, argnums=(0, 1), has_aux=True), compiler_options=options),
-    )
+    slopes = jax.jacfwd(at_parameters, argnums=(0, 1), has_aux=True)
+    return Program(quick_jit(values), quick_jit(slopes))
 
 
 def _vector(value: Any) -> Array:

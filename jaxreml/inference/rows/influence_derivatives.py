@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import block_diag
 
-from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
@@ -215,7 +215,7 @@ def _compiled(reml: bool, of_rows: bool, count: int) -> Any:
         of_psi, of_beta = jax.lax.map(slope, jnp.eye(len(parameters), dtype=parameters.dtype))
         return of_psi.T, own, of_beta.T
 
-    return jax.jit(program, compiler_options=quick_compilation(jax.default_backend()))
+    return quick_jit(program)
 
 
 def _parts(
