@@ -76,6 +76,11 @@ class Estimate:
     is_singular: Array
     status: Array
 
+    @property
+    def params(self) -> Array:
+        """`parameters`, by its former name."""
+        return self.parameters
+
 
 def estimate(
     design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12

@@ -23,7 +23,7 @@ ROOMS = [
     {"results"},
     {"inference"},
     {"many"},
-    {"fitting"},
+    {"fitting", "frame"},
     {"data", "optimum"},
     {"model"},
     {"arguments", "backend", "datasets"},
