@@ -1,1 +1,3 @@
 """The command line."""
+
+from jaxreml.cli.commands import app as app

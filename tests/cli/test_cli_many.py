@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import jaxreml
-from jaxreml.cli.app import app
+from jaxreml.cli.commands import app
 
 FORMULA = "~ Days + (1 | Subject)"
 

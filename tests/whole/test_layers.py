@@ -93,7 +93,11 @@ def test_imports_go_down():
             "from jaxreml.optimum import newton",
             "model.units imports optimum.newton",
         ),
-        ("model/units.py", "def f():\n    import jaxreml.cli.app", "model.units imports cli.app"),
+        (
+            "model/units.py",
+            "def f():\n    import jaxreml.cli.commands",
+            "model.units imports cli.commands",
+        ),
         (
             "data/formula.py",
             "if 0:\n    from jaxreml import fit",
