@@ -1,4 +1,3 @@
 """The former home of `model_frame`; new code imports it from `jaxreml.data.frame`."""
 
-from jaxreml.data.frame import covariate_frame as covariate_frame
 from jaxreml.data.frame import model_frame as model_frame

@@ -24,8 +24,9 @@ from jaxreml.data.responses import Responses
 from jaxreml.data.sources import import_parquet
 from jaxreml.errors import DataError
 from jaxreml.many.engine import BatchFitter
+from jaxreml.many.fitted import BatchModel
+from jaxreml.many.numbers import Fits
 from jaxreml.many.processes import Crew, gather, widths
-from jaxreml.many.record import BatchModel, Fits
 from jaxreml.optimum.estimate import Status
 from jaxreml.results.batch import BatchResults
 from jaxreml.results.results import LMMResults
@@ -33,9 +34,9 @@ from jaxreml.results.streamed import (
     Parts,
     StreamedResults,
     check_output,
-    count_failures,
     describe_run,
     first_failed,
+    frequent_failures,
 )
 
 BLOCK_BYTES = 64 << 20  # of values or results of one block, whichever is more
@@ -271,7 +272,7 @@ def _fit_to_file(
     pq = import_parquet("output to parquet")
     table = pq.read_table(parts.output, columns=["response", "status"])
     names, status = (table.column(name).to_numpy() for name in table.column_names)
-    failures = count_failures(status), first_failed(names, status)
+    failures = frequent_failures(status), first_failed(names, status)
     return StreamedResults(parts.output, job.model, len(status), *failures)
 
 

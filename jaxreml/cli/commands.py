@@ -268,7 +268,7 @@ def fit_many(
     from jaxreml.backend.compilation import enable_compilation_cache
     from jaxreml.backend.devices import local_devices
     from jaxreml.errors import DataError
-    from jaxreml.results.streamed import count_failures, first_failed
+    from jaxreml.results.streamed import first_failed, frequent_failures
 
     started = time.perf_counter()
     with _errors_as_exits():
@@ -289,7 +289,7 @@ def fit_many(
             count, failures, names = result.n_responses, result.failures, result.failed
         else:
             count, status = len(result), result.fits.status
-            failures, names = count_failures(status), first_failed(result.responses, status)
+            failures, names = frequent_failures(status), first_failed(result.responses, status)
             effects = ("fixed", "contrasts", "ran_pars") if contrasts else ("fixed", "ran_pars")
             result.tidy(effects).to_csv(output, index=False)
     failed = sum(failures.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,15 +14,13 @@ from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
 from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.fitting.fitted import FittedModel, Grouping
+from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
 from jaxreml.model.design import with_spare_levels
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_variances, inspect
 from jaxreml.optimum.estimate import estimate
 from jaxreml.optimum.rivals import optimality
 from jaxreml.status import NO_FIT, Status
-
-Fit = TypeVar("Fit", bound=FittedModel)
 
 
 def fit_frame(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -351,6 +351,11 @@ class FittedModel:
         """Response less fitted values."""
         return pd.Series(self.y - self.fitted, self.table.index, name="resid")
 
+    @property
+    def prior_weights(self) -> np.ndarray:
+        """(n,), ones where the fit has none."""
+        return np.ones(self.nobs) if self.weights is None else self.weights
+
     @cached_property
     def henderson(self) -> Henderson:
         """What the variances of x'beta + z'b are made of; see `effects.row_variances`."""
@@ -408,3 +413,6 @@ class FittedModel:
                     else f"the correlation matrix of the effects of {grouping.name} has lost rank"
                 )
         return found
+
+
+Fit = TypeVar("Fit", bound=FittedModel)

@@ -17,11 +17,11 @@ from jax import Array
 
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
-from jaxreml.many.programs import Plan, pack, tests_of
-from jaxreml.many.record import Table
+from jaxreml.many.numbers import Table
+from jaxreml.many.programs import pack, tests_of
 from jaxreml.many.shared import Prepared
 from jaxreml.model import linalg
-from jaxreml.model.design import Design
+from jaxreml.model.design import Design, placeholders
 from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.structures import Crossed
 from jaxreml.model.structures.crossed.planning import CrossedBasis
@@ -84,8 +84,7 @@ class CrossedRows:
             "n": np.float64(prepared.n_used),
             "trouble": np.int32(0),
         }
-        names = tuple((str(k), ("",) * q) for k, q in enumerate(prepared.sizes))
-        design = Design(**fields, p=p, names=names, dtype="float64").without_names()
+        design = Design(**fields, p=p, names=placeholders(prepared.sizes), dtype="float64")
         structure = design.structure
         assert isinstance(structure, Crossed)
         numbers = structure.rest.size + sum(
@@ -134,10 +133,11 @@ class CrossedRows:
         values: np.ndarray,
         columns: np.ndarray,
         table: Table,
-        plan: Plan,
         contrasts: np.ndarray,
         devices: list[Any],
         *,
+        reml: bool,
+        df: str,
         max_iterations: int,
         modes: bool,
         known: tuple[np.ndarray, np.ndarray],
@@ -148,15 +148,16 @@ class CrossedRows:
             values: missing ones in rows that are not used.
             columns: which.
             table: of the block.
-            plan: as for the programs of other structures.
             contrasts: (k, p).
             devices: to work on in turn.
+            reml: REML or ML.
+            df: degrees of freedom of tests, as in `fit_many`.
             max_iterations: as in `estimate`.
             modes: whether to store conditional modes.
             known: coefficients and estimable, as `Table.store` takes them.
         """
-        programs = _programs(plan, max_iterations)
-        blank = self.blank() if plan.df.startswith("kenward-roger") else None
+        programs = _programs(reml, df, max_iterations)
+        blank = self.blank() if df.startswith("kenward-roger") else None
         lanes = 1 if columns.size == 1 else self.lanes  # a pattern of missing values of its own
         unused = None if self.prepared.used.all() else ~self.prepared.used
 
@@ -178,13 +179,13 @@ class CrossedRows:
 
     def gradients(self, parameters: np.ndarray, values: np.ndarray, *, reml: bool) -> np.ndarray:
         """Gradients of the objective at `parameters` for each column of `values`, (b, m + 1)."""
-        programs = _programs(Plan(reml, False, False), 0)
+        programs = _gradient_program(reml)
         found = []
         for start in range(0, values.shape[1], self.lanes):
             columns = np.arange(start, min(start + self.lanes, values.shape[1]))
             lanes = self.reduce(values[:, np.resize(columns, self.lanes)])
             with neutral():
-                gradients = programs.gradients(self.design, parameters, lanes)
+                gradients = programs(self.design, parameters, lanes)
             found.append(np.asarray(gradients)[: columns.size])
         return np.concatenate(found)
 
@@ -210,15 +211,19 @@ def _design(shared: Design, lane: Lane) -> Design:
 class _Programs:
     """The compiled programs; the certificate is apart from the search."""
 
-    def __init__(self, plan: Plan, max_iterations: int):
-        estimates = partial(_estimates, reml=plan.reml, max_iterations=max_iterations)
+    def __init__(self, reml: bool, df: str, max_iterations: int):
+        estimates = partial(_estimates, reml=reml, max_iterations=max_iterations)
         self.estimate = quick_jit(estimates)
-        self.certify = quick_jit(partial(_certified, plan=plan))
-        self.gradients = quick_jit(partial(_gradients, reml=plan.reml))
+        self.certify = quick_jit(partial(_certified, reml=reml, df=df))
         self.modes = quick_jit(_modes)
 
 
 _programs = remembered(_Programs)
+
+
+@remembered
+def _gradient_program(reml: bool) -> Any:
+    return quick_jit(partial(_gradients, reml=reml))
 
 
 def _estimates(shared: Design, lanes: Lane, *, reml: bool, max_iterations: int) -> Estimate:
@@ -238,14 +243,15 @@ def _certified(
     contrasts: Array,
     blank: Design | None,
     *,
-    plan: Plan,
+    reml: bool,
+    df: str,
 ) -> Array:
     """Certified status and numbers of fits as `Table.store` takes them."""
 
     def certify(lane: Lane, found: Estimate) -> Array:
-        value, gradient = criterion(found, _design(shared, lane), plan.reml)
+        value, gradient = criterion(found, _design(shared, lane), reml)
         again = replace(found, gradient_norm=jnp.sqrt(jnp.sum(gradient**2)))
-        tests = tests_of(found, contrasts, plan.df, shared.n - shared.p, blank)
+        tests = tests_of(found, contrasts, df, shared.n - shared.p, blank)
         return pack(again, value, tests)
 
     return jax.vmap(certify, in_axes=(-1, 0), out_axes=-1)(lanes, found)

@@ -29,8 +29,8 @@ from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
 from jaxreml.many.crossed import CrossedRows
+from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.programs import Plan, programs
-from jaxreml.many.record import Fits, Table
 from jaxreml.many.screening import Grid, has_one_optimum, path, rises, screened
 from jaxreml.many.shared import DOUBTFUL, Reduced, SharedDesign, prepare, share
 from jaxreml.model.covariance import unstructured
@@ -187,9 +187,10 @@ class BatchFitter:
             values,
             columns,
             table,
-            Plan(self.reml, False, False, self.df),
             self.contrasts[:, design.coefficients],
             self.devices,
+            reml=self.reml,
+            df=self.df,
             max_iterations=self.max_iterations,
             modes=self.modes,
             known=(design.coefficients, design.estimable),

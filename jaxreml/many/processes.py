@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxreml.errors import JaxremlError
-from jaxreml.many.record import Fits
+from jaxreml.many.numbers import Fits
 
 
 class Crew(NamedTuple):

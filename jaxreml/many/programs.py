@@ -158,7 +158,7 @@ def _conclude(
     *,
     plan: Plan,
 ) -> Array:
-    """Everything at the roots found, (1 + R, lanes): status, then the fields of `record.Table`.
+    """Everything at the roots found, (1 + R, lanes): status, then the fields of `numbers.Table`.
 
     `before` are expansions in earlier passes; the last one is the one here. `contrasts` are (k, p).
     """

@@ -284,16 +284,17 @@ class Prepared(NamedTuple):
     """Rows of a model without a response, orthogonalised on the host.
 
     Attributes:
-        used: (n,) booleans; the other rows are zero.
+        X: (n, p), as given.
+        used: (n,) booleans; the other rows are zero below.
         roots: (n,) of the weights, zero in rows not used; None if all are one.
         offset: (n,) or None.
         log_weights: sum over the rows used.
         units: of the effects.
         effects: per term codes (n,), columns (n, q) in these units, and number of levels.
         basis_rows, triangle: weighted X = `basis_rows` (n, p), orthonormal, times (p, p).
-        constant: (p,), coefficients of the constant in the columns of X; zero if it is not there.
     """
 
+    X: np.ndarray
     used: np.ndarray
     roots: np.ndarray | None
     offset: np.ndarray | None
@@ -302,7 +303,6 @@ class Prepared(NamedTuple):
     effects: list[tuple[np.ndarray, Any, int]]
     basis_rows: np.ndarray
     triangle: np.ndarray
-    constant: np.ndarray
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -360,10 +360,7 @@ def prepare(
     rows = X if roots is None else X * roots[:, None]
     basis_rows, triangle = orthonormal(rows)
     require_full_rank(triangle, rows)
-    constant = _constant(X[used])
-    prepared = Prepared(
-        used, roots, offset, log_weights, units, effects, basis_rows, triangle, constant
-    )
+    prepared = Prepared(X, used, roots, offset, log_weights, units, effects, basis_rows, triangle)
     return prepared, basis
 
 
@@ -373,7 +370,7 @@ def share(prepared: Prepared, basis: GroupedBasis | DenseBasis, *, reml: bool) -
     Equal levels are not collapsed where not all rows are used, so that all patterns have the same
     shapes.
     """
-    used, roots, offset, log_weights, units, effects, basis_rows, triangle, constant = prepared
+    X, used, roots, offset, log_weights, units, effects, basis_rows, triangle = prepared
     sizes, whole = prepared.sizes, bool(used.all())
     plan = eigen = pairs = None
     grouped = isinstance(basis, GroupedBasis)
@@ -402,7 +399,7 @@ def share(prepared: Prepared, basis: GroupedBasis | DenseBasis, *, reml: bool) -
         codes=codes,  # pyright: ignore
         rest_rows=rest,  # pyright: ignore
         basis=triangle,  # pyright: ignore
-        constant=constant,  # pyright: ignore
+        constant=_constant(X[used]),  # pyright: ignore
         factors=of_x.factors,
         scores_x=of_x.scores,
         remainder_xx=of_x.remainder,

@@ -240,8 +240,12 @@ class Design:
     def without_names(self) -> Design:
         """The same design under placeholder names, so that designs that differ only in names share
         one compilation."""
-        names = tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes))
-        return replace(self, names=names)
+        return replace(self, names=placeholders(self.sizes))
+
+
+def placeholders(sizes: tuple[int, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`Design.names` of terms with so many effects each."""
+    return tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(sizes))
 
 
 def dependent_share(dtype: Any) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxreml.errors import DataError
-from jaxreml.many.record import FittedBatch
+from jaxreml.many.fitted import FittedBatch
 from jaxreml.optimum.estimate import Status
 from jaxreml.results import batch_tables, parquet
 from jaxreml.results.results import LMMResults

@@ -14,8 +14,8 @@ from jaxreml.fitting.fitted import RESIDUAL
 from jaxreml.model.covariance import unstructured
 
 if TYPE_CHECKING:
-    from jaxreml.many.record import FittedBatch
-from jaxreml.many.record import BatchModel
+    from jaxreml.many.fitted import FittedBatch
+from jaxreml.many.fitted import BatchModel
 
 EFFECTS = ("fixed", "ran_pars", "contrasts")
 Labels = list[tuple[str, str | None, str]]  # effect, group, term

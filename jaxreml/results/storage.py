@@ -12,17 +12,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.fitting.fitted import ROWS, FittedModel, Grouping
+from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
 
 FORMAT = "jaxreml.LMMResults"
-Fit = TypeVar("Fit", bound=FittedModel)
 VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
 
 

@@ -23,7 +23,8 @@ from jaxreml import __version__
 from jaxreml.data.frame import ModelFrame
 from jaxreml.data.sources import import_parquet
 from jaxreml.errors import DataError
-from jaxreml.many.record import BatchModel, benjamini_hochberg
+from jaxreml.many.fitted import BatchModel, benjamini_hochberg
+from jaxreml.many.numbers import count_failures
 from jaxreml.optimum.estimate import Status
 from jaxreml.results import batch_tables, parquet
 from jaxreml.results.batch import BatchResults
@@ -65,11 +66,9 @@ class StreamedResults:
         return BatchResults.read_parquet(self.path)
 
 
-def count_failures(status: np.ndarray) -> dict[str, int]:
-    """How many responses have no optimum, by sentence, most frequent first."""
-    codes, counts = np.unique(status[status != Status.CONVERGED], return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return {Status(int(codes[k])).sentence: int(counts[k]) for k in order}
+def frequent_failures(status: np.ndarray) -> dict[str, int]:
+    """`count_failures`, the most frequent first."""
+    return dict(sorted(count_failures(status).items(), key=lambda item: -item[1]))
 
 
 def first_failed(names: Any, status: np.ndarray, most: int = 5) -> dict[str, list[Any]]:

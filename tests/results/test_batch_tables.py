@@ -15,7 +15,8 @@ import pytest
 
 import jaxreml
 from jaxreml import BatchResults, DataError, Status
-from jaxreml.many.record import BatchModel, Fits
+from jaxreml.many.fitted import BatchModel
+from jaxreml.many.numbers import Fits
 from jaxreml.model.covariance import unstructured
 from jaxreml.results.parquet import from_table, to_table
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy
 from scipy.optimize import brentq
 from scipy.special import chdtrc, fdtrc, ndtri, stdtr, stdtrit
-from scipy.stats import false_discovery_control, qmc, studentized_range
 
 ADJUSTMENTS = ("none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak", "BH")
 DIRECTIONS = 2**16  # quasi-random ones, for "mvt"
@@ -63,7 +63,9 @@ def p_values(
     if adjust == "sidak":
         return _sidak(p, m)
     if adjust == "tukey":
-        return np.clip(studentized_range.sf(np.sqrt(2) * np.abs(statistic), means, df), 0.0, 1.0)
+        return np.clip(
+            scipy.stats.studentized_range.sf(np.sqrt(2) * np.abs(statistic), means, df), 0.0, 1.0
+        )
     if adjust == "dunnettx":
         return _dunnett(np.abs(statistic), df, m)
     missing = np.isnan(p)
@@ -71,7 +73,7 @@ def p_values(
         lengths = _lengths(correlation)
         return np.array([_joint(abs(t), d, *lengths) for t, d in zip(statistic, df, strict=True)])
     filled = np.where(missing, 1.0, p)
-    adjusted = false_discovery_control(filled) if adjust == "BH" else _holm(filled)
+    adjusted = scipy.stats.false_discovery_control(filled) if adjust == "BH" else _holm(filled)
     return np.where(missing, np.nan, adjusted)
 
 
@@ -94,7 +96,7 @@ def _dunnett(t: Any, df: Any, m: int) -> Any:
     independent tests, with weights m - 1 and 1.
     """
     means = (1 + np.sqrt(1 + 8 * m)) / 2
-    pairs = np.clip(studentized_range.sf(np.sqrt(2) * t, means, df), 0.0, 1.0)
+    pairs = np.clip(scipy.stats.studentized_range.sf(np.sqrt(2) * t, means, df), 0.0, 1.0)
     return ((m - 1) * pairs + _sidak(2 * stdtr(df, -t), m)) / m
 
 
@@ -107,7 +109,7 @@ def _lengths(correlation: np.ndarray | None) -> tuple[np.ndarray, int]:
     values, vectors = np.linalg.eigh(correlation[np.ix_(known, known)])
     inside = values > SINGULAR * values.max()
     rank = int(inside.sum())
-    points = qmc.Sobol(rank, scramble=False).random(DIRECTIONS) + 0.5 / DIRECTIONS
+    points = scipy.stats.qmc.Sobol(rank, scramble=False).random(DIRECTIONS) + 0.5 / DIRECTIONS
     normal = ndtri(points)
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
     scores = normal @ (vectors[:, inside] * np.sqrt(values[inside])).T
@@ -152,7 +154,7 @@ def critical_values(
     if adjust == "none" or tests == 1:
         tail = (1 - level) / 2
     elif adjust == "tukey":
-        return _by_df(lambda d: studentized_range.ppf(level, means, d) / np.sqrt(2), df)
+        return _by_df(lambda d: scipy.stats.studentized_range.ppf(level, means, d) / np.sqrt(2), df)
     elif adjust == "dunnettx":
         return _by_df(lambda d: _solved(lambda t: _dunnett(t, d, tests), level, d, tests), df)
     elif adjust == "mvt":

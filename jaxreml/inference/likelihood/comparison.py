@@ -108,7 +108,7 @@ def compare(
 def _check(fits: Sequence[Any], names: Sequence[str] | None) -> None:
     for k, fit in enumerate(fits):
         if not isinstance(fit, FittedModel):
-            raise ValueError(f"compare takes fits (FittedModel); argument {k + 1} is {fit!r}")
+            raise ValueError(f"compare takes fits (LMMResults); argument {k + 1} is {fit!r}")
     if len(fits) < 2:
         raise ValueError("compare takes two or more fits")
     if names is not None and len(names) != len(fits):
@@ -132,12 +132,8 @@ def _require_same_data(fits: Sequence[FittedModel], labels: Sequence[str]) -> No
                 f"{both} have different responses, {first.y[row]:g} and {fit.y[row]:g} in row "
                 f"{row}; likelihoods of different responses or rows cannot be compared"
             )
-        if not np.array_equal(_weights(fit), _weights(first)):
+        if not np.array_equal(fit.prior_weights, first.prior_weights):
             raise DataError(f"{both} have different weights")
-
-
-def _weights(fit: FittedModel) -> np.ndarray:
-    return np.ones(fit.nobs) if fit.weights is None else fit.weights
 
 
 def _commensurable(

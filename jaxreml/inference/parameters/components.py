@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import checkify
 from jax.scipy.linalg import block_diag
@@ -84,6 +85,12 @@ def inside(parameters: Array, groups: Groups) -> Array:
     variances = jnp.maximum(parameters[of_variances], parameters[-1] + LOG_ZERO)
     correlations = jnp.nan_to_num(jnp.clip(parameters[of_correlations], -FAR, FAR))
     return parameters.at[of_variances].set(variances).at[of_correlations].set(correlations)
+
+
+def finite(fit: FittedModel) -> np.ndarray:
+    """The parameters (m + 1,) of a fit as `inside` makes them."""
+    with neutral():
+        return np.asarray(inside(jnp.asarray(fit.parameters), fit.term_sizes))
 
 
 def _named(matrices: list[Array], sigma2: Array, groups: Groups) -> Components:

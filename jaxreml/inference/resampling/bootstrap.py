@@ -10,7 +10,7 @@ import pandas as pd
 
 from jaxreml.arguments import check_conf_level
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.inference.parameters.components import require_entries
+from jaxreml.inference.parameters import components
 from jaxreml.inference.resampling import intervals
 from jaxreml.inference.resampling.likelihood_ratio import NullDistribution as NullDistribution
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution as null_distribution
@@ -20,14 +20,13 @@ from jaxreml.inference.resampling.statistics import (
     Statistic,
     default,
     evaluate,
-    finite_parameters,
     fits_of,
     slopes,
     standard_errors,
     working_scale,
 )
 from jaxreml.many.engine import BatchFitter
-from jaxreml.many.record import Fits, count_failures, require_some
+from jaxreml.many.numbers import Fits, count_failures, require_some
 from jaxreml.optimum.estimate import Status
 
 METHODS = ("percentile", "basic", "bca", "studentized")
@@ -178,7 +177,7 @@ class Bootstrap:
         Parameters on the boundary are held there.
         """
         fit, people = self.fit, of_fit(self.fit)
-        params = finite_parameters(fit)
+        params = components.finite(fit)
         free = np.isfinite(fit.parameters)
         spread = np.where(np.outer(free, free), fit.parameters_vcov, 0.0)
         engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
@@ -237,11 +236,10 @@ def bootstrap(
     """
     check_count(n, seed)
     people = of_fit(fit)
-    asked = function
-    function = function or default(fit)
-    names, own = evaluate(function, fits_of(fit), fit.term_sizes)
-    if asked is not None:
-        require_entries(asked, fit)
+    statistic = function or default(fit)
+    names, own = evaluate(statistic, fits_of(fit), fit.term_sizes)
+    if function is not None:
+        components.require_entries(function, fit)
     engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(n, seed):
@@ -249,8 +247,8 @@ def bootstrap(
         statuses.append(fits.status)
         good = _converged(fits)
         singular += int(good.is_singular.sum())
-        draws.append(evaluate(function, good, fit.term_sizes)[1])
-        if asked is None:
+        draws.append(evaluate(statistic, good, fit.term_sizes)[1])
+        if function is None:
             errors.append(standard_errors(good, fit.term_sizes))
     status = np.concatenate(statuses)
     values = np.concatenate(draws)
@@ -258,13 +256,13 @@ def bootstrap(
     index = pd.Index(names)
     return Bootstrap(
         fit=fit,
-        statistic=asked,
+        statistic=function,
         estimate=pd.Series(own[0], index, name="estimate"),
         draws=pd.DataFrame(values, columns=index),
         errors=pd.DataFrame(np.concatenate(errors), columns=index) if errors else None,
         n=n,
         seed=seed,
-        failures=count_failures(status),
+        failures=pd.Series(count_failures(status), name="refits", dtype=int),
         share_singular=singular / len(values),
     )
 

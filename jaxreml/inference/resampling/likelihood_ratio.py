@@ -10,7 +10,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.simulation import check_count, of_fit
 from jaxreml.many.engine import BatchFitter
-from jaxreml.many.record import require_some
+from jaxreml.many.numbers import require_some
 from jaxreml.optimum.estimate import Status
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from scipy.special import stdtr
-from scipy.stats import binomtest
 
 from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
@@ -129,7 +129,7 @@ def _curve(
         t = (beta[good, k] + value - people.beta[k]) / se[good, k]
         found = int(np.sum(2 * stdtr(df[good, k], -np.abs(t)) < alpha))
         total = int(good.sum())
-        low, high = binomtest(found, total).proportion_ci(conf_level, method="exact")
+        low, high = scipy.stats.binomtest(found, total).proportion_ci(conf_level, method="exact")
         rows.append(
             {
                 "effect": name,

@@ -18,7 +18,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL, FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.inference.parameters.components import Components, Groups
-from jaxreml.many.record import Fits
+from jaxreml.many.numbers import Fits
 
 Statistic = Callable[[Array, Components], Any]
 TOGETHER = 1024  # refits that a statistic is computed of at a time
@@ -167,17 +167,11 @@ def _names(function: Statistic, groups: Groups, p: int, m: int) -> tuple[str, ..
     return tuple(names)
 
 
-def finite_parameters(fit: FittedModel) -> np.ndarray:
-    """`Estimate.parameters` of a fit, finite as `components.inside` makes them."""
-    with neutral():
-        return np.asarray(components.inside(jnp.asarray(fit.parameters), fit.term_sizes))
-
-
 def slopes(function: Statistic, fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of the statistics in beta, (k, p), and in `Estimate.parameters`, (k, m + 1)."""
 
     with neutral():
-        slopes = _slopes(function, fit.term_sizes)(fit.beta, finite_parameters(fit))
+        slopes = _slopes(function, fit.term_sizes)(fit.beta, components.finite(fit))
         return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
 
 

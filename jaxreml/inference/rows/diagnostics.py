@@ -52,7 +52,7 @@ def leverage(fit: FittedModel) -> pd.Series:
     following. The sum is the effective number of parameters. Without any n x n matrix.
     """
     values = row_variances(fit.henderson, fit.design, fit.frame.X, _rows(fit.frame))
-    return pd.Series(values * _weights(fit), fit.table.index, name="leverage")
+    return pd.Series(values * fit.prior_weights, fit.table.index, name="leverage")
 
 
 def cooks_distance(fit: FittedModel) -> pd.Series:
@@ -99,7 +99,7 @@ def _row_changes(fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
     scaled = scaled_rows(design, _rows(fit.frame))
     white = whitened(parts, design, fit.frame.X, scaled)
     across = np.linalg.solve(parts.factor.T @ design.basis, white.T).T if design.p else white
-    root = np.sqrt(_weights(fit))
+    root = np.sqrt(fit.prior_weights)
     return across * root[:, None], leverage(fit).to_numpy()
 
 
@@ -249,12 +249,8 @@ def _rows(frame: ModelFrame) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(term.codes, term.effects) for term in frame.terms]
 
 
-def _weights(fit: FittedModel) -> np.ndarray:
-    return np.ones(fit.nobs) if fit.weights is None else fit.weights
-
-
 def _pearson(fit: FittedModel) -> np.ndarray:
-    return (fit.y - fit.fitted) * np.sqrt(_weights(fit))
+    return (fit.y - fit.fitted) * np.sqrt(fit.prior_weights)
 
 
 def _number_of_fixed(fit: FittedModel) -> int:

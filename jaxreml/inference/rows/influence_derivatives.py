@@ -71,7 +71,7 @@ def changes(
         of_level[levels] = codes
     root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
     with neutral():
-        finite = np.asarray(components.inside(jnp.asarray(fit.parameters), fit.term_sizes))
+        finite = components.finite(fit)
         whole = of_level is not None and np.array_equal(of_level[levels], codes)
         if of_level is not None and (of_rows or whole):
             values = _of_levels(fit, finite, root, of_level, count, of_rows)

@@ -1,0 +1,156 @@
+"""The numbers of many fits: while a block is worked on, and when it is done."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxreml.data.frame import ModelFrame
+from jaxreml.errors import DataError
+from jaxreml.model.covariance import unstructured
+from jaxreml.optimum.estimate import Status
+from jaxreml.optimum.rivals import is_lower
+
+
+class Fits(NamedTuple):
+    """Numbers of many fits, NumPy arrays with the responses on the first axis.
+
+    NaN (False for `is_singular`, 0 for `iterations`) where `status` is not CONVERGED.
+
+    Attributes:
+        beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
+        sigma: (b,), residual standard deviations.
+        theta: (b, m), relative Cholesky factors as in `Estimate`.
+        parameters, parameters_se: (b, m + 1), `Estimate.parameters` and their standard errors.
+        criterion, gradient_norm: (b,).
+        iterations, nobs, missing, rank: (b,) integers; `missing` counts rows without a value,
+            `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
+            `beta` and `contrast` that these rows say nothing about are NaN.
+        is_singular: (b,) booleans.
+        status: (b,) `Status` codes.
+        contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
+        modes: per random term (b, levels, effects), or None.
+    """
+
+    beta: np.ndarray
+    se: np.ndarray
+    df: np.ndarray
+    sigma: np.ndarray
+    theta: np.ndarray
+    parameters: np.ndarray
+    parameters_se: np.ndarray
+    criterion: np.ndarray
+    gradient_norm: np.ndarray
+    iterations: np.ndarray
+    nobs: np.ndarray
+    missing: np.ndarray
+    rank: np.ndarray
+    is_singular: np.ndarray
+    status: np.ndarray
+    contrast: np.ndarray
+    contrast_se: np.ndarray
+    contrast_df: np.ndarray
+    modes: tuple[np.ndarray, ...] | None = None
+
+
+class Table:
+    """The numbers of a block while it is worked on: responses on the first axis.
+
+    Attributes:
+        status: (b,) `Status` codes.
+        rank: (b,), as in `Fits`.
+        numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
+        widths: columns of each field.
+        modes: per random term (b, levels, effects), or None.
+    """
+
+    FIELDS = (
+        "beta", "se", "df", "sigma", "theta", "parameters", "parameters_se", "criterion",
+        "gradient_norm", "iterations", "is_singular", "contrast", "contrast_se", "contrast_df",
+    )  # fmt: skip
+
+    def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
+        p = len(frame.fixed_names)
+        m = unstructured.count_theta(tuple(len(term.effect_names) for term in frame.terms))
+        self.p, self.k = p, k
+        self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
+        self.numbers = np.full((b, sum(self.widths)), np.nan)
+        self.status = np.full(b, Status.NOT_FINITE.value)
+        self.rank = np.full(b, p)
+        self.modes = None
+        if modes:
+            self.modes = tuple(
+                np.full((b, len(term.levels), len(term.effect_names)), np.nan)
+                for term in frame.terms
+            )
+
+    def store(
+        self,
+        columns: np.ndarray,
+        packed: np.ndarray,
+        modes: Any,
+        coefficients: np.ndarray,
+        estimable: np.ndarray,
+        *,
+        rival: bool = False,
+    ) -> np.ndarray:
+        """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses.
+
+        `coefficients` and `estimable` as in `Rows`.
+
+        Of `rival` searches, those with a criterion lower than the one here.
+        """
+        packed = packed[:, : columns.size]
+        status = packed[0].astype(int)
+        good = status == Status.CONVERGED
+        if rival:
+            place = sum(self.widths[: self.FIELDS.index("criterion")])
+            good &= is_lower(packed[1 + place], self.numbers[columns, place])
+        p, k, whole = self.p, self.k, self.numbers.shape[1]
+        fixed = [coefficients + part * p for part in range(3)]
+        places = np.concatenate([*fixed, np.arange(3 * p, whole)])
+        written = good if rival else np.ones_like(good)
+        self.status[columns[written]] = status[written]
+        self.rank[columns[good]] = coefficients.size
+        self.numbers[columns[good, None], places] = packed[1:, good].T
+        unknown = np.flatnonzero(~estimable[:p]), np.flatnonzero(~estimable[p:])
+        for part in range(3):  # estimates, standard errors, degrees of freedom
+            for first, some in zip((part * p, whole - (3 - part) * k), unknown, strict=True):
+                self.numbers[np.ix_(columns[good], first + some)] = np.nan
+        if modes is not None:
+            for own, new in zip(self.modes, modes, strict=True):  # pyright: ignore
+                own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]
+        return status
+
+    def fits(self, nobs: np.ndarray, missing: np.ndarray) -> Fits:
+        """The numbers by name."""
+        parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
+        named = dict(zip(self.FIELDS, parts, strict=True))
+        for name in ("sigma", "criterion", "gradient_norm", "iterations", "is_singular"):
+            named[name] = named[name][:, 0]
+        with np.errstate(invalid="ignore"):
+            named["iterations"] = np.nan_to_num(named["iterations"]).astype(int)
+            named["is_singular"] = np.nan_to_num(named["is_singular"]).astype(bool)
+        return Fits(
+            **{name: np.ascontiguousarray(part) for name, part in named.items()},
+            nobs=nobs,
+            missing=missing,
+            rank=self.rank,
+            status=self.status,
+            modes=self.modes,
+        )
+
+
+def require_some(status: np.ndarray) -> None:
+    """Raise DataError if no refit converged."""
+    if not np.any(status == Status.CONVERGED):
+        why = next(iter(count_failures(status)))
+        raise DataError(f"none of the {len(status)} refits has an optimum: {why}")
+
+
+def count_failures(status: np.ndarray) -> dict[str, int]:
+    """How many fits ended in each way other than with an optimum, by sentence."""
+    codes, counts = np.unique(status[status != Status.CONVERGED], return_counts=True)
+    pairs = zip(codes.tolist(), counts.tolist(), strict=True)
+    return {Status(code).sentence: count for code, count in pairs}
