@@ -14,7 +14,8 @@ from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame, model_frame
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.optimum.estimate import Status
@@ -194,7 +195,7 @@ class FittedModel:
             (grouping.name, effect) for grouping in self.groupings for effect in grouping.effects
         ]
         variances = [np.diagonal(matrix) for matrix in self.covariances]
-        positions, _ = unstructured.positions(self._sizes)
+        positions = unstructured(self._sizes).positions
         variance = np.concatenate([*variances, [self.sigma**2]])
         return pd.DataFrame(
             {
@@ -387,7 +388,7 @@ class FittedModel:
         start = 0
         for q in self._sizes:
             factor = np.zeros((q, q))
-            rows, columns = unstructured.triangle(q)
+            rows, columns = natural.triangle(q)
             factor[rows, columns] = self.theta[start : start + rows.size]
             factors.append(factor)
             start += rows.size

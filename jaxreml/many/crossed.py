@@ -21,6 +21,7 @@ from jaxreml.many.numbers import Table
 from jaxreml.many.programs import pack, tests_of
 from jaxreml.many.shared import Prepared
 from jaxreml.model import linalg
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, placeholders
 from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.structures import Crossed
@@ -84,7 +85,13 @@ class CrossedRows:
             "n": np.float64(prepared.n_used),
             "trouble": np.int32(0),
         }
-        design = Design(**fields, p=p, names=placeholders(prepared.sizes), dtype="float64")
+        design = Design(
+            **fields,
+            p=p,
+            names=placeholders(prepared.sizes),
+            covariance=unstructured(prepared.sizes),
+            dtype="float64",
+        )
         structure = design.structure
         assert isinstance(structure, Crossed)
         numbers = structure.rest.size + sum(

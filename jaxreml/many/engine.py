@@ -33,7 +33,6 @@ from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.programs import Plan, programs
 from jaxreml.many.screening import Grid, has_one_optimum, path, rises, screened
 from jaxreml.many.shared import DOUBTFUL, Reduced, SharedDesign, prepare, share
-from jaxreml.model.covariance import unstructured
 from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.optimum.estimate import Status
@@ -314,7 +313,7 @@ class _Pattern:
         With the slower steps, as zero is a saddle point of many of them.
         """
         plan, limit = self.plan._replace(careful=True), self.fitter.max_iterations
-        for start in starts(self.shared.sizes) if self.suspects else ():
+        for start in starts(self.shared.covariance) if self.suspects else ():
             parts = [part.restarted(start) for part in self.suspects]
             chunks = self._chunks(parts)
             list(pool.map(lambda chunk: self._work(chunk, limit, plan, rival=True), chunks))
@@ -394,15 +393,15 @@ class _Pattern:
 
     def _suspects(self, compiled: Any, reduced: Reduced, found: Any) -> np.ndarray:
         """Which responses of a chunk may have a lower optimum than the one found."""
-        sizes = self.shared.sizes
+        covariance = self.shared.covariance
         if self.grid is None:
             values = np.asarray(compiled.screen(self.shared, reduced))
         else:
             values = self.grid.values(reduced)
-        lower, several, minima = screened(values, np.asarray(found.value), sizes)
-        if several.any() and max(sizes) > 1:
-            omega = np.asarray(unstructured.omega_from_root(found.root, sizes))
-            ways = path(minima, omega, sizes)
+        lower, several, minima = screened(values, np.asarray(found.value), covariance)
+        if several.any() and max(covariance.sizes) > 1:
+            omega = np.asarray(covariance.omega(found.root))
+            ways = path(minima, omega, covariance)
             points = ways.reshape(-1, *ways.shape[2:])
             along = np.asarray(compiled.along(self.shared, reduced, points))
             several &= rises(along.reshape(*ways.shape[:2], -1))

@@ -12,8 +12,9 @@ import pandas as pd
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
 from jaxreml.many.numbers import Fits
-from jaxreml.model.covariance import unstructured
-from jaxreml.model.design import parameter_names
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.optimum.estimate import Status
 
 
@@ -48,6 +49,11 @@ class BatchModel:
         return tuple(len(effects) for _, effects in self.groups)
 
     @property
+    def covariance(self) -> Covariance:
+        """Of the random effects."""
+        return unstructured(self.sizes)
+
+    @property
     def variance_labels(self) -> list[tuple[str, str]]:
         """Group and term of each variance, the residual's last."""
         labels = [(group, effect) for group, effects in self.groups for effect in effects]
@@ -66,7 +72,7 @@ class BatchModel:
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of `Fits.parameters`, as `Design.parameter_names`."""
-        return parameter_names(self.groups)
+        return self.covariance.parameter_names(self.groups)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -311,7 +317,7 @@ class FittedBatch:
 
     @property
     def _positions(self) -> np.ndarray:
-        return unstructured.positions(self.model.sizes)[0]
+        return self.model.covariance.positions
 
     @cached_property
     def _covariances(self) -> list[np.ndarray]:
@@ -320,7 +326,7 @@ class FittedBatch:
         start = 0
         for q in self.model.sizes:
             factor = np.zeros((len(self), q, q))
-            rows, columns = unstructured.triangle(q)
+            rows, columns = natural.triangle(q)
             factor[:, rows, columns] = self.fits.theta[:, start : start + rows.size]
             factor *= self.fits.sigma[:, None, None]
             matrices.append(factor @ factor.transpose(0, 2, 1))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.optimum.estimate import Status
 from jaxreml.optimum.rivals import is_lower
 
@@ -72,7 +72,7 @@ class Table:
 
     def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
         p = len(frame.fixed_names)
-        m = unstructured.count_theta(tuple(len(term.effect_names) for term in frame.terms))
+        m = natural.count_theta(tuple(len(term.effect_names) for term in frame.terms))
         self.p, self.k = p, k
         self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)

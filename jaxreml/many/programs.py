@@ -26,7 +26,6 @@ from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.many.screening import grid
 from jaxreml.many.shared import Reduced, SharedDesign
 from jaxreml.model import linalg, satterthwaite
-from jaxreml.model.covariance import unstructured
 from jaxreml.model.design import Design
 from jaxreml.model.kenward_roger import adjust, single_degrees
 from jaxreml.model.objective import profiled
@@ -36,11 +35,11 @@ from jaxreml.optimum.effects import conditional_modes
 from jaxreml.optimum.estimate import (
     Estimate,
     Status,
-    expand_root,
+    expand_chart,
     outcome,
     report,
     search,
-    start_root,
+    start,
 )
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
@@ -88,9 +87,9 @@ def _begin(
     groups = jax.lax.map(lambda group: shared.reduce(*group, exact=plan.exact), (values, shift))
     reduced = jax.tree.map(_merge, groups)
     if plan.in_lanes:
-        root = start_root(_searched(shared, reduced, plan), plan.reml)
+        root = start(_searched(shared, reduced, plan), plan.reml)
     else:
-        root = _per_lane(lambda reduced: start_root(shared.each(reduced), plan.reml))(reduced)
+        root = _per_lane(lambda reduced: start(shared.each(reduced), plan.reml))(reduced)
     return reduced, root, jnp.ones_like(reduced.residual_ss)
 
 
@@ -126,7 +125,7 @@ def _climb(
 
 def _screen(shared: SharedDesign, reduced: Reduced, *, plan: Plan) -> Array:
     """The criterion on the `screening.grid`, (G, lanes); not for lanes in step."""
-    omegas = unstructured.omega_from_root(jnp.asarray(grid(shared.sizes)[0].T), shared.sizes)
+    omegas = shared.covariance.omega(jnp.asarray(grid(shared.covariance)[0].T))
 
     def at(omega: Array) -> Array:
         return _per_lane(lambda own: profiled(omega, shared.each(own), reml=plan.reml))(reduced)
@@ -166,7 +165,7 @@ def _conclude(
     def conclude(design: Design, found: Found, before: Array) -> Array:
         found = found._replace(iterations=before + found.iterations + 1)
         trace = newton.Trace(found.root, None, *found[2:])
-        point = expand_root(found.root, design, reml=plan.reml)
+        point = expand_chart(found.root, design, reml=plan.reml)
         status = outcome(found.root, point, trace, design)
         estimate = report(found.root, point, trace, design, status)
         blank = shared.blank() if plan.df.startswith("kenward-roger") else None
@@ -223,14 +222,14 @@ def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
 
 
 def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array) -> Tests:
-    def adjusted(theta: Array, sigma: Array) -> tuple[Array, Array, Array]:
-        adjustment = adjust(theta, sigma**2, blank)
+    def adjusted(theta: Array, parameters: Array) -> tuple[Array, Array, Array]:
+        adjustment = adjust(theta, parameters, blank)
         variance = jnp.einsum("kp,pq,kq->k", rows, adjustment.vcov, rows)
         return variance, single_degrees(adjustment, rows), adjustment.exists
 
     if estimate.theta.ndim == 2:
         adjusted = _per_lane(adjusted)
-    variance, degrees, exist = adjusted(estimate.theta, estimate.sigma)
+    variance, degrees, exist = adjusted(estimate.theta, estimate.parameters)
     variance, degrees = (jnp.where(exist, array, jnp.nan) for array in (variance, degrees))
     return Tests(jnp.tensordot(rows, estimate.beta, axes=1), jnp.sqrt(variance), degrees)
 
@@ -271,7 +270,7 @@ def _modes_of(
 
     def modes(reduced: Reduced, root: Array) -> tuple[Array, ...]:
         design = shared.each(reduced)
-        return conditional_modes(unstructured.omega_from_root(root, design.sizes), design)
+        return conditional_modes(design.covariance.omega(root), design)
 
     reduced = shared.reduce(_merge(values), _merge(shift), exact=True)
     return _per_lane(modes)(reduced, root)

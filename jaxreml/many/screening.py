@@ -19,9 +19,11 @@ import numpy as np
 
 from jaxreml.backend.runtime import neutral
 from jaxreml.many.shared import Reduced, SharedDesign
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.structures.collapse import SAME
-from jaxreml.optimum.rivals import diagonal_root, is_lower, starts
+from jaxreml.optimum.rivals import is_lower, starts
 
 GRID = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)  # relative SDs, to two effects
 COARSE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # likewise, for three effects
@@ -32,24 +34,24 @@ NEGLIGIBLE = 1e-11  # singular values of the grid's maps, as fractions of the la
 
 
 @lru_cache
-def grid(sizes: unstructured.Sizes) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Roots to screen a batch on, (G, r), and the shape of the grid, whose product is G.
+def grid(covariance: Covariance) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Points of the chart to screen a batch on, (G, r), and the grid's shape, whose product is G.
 
     Relative SDs, by correlations for two correlated effects. With more effects than two, or three
     without correlations, the rival `starts` alone, which are no grid: the shape is empty.
     """
-    k = sum(sizes)
-    if sizes == (2,):
+    k = sum(covariance.sizes)
+    if covariance == unstructured((2,)):
         axes: list[Any] = [GRID[:1] + GRID[2:-2]] * 2 + [CORRELATIONS]
         roots = [
             [first, 0.0, rho * second, second * math.sqrt(1 - rho * rho)]
             for first, second, rho in itertools.product(*axes)
         ]
-    elif k <= 3 and max(sizes) == 1:
+    elif k <= 3 and max(covariance.sizes) == 1:
         axes = [GRID if k < 3 else COARSE] * k
-        roots = [diagonal_root(np.array(sds), sizes) for sds in itertools.product(*axes)]
+        roots = [covariance.uncorrelated(np.array(sds)) for sds in itertools.product(*axes)]
     else:
-        return starts(sizes), ()
+        return starts(covariance), ()
     return np.array(roots), tuple(len(axis) for axis in axes)
 
 
@@ -67,15 +69,15 @@ class Screened(NamedTuple):
     minima: np.ndarray
 
 
-def screened(values: np.ndarray, found: np.ndarray, sizes: unstructured.Sizes) -> Screened:
+def screened(values: np.ndarray, found: np.ndarray, covariance: Covariance) -> Screened:
     """Look for other optima.
 
     Args:
         values: (G, b), the criterion on the `grid`.
         found: (b,), at the optima.
-        sizes: effects per term.
+        covariance: of the effects.
     """
-    shape = grid(sizes)[1]
+    shape = grid(covariance)[1]
     values = np.where(np.isfinite(values), values, np.inf)
     lower = is_lower(values.min(axis=0), found)
     if not shape:
@@ -100,7 +102,7 @@ def screened(values: np.ndarray, found: np.ndarray, sizes: unstructured.Sizes) -
     return Screened(lower, chosen[0] != chosen[1], np.array(chosen))
 
 
-def path(minima: np.ndarray, omega: np.ndarray, sizes: unstructured.Sizes) -> np.ndarray:
+def path(minima: np.ndarray, omega: np.ndarray, covariance: Covariance) -> np.ndarray:
     """Relative covariances on the straight ways from minima of the grid to the optimum.
 
     Steps of the grid are coarse where a valley is narrow and oblique, as for two correlated
@@ -115,15 +117,15 @@ def path(minima: np.ndarray, omega: np.ndarray, sizes: unstructured.Sizes) -> np
     Returns:
         (LOWEST, STEPS + 1, m, b), with both ends.
     """
-    begins = np.moveaxis(_grid_omegas(sizes)[minima], -1, 1)[:, None]
+    begins = np.moveaxis(_grid_omegas(covariance)[minima], -1, 1)[:, None]
     share = np.linspace(0, 1, STEPS + 1)[None, :, None, None]
     return (1 - share) * begins + share * omega
 
 
 @lru_cache
-def _grid_omegas(sizes: unstructured.Sizes) -> np.ndarray:
+def _grid_omegas(covariance: Covariance) -> np.ndarray:
     with neutral():
-        return np.asarray(unstructured.omega_from_root(jnp.asarray(grid(sizes)[0].T), sizes)).T
+        return np.asarray(covariance.omega(jnp.asarray(grid(covariance)[0].T))).T
 
 
 def rises(along: np.ndarray) -> np.ndarray:
@@ -164,12 +166,12 @@ class Grid:
         factors = np.asarray(shared.factors if plan is None else plan.factors)
         counts = np.ones(factors.shape[-1]) if plan is None else np.asarray(plan.counts)
         scores_x = np.asarray(shared.scores_x if plan is None else plan.scores_x)
-        basis = unstructured.symmetric_basis(shared.sizes)
-        omegas = np.tensordot(_grid_omegas(shared.sizes), basis, axes=1)
+        basis = natural.symmetric_basis(shared.sizes)
+        omegas = np.tensordot(_grid_omegas(shared.covariance), basis, axes=1)
         inner = np.einsum("abJ,Gbc,dcJ->GJad", factors, omegas, factors, optimize=True)
         inner += np.eye(q)
         precision = np.linalg.inv(inner)
-        self.rows, self.columns = unstructured.triangle(q)
+        self.rows, self.columns = natural.triangle(q)
         twice = np.where(self.rows == self.columns, 1.0, 2.0)[:, None]
         lower = np.moveaxis(precision[:, :, self.rows, self.columns], 2, 1) * twice
         self.of_products = lower.reshape(len(lower), -1)

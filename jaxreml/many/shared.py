@@ -17,7 +17,15 @@ from jax import Array
 
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
-from jaxreml.model.design import Design, replaces_residual, require_full_rank, structure_basis
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.unstructured import unstructured
+from jaxreml.model.design import (
+    Design,
+    placeholders,
+    replaces_residual,
+    require_full_rank,
+    structure_basis,
+)
 from jaxreml.model.structures import Grouped
 from jaxreml.model.structures.collapse import Collapse, collapse
 from jaxreml.model.structures.dense import Dense, DenseBasis
@@ -97,6 +105,11 @@ class SharedDesign:
     sizes: tuple[int, ...] = field(metadata={"static": True})
     levels: tuple[int, ...] = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+
+    @property
+    def covariance(self) -> Covariance:
+        """Of the random effects."""
+        return unstructured(self.sizes)
 
     @property
     def p(self) -> int:
@@ -234,7 +247,6 @@ class SharedDesign:
         def shared(array: Array) -> Array:
             return jnp.reshape(array, (*array.shape, *lanes))
 
-        names = tuple((f"g{k}", tuple(f"e{i}" for i in range(q))) for k, q in enumerate(self.sizes))
         return Design(
             structure=structure,
             basis=shared(self.basis),
@@ -247,7 +259,8 @@ class SharedDesign:
             n=shared(self.n),
             trouble=shared(np.int32(0)),  # pyright: ignore
             p=self.p,
-            names=names,
+            names=placeholders(self.sizes),
+            covariance=self.covariance,
             dtype=self.dtype,
         )
 
@@ -351,7 +364,8 @@ def prepare(
     weighted = [columns for _, columns in terms]
     if roots is not None:
         weighted = [columns * roots[:, None] for columns in weighted]
-    units = Units.of(weighted, int(used.sum()))
+    covariance = unstructured(tuple(columns.shape[1] for columns in weighted))
+    units = Units.of(weighted, int(used.sum()), covariance)
     effects = [
         (codes, units.rows(k, weighted[k]), int(codes.max()) + 1)
         for k, (codes, _) in enumerate(terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from jax.core import Tracer
 from jaxreml.backend.runtime import require_own_threads
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Block, Covariance
+from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.structures import Grouped, Structure
 from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.model.structures.dense import DenseBasis
@@ -41,12 +43,14 @@ class Term:
             if left out. May be traced by JAX.
         name: the grouping factor's name.
         effect_names: q names.
+        covariance: of the effects: a `Block` made from their number.
     """
 
     group: Any
     effects: Any = None
     name: str = "group"
     effect_names: tuple[str, ...] | None = None
+    covariance: Callable[[int], Block] = Unstructured
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +81,7 @@ class Design:
             of concrete arrays and cannot be one of traced arrays. CONVERGED if there is none.
         p: number of fixed effects.
         names: per term the grouping factor's name and the effects' names.
+        covariance: of the random effects.
         dtype: name of the floating type everything is in.
     """
 
@@ -92,12 +97,13 @@ class Design:
     trouble: Array
     p: int = field(metadata={"static": True})
     names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
+    covariance: Covariance = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Effects per random term."""
-        return self.structure.sizes
+        return self.covariance.sizes
 
     @property
     def absent(self) -> Array:
@@ -116,11 +122,12 @@ class Design:
         ``log_variance[g, x]`` is the log-variance of effect x of factor g; ``z[g, x1, x2]`` the
         inverse hyperbolic tangent of the (partial) correlation of x1 and x2.
         """
-        return parameter_names(self.names)
+        return self.covariance.parameter_names(self.names)
 
     def scaled_factors(self, theta: Array) -> tuple[Array, ...]:
         """Relative Cholesky factors of scaled effects, (q_k, q_k), of those in the user's units."""
-        return self.units.inner_factors(unstructured.split_triangles(theta, self.sizes))
+        own = natural.split_triangles(theta, self.sizes)
+        return tuple(self.units.inner_factor(k, factor) for k, factor in enumerate(own))
 
     @staticmethod
     def from_arrays(
@@ -189,16 +196,16 @@ class Design:
         y, X, offset, *weighted = (_finite(array) for array in given)
         if root_weights is not None:
             weighted = [columns * root_weights[:, None] for columns in weighted]
-        for (codes, _, n_levels, name, own), columns in zip(parsed, weighted, strict=True):
+        for (codes, _, n_levels, name, own, _), columns in zip(parsed, weighted, strict=True):
             if _module(columns) is np and replaces_residual(codes, columns):
                 raise DataError(instead_of_residual(name, n_levels, own, n))
-        units = Units.of(weighted, n)
+        covariance = Covariance(tuple(block for *_, block in parsed))
+        units = Units.of(weighted, n, covariance)
         effects = [
             (codes, units.rows(k, weighted[k]), n_levels)
             for k, (codes, _, n_levels, *_) in enumerate(parsed)
         ]
-        names = tuple((name, effect_names) for *_, name, effect_names in parsed)
-        sizes = tuple(len(effect_names) for _, effect_names in names)
+        names = tuple((name, effect_names) for *_, name, effect_names, _ in parsed)
         basis = structure_basis(effects, structure, n)
 
         response = y if offset is None else y - offset
@@ -206,7 +213,7 @@ class Design:
         constant = (response == response[0]).all()
         response = response if root_weights is None else response * root_weights
         triangle, columns, beta_ols = _orthogonalise(rows, response)
-        reduced = basis.structure(columns, sizes)
+        reduced = basis.structure(columns, covariance.sizes)
         absent = triangle.diagonal() == 0
         if _module(triangle) is jnp:  # ones in the place of absent columns, as in `Combined`
             ones = jnp.diag(jnp.pad(absent.astype(kind), (0, 1)))
@@ -234,6 +241,7 @@ class Design:
             trouble=trouble,
             p=X.shape[1],
             names=names,
+            covariance=covariance,
             dtype=kind.name,
         )
 
@@ -346,7 +354,7 @@ def _root_weights(weights: Any, kind: np.dtype) -> tuple[Any, Any]:
 
 
 def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
-    """Codes, columns, number of levels, name and effect names of one random term."""
+    """Codes, columns, number of levels, name, effect names and covariance of one random term."""
     if not isinstance(term, Term):
         pair = isinstance(term, tuple) and len(term) == 2
         term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
@@ -369,7 +377,7 @@ def _as_term(term: Any, k: int, n: int, kind: np.dtype) -> tuple[Any, ...]:
         raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
     if levels.size < 2:
         raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
-    return codes, columns, int(levels.size), term.name, tuple(names)
+    return codes, columns, int(levels.size), term.name, tuple(names), term.covariance(q)
 
 
 def _listed(terms: Any) -> list[Any]:
@@ -560,17 +568,6 @@ def require_full_rank(triangle: np.ndarray, rows: np.ndarray) -> None:
         )
 
 
-def parameter_names(terms: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
-    """`Design.parameter_names` of random terms, each a grouping factor and its effects."""
-    names: list[str] = []
-    for group, effects in terms:
-        names += [f"log_variance[{group}, {effect}]" for effect in effects]
-        names += [
-            f"z[{group}, {effects[j]}, {effects[i]}]" for i in range(len(effects)) for j in range(i)
-        ]
-    return (*names, "log_variance[Residual]")
-
-
 def with_spare_levels(design: Design) -> Design:
     """A grouped design with some levels more, without rows, which change nothing; others as is.
 
@@ -614,6 +611,7 @@ def stack(designs: Iterable[Design]) -> Design:
     for what, values in (
         ("numbers of fixed effects", [design.p for design in designs]),
         ("numbers of effects per term", [design.sizes for design in designs]),
+        ("covariances", [design.covariance for design in designs]),
         ("structures", [type(design.structure).__name__.lower() for design in designs]),
         ("precisions", [design.dtype for design in designs]),
     ):
@@ -628,7 +626,8 @@ def stack(designs: Iterable[Design]) -> Design:
         most = max(design.structure.factors.shape[-1] for design in designs)  # type: ignore[attr-defined]
         designs = [_with_levels(design, most) for design in designs]
     if len({design.units.rotated for design in designs}) > 1:
-        designs = [replace(design, units=design.units.general()) for design in designs]
+        covariance = designs[0].covariance
+        designs = [replace(design, units=design.units.general(covariance)) for design in designs]
     try:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *designs)
     except ValueError as error:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand
 
@@ -34,8 +34,9 @@ class Adjustment(NamedTuple):
     Attributes:
         vcov: (p, p), adjusted.
         root: (p, p), K, with K K' the covariance that is not adjusted, over sigma2.
-        slopes: (m + 1, p, p), K'P_i K in units of sigma2.
-        spread: (m + 1, m + 1), W in the same.
+        slopes: (d + 1, p, p), K'P_i K in units of sigma2, in d directions of the random effects'
+            covariance and the residual's.
+        spread: (d + 1, d + 1), W in the same.
         exists: (), false where the adjustment depends on parameters that cannot be told apart.
     """
 
@@ -46,51 +47,63 @@ class Adjustment(NamedTuple):
     exists: Array
 
 
-def adjust(theta: Array, sigma2: Array, design: Design) -> Adjustment:
+def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
     """The adjustment of a REML fit.
 
     V_0 = V / sigma2 = I + sum omega_i V_i is linear in its directions V_0 and V_i, and the
     adjustment is the same for every basis of them. tr(P V_i P V_j) are minus the second derivatives
-    of log|V_0| + log|M|; what belongs to V_0 follows from V_0^-1 V_0 = I.
+    of log|V_0| + log|M|; what belongs to V_0 follows from V_0^-1 V_0 = I. A covariance that is not
+    free in all directions has fewer: combinations of the V_i.
 
     Args:
         theta: (m,), relative Cholesky factors.
-        sigma2: (), residual variance.
+        parameters: (k + 1,), as in `Estimate`.
         design: the data; the response does not matter.
     """
     p = design.p
-    triangles = unstructured.join_triangles(design.scaled_factors(theta))
-    omega = unstructured.omega_from_theta(triangles, design.sizes)
+    omega = natural.omega_from_factors(design.scaled_factors(theta))
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom
     found = expand(omega, replace(design, n=design.n - degrees), reml=True)
 
     identity = jnp.eye(p, dtype=omega.dtype)
-    slopes = jnp.concatenate([-identity[None], found.gram_slopes[:, :p, :p]])
-    corner, side = jnp.reshape(degrees, (1, 1)), found.gradient[:, None]
-    information = jnp.block([[corner, side.T], [side, -found.hessian]]) / 2
     triangle = found.gram_factor[:p, :p]
     to_unit = linalg.solve_lower(triangle, identity).T
     projection = design.structure.project(omega)
     within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
+    # In directions V_i, and V_0 last: P_i, information, and tr(Q_ij)
+    first = jnp.concatenate([found.gram_slopes[:, :p, :p], -identity[None]])
+    last = jnp.asarray(degrees, omega.dtype)
+    information = linalg.border(-found.hessian, found.gradient, last) / 2
+    mixed = -jnp.einsum("iuu->i", first[:-1])
+    inside = linalg.border(jnp.einsum("iuju->ij", within), mixed, jnp.asarray(p, omega.dtype))
 
-    # The squared size of V_i in the metric of V is that outside the space of X and that inside
-    inside = jnp.concatenate([jnp.full(1, p, omega.dtype), jnp.einsum("iuiu->i", within)])
-    sizes = jnp.diagonal(information) + inside
+    own = design.covariance.directions(parameters)
+    if own is None:
+        own = jnp.eye(len(omega), dtype=omega.dtype)
+    # I instead of V_0, which need not be among the directions of a covariance
+    free = jnp.block([[own, -omega[:, None]], [jnp.zeros((1, own.shape[1])), jnp.ones((1, 1))]])
+    slopes = jnp.tensordot(free.T, first, axes=1)
+    information = free.T @ information @ free
+    # The squared size of a direction in the metric of V is that outside the space of X and inside.
+    sizes = jnp.diagonal(information + free.T @ inside @ free)
+    sizes = jnp.where(sizes > 0, sizes, 1.0)
     spread, flat = linalg.flat_inverse(information, sizes, SINGULAR)
 
     def second(weights: Array) -> Array:
-        """Sum of weights_ij Q_ij: directions V_i among themselves, then those with V_0."""
-        inner = jnp.einsum("ij,iujv->uv", weights[1:, 1:], within)
-        mixed = jnp.einsum("j,juv->uv", weights[0, 1:] + weights[1:, 0], slopes[1:])
-        return inner - mixed + weights[0, 0] * identity
+        """Sum of weights_ij Q_ij."""
+        weights = free @ weights @ free.T
+        among = jnp.einsum("ij,iujv->uv", weights[:-1, :-1], within)
+        mixed = jnp.einsum("j,juv->uv", weights[-1, :-1] + weights[:-1, -1], first[:-1])
+        return among - mixed + weights[-1, -1] * identity
 
     along = jax.vmap(lambda direction: jnp.trace(second(jnp.outer(direction, direction))))(flat.T)
     bounds = (jnp.abs(flat.T) @ jnp.sqrt(sizes)) ** 2
     exists = jnp.all(along <= UNMOVED * bounds)  # false where NaN
-    first = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
+    squares = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
     root = linalg.solve_upper(jnp.asarray(design.basis), to_unit)
-    vcov = sigma2 * root @ (identity + 2 * (second(spread) - first)) @ root.T
+    sigma2 = jnp.exp(parameters[-1])
+    vcov = sigma2 * root @ (identity + 2 * (second(spread) - squares)) @ root.T
     return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, exists)
 
 

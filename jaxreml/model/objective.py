@@ -92,7 +92,7 @@ def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
 @partial(jax.jit, static_argnums=2)
 def _compiled_objective(parameters: Array, design: Design, reml: bool) -> Array:
     with usual_promotion():
-        omega, log_sigma2 = design.units.omega(parameters)
+        omega, log_sigma2 = design.units.omega(parameters, design.covariance)
         value = neg2_loglik(omega, log_sigma2, design, reml=reml)
         # derivatives of NaN where it is NaN
         return value * jnp.where(jnp.isnan(value), jnp.nan, 1.0)

@@ -20,7 +20,9 @@ import numpy as np
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.factors import lower_factor
 
 NEAR = 1e-2  # share of a column that those before it leave, below which the basis is orthonormal
 DEPENDENT = 1e-10  # and above which it is, as for columns of X
@@ -33,16 +35,20 @@ class Units:
 
     Attributes:
         matrices: per term T, (q_k, q_k), upper triangular with a positive diagonal.
-        rotated: whether T is more than its diagonal, per term; static.
+        rotated: whether T is more than its diagonal, per term; static. Only where the covariance
+            takes `any_basis`; T is the identity for those that do not.
     """
 
     matrices: tuple[Any, ...]
     rotated: tuple[bool, ...] = field(metadata={"static": True})
 
     @staticmethod
-    def of(columns: list[Any], n: int) -> Units:
+    def of(columns: list[Any], n: int, covariance: Covariance) -> Units:
         """The units of weighted columns (rows, q_k), `n` of which are not left out."""
-        found = [_matrix(own, n) for own in columns]
+        found = [
+            _matrix(own, n) if block.any_basis else (np.eye(block.size, dtype=own.dtype), False)
+            for block, own in zip(covariance.blocks, columns, strict=True)
+        ]
         return Units(tuple(matrix for matrix, _ in found), tuple(turned for _, turned in found))
 
     def with_lanes(self, lanes: int) -> Units:
@@ -50,9 +56,11 @@ class Units:
         shaped = [jnp.reshape(own, (*own.shape, *[1] * lanes)) for own in self.matrices]
         return Units(tuple(shaped), self.rotated)
 
-    def general(self) -> Units:
-        """The same with every T counted as more than its diagonal."""
-        return Units(self.matrices, tuple(own.shape[-1] > 1 for own in self.matrices))
+    def general(self, covariance: Covariance) -> Units:
+        """The same with every T counted as more than its diagonal that can be."""
+        return Units(
+            self.matrices, tuple(block.any_basis and block.size > 1 for block in covariance.blocks)
+        )
 
     def rows(self, k: int, effects: Any) -> Any:
         """Rows of Z_in (n, q) of rows of Z, of term `k`."""
@@ -88,57 +96,57 @@ class Units:
         half = self.effects(k, np.moveaxis(np.asarray(inner), 1, 0))  # (q, levels, q)
         return np.moveaxis(self.effects(k, np.moveaxis(half, 2, 0)), 0, 2).swapaxes(0, 1)
 
-    def factors(self, inner: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Cholesky factors in the user's units, zeros exact where those inside have lost rank."""
-        found = []
-        for k, factor in enumerate(inner):
-            own = self.effects(k, factor)
-            found.append(_lower(own, factor) if self.rotated[k] else own)
-        return tuple(found)
+    def factor(self, k: int, inner: Array) -> Array:
+        """Cholesky factor (q, q, ...) of term `k` in the user's units, of one inside: zeros are
+        exact where that has lost rank."""
+        own = self.effects(k, inner)
+        return _lower(own, inner) if self.rotated[k] else own
 
-    def inner_factors(self, factors: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Cholesky factors inside of those in the user's units."""
-        found = []
-        for factor, matrix, turned in zip(factors, self.matrices, self.rotated, strict=True):
-            if turned:
-                found.append(_lower(linalg.matmul(matrix, factor), factor))
-            else:
-                found.append(_diagonal(matrix)[:, None] * factor)
-        return tuple(found)
+    def inner_factor(self, k: int, factor: Array) -> Array:
+        """Cholesky factor inside of one in the user's units."""
+        matrix = self.matrices[k]
+        if self.rotated[k]:
+            return _lower(linalg.matmul(matrix, factor), factor)
+        return _diagonal(matrix)[:, None] * factor
 
-    def omega(self, parameters: Array) -> tuple[Array, Array]:
-        """Relative covariances inside (m,) and residual log-variance at `parameters` (m + 1,)."""
-        sizes = tuple(len(own) for own in self.matrices)
-        omega, log_sigma2 = unstructured.omega_from_parameters(parameters, sizes)
-        factors = (
-            unstructured.factors_from_parameters(parameters, sizes) if any(self.rotated) else ()
+    def chart(self, chart: Array, covariance: Covariance) -> Array:
+        """A `canonical` point of the chart in the user's units, of one inside."""
+        return jnp.concatenate(
+            [
+                block.chart(self.factor(k, block.factor(own))) if block.any_basis else own
+                for k, (block, own) in enumerate(covariance.charts(chart))
+            ]
         )
+
+    def omega(self, parameters: Array, covariance: Covariance) -> tuple[Array, Array]:
+        """Relative covariances inside (m,) and residual log-variance at all `parameters`."""
+        omega, last = covariance.natural(parameters)
+        own_parameters = covariance.own_parameters(parameters)
         parts = []
-        start = 0
-        for k, (q, matrix) in enumerate(zip(sizes, self.matrices, strict=True)):
-            rows, columns = unstructured.triangle(q)
+        for k, (block, part) in enumerate(covariance.parts(omega)):
+            matrix = self.matrices[k]
+            rows, columns = natural.triangle(block.size)
             if self.rotated[k]:
-                root = linalg.matmul(matrix, factors[k])
-                parts.append(linalg.matmul(root, linalg.transpose(root))[rows, columns])
+                root = linalg.matmul(matrix, block.factor_at(own_parameters[k][1], last))
+                parts.append(natural.omega_from_factors((root,)))
             else:
                 scale = _diagonal(matrix)
-                part = omega[start : start + rows.size]
                 parts.append(part * (scale[rows] * scale[columns]))
-            start += rows.size
-        return jnp.concatenate(parts), log_sigma2
+        return jnp.concatenate(parts), last
 
-    def jacobians(self, shown: Array, inner: Array) -> tuple[Array, Array]:
-        """Derivatives of `parameters` in those inside, (m + 1, m + 1), and the other way round.
+    def jacobians(self, shown: Array, inner: Array, covariance: Covariance) -> tuple[Array, Array]:
+        """Derivatives of `parameters` in those inside, (k + 1, k + 1), and the other way round.
 
         Args:
-            shown: (m + 1,) `parameters` with those on the boundary as `boundary` has them.
+            shown: (k + 1,) `parameters` with those on the boundary as `Report.shown` has them.
             inner: the same inside.
+            covariance: of the effects.
         """
 
         def both(shown: Array, inner: Array, matrices: Any) -> tuple[Array, Array]:
             own = Units(matrices, self.rotated)
-            out = jax.jacfwd(lambda inner: own._changed(inner, own.factors))(inner)
-            back = jax.jacfwd(lambda shown: own._changed(shown, own.inner_factors))(shown)
+            out = jax.jacfwd(lambda inner: own._changed(inner, own.factor, covariance))(inner)
+            back = jax.jacfwd(lambda p: own._changed(p, own.inner_factor, covariance))(shown)
             return out, back
 
         if shown.ndim == 1:
@@ -147,11 +155,17 @@ class Units:
         mapped = jax.vmap(lambda a, b: both(a, b, matrices), in_axes=-1, out_axes=-1)
         return mapped(shown, inner)
 
-    def _changed(self, parameters: Array, change: Any) -> Array:
-        """Finite parameters of the changed factors."""
-        sizes = tuple(len(own) for own in self.matrices)
-        factors = change(unstructured.factors_from_parameters(parameters, sizes))
-        return unstructured.parameters_from_factors(factors, parameters[-1], zero=0.0, limit=0.0)
+    def _changed(self, parameters: Array, change: Any, covariance: Covariance) -> Array:
+        """Finite parameters of the changed factors of what is rotated, the others as they are:
+        the unit of an effect adds a constant to its log-variance."""
+        last = parameters[-1]
+        parts = []
+        for k, (block, own) in enumerate(covariance.own_parameters(parameters)):
+            if self.rotated[k]:
+                factor = change(k, block.factor_at(own, last))
+                own = block.report(block.chart(factor), last).finite
+            parts.append(own)
+        return jnp.concatenate([*parts, last[None]])
 
 
 def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,9 +174,11 @@ def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Of nearly dependent columns, U spans those of `rows`, less the first ones' part in the last, to
     the last digits of the differences.
     """
-    units = Units.of([rows], len(rows))
-    basis, triangle = np.linalg.qr(units.rows(0, rows) if units.rotated[0] else rows)
-    return basis, triangle @ units.matrices[0] if units.rotated[0] else triangle
+    matrix, rotated = _matrix(rows, len(rows))
+    if not rotated:
+        return np.linalg.qr(rows)
+    basis, triangle = np.linalg.qr(Units((matrix,), (True,)).rows(0, rows))
+    return basis, triangle @ matrix
 
 
 def _module(value: Any) -> Any:
@@ -198,4 +214,4 @@ def _lower(root: Array, like: Array) -> Array:
     """Lower Cholesky factor (q, q) of a root of the same rank as the factor `like`."""
     tolerance = 8 * float(jnp.finfo(root.dtype).eps)
     rank = jnp.sum(linalg.diagonal(like) > 0, axis=0)
-    return unstructured.lower_factor(root, tolerance, rank)
+    return lower_factor(root, tolerance, rank)

@@ -15,7 +15,7 @@ from jaxreml.arguments import is_reml
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.base import Rows
@@ -27,7 +27,8 @@ class Inspection(NamedTuple):
 
     Attributes:
         criterion: (), by the objective alone.
-        gradient: (m,), of the objective in theta (scaled effects) by reverse-mode autodiff.
+        gradient: (r,), of the objective in the chart of the covariance (scaled effects), by
+            reverse-mode autodiff; where it has places to spare, in those that suffice.
         modes: per term (levels, effects), conditional modes of the random effects given y,
             Omega Z' V0^-1 (y - X beta) (best linear unbiased predictors).
         posterior: what `conditional_variances` makes their variances from.
@@ -62,19 +63,19 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
     """Omega (m,) at an estimate, in the units of the design."""
-    theta = unstructured.join_triangles(design.scaled_factors(estimate.theta))
-    return unstructured.omega_from_theta(theta, design.sizes)
+    return natural.omega_from_factors(design.scaled_factors(estimate.theta))
 
 
 def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
-    """The objective at an estimate and its gradient in theta, as in `Inspection`."""
-    theta = unstructured.join_triangles(design.scaled_factors(estimate.theta))
+    """The objective at an estimate and its gradient, as in `Inspection`."""
+    covariance = design.covariance
+    whole = covariance.chart(design.scaled_factors(estimate.theta))
 
-    def objective(theta: Array) -> Array:
-        omega = unstructured.omega_from_theta(theta, design.sizes)
-        return profiled(omega, design, reml=reml)
+    def objective(inside: Array) -> Array:
+        chart = whole.at[covariance.inside].set(inside)
+        return profiled(covariance.omega(chart), design, reml=reml)
 
-    return jax.value_and_grad(objective)(theta)
+    return jax.value_and_grad(objective)(whole[covariance.inside])
 
 
 def conditional_variances(
@@ -136,7 +137,7 @@ def _compiled_henderson() -> Any:
 def _henderson(theta: Array, design: Design) -> Henderson:
     structure, p = design.structure, design.p
     factors = design.scaled_factors(theta)
-    omega = unstructured.omega_from_theta(unstructured.join_triangles(factors), design.sizes)
+    omega = natural.omega_from_factors(factors)
     projection = structure.project(omega)
 
     def shift(column: Array) -> tuple[Array, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from jax import Array
 from jaxreml.arguments import is_reml
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design, perfect_share, require_precision
 from jaxreml.model.objective import Expansion, degrees_of_freedom, expand, profiled
 from jaxreml.optimum import newton
@@ -24,8 +24,6 @@ from jaxreml.status import Status as Status
 
 START = 0.1  # least relative SD to start from: zero is a stationary point
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
-LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
-FAR = 20.0  # stands for arctanh(+-1) likewise
 NEARLY_PERFECT = 1e-10  # likewise, where the search did not converge
 
 
@@ -52,8 +50,9 @@ class Estimate:
         criterion: (), -2 log (restricted) likelihood at the optimum.
         hessian: (m + 1, m + 1), of the criterion in `parameters`; NaN as in `parameters_vcov`.
         iterations: (), expansions of the criterion computed.
-        gradient_norm: (), Euclidean norm of the gradient in the root (scaled effects).
-        inertia: (3,), negative, zero and positive eigenvalues of the Hessian in theta.
+        gradient_norm: (), Euclidean norm of the gradient in the chart (scaled effects).
+        inertia: (3,), negative, zero and positive eigenvalues of the Hessian in the chart
+            (unstructured covariances: in theta).
         is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
         status: (), a `Status`. Other than CONVERGED: do not use the numbers. The derivatives of
             all of them are zero there.
@@ -123,12 +122,11 @@ def estimate(
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
     with usual_promotion():
         fixed = jax.lax.stop_gradient(design)
-        sizes = design.sizes
         trace = best_of(
-            lambda root, limit: search(fixed, root, reml, tolerance, limit),
-            lambda root: profiled(unstructured.omega_from_root(root, sizes), fixed, reml=reml),
-            start_root(fixed, reml),
-            sizes,
+            lambda chart, limit: search(fixed, chart, reml, tolerance, limit),
+            lambda chart: profiled(fixed.covariance.omega(chart), fixed, reml=reml),
+            start(fixed, reml),
+            design.covariance,
             max_iterations,
             cheap=is_cheap(design),
         )
@@ -136,8 +134,8 @@ def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float)
         status = outcome(trace.at, trace.point, trace, fixed)
         is_optimum = status == Status.CONVERGED
         design = _still_unless(is_optimum, design)
-        root, point = _optimum(reml, design, trace.at, trace.point)
-        return _still_unless(is_optimum, report(root, point, trace, design, status))
+        chart, point = _optimum(reml, design, trace.at, trace.point)
+        return _still_unless(is_optimum, report(chart, point, trace, design, status))
 
 
 def _still_unless(condition: Array, tree: Any) -> Any:
@@ -150,10 +148,10 @@ def _still_unless(condition: Array, tree: Any) -> Any:
 
 
 class Point(NamedTuple):
-    """The profiled criterion around one root (scaled effects).
+    """The profiled criterion around one point of the covariance's chart.
 
     Attributes:
-        value, gradient, hessian: in the root, of length r: (), (r,) and (r, r).
+        value, gradient, hessian: in the chart, of length r: (), (r,) and (r, r).
         expansion: the same in omega, and what it was made from.
     """
 
@@ -164,53 +162,16 @@ class Point(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="reml")  # traced once for all its uses in a program
-def expand_root(root: Array, design: Design, *, reml: bool, exact: Array | bool = True) -> Point:
-    """The profiled criterion with its derivatives in the root; `exact` as in `expand`."""
-    omega = unstructured.omega_from_root(root, design.sizes)
-    expansion = expand(omega, design, reml=reml, exact=exact)
-    return Point(expansion.value, *_chain(root, design.sizes, expansion), expansion)
+def expand_chart(chart: Array, design: Design, *, reml: bool, exact: Array | bool = True) -> Point:
+    """The profiled criterion with its derivatives in the chart; `exact` as in `expand`."""
+    covariance = design.covariance
+    expansion = expand(covariance.omega(chart), design, reml=reml, exact=exact)
+    slopes = covariance.chain(chart, expansion.gradient, expansion.hessian)
+    return Point(expansion.value, *slopes, expansion)
 
 
-def _chain(root: Array, sizes: unstructured.Sizes, expansion: Expansion) -> tuple[Array, Array]:
-    """Gradient and Hessian in the root, by the chain rule."""
-    jacobian = unstructured.root_jacobian(root, sizes)
-    curvature = unstructured.root_curvature(expansion.gradient, sizes)
-    gradient = linalg.matmul(curvature, root[:, None])[:, 0]
-    inner = linalg.matmul(expansion.hessian, jacobian)
-    hessian = linalg.matmul(linalg.transpose(jacobian), inner) + curvature
-    return gradient, (hessian + linalg.transpose(hessian)) / 2
-
-
-def _triangles(root: Array, sizes: unstructured.Sizes, zero: float) -> tuple[Array, ...]:
-    """Lower-triangular factors of a root's covariances, pivots of at most `zero` set to zero.
-
-    In a row with a pivot of zero, rounding errors are zeros: they would pass for a correlation, or
-    for what a correlation of +-1 leaves.
-    """
-    factors = []
-    start = 0
-    for q in sizes:
-        square = root[start : start + q * q].reshape(q, q, *root.shape[1:])
-        factor = unstructured.lower_factor(square, zero)
-        error = _rounding(root) ** 2 * jnp.maximum(jnp.sum(square**2, axis=1), 1.0)
-        kept = (linalg.diagonal(factor) > 0)[:, None] | (factor**2 > error[:, None])
-        factors.append(jnp.where(kept, factor, 0.0))
-        start += q * q
-    return tuple(factors)
-
-
-def _kept_triangles(root: Array, sizes: unstructured.Sizes) -> tuple[Array, ...]:
-    """Lower-triangular factors; what is set to zero is rounding error of a pivot set to zero."""
-    return _triangles(root, sizes, _rounding(root))
-
-
-def _rounding(root: Array) -> float:
-    """Relative SD that rounding leaves of zero."""
-    return math.sqrt(50 * jnp.finfo(root.dtype).eps)
-
-
-def start_root(design: Design, reml: bool) -> Array:
-    """Roots to start from: the structure's moment estimates, or else `minimum_norm` ones.
+def start(design: Design, reml: bool) -> Array:
+    """Where to start from: the structure's moment estimates, or else `minimum_norm` ones.
 
     Variances that come out too small start from START squared.
 
@@ -220,14 +181,7 @@ def start_root(design: Design, reml: bool) -> Array:
     relative = design.structure.start()
     if relative is None:
         relative = minimum_norm(design, reml)
-    roots = []
-    k = 0
-    for q in design.sizes:
-        rows, columns = unstructured.triangle(q)
-        entry = {pair: relative[k + s] for s, pair in enumerate(zip(rows, columns, strict=True))}
-        roots += _floored_root(entry, q)
-        k += rows.size
-    return jnp.stack(roots)
+    return design.covariance.start(relative, START)
 
 
 def minimum_norm(design: Design, reml: bool) -> Array:
@@ -241,7 +195,7 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     """
     sizes, p = design.sizes, design.p
     lanes = design.residual_ss.ndim
-    at = np.concatenate([np.equal(*unstructured.triangle(q)) for q in sizes]).astype(design.dtype)
+    at = np.concatenate([np.equal(*natural.triangle(q)) for q in sizes]).astype(design.dtype)
     omega = jnp.asarray(at.reshape(-1, *[1] * lanes))
     # T belongs to the design: one lane, without the response, whose part has no degrees of freedom.
     blank: Any = replace(design, structure=None)  # pyright: ignore
@@ -266,20 +220,6 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     return solution[:-1] / sigma2
 
 
-def _floored_root(entry: dict[tuple[int, int], Array], q: int) -> list[Array]:
-    """Lower-triangular root of nearly a covariance matrix, row by row; pivots at least START."""
-    factor: dict[tuple[int, int], Array] = {}
-    zero = jnp.zeros_like(entry[0, 0])
-    for k in range(q):
-        pivot = entry[k, k] - sum((factor[k, j] ** 2 for j in range(k)), zero)
-        factor[k, k] = jnp.sqrt(jnp.maximum(pivot, START**2))
-        for i in range(k + 1, q):
-            rest = entry[i, k] - sum((factor[i, j] * factor[k, j] for j in range(k)), zero)
-            bound = jnp.sqrt(jnp.maximum(entry[i, i], START**2))
-            factor[i, k] = jnp.clip(rest / factor[k, k], -bound, bound)
-    return [factor.get((i, k), zero) for i in range(q) for k in range(q)]
-
-
 def search(
     design: Design,
     start: Array,
@@ -290,63 +230,56 @@ def search(
     radius: Array | None = None,
     careful: bool = False,
 ) -> newton.Trace:
-    """The optimum of the profiled criterion in the root; also for a batch on the last axis.
+    """The optimum of the profiled criterion in the chart; also for a batch on the last axis.
 
     A batch comes without the `Expansion`, which would be much to carry from step to step, and as
     `newton.minimise` says: not polished, and off saddle points only if `careful`.
     """
     lanes = start.ndim > 1
-    sizes = design.sizes
+    covariance = design.covariance
 
-    def at(root: Array, exact: Array | bool = True) -> Point:
-        point = expand_root(root, design, reml=reml, exact=exact)
+    def at(chart: Array, exact: Array | bool = True) -> Point:
+        point = expand_chart(chart, design, reml=reml, exact=exact)
         return point._replace(expansion=()) if lanes else point
 
     return newton.minimise(
         at,
         start,
-        partial(snap, sizes=sizes),
+        partial(covariance.snap, zero=ZERO),
         tolerance=tolerance,
         max_iterations=max_iterations,
-        flat=partial(unstructured.rotations, sizes=sizes),
+        flat=covariance.flat,
         radius=radius,
         careful=careful,
-        settled=partial(is_settled, sizes=sizes) if design.structure.costly else None,
+        settled=partial(is_settled, covariance) if design.structure.costly else None,
     )
 
 
-def snap(root: Array, sizes: unstructured.Sizes) -> Array:
-    """The triangular root of the same covariances, variances next to zero at zero."""
-    squares = [f.reshape(-1, *root.shape[1:]) for f in _triangles(root, sizes, ZERO)]
-    return jnp.concatenate(squares)
-
-
-def is_settled(root: Array, sizes: unstructured.Sizes) -> Array:
+def is_settled(covariance: Covariance, chart: Array) -> Array:
     """Whether no variance is next to zero without being zero."""
-    pairs = zip(_triangles(root, sizes, ZERO), _kept_triangles(root, sizes), strict=True)
-    return jnp.all(jnp.stack([jnp.all(zeroed == kept) for zeroed, kept in pairs]))
+    return jnp.all(covariance.snap(chart, ZERO) == covariance.canonical(chart))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _optimum(reml: bool, design: Design, root: Array, point: Point) -> tuple[Array, Point]:
+def _optimum(reml: bool, design: Design, chart: Array, point: Point) -> tuple[Array, Point]:
     """The optimum found, with the derivatives that it has as a function of the design.
 
-    The gradient stays zero when the design changes, so d root = -H^-1 d gradient, with flat
-    directions left where they are: rotations of the root, which do not move omega.
+    The gradient stays zero when the design changes, so d chart = -H^-1 d gradient, with flat
+    directions left where they are: they do not move omega.
     """
-    return root, point
+    return chart, point
 
 
 @_optimum.defjvp
 @usual_promotion()
 def _optimum_jvp(reml, primals, tangents):
-    root, point = _optimum(reml, *primals)
+    chart, point = _optimum(reml, *primals)
     design, design_dot = primals[0], tangents[0]
-    at = partial(expand_root, reml=reml)
-    _, gradient_dot = jax.jvp(lambda design: at(root, design).gradient, (design,), (design_dot,))
-    root_dot = -newton.solve_flat(at(root, design).hessian, gradient_dot)
-    _, point_dot = jax.jvp(at, (root, design), (root_dot, design_dot))
-    return (root, point), (root_dot, point_dot)
+    at = partial(expand_chart, reml=reml)
+    _, gradient_dot = jax.jvp(lambda design: at(chart, design).gradient, (design,), (design_dot,))
+    chart_dot = -newton.solve_flat(at(chart, design).hessian, gradient_dot)
+    _, point_dot = jax.jvp(at, (chart, design), (chart_dot, design_dot))
+    return (chart, point), (chart_dot, point_dot)
 
 
 def _congruent(matrix: Array, form: Array) -> Array:
@@ -354,17 +287,16 @@ def _congruent(matrix: Array, form: Array) -> Array:
     return linalg.matmul(linalg.transpose(matrix), linalg.matmul(form, matrix))
 
 
-def _hessian_theta(scaled: tuple[Array, ...], point: Point, sizes: unstructured.Sizes) -> Array:
-    """The Hessian in theta, (m, m), at relative Cholesky factors of scaled effects."""
-    root = unstructured.root_from_theta(unstructured.join_triangles(scaled), sizes)
-    _, hessian = _chain(root, sizes, point.expansion)
-    inside = unstructured.root_of_theta(sizes)
+def _inner_hessian(canonical: Array, point: Point, covariance: Covariance) -> Array:
+    """The Hessian in the places of the chart that suffice at a `canonical` point."""
+    expansion, inside = point.expansion, covariance.inside
+    _, hessian = covariance.chain(canonical, expansion.gradient, expansion.hessian)
     return hessian[inside][:, inside]
 
 
-def outcome(root: Array, point: Point, trace: newton.Trace, design: Design) -> Array:
+def outcome(chart: Array, point: Point, trace: newton.Trace, design: Design) -> Array:
     """The `Status` of what a search found; also for a batch on the last axis."""
-    hessian = _hessian_theta(_kept_triangles(root, design.sizes), point, design.sizes)
+    hessian = _inner_hessian(design.covariance.canonical(chart), point, design.covariance)
     status = jnp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
     status = jnp.where(trace.stalled, Status.STALLED, status)
     status = jnp.where(trace.converged & ~newton.is_convex(hessian), Status.SADDLE, status)
@@ -386,89 +318,125 @@ def outcome(root: Array, point: Point, trace: newton.Trace, design: Design) -> A
 
 
 def report(
-    root: Array, point: Point, trace: newton.Trace, design: Design, status: Array
+    chart: Array, point: Point, trace: newton.Trace, design: Design, status: Array
 ) -> Estimate:
     """Everything that follows from the optimum; also for a batch on the last axis."""
-    sizes = design.sizes
-    p = design.p
-    value, gradient, _, expansion = point
-    scaled = _kept_triangles(root, sizes)
-    theta = unstructured.join_triangles(scaled)
-    hessian_theta = _hessian_theta(scaled, point, sizes)
-    sigma2 = jnp.exp(expansion.log_sigma2)
+    covariance, expansion = design.covariance, point.expansion
+    chart = covariance.canonical(chart)
+    of_x = _fixed_effects(expansion, design)
+    inner = _variance_parameters(chart, expansion, of_x, design)
+    users_chart, found = _in_users_units(chart, inner, expansion.log_sigma2, design)
+    both = found.free[:, None] & found.free
+    parameters_vcov = jnp.where(both & found.regular, found.vcov, jnp.nan)
+    unknown = design.absent[:, None] | design.absent
+    return Estimate(
+        theta=natural.join_triangles(covariance.factors(users_chart)),
+        parameters=found.shown,
+        parameters_vcov=parameters_vcov,
+        log_variances=found.shown[covariance.positions],
+        log_variance_se=jnp.sqrt(linalg.diagonal(parameters_vcov))[covariance.positions],
+        beta=jnp.where(design.absent, jnp.nan, of_x.beta),
+        vcov=jnp.where(unknown, jnp.nan, of_x.vcov),
+        vcov_slopes=jnp.where(unknown, jnp.nan, found.vcov_slopes),
+        sigma=jnp.sqrt(jnp.exp(expansion.log_sigma2)),
+        criterion=point.value,
+        hessian=jnp.where(both, found.hessian, jnp.nan),
+        iterations=trace.iterations,
+        gradient_norm=jnp.sqrt(jnp.sum(point.gradient**2, axis=0)),
+        inertia=newton.inertia(_inner_hessian(chart, point, covariance)),
+        is_singular=~jnp.all(found.free, axis=0),
+        status=status,
+    )
 
-    # Fixed effects: undo the orthonormal basis and the least squares shift of y.
-    factor = expansion.gram_factor
+
+class _FixedEffects(NamedTuple):
+    """Coefficients (p,), a root (p, p) of their covariance over sigma2, and that covariance."""
+
+    beta: Array
+    root: Array
+    vcov: Array
+
+
+def _fixed_effects(expansion: Expansion, design: Design) -> _FixedEffects:
+    """Undo the orthonormal basis and the least squares shift of y."""
+    p, factor = design.p, expansion.gram_factor
     of_x = factor[:p, :p]
     identity = linalg.eye_like(of_x)
-    absent = design.absent
-    triangle = linalg.transpose(design.basis) + absent * identity
+    triangle = linalg.transpose(design.basis) + design.absent * identity
     to_basis = linalg.solve_lower(triangle, identity)  # R^-T
-    root_vcov = linalg.transpose(
-        linalg.matmul(linalg.solve_lower(of_x, identity), to_basis)
-    )  # (L' R)^-1
-    beta = design.beta_ols + linalg.matmul(root_vcov, factor[p, :p][:, None])[:, 0]
-    vcov = sigma2 * linalg.matmul(root_vcov, linalg.transpose(root_vcov))
-    unknown = absent[:, None] | absent
+    root = linalg.matmul(linalg.solve_lower(of_x, identity), to_basis)
+    root = linalg.transpose(root)  # (L' R)^-1
+    beta = design.beta_ols + linalg.matmul(root, factor[p, :p][:, None])[:, 0]
+    vcov = jnp.exp(expansion.log_sigma2) * linalg.matmul(root, linalg.transpose(root))
+    return _FixedEffects(beta, root, vcov)
 
-    # Variance parameters, inside and then in the user's units of the effects.
-    finite = unstructured.parameters_from_factors(
-        scaled, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR
-    )
-    free, inner = unstructured.boundary(scaled, finite)
+
+class _Curvature(NamedTuple):
+    """What the optimum's neighbourhood says of the variance parameters.
+
+    Attributes:
+        shown, free: as in `Report`.
+        vcov: (k + 1, k + 1), 2 H^-1 of the free ones.
+        hessian: (k + 1, k + 1), H.
+        vcov_slopes: (k + 1, p, p), derivatives of the covariance of the fixed effects.
+        regular: (), whether H is positive definite.
+    """
+
+    shown: Array
+    free: Array
+    vcov: Array
+    hessian: Array
+    vcov_slopes: Array
+    regular: Array
+
+
+def _variance_parameters(
+    chart: Array, expansion: Expansion, of_x: _FixedEffects, design: Design
+) -> _Curvature:
+    """Parameters of scaled effects."""
+    p, sigma2 = design.p, jnp.exp(expansion.log_sigma2)
+    finite, free, shown = design.covariance.report(chart, expansion.log_sigma2)
     slopes = jnp.concatenate([expansion.gradient, jnp.zeros_like(expansion.gradient[:1])])
-    jacobian, hessian = unstructured.hessian_in_parameters(
-        finite, slopes, expansion.joint_hessian, sizes
-    )
+    jacobian, hessian = design.covariance.in_parameters(finite, slopes, expansion.joint_hessian)
+    across = linalg.transpose(of_x.root)
     of_omega = [
-        -linalg.matmul(root_vcov, linalg.matmul(slope, linalg.transpose(root_vcov)))
-        for slope in (expansion.gram_slopes[i, :p, :p] for i in range(len(theta)))
+        -sigma2 * linalg.matmul(of_x.root, linalg.matmul(slope, across))
+        for slope in expansion.gram_slopes[:, :p, :p]
     ]
-    of_all = jnp.stack([*(sigma2 * slope for slope in of_omega), vcov])
+    of_all = jnp.stack([*of_omega, of_x.vcov])
     vcov_slopes = jnp.sum((jacobian * free)[:, :, None, None] * of_all[:, None], axis=0)
     both = free[:, None] & free
     identity = linalg.eye_like(hessian)
-    # One more: a logarithm whose own entry is rounding error is not known, whatever its sign
+    # One more: a logarithm whose own entry is rounding error is not known, whatever its sign.
     unit = jnp.sqrt(1 + jnp.where(free, linalg.diagonal(hessian), 0.0))
     unit_hessian = jnp.where(both, hessian / (unit[:, None] * unit), identity)
     unit_factor = linalg.cholesky(unit_hessian)
     # The pivot is NaN, and the comparison false, where the factorisation failed.
     regular = jnp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.FLAT
     inverse = linalg.solve_lower(unit_factor, identity) / unit
-    parameters_vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
-    factors = design.units.factors(scaled)
-    finite = unstructured.parameters_from_factors(
-        factors, expansion.log_sigma2, zero=LOG_ZERO, limit=FAR
-    )
-    theirs, shown = unstructured.boundary(factors, finite)
-    if any(design.units.rotated):
-        # The gradient vanishes in what is free: derivatives change as tensors do.
-        out, back = design.units.jacobians(shown, inner)
-        out = jnp.where(theirs[:, None] & free, out, 0.0)
-        back = jnp.where(free[:, None] & theirs, back, 0.0)
-        parameters_vcov = _congruent(linalg.transpose(out), jnp.where(both, parameters_vcov, 0.0))
-        hessian = _congruent(back, jnp.where(both, hessian, 0.0))
-        vcov_slopes = jnp.sum(back[:, :, None, None] * vcov_slopes[:, None], axis=0)
-    free = theirs
-    both = free[:, None] & free
-    parameters_vcov = jnp.where(both & regular, parameters_vcov, jnp.nan)
-    positions, _ = unstructured.positions(sizes)
+    vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
+    return _Curvature(shown, free, vcov, hessian, vcov_slopes, regular)
 
-    return Estimate(
-        theta=unstructured.join_triangles(factors),
-        parameters=shown,
-        parameters_vcov=parameters_vcov,
-        log_variances=shown[positions],
-        log_variance_se=jnp.sqrt(linalg.diagonal(parameters_vcov))[positions],
-        beta=jnp.where(absent, jnp.nan, beta),
-        vcov=jnp.where(unknown, jnp.nan, vcov),
-        vcov_slopes=jnp.where(unknown, jnp.nan, vcov_slopes),
-        sigma=jnp.sqrt(sigma2),
-        criterion=value,
-        hessian=jnp.where(both, hessian, jnp.nan),
-        iterations=trace.iterations,
-        gradient_norm=jnp.sqrt(jnp.sum(gradient**2, axis=0)),
-        inertia=newton.inertia(hessian_theta),
-        is_singular=~jnp.all(free, axis=0),
-        status=status,
+
+def _in_users_units(
+    inner: Array, own: _Curvature, log_sigma2: Array, design: Design
+) -> tuple[Array, _Curvature]:
+    """A point of the chart and what is known of the parameters, for effects as the user has them.
+
+    The gradient vanishes in what is free: derivatives change as tensors do.
+    """
+    covariance, units = design.covariance, design.units
+    chart = units.chart(inner, covariance)
+    _, free, shown = covariance.report(chart, log_sigma2)
+    theirs = own._replace(shown=shown, free=free)
+    if not any(units.rotated):
+        return chart, theirs
+    out, back = units.jacobians(shown, own.shown, covariance)
+    out = jnp.where(free[:, None] & own.free, out, 0.0)
+    back = jnp.where(own.free[:, None] & free, back, 0.0)
+    both = own.free[:, None] & own.free
+    return chart, theirs._replace(
+        vcov=_congruent(linalg.transpose(out), jnp.where(both, own.vcov, 0.0)),
+        hessian=_congruent(back, jnp.where(both, own.hessian, 0.0)),
+        vcov_slopes=jnp.sum(back[:, :, None, None] * own.vcov_slopes[:, None], axis=0),
     )

@@ -26,7 +26,7 @@ from jax import Array
 from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.model.structures.combined import Combined
@@ -113,10 +113,10 @@ def triangle(x: Any, axes: Coordinates) -> Any:
     return entries * (1 - angles) * xp.cos(polar @ x) + (polar.T @ entries) * xp.sin(x)
 
 
-def _omega(x: Array, axes: Coordinates, sizes: unstructured.Sizes) -> tuple[Array, Array]:
+def _omega(x: Array, axes: Coordinates, covariance: Covariance) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
     entries = triangle(x[:-1], axes)
-    absolute = unstructured.omega_from_root(axes.order @ entries, sizes)
+    absolute = covariance.omega(axes.order @ entries)
     return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
 
 
@@ -127,13 +127,13 @@ def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
 
 def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
     """The criterion at x (m + 2,) with its derivatives, the response of `design` moved."""
-    inner = x[:-1]
+    inner, covariance = x[:-1], design.covariance
 
     def slopes(inner: Array) -> tuple[Array, Array]:
-        jacobian = jax.jacfwd(lambda inner: jnp.append(*_omega(inner, axes, design.sizes)))(inner)
+        jacobian = jax.jacfwd(lambda inner: jnp.append(*_omega(inner, axes, covariance)))(inner)
         return jacobian, jacobian
 
-    omega, log_sigma2 = _omega(inner, axes, design.sizes)
+    omega, log_sigma2 = _omega(inner, axes, covariance)
     outer = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
     bends, jacobian = jax.jacfwd(slopes, has_aux=True)(inner)
     bend = jnp.tensordot(outer.joint_gradient, bends, axes=1)
@@ -169,10 +169,10 @@ def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[A
 
     def value(x: Array) -> Array:
         held = _combined(x[-1], axes, design)
-        return neg2_loglik(*_omega(x[:-1], axes, design.sizes), held, reml=reml)
+        return neg2_loglik(*_omega(x[:-1], axes, design.covariance), held, reml=reml)
 
     held = _combined(x[-1], axes, design)
-    omega, _ = _omega(x[:-1], axes, design.sizes)
+    omega, _ = _omega(x[:-1], axes, design.covariance)
     gram = held.structure.marginal(omega).gram
     p = design.p
     factor = linalg.cholesky(gram)

@@ -23,7 +23,8 @@ import numpy as np
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom
 from jaxreml.model.structures import Grouped
@@ -37,35 +38,17 @@ MOST_PRODUCTS = 10**5  # numbers, of the levels' cross-products, that it works w
 
 
 @lru_cache
-def starts(sizes: unstructured.Sizes) -> np.ndarray:
-    """Roots to search from besides the moment estimates, (k + 2, r) for k > 1 effects, else (2, r).
+def starts(covariance: Covariance) -> np.ndarray:
+    """Points of the chart to search from besides the moment estimates: (k + 2, r) for k > 1
+    effects, else (2, r).
 
     All relative SDs zero; all huge; and each one large with the others small.
     """
-    k = sum(sizes)
+    k = sum(covariance.sizes)
     sds = [np.zeros(k), np.full(k, HUGE)]
     if k > 1:
         sds += [np.where(np.arange(k) == own, LARGE, SMALL) for own in range(k)]
-    return np.array([diagonal_root(sd, sizes) for sd in sds])
-
-
-def diagonal_root(sds: np.ndarray, sizes: unstructured.Sizes) -> np.ndarray:
-    """The root (r,) of uncorrelated effects with relative SDs (k,)."""
-    ends = np.cumsum(sizes)[:-1]
-    return np.concatenate([np.diag(own).ravel() for own in np.split(sds, ends)])
-
-
-def faces(root: Array, sizes: unstructured.Sizes) -> Array:
-    """The root (r,) with the variance of each effect at zero, and with all, (k + 1, r)."""
-    masks = [np.zeros(len(root))]
-    place = 0
-    for q in sizes:
-        for row in range(q):
-            mask = np.ones(len(root))
-            mask[place + row * q : place + (row + 1) * q] = 0.0
-            masks.append(mask)
-        place += q * q
-    return root * np.array(masks, root.dtype)
+    return np.array([covariance.uncorrelated(sd) for sd in sds])
 
 
 def is_lower(value: Any, other: Any) -> Any:
@@ -79,7 +62,7 @@ def best_of(
     search: Callable[[Array, Array], Trace],
     criterion: Callable[[Array], Array],
     start: Array,
-    sizes: unstructured.Sizes,
+    covariance: Covariance,
     max_iterations: int,
     *,
     cheap: bool,
@@ -92,19 +75,19 @@ def best_of(
         search: from a root (r,), with at most so many expansions.
         criterion: at a root.
         start: (r,), the first; a rival's optimum must be lower by more than rounding.
-        sizes: effects per term.
+        covariance: of the chart.
         max_iterations: of each search.
         cheap: whether to search from all `starts`, or from the lowest of the `faces` of the optimum
             if it is below it.
     """
     rivals, limit = linalg.alike(
-        (jnp.asarray(starts(sizes), start.dtype), jnp.asarray(max_iterations)), start
+        (jnp.asarray(starts(covariance), start.dtype), jnp.asarray(max_iterations)), start
     )
 
     def following(k: Array, best: Trace) -> tuple[Array, Array]:
         if cheap:
             return rivals[jnp.minimum(k, len(rivals) - 1)], limit
-        nearby = faces(best.at, sizes)
+        nearby = best.at * covariance.faces.astype(start.dtype)
         values = jax.lax.map(criterion, nearby)
         values = jnp.where(jnp.isfinite(values), values, jnp.inf)
         lowest = jnp.argmin(values)
@@ -134,12 +117,12 @@ def optimality(design: Design, omega: np.ndarray, *, reml: bool) -> str:
         omega: (m,), in units of scaled effects.
         reml: the criterion.
     """
-    if design.sizes == (1,) and isinstance(design.structure, Grouped):
+    if design.covariance == unstructured((1,)) and isinstance(design.structure, Grouped):
         degrees = float(degrees_of_freedom(design, reml=reml))
         if is_global(design.structure, degrees, float(omega[0]), reml=reml):
             return "proved to be the lowest"
     if is_cheap(design):
-        return f"the lowest of {1 + len(starts(design.sizes))} searches"
+        return f"the lowest of {1 + len(starts(design.covariance))} searches"
     return "not lower with a variance at zero"
 
 

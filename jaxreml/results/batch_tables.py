@@ -11,7 +11,7 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 
 if TYPE_CHECKING:
     from jaxreml.many.fitted import FittedBatch
@@ -310,7 +310,7 @@ def _theta_labels(model: BatchModel) -> list[tuple[str, ...]]:
     return [
         (group, effects[j]) if i == j else (group, effects[j], effects[i])
         for group, effects in model.groups
-        for i, j in zip(*unstructured.triangle(len(effects)), strict=True)
+        for i, j in zip(*natural.triangle(len(effects)), strict=True)
     ]
 
 

@@ -16,7 +16,8 @@ from references import reference
 
 import jaxreml
 from jaxreml import DataError, LMMResults
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.unstructured import unstructured
 
 FIGURES = json.loads((references.HERE / "predictions" / "predictions.json").read_text())[
     "influence"
@@ -114,7 +115,7 @@ class TestExactInfluence:
         np.testing.assert_allclose(found.dfbetas.to_numpy()[order], figures["dfbetas"], atol=1e-5)
         cooks = np.sum(change @ np.linalg.inv(fit.vcov_array) * change, axis=1) / len(scale)
         np.testing.assert_allclose(found.cooks_distance.to_numpy()[order], cooks)
-        positions, _ = unstructured.positions(tuple(len(g.effects) for g in fit.groupings))
+        positions = unstructured(tuple(len(g.effects) for g in fit.groupings)).positions
         after = (fit.parameters + found.parameters.to_numpy()[order])[:, positions]
         np.testing.assert_allclose(after, np.log(figures["variances"]), atol=2e-4)
 
@@ -178,9 +179,9 @@ class TestFirstOrder:
 
         def solution(params, keep):
             """The criterion of some rows and beta; the others become independent of them."""
-            omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
+            omega, log_sigma2 = unstructured(sizes).natural(params)
             V = jnp.diag(1 / jnp.asarray(weights))
-            matrices = unstructured.symmetric_matrices(omega, sizes)
+            matrices = natural.symmetric_matrices(omega, sizes)
             for term, matrix, here in zip(frame.terms, matrices, same, strict=True):
                 V += (term.effects @ matrix @ term.effects.T) * here
             V = jnp.where(keep[:, None] & keep, V, jnp.eye(fit.nobs))

@@ -20,7 +20,7 @@ from jaxreml.many.shared import prepare, share
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.lanes import cross_products
 from jaxreml.optimum.effects import inspect
-from jaxreml.optimum.estimate import Status, expand_root
+from jaxreml.optimum.estimate import Status, expand_chart
 
 SLEEP = "~ Days + (Days | Subject)"
 
@@ -174,7 +174,7 @@ def test_lanes_are_single_expansions():
     shared = fitter.whole.shared
     design = shared.batch(shared.reduce(jnp.asarray(values), exact=False))
     roots = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
-    expanded = jax.jit(expand_root, static_argnames="reml")
+    expanded = jax.jit(expand_chart, static_argnames="reml")
     lanes = expanded(roots, design, reml=True)
     for i in range(3):
         single = jaxreml.design("y ~ z + (1 + x + z | g)", data.assign(y=values[:, i]))

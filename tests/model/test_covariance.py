@@ -9,16 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Block, Covariance
+from jaxreml.model.covariance.compound_symmetry import CompoundSymmetry
+from jaxreml.model.covariance.factors import factor_semidefinite, lower_factor
+from jaxreml.model.covariance.unstructured import Unstructured, unstructured
 
 SIZES = [(1,), (2,), (3,), (1, 2), (4,)]
+COVARIANCES = [
+    *map(unstructured, SIZES),
+    Covariance((CompoundSymmetry(2),)),
+    Covariance((CompoundSymmetry(4),)),
+    Covariance((Unstructured(2), CompoundSymmetry(3))),
+]
 
 
 def random_theta(seed: int, sizes: tuple[int, ...]) -> np.ndarray:
-    theta = np.random.default_rng(seed).normal(size=unstructured.count_theta(sizes))
-    diagonal = np.concatenate(
-        [rows == columns for rows, columns in map(unstructured.triangle, sizes)]
-    )
+    theta = np.random.default_rng(seed).normal(size=natural.count_theta(sizes))
+    diagonal = np.concatenate([rows == columns for rows, columns in map(natural.triangle, sizes)])
     return np.where(diagonal, np.abs(theta) + 0.1, theta)
 
 
@@ -26,20 +34,19 @@ def random_theta(seed: int, sizes: tuple[int, ...]) -> np.ndarray:
 @given(st.integers(0, 2**31), st.sampled_from(SIZES))
 def test_round_trip(seed, sizes):
     theta = jnp.asarray(random_theta(seed, sizes))
-    factors = unstructured.split_triangles(theta, sizes)
-    np.testing.assert_array_equal(unstructured.join_triangles(factors), theta)
-    params = unstructured.parameters_from_factors(
-        factors, jnp.asarray(0.3), zero=-100.0, limit=20.0
-    )
-    omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
+    factors = natural.split_triangles(theta, sizes)
+    np.testing.assert_array_equal(natural.join_triangles(factors), theta)
+    covariance = unstructured(sizes)
+    report = covariance.report(covariance.chart(factors), jnp.asarray(0.3))
+    assert report.free.all()
+    np.testing.assert_array_equal(report.shown, report.finite)
+    omega, log_sigma2 = covariance.natural(report.finite)
     assert float(log_sigma2) == 0.3
-    np.testing.assert_allclose(
-        omega, unstructured.omega_from_theta(theta, sizes), rtol=1e-9, atol=1e-12
-    )
-    matrices = unstructured.symmetric_matrices(omega, sizes)
+    np.testing.assert_allclose(omega, natural.omega_from_theta(theta, sizes), rtol=1e-9, atol=1e-12)
+    matrices = natural.symmetric_matrices(omega, sizes)
     for factor, matrix in zip(factors, matrices, strict=True):
         np.testing.assert_allclose(matrix, factor @ factor.T, atol=1e-9)
-        again, zero = unstructured.factor_semidefinite(matrix, 1e-8)
+        again, zero = factor_semidefinite(matrix, 1e-8)
         assert not zero.any()
         np.testing.assert_allclose(again, factor, atol=1e-6)
 
@@ -47,44 +54,95 @@ def test_round_trip(seed, sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_triangle_is_a_root(sizes):
     theta = random_theta(1, sizes)
-    root = unstructured.root_from_theta(jnp.asarray(theta), sizes)
-    np.testing.assert_array_equal(root[unstructured.root_of_theta(sizes)], theta)
-    omega = unstructured.omega_from_root(root, sizes)
-    expected = [
-        factor @ factor.T for factor in unstructured.split_triangles(jnp.asarray(theta), sizes)
-    ]
-    np.testing.assert_allclose(omega, unstructured.join_triangles(tuple(expected)), atol=1e-12)
-    np.testing.assert_allclose(omega, unstructured.omega_from_theta(jnp.asarray(theta), sizes))
+    covariance = unstructured(sizes)
+    chart = covariance.chart(natural.split_triangles(jnp.asarray(theta), sizes))
+    np.testing.assert_array_equal(chart[covariance.inside], theta)
+    expected = [factor @ factor.T for factor in natural.split_triangles(jnp.asarray(theta), sizes)]
+    omega = covariance.omega(chart)
+    np.testing.assert_allclose(omega, natural.join_triangles(tuple(expected)), atol=1e-12)
+    np.testing.assert_allclose(omega, natural.omega_from_theta(jnp.asarray(theta), sizes))
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_derivatives_in_the_root_equal_autodiff(sizes):
+def chart_of(covariance: Covariance, seed: int) -> jax.Array:
+    length = sum(block.length for block in covariance.blocks)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=length))
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_chart_factor_and_parameters_are_one_covariance(covariance):
+    for seed in range(5):
+        chart = chart_of(covariance, seed)
+        canonical = covariance.canonical(chart)
+        omega = covariance.omega(chart)
+        np.testing.assert_allclose(covariance.omega(canonical), omega, atol=1e-13)
+        factors = covariance.factors(canonical)
+        np.testing.assert_allclose(natural.omega_from_factors(factors), omega, atol=1e-13)
+        np.testing.assert_allclose(covariance.chart(factors), canonical, rtol=1e-9)
+        report = covariance.report(canonical, jnp.asarray(0.4))
+        assert report.free.all() and len(report.free) == covariance.positions[-1] + 1
+        again, log_sigma2 = covariance.natural(report.shown)
+        np.testing.assert_allclose(again, omega, atol=1e-12)
+        assert float(log_sigma2) == 0.4
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("lanes", [(), (2,)])
+def test_derivatives_in_the_chart_equal_autodiff(covariance, lanes):
+    """Those written out, and the generic ones with and without lanes."""
     rng = np.random.default_rng(2)
-    root = jnp.asarray(rng.normal(size=sum(q * q for q in sizes)))
-    gradient = jnp.asarray(rng.normal(size=unstructured.count_theta(sizes)))
+    chart = jnp.stack([chart_of(covariance, 0), chart_of(covariance, 1)], axis=-1)
+    m = natural.count_theta(covariance.sizes)
+    gradient, hessian = jnp.asarray(rng.normal(size=(m, 2))), rng.normal(size=(m, m, 2))
+    hessian = jnp.asarray(hessian + hessian.swapaxes(0, 1))
+    if not lanes:
+        chart, gradient, hessian = chart[:, 0], gradient[:, 0], hessian[..., 0]
+    slope, bend = covariance.chain(chart, gradient, hessian)
+    flat = covariance.flat(chart)
+    for lane in np.ndindex(lanes):
+        here, first, second = chart[(..., *lane)], gradient[(..., *lane)], hessian[(..., *lane)]
+        at = covariance.omega(here)
 
-    def of_root(root):
-        return unstructured.omega_from_root(root, sizes)
+        def value(chart, at=at, first=first, second=second):
+            step = covariance.omega(chart) - at
+            return first @ step + step @ second @ step / 2
 
-    jacobian = jax.jacfwd(of_root)(root)
-    np.testing.assert_allclose(unstructured.root_jacobian(root, sizes), jacobian, atol=1e-12)
-    curvature = jax.hessian(lambda root: gradient @ of_root(root))(root)
-    np.testing.assert_allclose(unstructured.root_curvature(gradient, sizes), curvature, atol=1e-12)
-    flat = unstructured.rotations(root, sizes)
-    if flat is not None:
-        np.testing.assert_allclose(flat @ jacobian.T, 0.0, atol=1e-12)
+        np.testing.assert_allclose(slope[(..., *lane)], jax.grad(value)(here), atol=1e-12)
+        np.testing.assert_allclose(bend[(..., *lane)], jax.hessian(value)(here), atol=1e-12)
+        if flat is not None:
+            moved = flat[(..., *lane)] @ jax.jacfwd(covariance.omega)(here).T
+            np.testing.assert_allclose(moved, 0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "curvature", "derivatives"])
+@pytest.mark.parametrize("q", [1, 2, 3])
+def test_what_is_written_out_equals_the_generic_chain(q, name):
+    block = Unstructured(q)
+    rng = np.random.default_rng(q)
+    m = q * (q + 1) // 2
+    chart, parameters, gradient = (jnp.asarray(rng.normal(size=k)) for k in (q * q, m, m))
+    arguments = {
+        "jacobian": (chart,),
+        "curvature": (chart, gradient),
+        "derivatives": (parameters, jnp.asarray(0.3), gradient),
+    }[name]
+    own, generic = (getattr(cls, name)(block, *arguments) for cls in (Unstructured, Block))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), own, generic)
 
 
 def test_two_effects_have_fishers_z():
-    omega, _ = unstructured.omega_from_parameters(jnp.array([0.0, 0.0, 0.8, 0.0]), (2,))
-    assert float(omega[1]) == pytest.approx(np.tanh(0.8))
+    for covariance, parameters in (
+        (unstructured((2,)), [0.0, 0.0, 0.8, 0.0]),
+        (Covariance((CompoundSymmetry(2),)), [0.0, 0.8, 0.0]),
+    ):
+        omega, _ = covariance.natural(jnp.array(parameters))
+        np.testing.assert_allclose(omega, [1, np.tanh(0.8), 1])
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_hessian_in_params_equals_autodiff(sizes):
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_hessian_in_parameters_equals_autodiff(covariance):
     rng = np.random.default_rng(0)
-    m = unstructured.count_theta(sizes)
-    params = jnp.asarray(rng.normal(size=m + 1) / 2)
+    m, k = natural.count_theta(covariance.sizes), covariance.positions[-1] + 1
+    params = jnp.asarray(rng.normal(size=k) / 2)
     A = rng.normal(size=(m + 1, m + 1))
     A = jnp.asarray(A + A.T)
 
@@ -92,24 +150,22 @@ def test_hessian_in_params_equals_autodiff(sizes):
         return jnp.sin(both).sum() + both @ A @ both
 
     def in_params(params):
-        omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
-        return value(jnp.append(omega, log_sigma2))
+        return value(jnp.append(*covariance.natural(params)))
 
-    both = jnp.append(*unstructured.omega_from_parameters(params, sizes))
+    both = jnp.append(*covariance.natural(params))
     gradient, hessian = jax.grad(value)(both), jax.hessian(value)(both)
     # The residual's gradient is zero at an optimum and is not read; its coordinate is linear.
-    in_closed_form = jax.jit(unstructured.hessian_in_parameters, static_argnums=3)
-    jacobian, found = in_closed_form(params, gradient, hessian, sizes)
+    jacobian, found = jax.jit(covariance.in_parameters)(params, gradient, hessian)
     np.testing.assert_allclose(found, jax.jit(jax.hessian(in_params))(params), atol=1e-9)
     expected = jax.jit(jax.grad(in_params))(params)
     np.testing.assert_allclose(gradient @ jacobian, expected, atol=1e-10)
 
 
 def test_semidefinite_factor_has_exact_zeros():
-    factor, zero = unstructured.factor_semidefinite(jnp.array([[1.0, 2.0], [2.0, 4.0]]), 1e-4)
+    factor, zero = factor_semidefinite(jnp.array([[1.0, 2.0], [2.0, 4.0]]), 1e-4)
     np.testing.assert_array_equal(factor, [[1, 0], [2, 0]])
     assert list(zero) == [False, True]
-    factor, zero = unstructured.factor_semidefinite(jnp.array([[0.0, 0.0], [0.0, 4.0]]), 1e-4)
+    factor, zero = factor_semidefinite(jnp.array([[0.0, 0.0], [0.0, 4.0]]), 1e-4)
     np.testing.assert_array_equal(factor, [[0, 0], [0, 2]])
     assert list(zero) == [True, False]
 
@@ -118,13 +174,13 @@ def test_lower_factor_of_a_root():
     """As numpy's Cholesky factor, without its loss of digits; zeros where rank is lost."""
     rng = np.random.default_rng(0)
     root = rng.normal(size=(3, 3, 5))
-    factor = np.asarray(unstructured.lower_factor(jnp.asarray(root), 1e-7))
+    factor = np.asarray(lower_factor(jnp.asarray(root), 1e-7))
     for lane in range(5):
         own = root[..., lane]
         np.testing.assert_allclose(factor[..., lane], np.linalg.cholesky(own @ own.T), atol=1e-13)
     near = np.array([[1.0, 0.0], [1.0, 1e-10]])
-    np.testing.assert_array_equal(unstructured.lower_factor(jnp.asarray(near), 0.0), near)
-    lost = unstructured.lower_factor(jnp.asarray(rng.normal(size=(3, 1)) * np.ones(3)), 1e-7)
+    np.testing.assert_array_equal(lower_factor(jnp.asarray(near), 0.0), near)
+    lost = lower_factor(jnp.asarray(rng.normal(size=(3, 1)) * np.ones(3)), 1e-7)
     np.testing.assert_array_equal(np.asarray(lost) == 0, np.arange(3) > np.zeros((3, 1)))
 
 
@@ -140,9 +196,9 @@ def test_lower_factor_of_a_root():
     ],
 )
 def test_boundary(theta, free, shown):
-    factors = unstructured.split_triangles(jnp.array(theta), (2,))
-    params = unstructured.parameters_from_factors(factors, jnp.zeros(()), zero=-100.0, limit=20.0)
-    inside, reported = unstructured.boundary(factors, params)
+    covariance = unstructured((2,))
+    chart = covariance.chart(natural.split_triangles(jnp.array(theta), (2,)))
+    _, inside, reported = covariance.report(chart, jnp.zeros(()))
     np.testing.assert_array_equal(inside, np.array(free, bool))
     if shown is not None:
         np.testing.assert_array_equal(reported[2], shown)
@@ -164,12 +220,10 @@ def test_boundary_of_three_effects(theta, z):
     """Read off the exact zeros, whatever rounding does to the rows' lengths."""
     rng = np.random.default_rng(0)
     for unit in rng.uniform(0.1, 10, size=(20, 3)):
-        (factor,) = unstructured.split_triangles(jnp.array(theta), (3,))
-        factors = (factor * unit[:, None],)
-        params = unstructured.parameters_from_factors(
-            factors, jnp.zeros(()), zero=-100.0, limit=20.0
-        )
-        inside, shown = unstructured.boundary(factors, params)
+        (factor,) = natural.split_triangles(jnp.array(theta), (3,))
+        covariance = unstructured((3,))
+        chart = covariance.chart((factor * unit[:, None],))
+        _, inside, shown = covariance.report(chart, jnp.zeros(()))
         np.testing.assert_array_equal(inside[3:6], np.isfinite(z))
         np.testing.assert_array_equal(np.where(np.isfinite(shown[3:6]), 1, shown[3:6]), z)
         np.testing.assert_array_equal(inside[:3], (np.asarray(factor) != 0).any(axis=1))
@@ -210,7 +264,7 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, m)))
 
     def value(params):
-        omega, log_sigma2 = unstructured.omega_from_parameters(params, sizes)
+        omega, log_sigma2 = unstructured(sizes).natural(params)
         return (weights[0] @ omega) ** 2 + jnp.sin(weights[1] @ omega) + log_sigma2**2
 
     here, there = jnp.asarray(params), jnp.asarray(inside)
@@ -228,4 +282,23 @@ def test_derivatives_on_the_boundary_are_limits(sizes, params, inside):
 
 def test_coordinates_that_are_defined_are_read():
     for params in ([0.3, -0.2, np.nan, 0.1], [0.3, np.nan, 0.2, 0.1]):
-        assert np.isnan(unstructured.omega_from_parameters(jnp.asarray(params), (2,))[0]).any()
+        assert np.isnan(unstructured((2,)).natural(jnp.asarray(params))[0]).any()
+
+
+def test_boundary_of_compound_symmetry():
+    """A variance of zero, a correlation of one, and the least one, -1 / (q - 1)."""
+    covariance = Covariance((CompoundSymmetry(4),))
+    for chart, free, shown in (
+        ([0.0, 0.0], [0, 0, 1], [-np.inf, np.nan, 0]),
+        ([2.0, 0.0], [1, 0, 1], [0, np.inf, 0]),
+        ([0.0, 2 / np.sqrt(3)], [1, 0, 1], [0, -np.inf, 0]),
+    ):
+        report = covariance.report(jnp.asarray(chart), jnp.zeros(()))
+        np.testing.assert_array_equal(report.free, np.array(free, bool))
+        np.testing.assert_allclose(report.shown, shown, atol=1e-12)
+        omega = covariance.omega(jnp.asarray(chart))
+        np.testing.assert_allclose(covariance.natural(report.shown)[0], omega, atol=1e-12)
+        slopes = jax.jacfwd(lambda p: covariance.natural(p)[0])(report.shown)
+        assert np.isfinite(slopes).all()
+        (factor,) = covariance.factors(covariance.canonical(jnp.asarray(chart)))
+        np.testing.assert_array_equal(covariance.chart((factor,)) == 0, np.asarray(chart) == 0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jaxreml
 from jaxreml import DataError, Design, Term, estimate, ml_objective, reml_objective
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import stack
 from jaxreml.model.objective import expand
 from jaxreml.model.structures import Crossed
@@ -60,9 +60,9 @@ def random_design(kind: str, pattern: int, seed: int, structure: str) -> Design:
 
 def random_omega(seed: int, sizes: tuple[int, ...]) -> jax.Array:
     rng = np.random.default_rng(seed)
-    theta = rng.normal(size=unstructured.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
+    theta = rng.normal(size=natural.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
     theta[rng.random(theta.size) < 0.2] = 0  # singular ones too
-    return unstructured.omega_from_theta(jnp.asarray(theta), sizes)
+    return natural.omega_from_theta(jnp.asarray(theta), sizes)
 
 
 expand_jit = jax.jit(expand, static_argnames="reml")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxreml import Design, Term
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.objective import expand, reml_objective
 
 # Few shapes, so that few programs are compiled; the values inside vary.
@@ -38,9 +38,9 @@ def random_design(seed: int, n: int, n_groups: int, q: int, structure: str) -> D
 
 def random_omega(seed: int, sizes: tuple[int, ...]) -> jnp.ndarray:
     rng = np.random.default_rng(seed)
-    theta = rng.normal(size=unstructured.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
+    theta = rng.normal(size=natural.count_theta(sizes)) * 10 ** rng.uniform(-2, 2)
     theta[rng.random(theta.size) < 0.2] = 0  # singular ones too
-    return unstructured.omega_from_theta(jnp.asarray(theta), sizes)
+    return natural.omega_from_theta(jnp.asarray(theta), sizes)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -78,10 +78,10 @@ def test_marginal_equals_explicit_covariance(seed, shape):
     X, Z, y = rng.normal(size=(n, 2)), rng.normal(size=(n, q)), rng.normal(size=n)
     design = Design.from_arrays(y, X, [(codes, Z)])
     omega = random_omega(seed, (q,))
-    (matrix,) = unstructured.symmetric_matrices(omega, (q,))
+    (matrix,) = natural.symmetric_matrices(omega, (q,))
     V = np.eye(n) + (Z @ np.asarray(matrix) @ Z.T) * (codes[:, None] == codes)
     scale = np.diagonal(design.units.matrices[0])
-    rows, columns = unstructured.triangle(q)
+    rows, columns = natural.triangle(q)
     scaled = omega * (scale[rows] * scale[columns])
     marginal = design.structure.marginal(scaled)
     logdet = np.linalg.slogdet(V)[1]

@@ -12,6 +12,7 @@ import pytest
 
 import jaxreml
 from jaxreml import Design, estimate, reml_objective, stack
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.units import Units, orthonormal
 
 ORIGINS = [(2000.0, 1.0), (2459000.0, 1.0), (1.6e9, 86400.0)]  # years, Julian days, Unix seconds
@@ -129,19 +130,19 @@ def test_stack_of_near_and_far_origins():
 def test_rank_is_kept():
     """Factors of less than full rank have their exact zeros in the user's units too."""
     far = 1e6 + np.arange(10.0)
-    units = Units.of([np.column_stack([np.ones(10), far])], 10)
+    units = Units.of([np.column_stack([np.ones(10), far])], 10, unstructured((2,)))
     assert units.rotated == (True,)
     for inner in ([[1.0, 0.0], [0.5, 0.0]], [[0.0, 0.0], [0.0, 0.7]], [[1.0, 0.0], [0.0, 0.0]]):
-        (factor,) = units.factors((jnp.array(inner),))
+        factor = units.factor(0, jnp.array(inner))
         assert factor[1, 1] == 0 and factor[0, 0] > 0
-        (back,) = units.inner_factors((factor,))
+        back = units.inner_factor(0, factor)
         np.testing.assert_allclose(back @ back.T, np.array(inner) @ np.transpose(inner), atol=1e-9)
 
 
 def test_ordinary_columns_keep_their_scales():
     rng = np.random.default_rng(0)
     columns = np.column_stack([np.ones(20), rng.normal(5, 2, 20)])
-    units = Units.of([columns], 20)
+    units = Units.of([columns], 20, unstructured((2,)))
     assert units.rotated == (False,)
     scale = np.sqrt(np.mean(columns**2, axis=0))
     np.testing.assert_array_equal(units.rows(0, columns), columns / scale)

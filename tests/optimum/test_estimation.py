@@ -153,14 +153,14 @@ def test_correlation_close_to_one_is_not_taken_for_one():
 def test_start_at_a_saddle_is_left():
     # The saddle at zero variance is where a first step could land; newton must not stay there.
     from jaxreml.optimum import newton
-    from jaxreml.optimum.estimate import expand_root
+    from jaxreml.optimum.estimate import expand_chart
 
     design = design_of(5, q=1)
-    at_zero = expand_root(jnp.zeros(1), design, reml=True)
+    at_zero = expand_chart(jnp.zeros(1), design, reml=True)
     assert float(at_zero.gradient[0]) == 0
     assert float(at_zero.hessian[0, 0]) < 0
     trace = newton.minimise(
-        lambda root: expand_root(root, design, reml=True),
+        lambda root: expand_chart(root, design, reml=True),
         jnp.zeros(1),
         jnp.abs,
         tolerance=1e-12,
@@ -349,7 +349,7 @@ def test_no_start_finds_a_lower_criterion(n, n_groups, q):
     """300 designs, most of them singular: all converge, and L-BFGS from 3 starts does no better."""
     from scipy.optimize import minimize
 
-    from jaxreml.optimum.estimate import expand_root
+    from jaxreml.optimum.estimate import expand_chart
 
     rng = np.random.default_rng(1)
     designs = []
@@ -363,7 +363,7 @@ def test_no_start_finds_a_lower_criterion(n, n_groups, q):
 
     @jax.jit
     def value_and_gradient(root, design):
-        point = expand_root(root, design, reml=True)
+        point = expand_chart(root, design, reml=True)
         return point.value, point.gradient
 
     def flat(root, design):

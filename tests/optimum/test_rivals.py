@@ -13,10 +13,10 @@ from jaxreml import Design, Term, estimate
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.screening import Grid, grid, has_one_optimum, screened
 from jaxreml.many.shared import prepare, share
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.objective import profiled
 from jaxreml.optimum.estimate import search
-from jaxreml.optimum.rivals import faces, is_global, starts
+from jaxreml.optimum.rivals import is_global, starts
 
 # A group of twenty and five of one: an inner minimum lies above the one at variance zero.
 UNEQUAL = np.repeat(range(6), [1, 1, 1, 1, 1, 20])
@@ -100,11 +100,10 @@ def test_the_proof_refuses_a_local_minimum(unequal):
 
 
 def test_rival_starts():
-    assert starts((1,)).shape == (2, 1)
-    assert starts((2, 1)).shape == (5, 5)
-    root = jnp.array([1.0, 2, 3, 4, 5])
+    assert starts(unstructured((1,))).shape == (2, 1)
+    assert starts(unstructured((2, 1))).shape == (5, 5)
     np.testing.assert_array_equal(
-        faces(root, (2, 1)),
+        np.array([1.0, 2, 3, 4, 5]) * unstructured((2, 1)).faces,
         [[0, 0, 0, 0, 0], [0, 0, 3, 4, 5], [1, 2, 0, 0, 5], [1, 2, 3, 4, 0]],
     )
 
@@ -182,22 +181,22 @@ def test_the_grid_of_a_batch_has_the_criterion(formula):
         )
         reduced = shared.reduce(jnp.asarray(y[:, None]), exact=True)
         values = Grid(shared, reml=reml).values(reduced)
-        roots, shape = grid(shared.sizes)
+        roots, shape = grid(shared.covariance)
         assert len(values) == len(roots) == np.prod(shape)
         design = shared.batch(reduced)
         for k in range(1, len(roots), 37):
-            omega = unstructured.omega_from_root(jnp.asarray(roots[k]), shared.sizes)
+            omega = shared.covariance.omega(jnp.asarray(roots[k]))
             wanted = profiled(omega[:, None], design, reml=reml)
             np.testing.assert_allclose(values[k], wanted, rtol=1e-11)
 
 
 def test_screening_sees_lower_points_and_several_minima():
-    sizes = (1,)
-    points = len(grid(sizes)[0])
+    covariance = unstructured((1,))
+    points = len(grid(covariance)[0])
     values = np.linspace(5.0, 9.0, points)[:, None] * np.ones(3)
     values[6, 1] = 5.5  # another minimum
     found = np.array([5.0, 5.0, 5.1])  # the third is above the lowest point
-    seen = screened(values, found, sizes)
+    seen = screened(values, found, covariance)
     assert seen.several.tolist() == [False, True, False]
     assert seen.lower.tolist() == [False, False, True]
     assert seen.minima[:2, 1].tolist() == [0, 6]

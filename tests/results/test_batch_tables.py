@@ -17,7 +17,7 @@ import jaxreml
 from jaxreml import BatchResults, DataError, Status
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.results.parquet import from_table, to_table
 
 # Names of columns and responses that need care wherever they become part of a label.
@@ -69,7 +69,7 @@ def many_terms():
     levels = (tuple(range(12)),) * 2
     model = BatchModel(formula, "ML", "grouped", ("(Intercept)",), ("twice",), groups, levels, 3)
     assert model.parameter_names == jaxreml.design(f"y {formula}", data).parameter_names
-    theta = rng.normal(size=(6, unstructured.count_theta(model.sizes)))
+    theta = rng.normal(size=(6, natural.count_theta(model.sizes)))
     theta[5, 0] = 0.0  # no variance, no correlations with it
     counts = np.arange(6)
     fits = Fits(

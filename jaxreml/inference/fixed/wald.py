@@ -171,7 +171,7 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
         DataError: variance parameters that cannot be told apart.
     """
     with neutral():
-        found = jax.device_get(_adjust()(fit.theta, fit.sigma**2, fit.design.without_names()))
+        found = jax.device_get(_adjust()(fit.theta, fit.parameters, fit.design.without_names()))
     if not found.exists:
         raise DataError(
             "Kenward-Roger's method needs the expected information of the variance parameters, "

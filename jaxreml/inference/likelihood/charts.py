@@ -15,7 +15,7 @@ import scipy.linalg
 
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.optimum.estimate import START
 from jaxreml.optimum.held import Coordinates, triangle
 
@@ -65,7 +65,7 @@ class Chart:
                 angle = -math.atan2(lower[1, 1], lower[1, 0]) if defined else -math.pi / 2
                 lower[1, :2] = math.sqrt(length), angle
                 lower[0, 0] = math.sqrt(lower[0, 0])
-            parts.append(lower[unstructured.triangle(len(root))])
+            parts.append(lower[natural.triangle(len(root))])
         return np.concatenate([*parts, [values.log_sigma, 0.0]])
 
     def values(self, x: np.ndarray) -> Values:
@@ -76,7 +76,7 @@ class Chart:
         start = 0
         for basis in self.bases:
             q = len(basis)
-            rows, columns = unstructured.triangle(q)
+            rows, columns = natural.triangle(q)
             lower = np.zeros((q, q))
             lower[rows, columns] = entries[start : start + rows.size]
             roots.append(np.linalg.solve(basis, lower))
@@ -327,7 +327,7 @@ class _Builder:
         """
         m, p = self.starts[-1], self.fit.design.p
         roots, turn = np.zeros(m), np.zeros((m, m))
-        pivots = [np.equal(*unstructured.triangle(q)) for q in self.sizes]
+        pivots = [np.equal(*natural.triangle(q)) for q in self.sizes]
         pivots = np.append(np.concatenate(pivots), [0.0, 0.0])
         polar = tuple(k for k, effects in first.items() if len(effects) > 1)
         for k in polar:
@@ -387,7 +387,7 @@ def _to_root(bases: tuple[np.ndarray, ...]) -> np.ndarray:
     """Entries of a root of inner effects from those of a triangle in other bases, (r, m)."""
     blocks = []
     for basis in bases:
-        rows, columns = unstructured.triangle(len(basis))
+        rows, columns = natural.triangle(len(basis))
         turned = np.kron(np.linalg.inv(basis), np.eye(len(basis)))
         blocks.append(turned[:, rows * len(basis) + columns])
     return np.asarray(scipy.linalg.block_diag(*blocks))

@@ -21,8 +21,9 @@ from jax.scipy.linalg import block_diag
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
-from jaxreml.model.covariance import unstructured
-from jaxreml.optimum.estimate import FAR, LOG_ZERO
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import FAR, LOG_ZERO, Covariance
+from jaxreml.model.covariance.unstructured import unstructured
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel
@@ -64,24 +65,30 @@ def require_entries(g: Function, fit: FittedModel) -> None:
         )
 
 
+def covariance_of(groups: Groups) -> Covariance:
+    """That of terms on these factors."""
+    return unstructured(tuple(q for _, q in groups))
+
+
 def of_theta(theta: Array, sigma: Array, groups: Groups) -> Components:
     """Components at relative Cholesky factors (m,) and a residual standard deviation."""
-    factors = unstructured.split_triangles(theta, tuple(q for _, q in groups))
+    factors = natural.split_triangles(theta, covariance_of(groups).sizes)
     return _named([sigma**2 * factor @ factor.T for factor in factors], sigma**2, groups)
 
 
 def of_parameters(parameters: Array, groups: Groups) -> Components:
     """Components at `Estimate.parameters` (m + 1,), which `inside` has made finite."""
-    sizes = tuple(q for _, q in groups)
-    omega, log_sigma2 = unstructured.omega_from_parameters(parameters, sizes)
+    covariance = covariance_of(groups)
+    omega, log_sigma2 = covariance.natural(parameters)
     sigma2 = jnp.exp(log_sigma2)
-    matrices = unstructured.symmetric_matrices(omega, sizes)
+    matrices = natural.symmetric_matrices(omega, covariance.sizes)
     return _named([sigma2 * matrix for matrix in matrices], sigma2, groups)
 
 
 def inside(parameters: Array, groups: Groups) -> Array:
     """Finite numbers for `parameters` on the boundary, where nothing changes with them."""
-    of_variances, of_correlations = unstructured.positions(tuple(q for _, q in groups))
+    covariance = covariance_of(groups)
+    of_variances, of_correlations = covariance.positions, covariance.others
     variances = jnp.maximum(parameters[of_variances], parameters[-1] + LOG_ZERO)
     correlations = jnp.nan_to_num(jnp.clip(parameters[of_correlations], -FAR, FAR))
     return parameters.at[of_variances].set(variances).at[of_correlations].set(correlations)

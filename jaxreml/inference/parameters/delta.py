@@ -25,7 +25,7 @@ from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
 from jaxreml.inference.parameters import components
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel
@@ -188,7 +188,8 @@ def _given(fit: FittedModel) -> str:
 
 def _interior(fit: FittedModel) -> np.ndarray:
     """The parameters with those on the boundary moved well inside."""
-    of_variances, of_correlations = unstructured.positions(tuple(q for _, q in fit.term_sizes))
+    covariance = components.covariance_of(fit.term_sizes)
+    of_variances, of_correlations = covariance.positions, covariance.others
     moved = fit.parameters.copy()
     log_variances, z = moved[of_variances], moved[of_correlations]
     moved[of_variances] = np.where(np.isfinite(log_variances), log_variances, moved[-1])
@@ -343,7 +344,7 @@ def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], li
     one, two = ("sd", "cor") if scale == "sd" else ("var", "cov")
     for grouping in fit.groupings:
         effects = grouping.effects
-        for row, column in zip(*unstructured.triangle(len(effects)), strict=True):
+        for row, column in zip(*natural.triangle(len(effects)), strict=True):
             first, second = effects[column], effects[row]
             if row == column:
                 names.append(f"{one}_{first}|{grouping.name}")
@@ -385,7 +386,7 @@ def _entries(
         if scale == "sd":
             sd = jnp.sqrt(jnp.diagonal(matrix))
             matrix = jnp.where(np.eye(q, dtype=bool), jnp.diag(sd), matrix / jnp.outer(sd, sd))
-        values.append(matrix[unstructured.triangle(q)])
+        values.append(matrix[natural.triangle(q)])
     residual = named[RESIDUAL]
     last = jnp.sqrt(residual) if scale == "sd" else residual
     return jnp.concatenate([*values, last[None]])

@@ -29,7 +29,7 @@ from jaxreml.backend.runtime import neutral
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import MAX_DENSE_BYTES, Design
 from jaxreml.model.structures.layout import Layout
 from jaxreml.optimum.effects import from_basis, scaled_rows, whitened
@@ -103,10 +103,10 @@ def _of_any(
     Z = layout.sparse([(levels, effects * root[:, None]) for levels, effects in rows])
 
     def scaled(parameters: Any) -> Any:
-        return design.units.omega(parameters)[0]
+        return design.units.omega(parameters, design.covariance)[0]
 
     omega, jacobian = scaled(parameters), np.asarray(jax.jacfwd(scaled)(parameters))
-    matrices = unstructured.symmetric_matrices(omega, design.sizes)
+    matrices = natural.symmetric_matrices(omega, design.sizes)
     products = np.asarray(layout.times(jnp.asarray((Z.T @ Z).toarray()), matrices))
     inverse = np.linalg.inv(np.eye(layout.total) + products.T)
     given = np.asarray(layout.times(jnp.asarray(inverse), matrices))  # relative Var(b | y)
@@ -170,7 +170,7 @@ def _contract(layout: Layout, left: np.ndarray, right: np.ndarray) -> np.ndarray
         stop = start + q * levels
         parts = [x[..., start:stop].reshape(*x.shape[:2], q, levels) for x in (left, right)]
         products = np.einsum("bkaj,bkcj->bac", *parts, optimize=True)
-        found.append(np.einsum("iac,bac->bi", unstructured.symmetric_basis((q,)), products))
+        found.append(np.einsum("iac,bac->bi", natural.symmetric_basis((q,)), products))
         start = stop
     return np.concatenate(found, axis=1)
 
@@ -243,7 +243,7 @@ def _parts(
     """
     p = design.p
     structure: Any = design.structure
-    omega, log_sigma2 = design.units.omega(parameters)
+    omega, log_sigma2 = design.units.omega(parameters, design.covariance)
     projection = structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     rss = factor[p, p] ** 2
@@ -253,7 +253,7 @@ def _parts(
     beta = design.beta_ols + to_beta @ factor[p, :p]
 
     # In columns of which [X y]' V0^-1 [X y] is the identity: [X y] and V0^-1 [X y]
-    loaded = Z @ block_diag(*unstructured.symmetric_matrices(omega, design.sizes))
+    loaded = Z @ block_diag(*natural.symmetric_matrices(omega, design.sizes))
     cross = structure.combine(projection.cross, to_white)[:, :, levels]
     white = columns @ to_white
     solved = white - jnp.einsum("na,aun->nu", loaded, cross)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Explicit, Marginal, Projection, Rows, blank_response
 from jaxreml.model.structures.layout import Layout
 
@@ -47,7 +47,7 @@ class Dense(Explicit):
         return Layout(self.sizes, self.levels)
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
-        matrices = unstructured.symmetric_matrices(omega, self.sizes)
+        matrices = natural.symmetric_matrices(omega, self.sizes)
         inner = jnp.eye(self.factors.shape[0], dtype=omega.dtype)
         for factor, matrix in zip(self.layout.split(self.factors, axis=1), matrices, strict=True):
             scaled = jnp.einsum("raj,ab->rbj", factor, matrix)

@@ -19,7 +19,7 @@ from jax import Array
 from jax.scipy.linalg import block_diag
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Explicit, Marginal, Projection, Rows, blank_response
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
@@ -36,7 +36,7 @@ class Levels(Explicit):
     @property
     def _basis(self) -> Array:
         """The matrices E_i, flattened: (m, q * q)."""
-        basis = unstructured.symmetric_basis(self.sizes)
+        basis = natural.symmetric_basis(self.sizes)
         return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
 
     def _omega(self, omega: Array) -> Array:
@@ -56,11 +56,11 @@ class Levels(Explicit):
         return jnp.tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
 
     def pair_trace(self, left: Array, right: Array) -> Array:
-        lower = unstructured.triangle(sum(self.sizes))
+        lower = natural.triangle(sum(self.sizes))
         products = linalg.row_products(left[lower], right[lower])
         flat = products.reshape(-1, *products.shape[2:])
         traces = jnp.tensordot(jnp.asarray(pairing(self.sizes), flat.dtype), flat, axes=1)
-        m = unstructured.count_theta(self.sizes)
+        m = natural.count_theta(self.sizes)
         return traces.reshape(m, m, *flat.shape[1:])
 
 
@@ -182,14 +182,14 @@ class Grouped(Levels):
     def form(self, cross: Array, matrix: Array) -> Array:
         cross = self.combine(cross, matrix)
         forms = []
-        for a, b in zip(*unstructured.effects_of_omega(self.sizes), strict=True):
+        for a, b in zip(*natural.effects_of_omega(self.sizes), strict=True):
             product = linalg.row_products(cross[a], cross[b])
             forms.append(product if a == b else product + linalg.transpose(product))
         return jnp.stack(forms)
 
     def spread(self, projection: Projection, matrix: Array) -> Array:
         chosen = self.combine(projection.cross, matrix)
-        basis = jnp.asarray(unstructured.symmetric_basis(self.sizes), chosen.dtype)
+        basis = jnp.asarray(natural.symmetric_basis(self.sizes), chosen.dtype)
         moved = jnp.einsum("iab,bkJ->aikJ", basis, chosen)
         flat = moved.reshape(len(moved), -1, moved.shape[-1])
         images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
@@ -233,8 +233,8 @@ def pairing(sizes: tuple[int, ...]) -> np.ndarray:
     """tr(E_i L E_j R) for symmetric L and R as a linear map of the products of the entries of
     their lower triangles: (m m, t t), t = q (q + 1) / 2."""
     q = sum(sizes)
-    place = unstructured.places(q)
-    basis = unstructured.symmetric_basis(sizes)
+    place = natural.places(q)
+    basis = natural.symmetric_basis(sizes)
     m, t = len(basis), q * (q + 1) // 2
     traces = np.zeros((m, m, t, t))
     for i, j in np.ndindex(m, m):

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Marginal, Projection
 from jaxreml.model.structures.grouped import Levels
 
@@ -102,10 +102,10 @@ class GroupedBatch(Levels):
             middle: (q, J, B).
             right: (B,).
         """
-        lower = left[unstructured.triangle(self._q)]
+        lower = left[natural.triangle(self._q)]
         lanes = right.shape
         packed = jnp.tensordot(self.pairs, lower, axes=((1, 2), (0, 1)))
-        of_x = packed[unstructured.places(self._p)]
+        of_x = packed[natural.places(self._p)]
         of_x = jnp.broadcast_to(of_x, (*of_x.shape[:2], *lanes))
         of_xy = jnp.tensordot(self.scores_x, middle, axes=((0, 2), (0, 1)))
         return linalg.border(of_x, of_xy, right)
@@ -116,7 +116,7 @@ class GroupedBatch(Levels):
     def form(self, cross: Any, matrix: Array) -> Array:
         left, response = cross
         forms = []
-        for a, b in zip(*unstructured.effects_of_omega(self.sizes), strict=True):
+        for a, b in zip(*natural.effects_of_omega(self.sizes), strict=True):
             # E = e_a e_b' and, off the diagonal, its transpose
             inside = left[a][:, None] * left[b]
             middle = left[a] * response[b]
@@ -135,12 +135,12 @@ class GroupedBatch(Levels):
         left, response = cross
         p, q = self._p, self._q
         total = linalg.matmul(matrix * weights, linalg.transpose(matrix))
-        rows, columns = unstructured.triangle(p)
+        rows, columns = natural.triangle(p)
         twice = np.where(rows == columns, 1.0, 2.0)[:, None]
         pairs = jnp.moveaxis(self.pairs, 0, 2)
         packed = jnp.tensordot(pairs, total[rows, columns] * twice, axes=1)
-        halves = np.where(np.equal(*unstructured.triangle(q)), 1.0, 0.5)
-        inside = (packed * halves[:, None, None])[unstructured.places(q)]
+        halves = np.where(np.equal(*natural.triangle(q)), 1.0, 0.5)
+        inside = (packed * halves[:, None, None])[natural.places(q)]
         of_y = jnp.tensordot(self.scores_x, total[:p, p], axes=((1,), (0,)))
         of_y = linalg.matmul(left, of_y[:, None])[:, 0] + total[p, p] / 2 * response
         across = of_y[:, None] * response
@@ -154,8 +154,8 @@ def cross_products(scores_x: np.ndarray) -> np.ndarray:
     Of the result and of the symmetric S, the lower `covariance.triangle`.
     """
     q, p, _ = scores_x.shape
-    rows, columns = unstructured.triangle(q)
-    u, v = unstructured.triangle(p)
+    rows, columns = natural.triangle(q)
+    u, v = natural.triangle(p)
     first = scores_x[rows][:, u] * scores_x[columns][:, v]
     second = scores_x[columns][:, u] * scores_x[rows][:, v]
     twice = (rows != columns)[:, None, None]

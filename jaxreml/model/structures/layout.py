@@ -10,11 +10,11 @@ import numpy as np
 import scipy.sparse as sp
 from jax import Array
 
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 
 
 def _basis(q: int, kind: Any) -> np.ndarray:
-    return unstructured.symmetric_basis((q,)).reshape(-1, q * q).astype(kind)
+    return natural.symmetric_basis((q,)).reshape(-1, q * q).astype(kind)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Layout:
 
     def moved(self, vectors: Array) -> Array:
         """E_i v for the columns v of (Q, k), (Q, m, k)."""
-        m = unstructured.count_theta(self.sizes)
+        m = natural.count_theta(self.sizes)
         columns = []
         start = 0
         for part, q in zip(self.split(vectors), self.sizes, strict=True):
@@ -113,7 +113,7 @@ class Layout:
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         """Omega D for D (Q,): per term (levels, effects)."""
-        matrices = unstructured.symmetric_matrices(omega, self.sizes)
+        matrices = natural.symmetric_matrices(omega, self.sizes)
         parts = self.split(cross)
         return tuple(part.T @ matrix for part, matrix in zip(parts, matrices, strict=True))
 

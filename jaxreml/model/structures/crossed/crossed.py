@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Marginal, Projection, Rows
 from jaxreml.model.structures.crossed import schur
 from jaxreml.model.structures.crossed.elimination import (
@@ -109,7 +109,7 @@ class Crossed:
     def _split(self, omega: Array) -> tuple[tuple[Array, ...], Array]:
         """Omega of the stages and of the tail."""
         inside = omega[self._positions]
-        counts = [unstructured.count_theta(stage.sizes) for stage in self.stages]
+        counts = [natural.count_theta(stage.sizes) for stage in self.stages]
         *parts, tail = jnp.split(inside, np.cumsum(counts))
         return tuple(parts), tail
 
@@ -236,7 +236,7 @@ class Crossed:
             modes = R @ eliminated.C
             tail = eliminated.C - done.A @ modes
         images = (*substitute(self.stages, chain, eliminated, modes), tail)
-        m = unstructured.count_theta(self.sizes)
+        m = natural.count_theta(self.sizes)
         spread = jnp.zeros((m * k, m * k), matrix.dtype)
         for left, right in zip(vectors[:-1], images[:-1], strict=True):
             spread = spread + jnp.einsum("aiJ,ajJ->ij", left, right)
@@ -247,11 +247,11 @@ class Crossed:
 
     def _moved(self, vectors: tuple[Array, ...]) -> tuple[Array, ...]:
         """E_j v for each parameter j and each of k vectors: per stage (q, m k, J), and (Q, m k)."""
-        total = unstructured.count_theta(self.sizes)
+        total = natural.count_theta(self.sizes)
         moved = []
         start = 0
         for stage, part in zip(self.stages, vectors, strict=False):
-            basis = jnp.asarray(unstructured.symmetric_basis(stage.sizes), part.dtype)
+            basis = jnp.asarray(natural.symmetric_basis(stage.sizes), part.dtype)
             own = jnp.einsum("jab,bkJ->ajkJ", basis, part)
             after = total - start - len(basis)
             own = jnp.pad(own, [(0, 0), (start, after), (0, 0), (0, 0)])
@@ -295,7 +295,7 @@ class Crossed:
         taken for uncorrelated, have sums of squares of Z'y / (1 + Z'Z); their expectations are
         linear in the variances.
         """
-        zeros = [np.zeros(unstructured.count_theta(stage.sizes)) for stage in self.stages]
+        zeros = [np.zeros(natural.count_theta(stage.sizes)) for stage in self.stages]
         done = self._eliminate(tuple(jnp.asarray(zero, self.remainder.dtype) for zero in zeros))
         sums: list[Array] = []
         for k, (stage, couplings) in enumerate(zip(self.stages, done.couplings, strict=True)):
@@ -318,7 +318,7 @@ class Crossed:
         for basis in moments.bases:
             q = len(basis)
             matrix = (basis * relative[first : first + q]) @ basis.T
-            omegas.append(matrix[unstructured.triangle(q)])
+            omegas.append(matrix[natural.triangle(q)])
             first += q
         return self._outside(jnp.concatenate(omegas), 0)
 
@@ -329,7 +329,7 @@ class Crossed:
             part = jnp.einsum("auJ,uv->avJ", part, matrix)
             q, k, _ = part.shape
             products = jnp.einsum("auJ,bvJ->abuv", part, part).reshape(q * q, k * k)
-            basis = unstructured.symmetric_basis(stage.sizes).reshape(-1, q * q)
+            basis = natural.symmetric_basis(stage.sizes).reshape(-1, q * q)
             forms.append((jnp.asarray(basis, part.dtype) @ products).reshape(-1, k, k))
         if self.levels:
             tail = cross[-1] @ matrix
@@ -407,4 +407,4 @@ def _gathered(counts: list[int], order: tuple[int, ...]) -> np.ndarray:
     """Places of the entries of the terms in `order` among those of all terms in turn."""
     starts = np.cumsum([0, *counts])
     places = [np.arange(starts[k], starts[k + 1]) for k in order]
-    return np.concatenate(places).astype(unstructured.INDEX)
+    return np.concatenate(places).astype(natural.INDEX)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
 
 DENSE = 5 * 10**7  # most entries of a matrix of couplings
 SUM = 8  # how many entries can be written in the time of one scattered sum, and
@@ -59,7 +59,7 @@ class Weighted:
         q, _, total = self.rows.shape
         result = jnp.zeros((total, total), weights.dtype)
         if self.cells.size:
-            shared = weights[:, :, self.leaders][unstructured.triangle(q)]
+            shared = weights[:, :, self.leaders][natural.triangle(q)]
             parts = sum(w[self.classes] * v for w, v in zip(shared, self.values, strict=True))
             lower = jax.ops.segment_sum(parts, self.cells, total * total).reshape(total, total)
             result = lower + lower.T
@@ -133,7 +133,7 @@ class Stage:
     def omega(self, omega: Array) -> Array:
         """Omega, (q, q, 1)."""
         q = sum(self.sizes)
-        basis = unstructured.symmetric_basis(self.sizes).reshape(-1, q * q)
+        basis = natural.symmetric_basis(self.sizes).reshape(-1, q * q)
         return (jnp.asarray(basis.T, omega.dtype) @ omega).reshape(q, q, 1)
 
     def to_tail(self, tail: Array, columns: Array, total: int) -> Array:

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from jax import Array
 
 from jaxreml.errors import DataError
-from jaxreml.model.covariance.unstructured import INDEX, triangle
+from jaxreml.model.covariance.natural import INDEX, triangle
 from jaxreml.model.structures.collapse import SAME
 from jaxreml.model.structures.crossed.crossed import Crossed, Moments
 from jaxreml.model.structures.crossed.elimination import Products, Stage, Weighted

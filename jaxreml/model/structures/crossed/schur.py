@@ -20,7 +20,8 @@ from jax import Array
 
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
-from jaxreml.model.covariance import unstructured
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.factors import factor_semidefinite
 from jaxreml.model.structures.layout import Layout
 
 # Pivots of every Omega_k of at least this much make Omega^-1 safe to use, which saves products
@@ -45,8 +46,8 @@ class Solution(NamedTuple):
 
 
 def _roots(layout: Layout, omega: Array) -> tuple[Array, ...]:
-    matrices = unstructured.symmetric_matrices(omega, layout.sizes)
-    return tuple(unstructured.factor_semidefinite(matrix, 0.0)[0] for matrix in matrices)
+    matrices = natural.symmetric_matrices(omega, layout.sizes)
+    return tuple(factor_semidefinite(matrix, 0.0)[0] for matrix in matrices)
 
 
 def _flip(matrices: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -84,7 +85,7 @@ def _solve_jvp(layout, primals, tangents):
     solution = solve(layout, omega, A, C)
     R, modes = solution.inverse, solution.modes
     W, _ = complements(layout, omega, A, R)
-    moved = unstructured.symmetric_matrices(omega_dot, layout.sizes)
+    moved = natural.symmetric_matrices(omega_dot, layout.sizes)
     cross = C - A @ modes
     step = C_dot - A_dot @ modes
     moved_cross = layout.times(cross.T, moved).T
@@ -141,7 +142,7 @@ def _inverses(layout: Layout, omega: Array) -> tuple[tuple[Array, ...], Array]:
     """Inverses of Omega_k, and whether all are safe to use."""
     pivots = [jnp.min(jnp.diagonal(root)) for root in _roots(layout, omega)]
     regular = jnp.min(jnp.stack(pivots)) ** 2 >= REGULAR
-    matrices = unstructured.symmetric_matrices(omega, layout.sizes)
+    matrices = natural.symmetric_matrices(omega, layout.sizes)
     eyes = [jnp.eye(q, dtype=omega.dtype) for q in layout.sizes]
     return tuple(
         linalg.inverse(jnp.where(regular, matrix, eye), True)[0]

@@ -1,0 +1,388 @@
+"""`Block`, the covariance of one random term, and `Covariance`, that of all of them.
+
+A covariance is a map from a few parameters to `omega` (see `natural`), with derivatives. It has two
+charts, as what is good to read is not good to move in:
+
+chart        what the optimiser moves, r numbers: without bounds, smooth where a variance vanishes,
+             so that the boundary of the parameter space is a set of ordinary stationary points
+parameters   what people read and standard errors are for, k numbers: logarithms of variances,
+             unconstrained coordinates of correlations. Minus infinity at a variance of zero
+
+A new covariance is a frozen dataclass that derives from `Block`, in a file of its own:
+`compound_symmetry` is one. Derivatives are by autodiff unless it writes them out. Arrays may have
+one more axis at the end, the lanes of a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxreml.model import linalg
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.factors import rounding
+
+LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
+FAR = 20.0  # stands for an infinite coordinate of a correlation likewise
+
+
+class Report(NamedTuple):
+    """Parameters at a point of the chart.
+
+    Attributes:
+        finite: (k, ...), with LOG_ZERO and FAR in the place of infinities.
+        free: (k, ...), booleans, which are inside the parameter space.
+        shown: (k, ...), with -inf for the logarithm of a variance of zero, +-inf for the coordinate
+            of a correlation at a limit and NaN for one that is not identified there.
+    """
+
+    finite: Array
+    free: Array
+    shown: Array
+
+
+@dataclass(frozen=True)
+class Block(ABC):
+    """Covariance of the effects of one random term, relative to the residual variance.
+
+    Attributes:
+        size: q, number of effects; omega has q (q + 1) / 2 numbers.
+    """
+
+    size: int
+
+    # Whether there is a member of the family for every basis of the effects: then they may be
+    # scaled and made orthogonal inside a design, and the chart is a square root of Omega.
+    any_basis = False
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """r, numbers in the chart."""
+
+    @property
+    @abstractmethod
+    def log_variances(self) -> int:
+        """How many parameters, the first, are log-variances."""
+
+    @abstractmethod
+    def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
+        """k names."""
+
+    @abstractmethod
+    def omega(self, chart: Array) -> Array:
+        """Relative covariances at a point of the chart, (r, ...) to (q (q + 1) / 2, ...)."""
+
+    @abstractmethod
+    def natural(self, parameters: Array, log_sigma2: Array) -> Array:
+        """The same at `parameters` (k, ...), and their limits on the boundary, as `Report.shown`
+        has it, with derivatives of zero there."""
+
+    @abstractmethod
+    def report(self, chart: Array, log_sigma2: Array) -> Report:
+        """Parameters at a point of the chart on which `snap` has been."""
+
+    @abstractmethod
+    def snap(self, chart: Array, zero: float) -> Array:
+        """A point with the same covariance, relative SDs of at most `zero` at exactly zero."""
+
+    @abstractmethod
+    def factor(self, chart: Array) -> Array:
+        """Lower Cholesky factor (q, q, ...) of a point on which `snap` has been, zeros exact."""
+
+    @abstractmethod
+    def chart(self, factor: Array) -> Array:
+        """The inverse of `factor`."""
+
+    @abstractmethod
+    def start(self, omega: Array, least: float) -> Array:
+        """A point near moment estimates of omega, relative SDs of at least `least`."""
+
+    @abstractmethod
+    def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
+        """A point (r,) near uncorrelated effects with these relative SDs, (q,)."""
+
+    @property
+    @abstractmethod
+    def faces(self) -> np.ndarray:
+        """Factors (faces, r) that take a point of the chart to where variances are zero."""
+
+    def factor_at(self, parameters: Array, log_sigma2: Array) -> Array:
+        """Lower Cholesky factor (q, q) at `parameters` as `natural` takes them. It is needed
+        where `any_basis` only."""
+        raise NotImplementedError
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Places in the chart that suffice for a point on which `snap` has been."""
+        return np.arange(self.length)
+
+    def flat(self, chart: Array) -> list[Array]:
+        """Directions (r, ...) in the chart that do not move omega to first order."""
+        return []
+
+    def jacobian(self, chart: Array) -> Array:
+        """d omega / d chart, (q (q + 1) / 2, r, ...)."""
+        return _over_lanes(jax.jacfwd(self.omega), chart)
+
+    def curvature(self, chart: Array, gradient: Array) -> Array:
+        """Second derivatives in the chart, (r, r, ...), of gradient' omega."""
+
+        def bend(chart: Array, gradient: Array) -> Array:
+            return jax.hessian(lambda chart: gradient @ self.omega(chart))(chart)
+
+        return _over_lanes(bend, chart, gradient)
+
+    def derivatives(
+        self, parameters: Array, log_sigma2: Array, gradient: Array
+    ) -> tuple[Array, Array]:
+        """d omega / d parameters, (q (q + 1) / 2, k, ...), and second derivatives of
+        gradient' omega in the parameters, (k, k, ...), at finite ones."""
+
+        def both(parameters: Array, log_sigma2: Array, gradient: Array) -> tuple[Array, Array]:
+            def at(parameters: Array) -> Array:
+                return self.natural(parameters, log_sigma2)
+
+            return jax.jacfwd(at)(parameters), jax.hessian(lambda p: gradient @ at(p))(parameters)
+
+        return _over_lanes(both, parameters, log_sigma2, gradient)
+
+    def directions(self, parameters: Array, log_sigma2: Array) -> Array | None:
+        """Tangents of omega that Kenward and Roger's adjustment is in, as columns; None for all.
+
+        Exact where omega is linear in some parameters; otherwise their adjustment without the term
+        in second derivatives of V. Directions on the boundary are zero.
+        """
+        return jax.jacfwd(lambda p: self.natural(p, log_sigma2))(parameters)
+
+
+def _over_lanes(function: Callable[..., Any], *arrays: Array) -> Any:
+    """A function of arrays without lanes, mapped over them where there are."""
+    for _ in range(arrays[0].ndim - 1):
+        function = jax.vmap(function, in_axes=-1, out_axes=-1)
+    return function(*arrays)
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Blocks side by side, and the residual variance: static under `jit`.
+
+    Charts, omega and parameters are those of the blocks, one after the other; the residual
+    log-variance is the last parameter.
+    """
+
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def sizes(self) -> natural.Sizes:
+        """Effects per term."""
+        return tuple(block.size for block in self.blocks)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Where `parameters` has log-variances, the residual's last."""
+        found = []
+        start = 0
+        for block, width in zip(self.blocks, self._widths, strict=True):
+            found += range(start, start + block.log_variances)
+            start += width
+        return np.array([*found, start], natural.INDEX)
+
+    @cached_property
+    def others(self) -> np.ndarray:
+        """Where `parameters` has the rest, coordinates of correlations."""
+        return np.setdiff1d(np.arange(self.positions[-1]), self.positions).astype(natural.INDEX)
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """Places in the chart that suffice for a point on which `snap` has been."""
+        starts = np.cumsum([0, *(block.length for block in self.blocks)])
+        pairs = zip(starts, self.blocks, strict=False)
+        return np.concatenate([start + block.inside for start, block in pairs]).astype(
+            natural.INDEX
+        )
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        """Parameters per block."""
+        names = [tuple(map(str, range(q))) for q in self.sizes]
+        pairs = zip(self.blocks, names, strict=True)
+        return [len(block.parameter_names("", own)) for block, own in pairs]
+
+    def parameter_names(self, terms: Any) -> tuple[str, ...]:
+        """Names of all parameters, for terms that are each a factor's name and effects' names."""
+        names: list[str] = []
+        for block, (group, effects) in zip(self.blocks, terms, strict=True):
+            names += block.parameter_names(group, effects)
+        return (*names, "log_variance[Residual]")
+
+    def charts(self, chart: Array) -> list[tuple[Block, Array]]:
+        """The blocks with what each has of the chart."""
+        return self._cut(chart, [block.length for block in self.blocks])
+
+    def parts(self, omega: Array) -> list[tuple[Block, Array]]:
+        """The blocks with what each has of omega."""
+        return self._cut(omega, [q * (q + 1) // 2 for q in self.sizes])
+
+    def own_parameters(self, parameters: Array) -> list[tuple[Block, Array]]:
+        """The blocks with what each has of the parameters."""
+        return self._cut(parameters, self._widths)
+
+    def _cut(self, vector: Array, lengths: list[int]) -> list[tuple[Block, Array]]:
+        found = []
+        start = 0
+        for block, length in zip(self.blocks, lengths, strict=True):
+            found.append((block, vector[start : start + length]))
+            start += length
+        return found
+
+    def omega(self, chart: Array) -> Array:
+        """(r, ...) to (m, ...)."""
+        return jnp.concatenate([block.omega(own) for block, own in self.charts(chart)])
+
+    def chain(self, chart: Array, gradient: Array, hessian: Array) -> tuple[Array, Array]:
+        """Gradient (r, ...) and Hessian (r, r, ...) in the chart of those in omega."""
+        slopes, bends = [], []
+        pairs = zip(self.charts(chart), self.parts(gradient), strict=True)
+        for (block, own), (_, slope) in pairs:
+            slopes.append(block.jacobian(own))
+            bends.append(block.curvature(own, slope))
+        jacobian = _block_diagonal(slopes)
+        across = linalg.transpose(jacobian)
+        inner = linalg.matmul(across, linalg.matmul(hessian, jacobian)) + _block_diagonal(bends)
+        first = linalg.matmul(across, gradient[:, None])[:, 0]
+        return first, (inner + linalg.transpose(inner)) / 2
+
+    def flat(self, chart: Array) -> Array | None:
+        """Directions in the chart that do not move omega to first order, (d, r, ...), or None."""
+        found = []
+        start = 0
+        for block, own in self.charts(chart):
+            for direction in block.flat(own):
+                whole = jnp.zeros_like(chart)
+                found.append(whole.at[start : start + block.length].set(direction))
+            start += block.length
+        return jnp.stack(found) if found else None
+
+    def snap(self, chart: Array, zero: float) -> Array:
+        """As that of blocks."""
+        return jnp.concatenate([block.snap(own, zero) for block, own in self.charts(chart)])
+
+    def canonical(self, chart: Array) -> Array:
+        """The point with the same covariance whose zeros are exact, up to rounding error."""
+        return self.snap(chart, rounding(chart))
+
+    def factors(self, chart: Array) -> tuple[Array, ...]:
+        """Lower Cholesky factors (q_k, q_k, ...) at a `canonical` point."""
+        return tuple(block.factor(own) for block, own in self.charts(chart))
+
+    def chart(self, factors: tuple[Array, ...]) -> Array:
+        """The inverse of `factors`."""
+        pairs = zip(self.blocks, factors, strict=True)
+        return jnp.concatenate([block.chart(factor) for block, factor in pairs])
+
+    def start(self, omega: Array, least: float) -> Array:
+        """A point of the chart near moment estimates (m, ...)."""
+        return jnp.concatenate([block.start(own, least) for block, own in self.parts(omega)])
+
+    def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
+        """As that of blocks, of relative SDs of all effects."""
+        each = np.split(sds, np.cumsum(self.sizes)[:-1])
+        pairs = zip(self.blocks, each, strict=True)
+        return np.concatenate([block.uncorrelated(own) for block, own in pairs])
+
+    @cached_property
+    def faces(self) -> np.ndarray:
+        """Factors of the chart (faces, r): one block's, and all variances at zero first."""
+        length = sum(block.length for block in self.blocks)
+        found = [np.zeros(length)]
+        start = 0
+        for block in self.blocks:
+            for face in block.faces:
+                mask = np.ones(length)
+                mask[start : start + block.length] = face
+                found.append(mask)
+            start += block.length
+        return np.array(found)
+
+    def natural(self, parameters: Array) -> tuple[Array, Array]:
+        """Relative covariances (m, ...) and the residual log-variance at all parameters."""
+        last = parameters[-1]
+        pairs = self.own_parameters(parameters)
+        return jnp.concatenate([block.natural(own, last) for block, own in pairs]), last
+
+    def report(self, chart: Array, log_sigma2: Array) -> Report:
+        """All parameters at a `canonical` point of the chart."""
+        last = log_sigma2[None]
+        residual = Report(last, jnp.ones_like(last, bool), last)
+        each = [block.report(own, log_sigma2) for block, own in self.charts(chart)]
+        return Report(*(jnp.concatenate(parts) for parts in zip(*each, residual, strict=True)))
+
+    def in_parameters(
+        self, parameters: Array, gradient: Array, hessian: Array
+    ) -> tuple[Array, Array]:
+        """Chain rule: derivatives in (omega, log sigma2) to those in `parameters`, at these.
+
+        Args:
+            parameters: (k + 1, ...), finite, where the derivatives were taken.
+            gradient: (m + 1, ...), in omega and log sigma2; the last entry is not read.
+            hessian: (m + 1, m + 1, ...), likewise.
+
+        Returns:
+            The Jacobian of (omega, log sigma2) in `parameters`, (m + 1, k + 1, ...), and the
+            Hessian in `parameters`, (k + 1, k + 1, ...).
+        """
+        last = parameters[-1]
+        gradient = gradient[:-1]
+        slopes, bends = [], []
+        pairs = zip(self.own_parameters(parameters), self.parts(gradient), strict=True)
+        for (block, own), (_, slope) in pairs:
+            first, second = block.derivatives(own, last, slope)
+            slopes.append(first)
+            bends.append(second)
+        inner, bend = _block_diagonal(slopes), _block_diagonal(bends)
+        # Relative covariances are inversely proportional to sigma2.
+        omega, _ = self.natural(parameters)
+        mixed = -jnp.sum(gradient[:, None] * inner, axis=0)
+        curvature = linalg.border(bend, mixed, jnp.sum(gradient * omega, axis=0))
+        jacobian = jnp.concatenate([inner, -omega[:, None]], axis=1)
+        unit = jnp.zeros_like(jacobian[:1]).at[0, -1].set(1.0)
+        jacobian = jnp.concatenate([jacobian, unit])
+        across = linalg.transpose(jacobian)
+        return jacobian, linalg.matmul(across, linalg.matmul(hessian, jacobian)) + curvature
+
+    def directions(self, parameters: Array) -> Array | None:
+        """Tangents of omega as columns, (m, d); None if they are those of all its entries."""
+        pairs = self.own_parameters(parameters)
+        found = [block.directions(own, parameters[-1]) for block, own in pairs]
+        if all(own is None for own in found):
+            return None
+        counts = [q * (q + 1) // 2 for q in self.sizes]
+        return _block_diagonal(
+            [
+                jnp.eye(count, dtype=parameters.dtype) if own is None else own
+                for own, count in zip(found, counts, strict=True)
+            ]
+        )
+
+
+def _block_diagonal(blocks: list[Array]) -> Array:
+    if len(blocks) == 1:
+        return blocks[0]
+    width = sum(block.shape[1] for block in blocks)
+    rows = []
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[1]
+        pad = [(0, 0), (start, width - stop)] + [(0, 0)] * (block.ndim - 2)
+        rows.append(jnp.pad(block, pad))
+        start = stop
+    return jnp.concatenate(rows)
