@@ -35,7 +35,7 @@ from studies import (
 )
 
 import jaxreml
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 # Batched against single fits: criterion absolute, beta in units of its SE, the rest relative. An
 # optimum is known to the square root of the criterion's precision.

@@ -25,7 +25,7 @@ import jax
 from common import for_r, have_r, header, machine, median_ms, row, run_r, version
 
 import jaxreml
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 MODELS = {
     "sleepstudy": "Reaction ~ Days + (Days | Subject)",

@@ -19,8 +19,8 @@ from jaxreml.model.design import Term as Term
 from jaxreml.model.design import stack as stack
 from jaxreml.model.objective import ml_objective as ml_objective
 from jaxreml.model.objective import reml_objective as reml_objective
-from jaxreml.optimum.estimate import Estimate as Estimate
 from jaxreml.optimum.estimate import estimate as estimate
+from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.results import plots as plots
 from jaxreml.results.batch import BatchResults as BatchResults
 from jaxreml.results.results import LMMResults as LMMResults

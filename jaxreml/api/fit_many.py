@@ -27,7 +27,6 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
 from jaxreml.many.processes import Crew, gather, widths
-from jaxreml.optimum.estimate import Status
 from jaxreml.results.batch import BatchResults
 from jaxreml.results.results import LMMResults
 from jaxreml.results.streamed import (
@@ -38,6 +37,7 @@ from jaxreml.results.streamed import (
     first_failed,
     frequent_failures,
 )
+from jaxreml.status import Status
 
 BLOCK_BYTES = 64 << 20  # of values or results of one block, whichever is more
 

@@ -18,7 +18,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 RESIDUAL = "Residual"
 ROWS = ("y", "fixed_fitted", "fitted", "weights", "offset", "table")  # fields of the rows

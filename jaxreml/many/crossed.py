@@ -27,7 +27,8 @@ from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.structures import Crossed
 from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.optimum.effects import conditional_modes, criterion, relative_covariances
-from jaxreml.optimum.estimate import Estimate, estimate
+from jaxreml.optimum.estimate import estimate
+from jaxreml.optimum.report import Estimate
 
 LANES = 64  # most responses that `estimate` is mapped over at a time
 NUMBERS = 2**21  # and most numbers in the larger arrays of them

@@ -35,8 +35,8 @@ from jaxreml.many.screening import Grid, has_one_optimum, path, rises, screened
 from jaxreml.many.shared import DOUBTFUL, Reduced, SharedDesign, prepare, share
 from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.structures.crossed.planning import CrossedBasis
-from jaxreml.optimum.estimate import Status
 from jaxreml.optimum.rivals import starts
+from jaxreml.status import Status
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
 FEW, MANY = 32, 256  # lanes of a chunk, at least and at most

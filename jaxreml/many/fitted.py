@@ -15,7 +15,7 @@ from jaxreml.many.numbers import Fits
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 
 @dataclass(frozen=True)

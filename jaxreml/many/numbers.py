@@ -9,8 +9,8 @@ import numpy as np
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
 from jaxreml.model.covariance import natural
-from jaxreml.optimum.estimate import Status
 from jaxreml.optimum.rivals import is_lower
+from jaxreml.status import Status
 
 
 class Fits(NamedTuple):

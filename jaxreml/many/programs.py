@@ -32,15 +32,9 @@ from jaxreml.model.objective import profiled
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_modes
-from jaxreml.optimum.estimate import (
-    Estimate,
-    Status,
-    expand_chart,
-    outcome,
-    report,
-    search,
-    start,
-)
+from jaxreml.optimum.report import Estimate, report
+from jaxreml.optimum.search import expand_chart, outcome, search, start
+from jaxreml.status import Status
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
 

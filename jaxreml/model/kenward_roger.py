@@ -13,17 +13,17 @@ adjustment; in others there is none.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand
 
+Array = Any  # NumPy's or JAX's
 SINGULAR = 1e-12  # pivots of the information, relative to the size of V_i, that are zero
 UNMOVED = 1e-10  # squared change along a flat direction, relative, that is rounding error
 
@@ -60,56 +60,58 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
         parameters: (k + 1,), as in `Estimate`.
         design: the data; the response does not matter.
     """
-    p = design.p
+    xp, p = namespace(theta, design.residual_ss), design.p
     omega = natural.omega_from_factors(design.scaled_factors(theta))
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom
     found = expand(omega, replace(design, n=design.n - degrees), reml=True)
 
-    identity = jnp.eye(p, dtype=omega.dtype)
+    identity = np.eye(p, dtype=omega.dtype)
     triangle = found.gram_factor[:p, :p]
     to_unit = linalg.solve_lower(triangle, identity).T
     projection = design.structure.project(omega)
-    within = design.structure.spread(projection, jnp.pad(to_unit, [(0, 1), (0, 0)]))
+    within = design.structure.spread(projection, xp.pad(to_unit, [(0, 1), (0, 0)]))
     # In directions V_i, and V_0 last: P_i, information, and tr(Q_ij)
-    first = jnp.concatenate([found.gram_slopes[:, :p, :p], -identity[None]])
-    last = jnp.asarray(degrees, omega.dtype)
+    first = xp.concatenate([found.gram_slopes[:, :p, :p], -identity[None]])
+    last = xp.asarray(degrees, omega.dtype)
     information = linalg.border(-found.hessian, found.gradient, last) / 2
-    mixed = -jnp.einsum("iuu->i", first[:-1])
-    inside = linalg.border(jnp.einsum("iuju->ij", within), mixed, jnp.asarray(p, omega.dtype))
+    mixed = -xp.einsum("iuu->i", first[:-1])
+    inside = linalg.border(xp.einsum("iuju->ij", within), mixed, xp.asarray(p, omega.dtype))
 
     own = design.covariance.directions(parameters)
     if own is None:
-        own = jnp.eye(len(omega), dtype=omega.dtype)
+        own = np.eye(len(omega), dtype=omega.dtype)
     # I instead of V_0, which need not be among the directions of a covariance
-    free = jnp.block([[own, -omega[:, None]], [jnp.zeros((1, own.shape[1])), jnp.ones((1, 1))]])
-    slopes = jnp.tensordot(free.T, first, axes=1)
-    information = free.T @ information @ free
+    row = np.append(np.zeros(own.shape[1]), 1.0)[None].astype(omega.dtype)
+    free = xp.concatenate([xp.concatenate([own, -omega[:, None]], axis=1), row])
+    slopes = xp.tensordot(free.T, first, axes=1)
+    information, inside = free.T @ information @ free, free.T @ inside @ free
     # The squared size of a direction in the metric of V is that outside the space of X and inside.
-    sizes = jnp.diagonal(information + free.T @ inside @ free)
-    sizes = jnp.where(sizes > 0, sizes, 1.0)
+    sizes = xp.diagonal(information + inside)
+    sizes = xp.where(sizes > 0, sizes, 1.0)
     spread, flat = linalg.flat_inverse(information, sizes, SINGULAR)
 
     def second(weights: Array) -> Array:
         """Sum of weights_ij Q_ij."""
         weights = free @ weights @ free.T
-        among = jnp.einsum("ij,iujv->uv", weights[:-1, :-1], within)
-        mixed = jnp.einsum("j,juv->uv", weights[-1, :-1] + weights[:-1, -1], first[:-1])
+        among = xp.einsum("ij,iujv->uv", weights[:-1, :-1], within)
+        mixed = xp.einsum("j,juv->uv", weights[-1, :-1] + weights[:-1, -1], first[:-1])
         return among - mixed + weights[-1, -1] * identity
 
-    along = jax.vmap(lambda direction: jnp.trace(second(jnp.outer(direction, direction))))(flat.T)
-    bounds = (jnp.abs(flat.T) @ jnp.sqrt(sizes)) ** 2
-    exists = jnp.all(along <= UNMOVED * bounds)  # false where NaN
-    squares = jnp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
-    root = linalg.solve_upper(jnp.asarray(design.basis), to_unit)
-    sigma2 = jnp.exp(parameters[-1])
+    along = xp.einsum("id,ij,jd->d", flat, inside, flat)  # tr(Q_dd)
+    bounds = (xp.abs(flat.T) @ xp.sqrt(sizes)) ** 2
+    exists = xp.all(along <= UNMOVED * bounds)  # false where NaN
+    squares = xp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
+    root = linalg.solve_upper(design.basis, to_unit)
+    sigma2 = xp.exp(parameters[-1])
     vcov = sigma2 * root @ (identity + 2 * (second(spread) - squares)) @ root.T
     return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, exists)
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:
     """Denominator degrees of freedom (k,) of the t tests of (k, p) `rows`."""
+    xp = namespace(rows, adjustment.root)
     half = rows @ adjustment.root
-    half = half / jnp.linalg.norm(half, axis=1, keepdims=True)
-    inner = jnp.einsum("kp,mpq,kq->mk", half, adjustment.slopes, half)
-    return 2 / jnp.einsum("mn,mk,nk->k", adjustment.spread, inner, inner)
+    half = half / xp.sqrt(xp.sum(half**2, axis=1, keepdims=True))
+    inner = xp.einsum("kp,mpq,kq->mk", half, adjustment.slopes, half)
+    return 2 / xp.einsum("mn,mk,nk->k", adjustment.spread, inner, inner)

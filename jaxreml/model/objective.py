@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
 from jaxreml.model.design import Design, require_precision
@@ -107,16 +108,18 @@ def neg2_loglik(omega: Array, log_sigma2: Array, design: Design, *, reml: bool) 
 def _at_sigma2(
     pivots: Array, logdet: Array, log_sigma2: Array, design: Design, *, reml: bool
 ) -> Array:
+    xp = namespace(pivots)
     degrees = degrees_of_freedom(design, reml=reml)
-    value = degrees * log_sigma2 + logdet + jnp.exp(2 * pivots[-1] - log_sigma2)
+    value = degrees * log_sigma2 + logdet + xp.exp(2 * pivots[-1] - log_sigma2)
     if reml:
-        value = value + 2 * jnp.sum(pivots[:-1], axis=0)
+        value = value + 2 * xp.sum(pivots[:-1], axis=0)
     return value + constant(design, reml=reml)
 
 
 def log_pivots(marginal: Marginal) -> Array:
     """Logarithms of the diagonal of the Cholesky factor of the gram matrix."""
-    return jnp.log(linalg.diagonal(linalg.cholesky(marginal.gram)))
+    xp = namespace(marginal.gram)
+    return xp.log(linalg.diagonal(linalg.cholesky(marginal.gram)))
 
 
 def degrees_of_freedom(design: Design, *, reml: bool) -> Array | int:
@@ -131,19 +134,21 @@ def profiled(omega: Array, design: Design, *, reml: bool) -> Array:
 
 
 def _profiled(pivots: Array, logdet: Array, design: Design, *, reml: bool) -> Array:
+    xp = namespace(pivots)
     degrees = degrees_of_freedom(design, reml=reml)
-    value = degrees * (2 * pivots[-1] + 1 - jnp.log(degrees)) + logdet
+    value = degrees * (2 * pivots[-1] + 1 - xp.log(degrees)) + logdet
     if reml:
-        value = value + 2 * jnp.sum(pivots[:-1], axis=0)
+        value = value + 2 * xp.sum(pivots[:-1], axis=0)
     return value + constant(design, reml=reml)
 
 
 def constant(design: Design, *, reml: bool) -> Array:
     """The part of the objective that no variance parameter changes."""
+    xp = namespace(design.basis)
     value = degrees_of_freedom(design, reml=reml) * math.log(2 * math.pi) - design.log_weights
     if reml:  # X enters as an orthonormal basis; this puts its own scale back
-        pivots = jnp.where(design.absent, 1.0, jnp.abs(linalg.diagonal(design.basis)))
-        value = value + 2 * jnp.sum(jnp.log(pivots), axis=0)
+        pivots = xp.where(design.absent, 1.0, xp.abs(linalg.diagonal(design.basis)))
+        value = value + 2 * xp.sum(xp.log(pivots), axis=0)
     return value
 
 
@@ -193,7 +198,7 @@ def expand(
     their place (Gilmour, Thompson and Cullis 1995, Biometrics 51:1440): with u the last row of
     R^-1 [X y]', the weight of y times u'V_i P V_j u, P free of X and y.
     """
-    structure = design.structure
+    structure, xp = design.structure, namespace(omega)
     p = design.p
     degrees = degrees_of_freedom(design, reml=reml)
     projection = structure.project(omega)
@@ -201,25 +206,25 @@ def expand(
     inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
     to_unit = linalg.transpose(inverse)
     slopes = -structure.form(projection.cross, to_unit)
-    pivots = jnp.log(linalg.diagonal(factor))
+    pivots = xp.log(linalg.diagonal(factor))
     if log_sigma2 is None:
         of_y: Any = degrees
         value = _profiled(pivots, projection.logdet, design, reml=reml)
-        log_sigma2 = 2 * pivots[-1] - jnp.log(degrees)
+        log_sigma2 = 2 * pivots[-1] - xp.log(degrees)
     else:
-        of_y = jnp.exp(2 * pivots[-1] - log_sigma2)
+        of_y = xp.exp(2 * pivots[-1] - log_sigma2)
         value = _at_sigma2(pivots, projection.logdet, log_sigma2, design, reml=reml)
 
     # How much each entry of W counts: log|M| (REML) for X, `of_y` times log rss for y.
     k, lanes = p + 1, [1] * (factor.ndim - 2)
     in_x = np.zeros((k, k))
     in_x[:p, :p] = 1.0
-    in_x = jnp.asarray(in_x.reshape(k, k, *lanes), factor.dtype)
+    in_x = in_x.reshape(k, k, *lanes).astype(factor.dtype)
     entries = float(reml) * in_x + (1 - in_x) * of_y
     flat = slopes.reshape(slopes.shape[0], k * k, *slopes.shape[3:])
     flat_entries = entries.reshape(k * k, *entries.shape[2:])
     on_diagonal = flat_entries * linalg.eye_like(entries).reshape(k * k, *lanes)
-    gradient = structure.slope(projection) + jnp.sum(flat * on_diagonal, axis=1)
+    gradient = structure.slope(projection) + xp.sum(flat * on_diagonal, axis=1)
 
     def observed() -> Array:
         curvature = structure.curvature(projection, to_unit, linalg.diagonal(entries))
@@ -237,9 +242,10 @@ def expand(
 
     # d2 rss / rss = d2 log rss + (d log rss)^2
     slope_y = slopes[:, p, p]
-    slope_y = jnp.concatenate([slope_y, -jnp.ones_like(slope_y[:1])])
-    joint = jnp.pad(hessian, [(0, 1), (0, 1)] + [(0, 0)] * len(lanes))
+    slope_y = xp.concatenate([slope_y, -xp.ones_like(slope_y[:1])])
+    joint = xp.pad(hessian, [(0, 1), (0, 1)] + [(0, 0)] * len(lanes))
     joint = joint + of_y * slope_y[:, None] * slope_y[None]
-    in_sigma2 = jnp.broadcast_to(jnp.asarray(degrees - of_y, gradient.dtype), gradient.shape[1:])
-    slope = jnp.concatenate([gradient, in_sigma2[None]])
-    return Expansion(value, gradient, hessian, log_sigma2, slope, joint, factor, slopes)
+    in_sigma2 = xp.broadcast_to(xp.asarray(degrees - of_y, gradient.dtype), gradient.shape[1:])
+    slope = xp.concatenate([gradient, in_sigma2[None]])
+    at: Any = log_sigma2
+    return Expansion(value, gradient, hessian, at, slope, joint, factor, slopes)

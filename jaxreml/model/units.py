@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
@@ -111,7 +112,8 @@ class Units:
 
     def chart(self, chart: Array, covariance: Covariance) -> Array:
         """A `canonical` point of the chart in the user's units, of one inside."""
-        return jnp.concatenate(
+        xp = namespace(chart)
+        return xp.concatenate(
             [
                 block.chart(self.factor(k, block.factor(own))) if block.any_basis else own
                 for k, (block, own) in enumerate(covariance.charts(chart))
@@ -120,6 +122,7 @@ class Units:
 
     def omega(self, parameters: Array, covariance: Covariance) -> tuple[Array, Array]:
         """Relative covariances inside (m,) and residual log-variance at all `parameters`."""
+        xp = namespace(parameters)
         omega, last = covariance.natural(parameters)
         own_parameters = covariance.own_parameters(parameters)
         parts = []
@@ -132,7 +135,7 @@ class Units:
             else:
                 scale = _diagonal(matrix)
                 parts.append(part * (scale[rows] * scale[columns]))
-        return jnp.concatenate(parts), last
+        return xp.concatenate(parts), last
 
     def jacobians(self, shown: Array, inner: Array, covariance: Covariance) -> tuple[Array, Array]:
         """Derivatives of `parameters` in those inside, (k + 1, k + 1), and the other way round.
@@ -158,6 +161,7 @@ class Units:
     def _changed(self, parameters: Array, change: Any, covariance: Covariance) -> Array:
         """Finite parameters of the changed factors of what is rotated, the others as they are:
         the unit of an effect adds a constant to its log-variance."""
+        xp = namespace(parameters)
         last = parameters[-1]
         parts = []
         for k, (block, own) in enumerate(covariance.own_parameters(parameters)):
@@ -165,7 +169,7 @@ class Units:
                 factor = change(k, block.factor_at(own, last))
                 own = block.report(block.chart(factor), last).finite
             parts.append(own)
-        return jnp.concatenate([*parts, last[None]])
+        return xp.concatenate([*parts, last[None]])
 
 
 def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +216,6 @@ def _matrix(columns: Any, n: int) -> tuple[Any, bool]:
 
 def _lower(root: Array, like: Array) -> Array:
     """Lower Cholesky factor (q, q) of a root of the same rank as the factor `like`."""
-    tolerance = 8 * float(jnp.finfo(root.dtype).eps)
-    rank = jnp.sum(linalg.diagonal(like) > 0, axis=0)
+    tolerance = 8 * float(np.finfo(root.dtype).eps)
+    rank = (linalg.diagonal(like) > 0).sum(axis=0)
     return lower_factor(root, tolerance, rank)

@@ -12,6 +12,7 @@ import scipy.linalg
 from jax import Array
 
 from jaxreml.arguments import is_reml
+from jaxreml.backend.arrays import namespace
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
@@ -19,7 +20,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.base import Rows
-from jaxreml.optimum.estimate import Estimate
+from jaxreml.optimum.report import Estimate
 
 
 class Inspection(NamedTuple):
@@ -96,7 +97,7 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     factor = linalg.cholesky(projection.gram)
     # In the orthonormal basis, on top of what `beta_ols` explains
     beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
-    residual = jnp.concatenate([-beta, jnp.ones_like(beta, shape=(1, 1))])
+    residual = namespace(beta).concatenate([-beta, np.ones((1, 1), beta.dtype)])
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))

@@ -32,7 +32,7 @@ from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.model.structures.combined import Combined
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import is_certified
-from jaxreml.optimum.estimate import ZERO
+from jaxreml.optimum.search import ZERO
 
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
 MAX_ITERATIONS = 100

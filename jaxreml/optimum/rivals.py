@@ -17,11 +17,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import chosen, namespace, on_host
+from jaxreml.backend.records import leaves
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
@@ -30,6 +29,7 @@ from jaxreml.model.objective import degrees_of_freedom
 from jaxreml.model.structures import Grouped
 from jaxreml.optimum.newton import Trace
 
+Array = Any  # NumPy's or JAX's
 SMALL, LARGE, HUGE = 0.3, 10.0, 30.0  # relative SDs of scaled effects to start from
 CHEAP = 2**17  # numbers in a structure up to which every rival start is searched from
 ROUNDS = 40  # of halving in `is_global`
@@ -53,7 +53,7 @@ def starts(covariance: Covariance) -> np.ndarray:
 
 def is_lower(value: Any, other: Any) -> Any:
     """Whether a criterion is below another by more than rounding."""
-    xp = jnp if isinstance(value, Array) else np
+    xp = namespace(value, other)
     margin = math.sqrt(np.finfo(np.asarray(value).dtype if xp is np else value.dtype).eps)
     return value + margin * (1 + xp.abs(value)) < other
 
@@ -80,9 +80,13 @@ def best_of(
         cheap: whether to search from all `starts`, or from the lowest of the `faces` of the optimum
             if it is below it.
     """
-    rivals, limit = linalg.alike(
-        (jnp.asarray(starts(covariance), start.dtype), jnp.asarray(max_iterations)), start
-    )
+    points = starts(covariance).astype(start.dtype)
+    if on_host(start):
+        return _best_in_turn(search, criterion, start, points, covariance, max_iterations, cheap)
+    import jax
+    import jax.numpy as jnp
+
+    rivals, limit = linalg.alike((jnp.asarray(points), jnp.asarray(max_iterations)), start)
 
     def following(k: Array, best: Trace) -> tuple[Array, Array]:
         if cheap:
@@ -98,7 +102,7 @@ def best_of(
         best, root, limit = state
         found = search(root, limit)
         better = (k == 0) | (found.converged & is_lower(found.point.value, best.point.value))
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, best)
+        best = chosen(better, found, best)
         return (best, *following(k, best)), None
 
     shapes = jax.eval_shape(search, start, limit)
@@ -106,6 +110,30 @@ def best_of(
     rounds = 1 + (len(rivals) if cheap else 1)
     first = (linalg.alike(nothing, start), start, limit)
     (best, _, _), _ = jax.lax.scan(look, first, jnp.arange(rounds))
+    return best
+
+
+def _best_in_turn(
+    search: Callable[[Array, Any], Trace],
+    criterion: Callable[[Array], Array],
+    start: np.ndarray,
+    points: np.ndarray,
+    covariance: Covariance,
+    max_iterations: int,
+    cheap: bool,
+) -> Trace:
+    """`best_of` on the host."""
+    best = search(start, max_iterations)
+    if not cheap:
+        nearby = best.at * covariance.faces
+        values = np.array([criterion(point) for point in nearby])
+        lowest = int(np.argmin(np.where(np.isfinite(values), values, np.inf)))
+        lower = best.converged and is_lower(values[lowest], best.point.value)
+        points = nearby[lowest : lowest + 1] if lower else points[:0]
+    for point in points:
+        found = search(point, max_iterations)
+        if found.converged and is_lower(found.point.value, best.point.value):
+            best = found
     return best
 
 
@@ -128,7 +156,7 @@ def optimality(design: Design, omega: np.ndarray, *, reml: bool) -> str:
 
 def is_cheap(design: Design) -> bool:
     """Whether `estimate` searches from all rival starts."""
-    return sum(np.size(leaf) for leaf in jax.tree.leaves(design.structure)) <= CHEAP
+    return sum(np.size(leaf) for leaf in leaves(design.structure)) <= CHEAP
 
 
 def is_global(structure: Any, degrees: float, omega: float, *, reml: bool) -> bool:

@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.optimum.estimate import Status
 from jaxreml.results import batch_tables, parquet
 from jaxreml.results.results import LMMResults
+from jaxreml.status import Status
 
 
 @dataclass(frozen=True, eq=False, repr=False)

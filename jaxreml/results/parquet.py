@@ -23,9 +23,9 @@ from jaxreml.data.sources import import_parquet
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import BatchModel, FittedBatch
 from jaxreml.many.numbers import Fits
-from jaxreml.optimum.estimate import Status
 from jaxreml.results.batch_tables import field_columns, to_frame
 from jaxreml.results.storage import check_version, decode_fields, encode
+from jaxreml.status import Status
 
 FORMAT = "jaxreml.BatchResults"
 Batch = TypeVar("Batch", bound=FittedBatch)

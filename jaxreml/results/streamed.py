@@ -25,9 +25,9 @@ from jaxreml.data.sources import import_parquet
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import BatchModel, benjamini_hochberg
 from jaxreml.many.numbers import count_failures
-from jaxreml.optimum.estimate import Status
 from jaxreml.results import batch_tables, parquet
 from jaxreml.results.batch import BatchResults
+from jaxreml.status import Status
 
 MARK = b"jaxreml.part"  # key of a part's schema metadata
 

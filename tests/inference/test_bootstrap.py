@@ -23,7 +23,7 @@ from jaxreml.inference.resampling.extension import extend
 from jaxreml.inference.resampling.likelihood_ratio import bootstrap_lrt, null_distribution
 from jaxreml.inference.resampling.simulation import of_fit, population
 from jaxreml.many.engine import BatchFitter
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 R = json.loads((references.HERE / "bootstrap.txt").read_text())

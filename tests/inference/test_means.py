@@ -16,7 +16,7 @@ from jaxreml import DataError, LMMResults
 from jaxreml.inference.fixed.adjustments import critical_values, p_values
 from jaxreml.inference.fixed.anova import hypotheses
 from jaxreml.inference.fixed.terms import fixed_terms
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 OTHERS = {"adjustments", "comparison", "delta", "deletion", "nesting"}  # figures of other tests
 MODELS = sorted({path.stem for path in (HERE / "inference").glob("*.json")} - OTHERS)

@@ -20,7 +20,7 @@ from jaxreml.errors import JaxremlError
 from jaxreml.inference.likelihood import charts
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.optimum import held as holding
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 # The reference is read off splines through points of a bobyqa search; ours are exact (see below).
 LME4 = {"orthodont": 3e-3}  # of the profile of an SD that is flat there

@@ -20,7 +20,8 @@ from jaxreml.many.shared import prepare, share
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.lanes import cross_products
 from jaxreml.optimum.effects import inspect
-from jaxreml.optimum.estimate import Status, expand_chart
+from jaxreml.optimum.search import expand_chart
+from jaxreml.status import Status
 
 SLEEP = "~ Days + (Days | Subject)"
 

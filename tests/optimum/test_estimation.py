@@ -153,7 +153,7 @@ def test_correlation_close_to_one_is_not_taken_for_one():
 def test_start_at_a_saddle_is_left():
     # The saddle at zero variance is where a first step could land; newton must not stay there.
     from jaxreml.optimum import newton
-    from jaxreml.optimum.estimate import expand_chart
+    from jaxreml.optimum.search import expand_chart
 
     design = design_of(5, q=1)
     at_zero = expand_chart(jnp.zeros(1), design, reml=True)
@@ -349,7 +349,7 @@ def test_no_start_finds_a_lower_criterion(n, n_groups, q):
     """300 designs, most of them singular: all converge, and L-BFGS from 3 starts does no better."""
     from scipy.optimize import minimize
 
-    from jaxreml.optimum.estimate import expand_chart
+    from jaxreml.optimum.search import expand_chart
 
     rng = np.random.default_rng(1)
     designs = []

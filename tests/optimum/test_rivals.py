@@ -15,8 +15,8 @@ from jaxreml.many.screening import Grid, grid, has_one_optimum, screened
 from jaxreml.many.shared import prepare, share
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.objective import profiled
-from jaxreml.optimum.estimate import search
 from jaxreml.optimum.rivals import is_global, starts
+from jaxreml.optimum.search import search
 
 # A group of twenty and five of one: an inner minimum lies above the one at variance zero.
 UNEQUAL = np.repeat(range(6), [1, 1, 1, 1, 1, 20])

@@ -16,8 +16,8 @@ import scipy.linalg
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import RESIDUAL
 from jaxreml.model.covariance import natural
-from jaxreml.optimum.estimate import START
 from jaxreml.optimum.held import Coordinates, triangle
+from jaxreml.optimum.search import START
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel

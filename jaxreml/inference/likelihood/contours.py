@@ -18,8 +18,8 @@ import pandas as pd
 from jaxreml.errors import ConvergenceWarning
 from jaxreml.inference.likelihood.charts import Pair, Parameter, readings
 from jaxreml.inference.likelihood.search import LOWER, MENDINGS, Search
-from jaxreml.optimum.estimate import START
 from jaxreml.optimum.held import optima
+from jaxreml.optimum.search import START
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel

@@ -25,8 +25,8 @@ from jaxreml.inference.likelihood.charts import (
     readings,
     without_rounding,
 )
-from jaxreml.optimum.estimate import START
 from jaxreml.optimum.held import Optimum, optima
+from jaxreml.optimum.search import START
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel

@@ -27,7 +27,7 @@ from jaxreml.inference.resampling.statistics import (
 )
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits, count_failures, require_some
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 METHODS = ("percentile", "basic", "bca", "studentized")
 SCORES = 10_000  # most draws that an acceleration is made from

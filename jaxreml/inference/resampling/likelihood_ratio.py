@@ -11,7 +11,7 @@ from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.simulation import check_count, of_fit
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import require_some
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 
 @dataclass(frozen=True, eq=False)

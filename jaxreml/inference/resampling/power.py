@@ -16,7 +16,7 @@ from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.extension import extend
 from jaxreml.inference.resampling.simulation import Population, check_count, of_fit
 from jaxreml.many.engine import BatchFitter
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 
 def power(

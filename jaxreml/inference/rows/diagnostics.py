@@ -14,7 +14,7 @@ from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.rows import influence_derivatives
 from jaxreml.many.engine import BatchFitter
 from jaxreml.optimum.effects import row_variances, scaled_rows, whitened
-from jaxreml.optimum.estimate import Status
+from jaxreml.status import Status
 
 BLOCK = 10**7  # values of the responses of refits at a time
 

@@ -21,15 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.factors import rounding
 
+Array = Any  # NumPy's or JAX's
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
 FAR = 20.0  # stands for an infinite coordinate of a correlation likewise
 
@@ -62,6 +61,8 @@ class Block(ABC):
     # Whether there is a member of the family for every basis of the effects: then they may be
     # scaled and made orthogonal inside a design, and the chart is a square root of Omega.
     any_basis = False
+    # Whether it writes out all derivatives, for NumPy's arrays too; by JAX otherwise.
+    written_out = False
 
     @property
     @abstractmethod
@@ -131,10 +132,13 @@ class Block(ABC):
 
     def jacobian(self, chart: Array) -> Array:
         """d omega / d chart, (q (q + 1) / 2, r, ...)."""
+        import jax
+
         return _over_lanes(jax.jacfwd(self.omega), chart)
 
     def curvature(self, chart: Array, gradient: Array) -> Array:
         """Second derivatives in the chart, (r, r, ...), of gradient' omega."""
+        import jax
 
         def bend(chart: Array, gradient: Array) -> Array:
             return jax.hessian(lambda chart: gradient @ self.omega(chart))(chart)
@@ -146,6 +150,7 @@ class Block(ABC):
     ) -> tuple[Array, Array]:
         """d omega / d parameters, (q (q + 1) / 2, k, ...), and second derivatives of
         gradient' omega in the parameters, (k, k, ...), at finite ones."""
+        import jax
 
         def both(parameters: Array, log_sigma2: Array, gradient: Array) -> tuple[Array, Array]:
             def at(parameters: Array) -> Array:
@@ -161,11 +166,15 @@ class Block(ABC):
         Exact where omega is linear in some parameters; otherwise their adjustment without the term
         in second derivatives of V. Directions on the boundary are zero.
         """
+        import jax
+
         return jax.jacfwd(lambda p: self.natural(p, log_sigma2))(parameters)
 
 
 def _over_lanes(function: Callable[..., Any], *arrays: Array) -> Any:
     """A function of arrays without lanes, mapped over them where there are."""
+    import jax
+
     for _ in range(arrays[0].ndim - 1):
         function = jax.vmap(function, in_axes=-1, out_axes=-1)
     return function(*arrays)
@@ -246,7 +255,7 @@ class Covariance:
 
     def omega(self, chart: Array) -> Array:
         """(r, ...) to (m, ...)."""
-        return jnp.concatenate([block.omega(own) for block, own in self.charts(chart)])
+        return _joined([block.omega(own) for block, own in self.charts(chart)])
 
     def chain(self, chart: Array, gradient: Array, hessian: Array) -> tuple[Array, Array]:
         """Gradient (r, ...) and Hessian (r, r, ...) in the chart of those in omega."""
@@ -265,16 +274,18 @@ class Covariance:
         """Directions in the chart that do not move omega to first order, (d, r, ...), or None."""
         found = []
         start = 0
+        xp = namespace(chart)
         for block, own in self.charts(chart):
+            before, after = chart[:start], chart[start + block.length :]
             for direction in block.flat(own):
-                whole = jnp.zeros_like(chart)
-                found.append(whole.at[start : start + block.length].set(direction))
+                parts = [xp.zeros_like(before), direction, xp.zeros_like(after)]
+                found.append(xp.concatenate(parts))
             start += block.length
-        return jnp.stack(found) if found else None
+        return xp.stack(found) if found else None
 
     def snap(self, chart: Array, zero: float) -> Array:
         """As that of blocks."""
-        return jnp.concatenate([block.snap(own, zero) for block, own in self.charts(chart)])
+        return _joined([block.snap(own, zero) for block, own in self.charts(chart)])
 
     def canonical(self, chart: Array) -> Array:
         """The point with the same covariance whose zeros are exact, up to rounding error."""
@@ -287,11 +298,11 @@ class Covariance:
     def chart(self, factors: tuple[Array, ...]) -> Array:
         """The inverse of `factors`."""
         pairs = zip(self.blocks, factors, strict=True)
-        return jnp.concatenate([block.chart(factor) for block, factor in pairs])
+        return _joined([block.chart(factor) for block, factor in pairs])
 
     def start(self, omega: Array, least: float) -> Array:
         """A point of the chart near moment estimates (m, ...)."""
-        return jnp.concatenate([block.start(own, least) for block, own in self.parts(omega)])
+        return _joined([block.start(own, least) for block, own in self.parts(omega)])
 
     def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
         """As that of blocks, of relative SDs of all effects."""
@@ -317,14 +328,14 @@ class Covariance:
         """Relative covariances (m, ...) and the residual log-variance at all parameters."""
         last = parameters[-1]
         pairs = self.own_parameters(parameters)
-        return jnp.concatenate([block.natural(own, last) for block, own in pairs]), last
+        return _joined([block.natural(own, last) for block, own in pairs]), last
 
     def report(self, chart: Array, log_sigma2: Array) -> Report:
         """All parameters at a `canonical` point of the chart."""
         last = log_sigma2[None]
-        residual = Report(last, jnp.ones_like(last, bool), last)
+        residual = Report(last, namespace(last).ones_like(last, dtype=bool), last)
         each = [block.report(own, log_sigma2) for block, own in self.charts(chart)]
-        return Report(*(jnp.concatenate(parts) for parts in zip(*each, residual, strict=True)))
+        return Report(*(_joined(list(parts)) for parts in zip(*each, residual, strict=True)))
 
     def in_parameters(
         self, parameters: Array, gradient: Array, hessian: Array
@@ -351,11 +362,12 @@ class Covariance:
         inner, bend = _block_diagonal(slopes), _block_diagonal(bends)
         # Relative covariances are inversely proportional to sigma2.
         omega, _ = self.natural(parameters)
-        mixed = -jnp.sum(gradient[:, None] * inner, axis=0)
-        curvature = linalg.border(bend, mixed, jnp.sum(gradient * omega, axis=0))
-        jacobian = jnp.concatenate([inner, -omega[:, None]], axis=1)
-        unit = jnp.zeros_like(jacobian[:1]).at[0, -1].set(1.0)
-        jacobian = jnp.concatenate([jacobian, unit])
+        xp = namespace(inner)
+        mixed = -xp.sum(gradient[:, None] * inner, axis=0)
+        curvature = linalg.border(bend, mixed, xp.sum(gradient * omega, axis=0))
+        jacobian = xp.concatenate([inner, -omega[:, None]], axis=1)
+        unit = xp.concatenate([xp.zeros_like(inner[:1]), xp.ones_like(jacobian[:1, :1])], axis=1)
+        jacobian = xp.concatenate([jacobian, unit])
         across = linalg.transpose(jacobian)
         return jacobian, linalg.matmul(across, linalg.matmul(hessian, jacobian)) + curvature
 
@@ -368,7 +380,7 @@ class Covariance:
         counts = [q * (q + 1) // 2 for q in self.sizes]
         return _block_diagonal(
             [
-                jnp.eye(count, dtype=parameters.dtype) if own is None else own
+                np.eye(count, dtype=parameters.dtype) if own is None else own
                 for own, count in zip(found, counts, strict=True)
             ]
         )
@@ -383,6 +395,11 @@ def _block_diagonal(blocks: list[Array]) -> Array:
     for block in blocks:
         stop = start + block.shape[1]
         pad = [(0, 0), (start, width - stop)] + [(0, 0)] * (block.ndim - 2)
-        rows.append(jnp.pad(block, pad))
+        rows.append(namespace(block).pad(block, pad))
         start = stop
-    return jnp.concatenate(rows)
+    return _joined(rows)
+
+
+def _joined(parts: list[Array]) -> Array:
+    """One after the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else namespace(*parts).concatenate(parts)

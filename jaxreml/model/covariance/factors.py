@@ -8,15 +8,18 @@ z of their correlation. They run row by row over the strict lower triangle.
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array
+import numpy as np
+
+from jaxreml.backend.arrays import namespace, on_host
+
+Array = Any  # NumPy's or JAX's
 
 
 def rounding(array: Array) -> float:
     """Relative SD that rounding leaves of zero."""
-    return math.sqrt(50 * jnp.finfo(array.dtype).eps)
+    return math.sqrt(50 * float(np.finfo(array.dtype).eps))
 
 
 def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
@@ -31,19 +34,20 @@ def factor_semidefinite(matrix: Array, tolerance: float) -> tuple[Array, Array]:
         The factor, (q, q), diagonal not negative, with a zero column for each zero pivot, and
         the pivots that count as zero, (q,) booleans.
     """
+    xp = namespace(matrix)
     q = matrix.shape[0]
-    columns: list[list[Array]] = [[jnp.zeros_like(matrix[0, 0])] * q for _ in range(q)]
+    columns: list[list[Array]] = [[xp.zeros_like(matrix[0, 0])] * q for _ in range(q)]
     zero = []
     for k in range(q):
         pivot = matrix[k, k] - sum((columns[j][k] ** 2 for j in range(k)), 0.0)
-        is_zero = pivot <= tolerance**2 * jnp.maximum(matrix[k, k], 1.0)
-        root = jnp.sqrt(jnp.where(is_zero, 1.0, pivot))
-        columns[k][k] = jnp.where(is_zero, 0.0, root)
+        is_zero = pivot <= tolerance**2 * xp.maximum(matrix[k, k], 1.0)
+        root = xp.sqrt(xp.where(is_zero, 1.0, pivot))
+        columns[k][k] = xp.where(is_zero, 0.0, root)
         for i in range(k + 1, q):
             rest = matrix[i, k] - sum((columns[j][i] * columns[j][k] for j in range(k)), 0.0)
-            columns[k][i] = jnp.where(is_zero, 0.0, rest / root)
+            columns[k][i] = xp.where(is_zero, 0.0, rest / root)
         zero.append(is_zero)
-    return jnp.stack([jnp.stack(column) for column in columns], axis=1), jnp.stack(zero)
+    return xp.stack([xp.stack(column) for column in columns], axis=1), xp.stack(zero)
 
 
 def lower_factor(root: Array, tolerance: float, rank: Array | None = None) -> Array:
@@ -62,72 +66,104 @@ def lower_factor(root: Array, tolerance: float, rank: Array | None = None) -> Ar
     Returns:
         The factor, (q, q, ...), diagonal not negative, with a zero column for each zero pivot.
     """
+    xp = namespace(root)
     q = root.shape[0]
     directions: list[Array] = []
     rows = []
     used: Array | int = 0
     for i in range(q):
-        rest, entries = root[i], [jnp.zeros_like(root[i, 0]) for _ in directions]
-        least = jnp.sum(rest**2, axis=0)
-        least = tolerance**2 * (jnp.maximum(least, 1.0) if rank is None else least)
+        rest, entries = root[i], [xp.zeros_like(root[i, 0]) for _ in directions]
+        least = xp.sum(rest**2, axis=0)
+        least = tolerance**2 * (xp.maximum(least, 1.0) if rank is None else least)
         for _ in range(2 if directions else 0):
-            parts = [jnp.sum(rest * direction, axis=0) for direction in directions]
+            parts = [xp.sum(rest * direction, axis=0) for direction in directions]
             entries = [entry + part for entry, part in zip(entries, parts, strict=True)]
             rest = rest - sum(part * d for part, d in zip(parts, directions, strict=True))
-        pivot = jnp.sum(rest**2, axis=0)
+        pivot = xp.sum(rest**2, axis=0)
         is_zero = pivot <= least
         if rank is not None:
             is_zero = (is_zero & (rank - used < q - i)) | (used >= rank)
             used = used + ~is_zero
-        length = jnp.sqrt(jnp.where(is_zero, 1.0, pivot))
-        directions.append(jnp.where(is_zero, 0.0, rest / length))
-        entries.append(jnp.where(is_zero, 0.0, length))
-        rows.append(jnp.stack([*entries, *[jnp.zeros_like(length)] * (q - 1 - i)]))
-    return jnp.stack(rows)
+        length = xp.sqrt(xp.where(is_zero, 1.0, pivot))
+        directions.append(xp.where(is_zero, 0.0, rest / length))
+        entries.append(xp.where(is_zero, 0.0, length))
+        rows.append(xp.stack([*entries, *[xp.zeros_like(length)] * (q - 1 - i)]))
+    return xp.stack(rows)
 
 
-@jax.custom_jvp
-def _tanh(z: Array) -> Array:
-    return jnp.tanh(z)
+def _tanh_and_sech(z: Array) -> tuple[Array, Array]:
+    """Hyperbolic tangent and 1 / cosh(z), without an overflow, z = +-inf included."""
+    if not on_host(z):
+        from jaxreml.model.covariance import of_jax
+
+        return of_jax.tanh(z), of_jax.sech(z)
+    small = np.exp(-np.abs(z))
+    return np.tanh(z), 2 * small / (1 + small * small)
 
 
-@jax.custom_jvp
-def _sech(z: Array) -> Array:
-    """1 / cosh(z) without an overflow, z = +-inf included."""
-    small = jnp.exp(-jnp.abs(z))
-    return 2 * small / (1 + small * small)
-
-
-# Each derivative by the other function: finite everywhere, zero at +-inf, and 1 - tanh^2 keeps
-# its digits.
-_tanh.defjvps(lambda dz, value, z: dz * _sech(z) ** 2)
-_sech.defjvps(lambda dz, value, z: -dz * _sech(z) * _tanh(z))
+def _factor_of(entries: list[list[Array]]) -> Array:
+    """A lower triangle (q, q, ...) of its rows."""
+    xp, q = namespace(entries[0][0]), len(entries)
+    zero = xp.zeros_like(entries[0][0])
+    return xp.stack([xp.stack([*row, *[zero] * (q - len(row))]) for row in entries])
 
 
 def correlation_factor(z: Array, q: int) -> Array:
     """Cholesky factor of the correlation matrix with partial correlations tanh(z), row by row."""
+    return _product_rows(z, q, {})
+
+
+def correlation_slopes(z: Array, q: int) -> tuple[Array, Array]:
+    """Derivatives of `correlation_factor`, (q, q, c, ...) and (q, q, c, c, ...).
+
+    An entry is a product of functions of one coordinate each, so a derivative puts theirs in the
+    place of one or two.
+    """
+    xp = namespace(z)
+    count = range(len(z))
+    first = [_product_rows(z, q, {k: 1}) for k in count]
+    second = [
+        [_product_rows(z, q, {k: 1, j: 1} if k != j else {k: 2}) for j in count] for k in count
+    ]
+    return xp.stack(first, axis=2), xp.stack([xp.stack(row, axis=2) for row in second], axis=2)
+
+
+def _product_rows(z: Array, q: int, orders: dict[int, int]) -> Array:
+    """`correlation_factor`, differentiated so many times in these coordinates.
+
+    Each derivative is made of tanh and sech: finite everywhere, zero at +-inf, with all its digits
+    where 1 - tanh^2 would have lost them.
+    """
+    xp = namespace(z)
     rows: list[list[Array]] = []
-    k = 0
+    place = 0
     for i in range(q):
-        rest = jnp.ones_like(z[0])
+        own = range(place, place + i)
+        place += i
+        rest = xp.ones_like(z[0]) if set(orders) <= set(own) else xp.zeros_like(z[0])
         row = []
-        for _ in range(i):
-            row.append(_tanh(z[k]) * rest)
-            rest = rest * _sech(z[k])
-            k += 1
-        rows.append([*row, rest, *[jnp.zeros_like(z[0])] * (q - 1 - i)])
-    return jnp.stack([jnp.stack(row) for row in rows])
+        for coordinate in own:
+            tanh, small = _tanh_and_sech(z[coordinate])
+            order = orders.get(coordinate, 0)
+            later = any(other > coordinate for other in orders)
+            entry = (tanh, small**2, -2 * small**2 * tanh)[order]
+            # Coordinates behind this one do not move it.
+            row.append(xp.zeros_like(rest) if later else entry * rest)
+            rest = rest * (small, -small * tanh, small * (tanh**2 - small**2))[order]
+        rows.append([*row, rest])
+    return _factor_of(rows)
 
 
 def tails(row: Array, i: int) -> tuple[list[Array], list[Array]]:
     """What row i of a triangle has left behind each of its entries but the last, the root of the
     sum of squares, (i,) of them: ones where that is exactly zero, and whether it is not."""
-    squares = jnp.zeros_like(row[0])
+    xp = namespace(row)
+    squares = xp.zeros_like(row[0])
     tails, left = [], []
     for j in reversed(range(i)):
         squares = squares + row[j + 1] ** 2
         left.append(squares > 0)
-        tails.append(jnp.sqrt(jnp.where(squares > 0, squares, 1.0)))
+        tails.append(xp.sqrt(xp.where(squares > 0, squares, 1.0)))
     return tails[::-1], left[::-1]
 
 
@@ -138,9 +174,10 @@ def correlation_coordinates(factor: Array, limit: float) -> Array:
     A partial correlation is tanh z of sinh z = entry / what the row has left behind it, which
     loses no digits next to +-1.
     """
+    xp = namespace(factor)
     coordinates = []
     for i in range(1, factor.shape[0]):
         for entry, tail, left in zip(factor[i], *tails(factor[i], i), strict=False):
-            z = jnp.arcsinh(entry / tail)
-            coordinates.append(jnp.where(left, z, jnp.sign(entry) * limit))
-    return jnp.stack(coordinates) if coordinates else jnp.zeros_like(factor[:0, 0])
+            z = xp.arcsinh(entry / tail)
+            coordinates.append(xp.where(left, z, xp.sign(entry) * limit))
+    return xp.stack(coordinates) if coordinates else xp.zeros_like(factor[:0, 0])

@@ -19,13 +19,14 @@ lanes of a batch, except where a shape says otherwise.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 
+Array = Any  # NumPy's or JAX's
 Sizes = tuple[int, ...]
 INDEX = np.int32  # of index arrays: int64 ones break eager JAX code run with x64 off
 
@@ -80,17 +81,16 @@ def split_triangles(vector: Array, sizes: Sizes) -> tuple[Array, ...]:
     matrices = []
     start = 0
     for q in sizes:
-        rows, columns = triangle(q)
-        matrix = jnp.zeros((q, q, *vector.shape[1:]), vector.dtype)
-        matrices.append(matrix.at[rows, columns].set(vector[start : start + rows.size]))
-        start += rows.size
+        matrix = vector[start + places(q)]
+        matrices.append(linalg.lower(matrix) if q > 1 else matrix)
+        start += q * (q + 1) // 2
     return tuple(matrices)
 
 
 def join_triangles(matrices: tuple[Array, ...]) -> Array:
     """The inverse of `split_triangles`: only the lower triangles are read."""
     parts = [matrix[triangle(matrix.shape[0])] for matrix in matrices]
-    return jnp.concatenate(parts) if parts else jnp.zeros(0)
+    return namespace(*parts).concatenate(parts) if parts else np.zeros(0)
 
 
 def omega_from_factors(factors: tuple[Array, ...]) -> Array:

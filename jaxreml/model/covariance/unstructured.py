@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Covariance, Report
 from jaxreml.model.covariance.natural import INDEX, Sizes, places, triangle
+
+Array = Any  # NumPy's or JAX's
 
 
 @lru_cache
@@ -44,6 +44,7 @@ class Unstructured(Block):
     """See above; r = q squared, k = m = q (q + 1) / 2."""
 
     any_basis = True
+    written_out = True
 
     @property
     def length(self) -> int:
@@ -92,8 +93,10 @@ class Unstructured(Block):
         found = []
         for j in range(self.size):
             for k in range(j):
-                turned = jnp.zeros_like(square).at[:, j].set(square[:, k])
-                found.append(turned.at[:, k].set(-square[:, j]).reshape(chart.shape))
+                columns = [namespace(chart).zeros_like(square[:, 0])] * self.size
+                columns[j], columns[k] = square[:, k], -square[:, j]
+                turned = namespace(chart).stack(columns, axis=1)
+                found.append(turned.reshape(chart.shape))
         return found
 
     def snap(self, chart: Array, zero: float) -> Array:
@@ -102,11 +105,12 @@ class Unstructured(Block):
         In a row with a pivot of zero, rounding errors are zeros: they would pass for a correlation,
         or for what a correlation of +-1 leaves.
         """
+        xp = namespace(chart)
         square = self._square(chart)
         factor = cholesky.lower_factor(square, zero)
-        error = cholesky.rounding(chart) ** 2 * jnp.maximum(jnp.sum(square**2, axis=1), 1.0)
+        error = cholesky.rounding(chart) ** 2 * xp.maximum(xp.sum(square**2, axis=1), 1.0)
         kept = (linalg.diagonal(factor) > 0)[:, None] | (factor**2 > error[:, None])
-        return self.chart(jnp.where(kept, factor, 0.0))
+        return self.chart(xp.where(kept, factor, 0.0))
 
     def factor(self, chart: Array) -> Array:
         return self._square(chart)
@@ -116,17 +120,18 @@ class Unstructured(Block):
 
     def start(self, omega: Array, least: float) -> Array:
         """The Cholesky factor with pivots of at least `least` and bounded correlations."""
+        xp = namespace(omega)
         matrix, q = omega[places(self.size)], self.size
-        zero = jnp.zeros_like(matrix[0, 0])
+        zero = xp.zeros_like(matrix[0, 0])
         factor: dict[tuple[int, int], Array] = {}
         for k in range(q):
             pivot = matrix[k, k] - sum((factor[k, j] ** 2 for j in range(k)), zero)
-            factor[k, k] = jnp.sqrt(jnp.maximum(pivot, least**2))
+            factor[k, k] = xp.sqrt(xp.maximum(pivot, least**2))
             for i in range(k + 1, q):
                 rest = matrix[i, k] - sum((factor[i, j] * factor[k, j] for j in range(k)), zero)
-                bound = jnp.sqrt(jnp.maximum(matrix[i, i], least**2))
-                factor[i, k] = jnp.clip(rest / factor[k, k], -bound, bound)
-        return jnp.stack([factor.get((i, k), zero) for i in range(q) for k in range(q)])
+                bound = xp.sqrt(xp.maximum(matrix[i, i], least**2))
+                factor[i, k] = xp.clip(rest / factor[k, k], -bound, bound)
+        return xp.stack([factor.get((i, k), zero) for i in range(q) for k in range(q)])
 
     def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
         return np.diag(sds).ravel()
@@ -142,13 +147,14 @@ class Unstructured(Block):
         A pivot of zero uses up its effect's variance at the last entry of its row that is not zero:
         that partial correlation is +-1 and those behind it are not identified.
         """
+        xp = namespace(chart)
         factor, q = self._square(chart), self.size
-        variances = jnp.sum(factor**2, axis=1)
+        variances = xp.sum(factor**2, axis=1)
         positive = variances > 0
-        logs = jnp.where(positive, jnp.log(jnp.where(positive, variances, 1.0)), LOG_ZERO)
+        logs = xp.where(positive, xp.log(xp.where(positive, variances, 1.0)), LOG_ZERO)
         logs = logs + log_sigma2
         z = cholesky.correlation_coordinates(factor, FAR)
-        free, shown = [positive], [jnp.where(positive, logs, -jnp.inf)]
+        free, shown = [positive], [xp.where(positive, logs, -xp.inf)]
         pivots = linalg.diagonal(factor) > 0
         place = 0
         for i in range(1, q):
@@ -156,36 +162,38 @@ class Unstructured(Block):
             for j in range(i):
                 inside = positive[i] & pivots[j] & left[j]
                 at_limit = pivots[j] & ~left[j] & (factor[i, j] != 0)
-                outside = jnp.where(at_limit, jnp.sign(z[place]) * jnp.inf, jnp.nan)
+                outside = xp.where(at_limit, xp.sign(z[place]) * xp.inf, xp.nan)
                 free.append(inside[None])
-                shown.append(jnp.where(inside, z[place], outside)[None])
+                shown.append(xp.where(inside, z[place], outside)[None])
                 place += 1
-        return Report(jnp.concatenate([logs, z]), jnp.concatenate(free), jnp.concatenate(shown))
+        return Report(xp.concatenate([logs, z]), xp.concatenate(free), xp.concatenate(shown))
 
     def factor_at(self, parameters: Array, log_sigma2: Array) -> Array:
         """Relative Cholesky factor (q, q) at `parameters` as `Report.shown` has them."""
+        xp = namespace(parameters)
         log_variances = parameters[: self.size] - log_sigma2
-        varies = log_variances > -jnp.inf
-        sd = jnp.where(varies, jnp.exp(jnp.where(varies, log_variances, 0.0) / 2), 0.0)
+        varies = log_variances > -xp.inf
+        sd = xp.where(varies, xp.exp(xp.where(varies, log_variances, 0.0) / 2), 0.0)
         start, rows = self.size, []
         for i in range(self.size):
             rest, row = sd[i], []
             for z in parameters[start : start + i]:
-                finite = jnp.isfinite(z)
-                inside = jnp.where(finite, z, 0.0)
-                at_limit = jnp.isinf(z)
-                row.append(rest * jnp.where(at_limit, jnp.sign(z), jnp.tanh(inside)))
-                rest = rest * jnp.where(at_limit, 0.0, 1 / jnp.cosh(inside))
+                finite = xp.isfinite(z)
+                inside = xp.where(finite, z, 0.0)
+                at_limit = xp.isinf(z)
+                row.append(rest * xp.where(at_limit, xp.sign(z), xp.tanh(inside)))
+                rest = rest * xp.where(at_limit, 0.0, 1 / xp.cosh(inside))
             start += i
-            rows.append(jnp.stack([*row, rest, *[jnp.zeros_like(rest)] * (self.size - 1 - i)]))
-        return jnp.stack(rows)
+            rows.append(xp.stack([*row, rest, *[xp.zeros_like(rest)] * (self.size - 1 - i)]))
+        return xp.stack(rows)
 
     def natural(self, parameters: Array, log_sigma2: Array) -> Array:
         """A coordinate of NaN that others on the boundary leave undefined is not read."""
+        xp = namespace(parameters)
         log_variances, z = parameters[: self.size], parameters[self.size :]
         if self.size > 1:
             undefined = self._undefined(log_variances, z)
-            z = jnp.where(jnp.isnan(z) & undefined, 0.0, z)
+            z = xp.where(xp.isnan(z) & undefined, 0.0, z)
         return self._scale(log_variances, log_sigma2) * self._correlations(z)
 
     def _undefined(self, log_variances: Array, z: Array) -> Array:
@@ -194,8 +202,9 @@ class Unstructured(Block):
         That of effects i > j is where one of them has no variance, or none beside what it shares
         with the effects before it (j) or before j (i).
         """
-        zero, limit = log_variances == -jnp.inf, jnp.isinf(z)
-        none = jnp.zeros_like(zero[0])
+        xp = namespace(z)
+        zero, limit = log_variances == -xp.inf, xp.isinf(z)
+        none = xp.zeros_like(zero[0])
         undefined: list[Array] = []
         spent: list[Array] = []  # per effect
         for i in range(self.size):
@@ -205,17 +214,19 @@ class Unstructured(Block):
                 undefined.append(none | gone | spent[j])
                 gone = gone | at_limit
             spent.append(gone)
-        return jnp.stack(undefined)
+        return xp.stack(undefined)
 
     def _scale(self, log_variances: Array, log_sigma2: Array) -> Array:
         """Geometric means of the two variances each entry of omega belongs to, over sigma2."""
+        xp = namespace(log_variances)
         rows, columns = triangle(self.size)
-        return jnp.exp((log_variances[rows] + log_variances[columns]) / 2 - log_sigma2)
+        return xp.exp((log_variances[rows] + log_variances[columns]) / 2 - log_sigma2)
 
     def _correlations(self, z: Array) -> Array:
         """Correlations in the layout of omega, ones for variances."""
+        xp = namespace(z)
         if self.size == 1:
-            return jnp.ones((1, *z.shape[1:]), z.dtype)
+            return xp.ones((1, *z.shape[1:]), z.dtype)
         factor = cholesky.correlation_factor(z, self.size)
         return linalg.matmul(factor, linalg.transpose(factor))[triangle(self.size)]
 
@@ -223,37 +234,37 @@ class Unstructured(Block):
         self, parameters: Array, log_sigma2: Array, gradient: Array
     ) -> tuple[Array, Array]:
         """As omega = scale * correlations, and log(scale) is linear in the log-variances."""
-        z = parameters[self.size :]
+        xp, z = namespace(parameters), parameters[self.size :]
         scale = self._scale(parameters[: self.size], log_sigma2)
         linear = _pairs(self.size).astype(parameters.dtype)
         omega = scale * self._correlations(z)
         jacobian = omega[:, None] * linear.reshape(*linear.shape, *[1] * (parameters.ndim - 1))
-        linear = jnp.asarray(linear)
-        curvature = jnp.tensordot(linear.T, gradient[:, None] * jacobian, axes=1)
+        curvature = xp.tensordot(linear.T, gradient[:, None] * jacobian, axes=1)
         if self.size == 1:
             return jacobian, curvature
         slope, bend = self._correlation_derivatives(z)
         by_z = scale[:, None] * slope
-        mixed = jnp.tensordot(linear.T, gradient[:, None] * by_z, axes=1)
-        corner = jnp.sum((gradient * scale)[:, None, None] * bend, axis=0)
-        curvature = jnp.concatenate(
+        mixed = xp.tensordot(linear.T, gradient[:, None] * by_z, axes=1)
+        corner = xp.sum((gradient * scale)[:, None, None] * bend, axis=0)
+        curvature = xp.concatenate(
             [
-                jnp.concatenate([curvature, mixed], axis=1),
-                jnp.concatenate([linalg.transpose(mixed), corner], axis=1),
+                xp.concatenate([curvature, mixed], axis=1),
+                xp.concatenate([linalg.transpose(mixed), corner], axis=1),
             ]
         )
-        return jnp.concatenate([jacobian, by_z], axis=1), curvature
+        return xp.concatenate([jacobian, by_z], axis=1), curvature
 
     def _correlation_derivatives(self, z: Array) -> tuple[Array, Array]:
         """First and second derivatives of `_correlations`: (m, z, ...) and (m, z, z, ...)."""
-
-        def both(z: Array) -> tuple[Array, Array]:
-            slope = jax.jacfwd(self._correlations)
-            return slope(z), jax.jacfwd(slope)(z)
-
-        for _ in range(z.ndim - 1):
-            both = jax.vmap(both, in_axes=-1, out_axes=-1)
-        return both(z)
+        xp, lower = namespace(z), triangle(self.size)
+        factor = cholesky.correlation_factor(z, self.size)
+        first, second = cholesky.correlation_slopes(z, self.size)
+        half = xp.einsum("iak...,ja...->ijk...", first, factor)
+        slope = half + half.swapaxes(0, 1)
+        half = xp.einsum("iakl...,ja...->ijkl...", second, factor)
+        half = half + xp.einsum("iak...,jal...->ijkl...", first, first)
+        bend = half + half.swapaxes(0, 1)
+        return slope[lower], bend[lower]
 
     def directions(self, parameters: Array, log_sigma2: Array) -> None:
         """All: V is linear in variances and covariances."""

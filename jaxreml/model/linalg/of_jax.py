@@ -1,4 +1,4 @@
-"""Small matrices with the batch on the trailing axes: the only place that calls LAPACK.
+"""What of `linalg` is JAX's own: factorisations, their derivatives, conditions.
 
 jaxlib (0.10.2) hands LAPACK calls for a batch of matrices to the threads that run programs, and
 waits for them in one of these: when all wait, they wait for ever. A call for one matrix is made
@@ -14,107 +14,27 @@ out in terms of these functions, so that all this holds for them as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import solve_triangular
 
-FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
-UNROLLED_ORDER = 8
-PIVOTED_ORDER = 4  # likewise, with a search for pivots
-
-
-def transpose(matrix: Array) -> Array:
-    """(i, j, ...) to (j, i, ...)."""
-    return jnp.swapaxes(matrix, 0, 1)
-
-
-def matmul(left: Array, right: Array) -> Array:
-    """Products of (i, k, ...) and (k, j, ...); the trailing axes broadcast."""
-    if left.ndim == right.ndim == 2:
-        return left @ right
-    if not 0 < left.shape[1] <= UNROLLED_ORDER**2:
-        return jnp.einsum("ik...,kj...->ij...", left, right)
-    products = [left[:, k, None] * right[None, k] for k in range(left.shape[1])]
-    return reduce(add, products)
-
-
-def row_products(left: Array, right: Array) -> Array:
-    """Inner products of the rows of (a, k, ...) and (b, k, ...), (a, b, ...)."""
-    if left.ndim == right.ndim == 2:
-        return left @ right.T
-    return jnp.sum(left[:, None] * right[None], axis=2)
-
-
-def diagonal(matrix: Array) -> Array:
-    """Diagonals of (k, k, ...), (k, ...)."""
-    if matrix.ndim == 2:
-        return jnp.diagonal(matrix)
-    rows = [matrix[i, i] for i in range(matrix.shape[0])]
-    return jnp.stack(rows) if rows else jnp.zeros((0, *matrix.shape[2:]), matrix.dtype)
-
-
-def eye_like(matrix: Array) -> Array:
-    """The identity, (k, k, 1, ...), with as many axes as `matrix`, (k, k, ...)."""
-    q = matrix.shape[0]
-    return jnp.eye(q, dtype=matrix.dtype).reshape(q, q, *[1] * (matrix.ndim - 2))
-
-
-def flat_inverse(matrix: Any, sizes: Any, tolerance: float) -> tuple[Any, Any]:
-    """A generalised inverse of semidefinite (k, k, ...), and the directions it leaves out.
-
-    By symmetric sweeps (Goodnight 1979, Am. Stat. 33:149): what depends on the coordinates before
-    it is held at zero, which makes no difference to functions that are constant in the flat
-    directions. NumPy arrays or JAX's.
-
-    Args:
-        matrix: (k, k, ...).
-        sizes: (k, ...), positive: how large diagonal entries are where nothing is flat.
-        tolerance: pivots of at most this, per unit of `sizes`, are zero.
-
-    Returns:
-        The inverse, zero in the coordinates held, and the flat directions, (k, k, ...): a column
-        for each coordinate held, its largest entry +-1, zeros for the others. NaN where a pivot is
-        negative or NaN.
-    """
-    xp: Any = np if isinstance(matrix, np.ndarray) else jnp
-    unit = 1 / xp.sqrt(sizes)
-    swept = matrix * unit[:, None] * unit
-    eye = xp.eye(len(matrix), dtype=matrix.dtype)
-    eye = eye.reshape(*eye.shape, *[1] * (matrix.ndim - 2))
-    held = []
-    broken = False
-    for k in range(len(matrix)):
-        pivot = swept[k, k]
-        is_flat = ~(pivot > tolerance)
-        broken = broken | ~(pivot >= -tolerance)
-        safe = xp.where(is_flat, 1.0, pivot)
-        column = swept[:, k]
-        rest = swept - column[:, None] * column[None] / safe
-        column = (column * (1 - eye[k]) - eye[k] / 2) / safe
-        rest = rest + eye[k][:, None] * column[None] + column[:, None] * eye[k][None]
-        swept = xp.where(is_flat, swept, rest)
-        held.append(is_flat)
-    flat = xp.stack(held)
-    inverse = xp.where(flat[:, None] | flat, 0.0, -swept)
-    directions = xp.where(flat, eye - xp.where(flat[:, None], 0.0, swept), 0.0)
-    inverse = inverse * unit[:, None] * unit
-    directions = directions * unit[:, None]
-    largest = xp.max(xp.abs(directions), axis=0)
-    directions = directions / xp.where(largest > 0, largest, 1.0)
-    return xp.where(broken, xp.nan, inverse), xp.where(broken, xp.nan, directions)
-
-
-def border(matrix: Array, column: Array, corner: Array) -> Array:
-    """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...)."""
-    top = jnp.concatenate([matrix, column[:, None]], axis=1)
-    return jnp.concatenate([top, jnp.concatenate([column, corner[None]])[None]])
+from jaxreml.model.linalg.plain import (
+    PIVOTED_ORDER,
+    UNROLLED_ORDER,
+    diagonal,
+    eliminate,
+    eye_like,
+    lower,
+    matmul,
+    transpose,
+    unrolled_cholesky,
+    unrolled_solve,
+)
 
 
 def alike(tree: Any, like: Array) -> Any:
@@ -134,16 +54,6 @@ def cond(which: Any, first: Callable[[], Any], second: Callable[[], Any]) -> Any
     return jax.tree.map(partial(jnp.where, which), first(), second())
 
 
-def lower(matrix: Array) -> Array:
-    """(k, k, ...) with zeros above the diagonal."""
-    return jnp.where(_where(np.tri(len(matrix)), matrix), matrix, 0.0)
-
-
-def _where(entries: np.ndarray, matrix: Array) -> np.ndarray:
-    """Booleans (k, k, 1, ...) with as many axes as `matrix`, (k, k, ...)."""
-    return entries.astype(bool).reshape(*entries.shape, *[1] * (matrix.ndim - 2))
-
-
 @jax.custom_jvp
 def cholesky(matrix: Array) -> Array:
     """Lower Cholesky factors, (k, k, ...) to (k, k, ...). The upper triangle is not read."""
@@ -151,14 +61,7 @@ def cholesky(matrix: Array) -> Array:
         return matrix
     if matrix.ndim == 2 or len(matrix) > UNROLLED_ORDER:
         return _each(_cholesky, matrix)
-    columns = []
-    rest = matrix
-    for k in range(matrix.shape[0]):
-        column = rest[:, 0] / jnp.sqrt(rest[:1, 0])
-        below = column[1:]
-        columns.append(jnp.concatenate([jnp.zeros_like(matrix[:k, 0]), column]))
-        rest = rest[1:, 1:] - below[:, None] * below[None]
-    return jnp.stack(columns, axis=1)
+    return unrolled_cholesky(matrix)
 
 
 @cholesky.defjvp
@@ -177,7 +80,7 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     lanes = jnp.broadcast_shapes(factor.shape[2:], right.shape[2:])
     right = jnp.broadcast_to(right, (*right.shape[:2], *lanes))
     if factor.ndim > 2 and len(factor) <= UNROLLED_ORDER:
-        return _unrolled_solve(factor, right, transposed)
+        return unrolled_solve(factor, right, transposed)
 
     def product(x: Array) -> Array:
         triangle = lower(factor)
@@ -191,11 +94,6 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     )
 
 
-def solve_upper(factor: Array, right: Array) -> Array:
-    """Solve ``factor x = right`` for upper-triangular (k, k, ...) and right (k, c, ...)."""
-    return solve_lower(transpose(factor), right, transposed=True)
-
-
 def _substitute(factor: Array, right: Array, transposed: bool) -> Array:
     """`solve_lower` for right with all lanes, without derivatives."""
     k = len(factor)
@@ -204,20 +102,7 @@ def _substitute(factor: Array, right: Array, transposed: bool) -> Array:
         return solved.reshape(right.shape)
     if k > UNROLLED_ORDER:
         return _each(_SOLVE[transposed], factor, right)
-    return _unrolled_solve(factor, right, transposed)
-
-
-def _unrolled_solve(factor: Array, right: Array, transposed: bool) -> Array:
-    """`solve_lower` in plain operations, which have their own derivatives."""
-    if not right.size:
-        return right
-    if transposed:  # a lower triangle again, with rows and columns reversed
-        return _unrolled_solve(transpose(factor)[::-1, ::-1], right[::-1], False)[::-1]
-    rows: list[Array] = []
-    for i in range(len(factor)):
-        rest = reduce(add, [-factor[i, j][None] * rows[j] for j in range(i)], right[i])
-        rows.append(rest / factor[i, i][None])
-    return jnp.stack(rows)
+    return unrolled_solve(factor, right, transposed)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -236,7 +121,7 @@ def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
         return matmul(transpose(half), half), 2 * logs
     if matrix.ndim == 2 or len(matrix) > PIVOTED_ORDER:
         return _each(_inverse, matrix)
-    return _eliminate(matrix)
+    return eliminate(matrix)
 
 
 @inverse.defjvp
@@ -244,27 +129,6 @@ def _inverse_jvp(definite, primals, tangents):
     inverted, logs = inverse(primals[0], definite)
     moved = matmul(inverted, tangents[0])
     return (inverted, logs), (-matmul(moved, inverted), jnp.sum(diagonal(moved), axis=0))
-
-
-def _eliminate(matrix: Array) -> tuple[Array, Array]:
-    """`inverse` by Gauss and Jordan's elimination, the largest entry of a column for its pivot."""
-    k = len(matrix)
-    identity = jnp.broadcast_to(eye_like(matrix), matrix.shape)
-    rows = list(jnp.concatenate([matrix, identity], axis=1))
-    logs = jnp.zeros_like(matrix[0, 0])
-    for i in range(k):
-        for j in range(i + 1, k):
-            swap = (jnp.abs(rows[j][i]) > jnp.abs(rows[i][i]))[None]
-            rows[i], rows[j] = (
-                jnp.where(swap, rows[j], rows[i]),
-                jnp.where(swap, rows[i], rows[j]),
-            )
-        logs = logs + jnp.log(jnp.abs(rows[i][i]))
-        rows[i] = rows[i] / rows[i][i][None]
-        for j in range(k):
-            if j != i:
-                rows[j] = rows[j] - rows[j][i][None] * rows[i]
-    return jnp.stack(rows)[:, k:], logs
 
 
 @jax.custom_jvp
@@ -302,16 +166,6 @@ def _qr_jvp(primals, tangents):
     below = lower(inside) * (1 - eye_like(inside))
     rest = inside - below + transpose(below)
     return (basis, triangle), (moved - matmul(basis, rest), matmul(rest, triangle))
-
-
-def conditional_variance(factors: Array, root: Array) -> Array:
-    """L (I + L'F'F L)^-1 L', (q, q, ...), for F (r, q, ...) and L (q, q)."""
-    root = root.reshape(*root.shape, *[1] * (factors.ndim - 2))
-    loadings = matmul(factors, root)
-    inner = matmul(transpose(loadings), loadings)
-    factor = cholesky(inner + eye_like(inner))
-    half = solve_lower(factor, jnp.broadcast_to(transpose(root), factor.shape))
-    return matmul(transpose(half), half)
 
 
 def _one_at_a_time(lanes: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,57 @@
+"""NumPy or JAX: functions of arrays take the library that their arguments are of.
+
+Both speak the same language but for what stands here and in `model.linalg`: loops, conditions,
+scattering, trees of arrays. JAX is imported only where an array of its own is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+_HOST = (np.ndarray, np.generic, float, int, bool)
+
+
+def on_host(*arrays: Any) -> bool:
+    """Whether all of these are NumPy's, or numbers."""
+    return all(isinstance(array, _HOST) for array in arrays)
+
+
+def namespace(*arrays: Any) -> Any:
+    """`numpy` if all of these are its own, or numbers; else `jax.numpy`."""
+    if on_host(*arrays):
+        return np
+    import jax.numpy as jnp
+
+    return jnp
+
+
+def chosen(which: Any, first: Any, second: Any) -> Any:
+    """The first of two trees of the same form where `which` holds, the second elsewhere."""
+    if isinstance(which, (bool, np.bool_)) or (isinstance(which, np.ndarray) and not which.ndim):
+        return first if which else second
+    if isinstance(which, np.ndarray):
+        return mapped(lambda a, b: np.where(which, a, b), first, second)
+    import jax
+    import jax.numpy as jnp
+
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), first, second)
+
+
+def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """A function of the leaves of trees of (named) tuples, on the host."""
+    if not isinstance(first, tuple):
+        return function(first, *others)
+    parts = [mapped(function, *parts) for parts in zip(first, *others, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+
+def still(array: Any) -> Any:
+    """Without derivatives."""
+    if on_host(array):
+        return array
+    import jax
+
+    return jax.lax.stop_gradient(array)

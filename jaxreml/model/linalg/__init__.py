@@ -1,0 +1,130 @@
+"""Small matrices with the batch on the trailing axes: the only place that calls LAPACK.
+
+jaxlib (0.10.2) hands LAPACK calls for a batch of matrices to the threads that run programs, and
+waits for them in one of these: when all wait, they wait for ever. A call for one matrix is made
+where it stands. So no call here has a batch on a CPU: up to a certain order the recurrences are
+written out over the trailing axes, which XLA fuses and vectorises; above it, where that would
+compile slowly, matrices go to LAPACK one at a time, which takes no longer than their batch. `vmap`
+of a function without trailing axes does the same.
+
+A matrix that is not positive definite gives NaN, never an altered factor. Derivatives are written
+out in terms of these functions, so that all this holds for them as well. NumPy's arrays are taken
+by NumPy and LAPACK (`of_numpy`), JAX's by JAX (`of_jax`); what both do alike is in `plain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model.linalg import of_numpy
+from jaxreml.model.linalg.plain import (
+    FLAT,
+    border,
+    diagonal,
+    eye_like,
+    flat_inverse,
+    lower,
+    matmul,
+    row_products,
+    transpose,
+)
+
+__all__ = [
+    "FLAT",
+    "alike",
+    "border",
+    "cholesky",
+    "cond",
+    "conditional_variance",
+    "diagonal",
+    "eigh",
+    "eye_like",
+    "flat_inverse",
+    "independent_columns",
+    "inverse",
+    "lower",
+    "matmul",
+    "qr",
+    "row_products",
+    "solve_lower",
+    "solve_upper",
+    "transpose",
+]
+Array = Any  # NumPy's or JAX's
+
+
+def _of(*arrays: Any) -> Any:
+    if on_host(*arrays):
+        return of_numpy
+    from jaxreml.model.linalg import of_jax
+
+    return of_jax
+
+
+def cholesky(matrix: Array) -> Array:
+    """Lower Cholesky factors, (k, k, ...) to (k, k, ...). The upper triangle is not read."""
+    return _of(matrix).cholesky(matrix)
+
+
+def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
+    """Solve ``factor x = right``, or ``factor' x = right`` if `transposed`, for lower-triangular
+    (k, k, ...) and right (k, c, ...). The upper triangle is not read."""
+    return _of(factor, right).solve_lower(factor, right, transposed)
+
+
+def solve_upper(factor: Array, right: Array) -> Array:
+    """Solve ``factor x = right`` for upper-triangular (k, k, ...) and right (k, c, ...)."""
+    return solve_lower(transpose(factor), right, transposed=True)
+
+
+def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
+    """Inverses of (k, k, ...) and the logarithms of their positive determinants, (...).
+
+    Symmetric positive `definite`, by Cholesky factors, or not, by elimination with pivots.
+    """
+    return _of(matrix).inverse(matrix, definite)
+
+
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues (k, ...), increasing, and eigenvectors (k, k, ...), the columns, of symmetric
+    (k, k, ...)."""
+    return _of(matrix).eigh(matrix)
+
+
+def qr(matrix: Array) -> tuple[Array, Array]:
+    """Q (n, p, ...) and R (p, p, ...) of (n, p, ...), p <= n; JAX's."""
+    from jaxreml.model.linalg import of_jax
+
+    return of_jax.qr(matrix)
+
+
+def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
+    """U R = X for X (n, p) of JAX, as `of_jax.independent_columns`."""
+    from jaxreml.model.linalg import of_jax
+
+    return of_jax.independent_columns(matrix, tolerance)
+
+
+def alike(tree: Any, like: Array) -> Any:
+    """`tree`, of the type that what depends on `like` has inside `jax.shard_map`."""
+    return tree if on_host(like) else _of(like).alike(tree, like)
+
+
+def cond(which: Any, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """The result of the first function where `which` holds, of the second elsewhere."""
+    if on_host(which):
+        return first() if which else second()
+    return _of(which).cond(which, first, second)
+
+
+def conditional_variance(factors: Array, root: Array) -> Array:
+    """L (I + L'F'F L)^-1 L', (q, q, ...), for F (r, q, ...) and L (q, q)."""
+    root = root.reshape(*root.shape, *[1] * (factors.ndim - 2))
+    loadings = matmul(factors, root)
+    inner = matmul(transpose(loadings), loadings)
+    factor = cholesky(inner + eye_like(inner))
+    across = namespace(root).broadcast_to(transpose(root), factor.shape)
+    half = solve_lower(factor, across)
+    return matmul(transpose(half), half)

@@ -1,0 +1,87 @@
+"""What of `linalg` is NumPy's own: LAPACK's factorisations, NaN where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from jaxreml.model.linalg.plain import (
+    UNROLLED_ORDER,
+    diagonal,
+    eye_like,
+    matmul,
+    transpose,
+    unrolled_cholesky,
+    unrolled_solve,
+)
+
+Array = np.ndarray
+lapack: Any = scipy.linalg.lapack
+
+
+def _lanes_first(matrix: Array) -> Array:
+    return np.moveaxis(matrix.reshape(*matrix.shape[:2], -1), -1, 0)
+
+
+def _lanes_last(matrix: Array, lanes: tuple[int, ...]) -> Array:
+    return np.moveaxis(matrix, 0, -1).reshape(*matrix.shape[1:], *lanes)
+
+
+def cholesky(matrix: Array) -> Array:
+    """As `linalg.cholesky`."""
+    if not matrix.size:
+        return matrix
+    if matrix.ndim > 2 and len(matrix) <= UNROLLED_ORDER:
+        return unrolled_cholesky(matrix)
+    if matrix.ndim > 2:
+        each = [cholesky(own) for own in _lanes_first(matrix)]
+        return _lanes_last(np.stack(each), matrix.shape[2:])
+    factor, failed = lapack.dpotrf(matrix, lower=1, clean=1)
+    return np.full_like(factor, np.nan) if failed else factor
+
+
+def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
+    """As `linalg.solve_lower`."""
+    k, lanes = len(factor), np.broadcast_shapes(factor.shape[2:], right.shape[2:])
+    if not right.size:
+        return np.broadcast_to(right, (*right.shape[:2], *lanes))
+    if factor.size == k * k:  # the same in all lanes
+        flat = right.reshape(k, -1)
+        solved, failed = lapack.dtrtrs(factor.reshape(k, k), flat, lower=1, trans=int(transposed))
+        return np.full_like(right, np.nan) if failed else solved.reshape(right.shape)
+    if k <= UNROLLED_ORDER:
+        return unrolled_solve(factor, right, transposed)
+    pair = (np.broadcast_to(own, (*own.shape[:2], *lanes)) for own in (factor, right))
+    pairs = zip(*map(_lanes_first, pair), strict=True)
+    each = [solve_lower(left, own, transposed) for left, own in pairs]
+    return _lanes_last(np.stack(each), lanes)
+
+
+def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
+    """As `linalg.inverse`."""
+    if len(matrix) == 1:
+        return 1 / matrix, np.log(matrix[0, 0])
+    if definite:
+        factor = cholesky(matrix)
+        half = solve_lower(factor, np.broadcast_to(eye_like(factor), factor.shape))
+        return matmul(transpose(half), half), 2 * np.sum(np.log(diagonal(factor)), axis=0)
+    try:
+        first = _lanes_first(matrix)
+        inverted, logs = np.linalg.inv(first), np.linalg.slogdet(first)[1]
+    except np.linalg.LinAlgError:
+        return np.full_like(matrix, np.nan), np.full(matrix.shape[2:], np.nan)
+    return _lanes_last(inverted, matrix.shape[2:]), logs.reshape(matrix.shape[2:])
+
+
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """As `linalg.eigh`."""
+    if len(matrix) == 1:
+        return matrix[0], np.ones_like(matrix)
+    lanes = matrix.shape[2:]
+    try:
+        values, vectors = np.linalg.eigh(_lanes_first(matrix))
+    except np.linalg.LinAlgError:
+        return np.full_like(matrix[0], np.nan), np.full_like(matrix, np.nan)
+    return values.T.reshape(-1, *lanes), _lanes_last(vectors, lanes)

@@ -1,0 +1,203 @@
+"""`Estimate`: everything that follows from an optimum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxreml.backend.arrays import namespace
+from jaxreml.backend.records import record
+from jaxreml.model import linalg
+from jaxreml.model.covariance import natural
+from jaxreml.model.design import Design
+from jaxreml.model.objective import Expansion
+from jaxreml.optimum import newton
+from jaxreml.optimum.search import Point, inner_hessian
+
+Array = Any  # NumPy's or JAX's
+
+
+@record
+@dataclass(frozen=True)
+class Estimate:
+    """The optimum and what follows from it: a pytree of arrays, m variance parameters.
+
+    Attributes:
+        theta: (m,), relative Cholesky factors column by column, as lme4's.
+        parameters: (m + 1,), log-variances and correlation coordinates in the order of
+            ``design.parameter_names``; -inf for a variance of zero, +-inf for a correlation of
+            +-1, NaN for a correlation that a zero variance leaves undefined.
+        parameters_vcov: (m + 1, m + 1), asymptotic covariance 2 H^-1 of `parameters` given those
+            on a boundary, whose rows are NaN; all NaN if the Hessian is not positive definite.
+        log_variances: the log-variances among `parameters`, one per effect, the residual's last.
+        log_variance_se: their standard errors.
+        beta: (p,), fixed effects; NaN, as in what follows, for a column of a traced X that depends
+            on those before it.
+        vcov: (p, p), sigma2 (X' V0^-1 X)^-1, their covariance.
+        vcov_slopes: (m + 1, p, p), derivatives of `vcov` in `parameters`, zero for those on a
+            boundary: what Satterthwaite's degrees of freedom are made of.
+        sigma: (), residual standard deviation.
+        criterion: (), -2 log (restricted) likelihood at the optimum.
+        hessian: (m + 1, m + 1), of the criterion in `parameters`; NaN as in `parameters_vcov`.
+        iterations: (), expansions of the criterion computed.
+        gradient_norm: (), Euclidean norm of the gradient in the chart (scaled effects).
+        inertia: (3,), negative, zero and positive eigenvalues of the Hessian in the chart
+            (unstructured covariances: in theta).
+        is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
+        status: (), a `Status`. Other than CONVERGED: do not use the numbers. The derivatives of
+            all of them are zero there.
+    """
+
+    theta: Array
+    parameters: Array
+    parameters_vcov: Array
+    log_variances: Array
+    log_variance_se: Array
+    beta: Array
+    vcov: Array
+    vcov_slopes: Array
+    sigma: Array
+    criterion: Array
+    hessian: Array
+    iterations: Array
+    gradient_norm: Array
+    inertia: Array
+    is_singular: Array
+    status: Array
+
+    @property
+    def params(self) -> Array:
+        """`parameters`, by its former name."""
+        return self.parameters
+
+
+def report(
+    chart: Array, point: Point, trace: newton.Trace, design: Design, status: Array
+) -> Estimate:
+    """Everything that follows from the optimum; also for a batch on the last axis."""
+    covariance, expansion = design.covariance, point.expansion
+    xp = namespace(chart)
+    chart = covariance.canonical(chart)
+    of_x = _fixed_effects(expansion, design)
+    inner = _variance_parameters(chart, expansion, of_x, design)
+    users_chart, found = _in_users_units(chart, inner, expansion.log_sigma2, design)
+    both = found.free[:, None] & found.free
+    parameters_vcov = xp.where(both & found.regular, found.vcov, xp.nan)
+    unknown = design.absent[:, None] | design.absent
+    return Estimate(
+        theta=natural.join_triangles(covariance.factors(users_chart)),
+        parameters=found.shown,
+        parameters_vcov=parameters_vcov,
+        log_variances=found.shown[covariance.positions],
+        log_variance_se=xp.sqrt(linalg.diagonal(parameters_vcov))[covariance.positions],
+        beta=xp.where(design.absent, xp.nan, of_x.beta),
+        vcov=xp.where(unknown, xp.nan, of_x.vcov),
+        vcov_slopes=xp.where(unknown, xp.nan, found.vcov_slopes),
+        sigma=xp.sqrt(xp.exp(expansion.log_sigma2)),
+        criterion=point.value,
+        hessian=xp.where(both, found.hessian, xp.nan),
+        iterations=trace.iterations,
+        gradient_norm=xp.sqrt(xp.sum(point.gradient**2, axis=0)),
+        inertia=newton.inertia(inner_hessian(chart, point, covariance)),
+        is_singular=~xp.all(found.free, axis=0),
+        status=status,
+    )
+
+
+class _FixedEffects(NamedTuple):
+    """Coefficients (p,), a root (p, p) of their covariance over sigma2, and that covariance."""
+
+    beta: Array
+    root: Array
+    vcov: Array
+
+
+def _fixed_effects(expansion: Expansion, design: Design) -> _FixedEffects:
+    """Undo the orthonormal basis and the least squares shift of y."""
+    p, factor = design.p, expansion.gram_factor
+    of_x = factor[:p, :p]
+    identity = linalg.eye_like(of_x)
+    triangle = linalg.transpose(design.basis) + design.absent * identity
+    to_basis = linalg.solve_lower(triangle, identity)  # R^-T
+    root = linalg.matmul(linalg.solve_lower(of_x, identity), to_basis)
+    root = linalg.transpose(root)  # (L' R)^-1
+    beta = design.beta_ols + linalg.matmul(root, factor[p, :p][:, None])[:, 0]
+    vcov = namespace(root).exp(expansion.log_sigma2) * linalg.matmul(root, linalg.transpose(root))
+    return _FixedEffects(beta, root, vcov)
+
+
+class _Curvature(NamedTuple):
+    """What the optimum's neighbourhood says of the variance parameters.
+
+    Attributes:
+        shown, free: as in `Report`.
+        vcov: (k + 1, k + 1), 2 H^-1 of the free ones.
+        hessian: (k + 1, k + 1), H.
+        vcov_slopes: (k + 1, p, p), derivatives of the covariance of the fixed effects.
+        regular: (), whether H is positive definite.
+    """
+
+    shown: Array
+    free: Array
+    vcov: Array
+    hessian: Array
+    vcov_slopes: Array
+    regular: Array
+
+
+def _variance_parameters(
+    chart: Array, expansion: Expansion, of_x: _FixedEffects, design: Design
+) -> _Curvature:
+    """Parameters of scaled effects."""
+    xp = namespace(chart)
+    p, sigma2 = design.p, xp.exp(expansion.log_sigma2)
+    finite, free, shown = design.covariance.report(chart, expansion.log_sigma2)
+    slopes = xp.concatenate([expansion.gradient, xp.zeros_like(expansion.gradient[:1])])
+    jacobian, hessian = design.covariance.in_parameters(finite, slopes, expansion.joint_hessian)
+    across = linalg.transpose(of_x.root)
+    of_omega = [
+        -sigma2 * linalg.matmul(of_x.root, linalg.matmul(slope, across))
+        for slope in expansion.gram_slopes[:, :p, :p]
+    ]
+    of_all = xp.stack([*of_omega, of_x.vcov])
+    vcov_slopes = xp.sum((jacobian * free)[:, :, None, None] * of_all[:, None], axis=0)
+    both = free[:, None] & free
+    identity = linalg.eye_like(hessian)
+    # One more: a logarithm whose own entry is rounding error is not known, whatever its sign.
+    unit = xp.sqrt(1 + xp.where(free, linalg.diagonal(hessian), 0.0))
+    unit_hessian = xp.where(both, hessian / (unit[:, None] * unit), identity)
+    unit_factor = linalg.cholesky(unit_hessian)
+    # The pivot is NaN, and the comparison false, where the factorisation failed.
+    regular = xp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.FLAT
+    inverse = linalg.solve_lower(unit_factor, identity) / unit
+    vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
+    return _Curvature(shown, free, vcov, hessian, vcov_slopes, regular)
+
+
+def _in_users_units(
+    inner: Array, own: _Curvature, log_sigma2: Array, design: Design
+) -> tuple[Array, _Curvature]:
+    """A point of the chart and what is known of the parameters, for effects as the user has them.
+
+    The gradient vanishes in what is free: derivatives change as tensors do.
+    """
+    covariance, units, xp = design.covariance, design.units, namespace(inner)
+    chart = units.chart(inner, covariance)
+    _, free, shown = covariance.report(chart, log_sigma2)
+    theirs = own._replace(shown=shown, free=free)
+    if not any(units.rotated):
+        return chart, theirs
+    out, back = units.jacobians(shown, own.shown, covariance)
+    out = xp.where(free[:, None] & own.free, out, 0.0)
+    back = xp.where(own.free[:, None] & free, back, 0.0)
+    both = own.free[:, None] & own.free
+    return chart, theirs._replace(
+        vcov=_congruent(linalg.transpose(out), xp.where(both, own.vcov, 0.0)),
+        hessian=_congruent(back, xp.where(both, own.hessian, 0.0)),
+        vcov_slopes=xp.sum(back[:, :, None, None] * own.vcov_slopes[:, None], axis=0),
+    )
+
+
+def _congruent(matrix: Array, form: Array) -> Array:
+    """matrix' form matrix."""
+    return linalg.matmul(linalg.transpose(matrix), linalg.matmul(form, matrix))
