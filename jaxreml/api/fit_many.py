@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.api.fit import fit
-from jaxreml.arguments import is_reml
+from jaxreml.arguments import is_reml, refuse_arguments
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.responses import Responses
 from jaxreml.data.sources import import_parquet
-from jaxreml.errors import DataError
+from jaxreml.errors import FormulaError
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
@@ -51,7 +51,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    id: str | None = None,
+    on: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -65,6 +65,7 @@ def fit_many(
     output: None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    **others: Any,
 ) -> BatchResults: ...
 
 
@@ -75,7 +76,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    id: str | None = None,
+    on: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -89,6 +90,7 @@ def fit_many(
     output: str | Path,
     overwrite: bool = False,
     progress: bool | None = None,
+    **others: Any,
 ) -> StreamedResults: ...
 
 
@@ -98,7 +100,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    id: str | None = None,
+    on: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -112,6 +114,7 @@ def fit_many(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    **others: Any,
 ) -> BatchResults | StreamedResults:
     """Fit one linear mixed model to many responses.
 
@@ -124,7 +127,7 @@ def fit_many(
             iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
             NaN where a value is missing.
         method: "REML" or "ML".
-        id: name of a column of `data` and of the responses by which rows are matched; their order
+        on: name of a column of `data` and of the responses by which rows are matched; their order
             may then differ. It may be the name of an index, or be so in one of the two with the
             other's index holding the same values. By position if left out; tables are refused then
             whose row labels differ, or whose labels are values of a column in another order.
@@ -143,6 +146,7 @@ def fit_many(
             fitted are kept in the folder ``<output>.parts`` until all are.
         overwrite: replace `output`, and do not go on from an interrupted run.
         progress: show a progress bar on stderr; if stderr is a terminal, if left out.
+        others: none; as for `fit`.
 
     With several processes (``jax.distributed.initialize`` called before), each fits its share;
     all call `fit_many` with the same arguments and get the same results. `output` is then on a
@@ -158,24 +162,26 @@ def fit_many(
         ``status`` that says why, and `messages` name what is not estimable.
 
     Raises:
-        FormulaError: a formula outside the grammar, or with a left side.
+        FormulaError: a formula outside the grammar, or with a left side; a contrast that is not one
+            linear function.
         DataError: data or responses that the model cannot be fitted to, named; an output that
             exists; an interrupted run of another model or of other data; no device of that kind.
-        ValueError: another method, or devices that are none.
-        RuntimeError: as `fit`.
+        ValueError: arguments out of range, such as another method or devices that are none.
+        RuntimeError, TypeError: as `fit`.
     """
+    refuse_arguments("fit_many", others)
     is_reml(method)
     if batch_size is not None and batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if output is not None and modes:
-        raise DataError(
+        raise ValueError(
             "modes=True needs memory for all of them and output is written without: leave output "
             "out and call fit_many on a part of the responses at a time"
         )
     path = None if output is None else check_output(output, overwrite)
     frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
     rows = _contrast_rows(frame, contrasts or {})
-    source = Responses(responses, data, frame.rows, id)
+    source = Responses(responses, data, frame.rows, on)
     fitter = BatchFitter(
         frame,
         method,
@@ -288,12 +294,12 @@ def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarra
     for name, contrast in contrasts.items():
         own, values, _ = hypotheses(frame.fixed_names, contrast)
         if len(own) != 1 or values.any():
-            raise DataError(
+            raise FormulaError(
                 f"the contrast {name!r} must be one linear function of the fixed effects, without "
                 "a right side"
             )
         if not own.any():
-            raise DataError(f"the contrast {name!r} has no coefficient other than zero")
+            raise FormulaError(f"the contrast {name!r} has no coefficient other than zero")
         rows = np.concatenate([rows, own])
     return rows
 

@@ -309,25 +309,25 @@ def profile_contour_data(
     profile: Profile,
     first: str,
     second: str,
-    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+    conf_levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
 ) -> pd.DataFrame:
     """The edges of joint likelihood regions of two parameters: `Profile.contour`."""
-    return profile.contour(first, second, levels)
+    return profile.contour(first, second, conf_levels)
 
 
 def profile_contour(
     profile: Profile,
     first: str,
     second: str,
-    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+    conf_levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
     *,
     ax: Any = None,
 ) -> Any:
     """Joint likelihood regions of two parameters, with the traces of their profiles: where the
     profile of one has the other. See `Profile.contour`."""
-    frame = profile_contour_data(profile, first, second, levels)
+    frame = profile_contour_data(profile, first, second, conf_levels)
     ax = _axes(ax)
-    for level, part in frame.groupby("level"):
+    for level, part in frame.groupby("conf_level"):
         ax.plot(part[first], part[second], color="C0", linewidth=1)
         top = part.loc[part[second].idxmax()]
         ax.annotate(f"{level:.0%}", (top[first], top[second]), fontsize=7, ha="center")

@@ -267,7 +267,7 @@ def test_overwrite_leaves_files_that_are_not_ours(interrupted):
 
 
 def test_bad_outputs(tmp_path):
-    with pytest.raises(DataError, match=r"must end in .parquet"):
+    with pytest.raises(ValueError, match=r"must end in .parquet"):
         resume(tmp_path / "out.csv")
     with pytest.raises(DataError, match="there is no folder"):
         resume(tmp_path / "nowhere" / "out.parquet")

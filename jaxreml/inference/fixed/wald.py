@@ -190,8 +190,8 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
     """The approximation of that name for a fit, which keeps it.
 
     Raises:
-        ValueError: another name.
-        DataError: a fit that the method does not serve.
+        ValueError: another name, or one that is not for the fit's method.
+        DataError: variance parameters that Kenward-Roger's method cannot tell apart.
     """
     check_df(df, fit.method)
     df = "kenward-roger" if df == "kenward-roger-linear" else df
@@ -250,7 +250,7 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
         Columns statistic, num_df, den_df, p_value; one row.
 
     Raises:
-        DataError: rows that contradict each other.
+        ValueError: rows that contradict each other, or are all zero.
     """
     from scipy.stats import f
 
@@ -285,9 +285,9 @@ def _independent(
             continue
         size = abs(values[k]) + np.abs(share) @ np.abs(values[kept])
         if abs(values[k] - share @ values[kept]) > CONTRADICTION * size:
-            raise DataError(f"row {k} of the hypothesis contradicts those before it")
+            raise ValueError(f"row {k} of the hypothesis contradicts those before it")
     if not kept:
-        raise DataError("the hypothesis is empty: all coefficients are zero")
+        raise ValueError("the hypothesis is empty: all coefficients are zero")
     return rows[kept], values[kept]
 
 
@@ -310,9 +310,9 @@ def test(
         p_value, a row per row of L.
 
     Raises:
-        DataError: a hypothesis that is not one about this model, a fit without an optimum, or
-            a method that does not serve it.
-        ValueError: another `df`.
+        DataError: names that are not fixed effects, or a fit without an optimum.
+        FormulaError: an equation that is none.
+        ValueError: other hypotheses that are none, or another `df`.
     """
     fit.require_optimum("test fixed effects")
     return (joint_test if joint else each)(fit, L, rhs, df)

@@ -109,13 +109,13 @@ def delta(
         standard error is conditional on, or why there is none.
 
     Raises:
-        DataError: a fit without an optimum; a g that JAX cannot differentiate, that asks for
-            components, or entries of them or of beta, that the model does not have, or that
-            returns something else; a value outside the range of its transform.
-        ValueError: names or transforms of another number than the values; another transform.
+        DataError: a fit without an optimum; a g that asks for components, or entries of them or of
+            beta, that the model does not have; a value outside the range of its transform.
+        ValueError: a g that JAX cannot differentiate or that returns something else; names or
+            transforms of another number than the values; another transform.
     """
     if not callable(function):
-        raise DataError(f"function must be a JAX function g(beta, components), not {function!r}")
+        raise ValueError(f"function must be a JAX function g(beta, components), not {function!r}")
     linear = linearise(fit, program(function, fit.term_sizes))
     components.require_entries(function, fit)
     label = getattr(function, "__name__", "g")
@@ -143,13 +143,13 @@ def program(g: Callable[..., Any], groups: components.Groups) -> Program:
 
 def _vector(value: Any) -> Array:
     if isinstance(value, dict):
-        raise DataError("g must return a scalar or a vector, not a dict")
+        raise ValueError("g must return a scalar or a vector, not a dict")
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"g must return a scalar or a vector: {error}") from None
+        raise ValueError(f"g must return a scalar or a vector: {error}") from None
     if array.ndim > 1 or jnp.iscomplexobj(array):
-        raise DataError(
+        raise ValueError(
             f"g must return a real scalar or vector, not {array.dtype} of shape {array.shape}"
         )
     return array.reshape(-1).astype(jnp.float64)
@@ -159,7 +159,7 @@ def linearise(fit: FittedModel, program: Program, *data: Any) -> Linearised:
     """Values of a program's function at a fit with their covariance matrix.
 
     Raises:
-        DataError: as `delta`.
+        DataError, ValueError: as `delta`.
     """
     fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
@@ -172,7 +172,7 @@ def linearise(fit: FittedModel, program: Program, *data: Any) -> Linearised:
                 values = program.values(fit.beta, fit.theta, fit.sigma, *data)
         except jax.errors.JAXTypeError as error:
             first = str(error).splitlines()[0]
-            raise DataError(f"{NO_DERIVATIVE}. JAX says: {first}") from error
+            raise ValueError(f"{NO_DERIVATIVE}. JAX says: {first}") from error
     estimate, slopes, interior = jax.device_get((values, slopes, interior))
     slope = np.concatenate(slopes, axis=1)
     return _propagate(fit, inside, estimate, slope, np.concatenate(interior, axis=1))

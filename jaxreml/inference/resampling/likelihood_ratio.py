@@ -20,15 +20,15 @@ class NullDistribution:
 
     Attributes:
         statistic: of the data.
-        draws: (n - n_failed,), of the responses for which both models have an optimum.
-        n: responses drawn.
+        draws: (nsim - n_failed,), of the responses for which both models have an optimum.
+        nsim: responses drawn.
         n_failed: those left out.
         share_singular: of the draws, refits of the (smaller, larger) model on the boundary.
     """
 
     statistic: float
     draws: np.ndarray
-    n: int
+    nsim: int
     n_failed: int
     share_singular: tuple[float, float]
 
@@ -45,7 +45,7 @@ class NullDistribution:
 
 
 def null_distribution(
-    smaller: FittedModel, larger: FittedModel, n: int = 1000, seed: int = 0
+    smaller: FittedModel, larger: FittedModel, nsim: int = 1000, seed: int = 0
 ) -> NullDistribution:
     """The distribution of a likelihood-ratio statistic if the smaller model holds.
 
@@ -56,15 +56,16 @@ def null_distribution(
     Args:
         smaller, larger: fits of nested models to the same rows by the same method, ML unless they
             have the same fixed effects.
-        n: responses.
+        nsim: responses to draw.
         seed: of the random numbers.
 
     Raises:
         DataError: a fit did not converge, different rows or responses, or no refit of both
             converged.
-        ValueError: methods that differ, REML with different fixed effects, n or seed out of range.
+        ValueError: methods that differ, REML with different fixed effects; nsim or seed out of
+            range.
     """
-    check_count(n, seed)
+    check_count(nsim, seed)
     for fit in (smaller, larger):
         fit.require_optimum("compare")
     _require_comparable(smaller, larger)
@@ -74,7 +75,7 @@ def null_distribution(
     ]
     draws, statuses = [], []
     singular = np.zeros(2)
-    for block in people.blocks(n, seed):
+    for block in people.blocks(nsim, seed):
         pair = [engine.fit(block) for engine in engines]
         status = np.where(pair[0].status == Status.CONVERGED, pair[1].status, pair[0].status)
         good = status == Status.CONVERGED
@@ -88,8 +89,8 @@ def null_distribution(
     return NullDistribution(
         statistic=float(_cleaned(smaller.criterion - larger.criterion, smaller.criterion)),
         draws=values,
-        n=n,
-        n_failed=n - values.size,
+        nsim=nsim,
+        n_failed=nsim - values.size,
         share_singular=(float(small), float(large)),
     )
 
@@ -136,8 +137,8 @@ def _same_span(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def bootstrap_lrt(
-    fit0: FittedModel, fit1: FittedModel, n: int = 1000, seed: int = 0
+    fit0: FittedModel, fit1: FittedModel, nsim: int = 1000, seed: int = 0
 ) -> NullDistribution:
     """Bootstrap likelihood-ratio test of two nested fits in either order; `null_distribution`."""
     smaller, larger = sorted((fit0, fit1), key=lambda fit: fit.dof)
-    return null_distribution(smaller, larger, n, seed)
+    return null_distribution(smaller, larger, nsim, seed)

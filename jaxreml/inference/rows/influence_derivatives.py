@@ -26,6 +26,7 @@ from jax.scipy.linalg import block_diag
 
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
+from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.model import linalg
@@ -54,12 +55,12 @@ def changes(
         given, and for a group without which a coefficient cannot be estimated.
 
     Raises:
-        ValueError: a singular Hessian, or too many random effects of crossed factors.
+        DataError: a singular Hessian, or too many random effects of crossed factors.
     """
     inside = np.isfinite(fit.parameters)
     vcov = fit.parameters_vcov[np.ix_(inside, inside)]
     if np.isnan(vcov).any():
-        raise ValueError(
+        raise DataError(
             "first-order influence needs the variance parameters' Hessian, which is singular: "
             f'{fit.message}. Use method="exact"'
         )
@@ -94,7 +95,7 @@ def _of_any(
     layout = Layout(design.sizes, tuple(len(term.levels) for term in frame.terms))
     size = 4 * 8 * layout.total**2
     if size > MAX_DENSE_BYTES:
-        raise ValueError(
+        raise DataError(
             f"first-order influence of {layout.total} random effects of crossed factors needs "
             f"about {size / 2**30:.1f} GiB, and {MAX_DENSE_BYTES / 2**30:.0f} GiB is the limit. "
             'Use method="exact"'
