@@ -159,7 +159,7 @@ def fit_many(
 
     Returns:
         The results, or, with `output`, where they are. Responses without an optimum have a
-        ``status`` that says why, and `messages` name what is not estimable.
+        ``status`` that says why, and `message` names what is not estimable.
 
     Raises:
         FormulaError: a formula outside the grammar, or with a left side; a contrast that is not one

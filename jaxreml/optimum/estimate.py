@@ -51,7 +51,7 @@ class Estimate:
         sigma: (), residual standard deviation.
         criterion: (), -2 log (restricted) likelihood at the optimum.
         hessian: (m + 1, m + 1), of the criterion in `parameters`; NaN as in `parameters_vcov`.
-        iterations: (), expansions of the criterion computed.
+        n_iter: (), expansions of the criterion computed.
         gradient_norm: (), Euclidean norm of the gradient in the root (scaled effects).
         inertia: (3,), negative, zero and positive eigenvalues of the Hessian in theta.
         is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
@@ -70,7 +70,7 @@ class Estimate:
     sigma: Array
     criterion: Array
     hessian: Array
-    iterations: Array
+    n_iter: Array
     gradient_norm: Array
     inertia: Array
     is_singular: Array
@@ -466,7 +466,7 @@ def report(
         sigma=jnp.sqrt(sigma2),
         criterion=value,
         hessian=jnp.where(both, hessian, jnp.nan),
-        iterations=trace.iterations,
+        n_iter=trace.iterations,
         gradient_norm=jnp.sqrt(jnp.sum(gradient**2, axis=0)),
         inertia=newton.inertia(hessian_theta),
         is_singular=~jnp.all(free, axis=0),

@@ -260,7 +260,7 @@ class TestFirstOrder:
         halves = fitted("machines").influence("Machine", "first-order")
         assert halves.params.isna().all(axis=None)  # no Machine without its rows
         assert halves.parameters.isna().all(axis=None)
-        flat = replace(fitted("corr_one"), parameters_vcov=np.full((4, 4), np.nan))
+        flat = replace(fitted("corr_one"), parameters_vcov_array=np.full((4, 4), np.nan))
         with pytest.raises(ValueError, match="singular"):
             flat.influence("g", "first-order")
         monkeypatch.setattr("jaxreml.inference.rows.influence_derivatives.MAX_DENSE_BYTES", 1000)

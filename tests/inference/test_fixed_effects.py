@@ -67,7 +67,7 @@ def by_definition(fit):
     R = np.eye(n) if frame.weights is None else np.diag(1 / frame.weights)
     directions = [R]
     V = fit.sigma**2 * R
-    for term, grouping, cov in zip(frame.terms, fit.groupings, fit.covariances, strict=True):
+    for term, grouping, cov in zip(frame.terms, fit.groupings, fit.cov_re_arrays, strict=True):
         same = term.codes[:, None] == term.codes
         V = V + same * (term.effects @ cov @ term.effects.T)
         q = len(grouping.effects)

@@ -96,9 +96,9 @@ def same_numbers(found, expected):
         left, right = getattr(found.fits, name), getattr(expected.fits, name)
         if right is None:
             assert left is None
-        elif name in ("status", "is_singular", "nobs", "missing"):
+        elif name in ("status", "is_singular", "nobs", "n_missing"):
             np.testing.assert_array_equal(left, right, err_msg=name)
-        elif name not in ("gradient_norm", "iterations"):
+        elif name not in ("gradient_norm", "n_iter"):
             np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
@@ -451,7 +451,7 @@ def test_units_of_the_response(data, table, method):
     results = fit_many(FORMULA, data, values, method)
     few = np.abs(powers) <= 100
     sentences = [Status.UNDERFLOW.sentence, Status.NOT_FINITE.sentence]
-    assert set(results.messages[~results.converged]) == set(sentences)
+    assert set(results.message[~results.converged]) == set(sentences)
     assert results.converged[few].all() and not results.converged[[1, 2, 3, 10, 11]].any()
     for i in np.flatnonzero(results.converged):
         np.testing.assert_allclose(results.tvalues.iloc[i], results.tvalues.iloc[0], rtol=1e-8)

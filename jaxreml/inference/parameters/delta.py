@@ -23,7 +23,7 @@ from jaxreml.arguments import check_conf_level
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import components
 from jaxreml.model.covariance import unstructured
 
@@ -64,12 +64,12 @@ class Linearised(NamedTuple):
 
     Attributes:
         estimate: (k,) values.
-        covariance: (k, k), rows NaN where there is no standard error.
+        vcov: (k, k), rows NaN where there is no standard error.
         notes: per value why not, or what the standard error is conditional on; "" if nothing.
     """
 
     estimate: np.ndarray
-    covariance: np.ndarray
+    vcov: np.ndarray
     notes: list[str]
 
 
@@ -217,8 +217,8 @@ def _propagate(
 
     spread = np.zeros((len(free), len(free)))
     spread[:p, :p] = fit.vcov_array
-    known = np.isfinite(fit.parameters_vcov[np.ix_(inside, inside)]).all()
-    spread[p:, p:] = np.where(np.outer(inside, inside) & known, fit.parameters_vcov, 0.0)
+    known = np.isfinite(fit.parameters_vcov_array[np.ix_(inside, inside)]).all()
+    spread[p:, p:] = np.where(np.outer(inside, inside) & known, fit.parameters_vcov_array, 0.0)
     with np.errstate(invalid="ignore", over="ignore"):
         joint = slope @ spread @ slope.T
 
@@ -260,7 +260,7 @@ def wald(
     if len(chosen) != count:
         raise ValueError(f"{len(chosen)} transforms for {count} value(s)")
     quantile = ndtri((1 + conf_level) / 2)
-    std_error = np.sqrt(np.diagonal(linear.covariance))
+    std_error = np.sqrt(np.diagonal(linear.vcov))
     limits = np.full((count, 2), np.nan)
     notes = list(linear.notes)
     for k, (name, kind) in enumerate(zip(names, chosen, strict=True)):
@@ -321,14 +321,14 @@ def variance_parameters(
     return wald(linear, names, conf_level, transforms)
 
 
-def vcov_parameters(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
+def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
     """Asymptotic covariance matrix of the variance parameters; see `variance_parameters`.
 
     Rows and columns of parameters on the boundary are NaN, the others given them.
     """
     linear, names, _ = _parameters(fit, scale)
     index = pd.Index(names)
-    return pd.DataFrame(linear.covariance, index, index)
+    return pd.DataFrame(linear.vcov, index, index)
 
 
 def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], list[str | None]]:
@@ -358,13 +358,13 @@ def _logarithmic(fit: FittedModel) -> Linearised:
     """`LMMResults.parameters` as they are."""
     fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
-    known = np.isfinite(np.diagonal(fit.parameters_vcov))
+    known = np.isfinite(np.diagonal(fit.parameters_vcov_array))
     given = "" if inside.all() else _given(fit)
     notes = [
         _on_boundary(fit) if not free else given if has_error else FLAT
         for free, has_error in zip(inside, known, strict=True)
     ]
-    return Linearised(fit.parameters, fit.parameters_vcov, notes)
+    return Linearised(fit.parameters, fit.parameters_vcov_array, notes)
 
 
 @remembered

@@ -180,7 +180,7 @@ class Bootstrap:
         fit, people = self.fit, of_fit(self.fit)
         params = components.finite(fit)
         free = np.isfinite(fit.parameters)
-        spread = np.where(np.outer(free, free), fit.parameters_vcov, 0.0)
+        spread = np.where(np.outer(free, free), fit.parameters_vcov_array, 0.0)
         engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
         of_draws = [
             engine.gradients(params, block[:, start : start + TOGETHER])

@@ -16,7 +16,7 @@ from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.model.covariance import unstructured
+from jaxreml.fitting.random_terms import unpack
 
 NEW, CONDITIONAL = "~0", None
 TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
@@ -109,14 +109,7 @@ def of_fit(fit: FittedModel) -> Population:
         DataError: the fit did not converge.
     """
     fit.require_optimum("simulate from it")
-    factors = []
-    start = 0
-    for _, q in fit.term_sizes:
-        factor = np.zeros((q, q))
-        rows, columns = unstructured.triangle(q)
-        factor[rows, columns] = fit.sigma * fit.theta[start : start + rows.size]
-        factors.append(factor)
-        start += rows.size
+    factors = unpack(fit.sigma * fit.theta, tuple(q for _, q in fit.term_sizes))
     return Population(
         fit.frame, fit.beta, tuple(factors), fit.sigma, fit.method, fit.structure, fit.context
     )

@@ -58,7 +58,7 @@ def changes(
         DataError: a singular Hessian, or too many random effects of crossed factors.
     """
     inside = np.isfinite(fit.parameters)
-    vcov = fit.parameters_vcov[np.ix_(inside, inside)]
+    vcov = fit.parameters_vcov_array[np.ix_(inside, inside)]
     if np.isnan(vcov).any():
         raise DataError(
             "first-order influence needs the variance parameters' Hessian, which is singular: "

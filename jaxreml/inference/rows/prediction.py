@@ -131,7 +131,7 @@ def predict(
     own = []  # the part of each row of Z whose effects have modes
     variance = np.zeros(len(mean))
     for grouping, block, keep, effects, codes in zip(
-        fit.groupings, fit.covariances, used, rows.effects, rows.codes, strict=True
+        fit.groupings, fit.cov_re_arrays, used, rows.effects, rows.codes, strict=True
     ):
         known = codes >= 0
         chosen = effects * keep
