@@ -11,6 +11,7 @@ by one full step and `snap`, which may move it to an exact boundary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +20,19 @@ from jax import Array
 
 from jaxreml.model import linalg
 
-FLAT = 1e-10  # eigenvalues below this fraction of the largest count as zero
-NEGATIVE = 1e-8  # ... and below minus this fraction as negative
-ESCAPE = 0.3  # first step away from a saddle point, in units of the coordinates
-ROUNDING = 1e-13  # relative change of the function that rounding alone can make
-RESOLUTION = 1e-16  # a decrement below this fraction of the function is none
-NEAR = 1e-3  # below this decrement, an approximate Hessian that leaves more than
-SLOW = 0.03  # of it in one step is not worth it
-PATIENCE = 12  # steps with approximate Hessians at most
-SHIFT = 1e-8  # as NEGATIVE, for the Cholesky factorisation of a batch
+FLAT = 1e-10  # Eigenvalues below this fraction of the largest count as zero.
+NEGATIVE = 1e-8  # Eigenvalues below minus this fraction of the largest count as negative.
+SHIFT = 1e-8  # What NEGATIVE is for the Cholesky factorisation of a batch.
+ESCAPE = 0.3  # Length of the first step away from a saddle point, in units of the coordinates.
+ROUNDING = 1e-13  # Relative change of the function that rounding alone can make.
+RESOLUTION = 1e-16  # A decrement below this fraction of the function is none.
+COLLAPSED = 1e-10  # Radius below which no downhill step is left, in units of the coordinates.
+POOR, FAITHFUL = 0.1, 0.7  # Gains over predicted ones at which the radius shrinks and grows.
+SHRINK, GROW = 1 / 4, 3.0  # Factors by which it does: of the step taken, of the radius before.
+FULL = 0.9  # Fraction of the radius from which on a step counts as cut by it.
+NEAR = 1e-3  # Decrement below which approximate Hessians must do better than SLOW.
+SLOW = 0.03  # Fraction of the decrement that a step by an exact Hessian leaves at most.
+PATIENCE = 12  # Expansions with approximate Hessians at most.
 
 
 class Trace(NamedTuple):
@@ -50,14 +55,42 @@ class Trace(NamedTuple):
     radius: Array
 
 
+class Step(NamedTuple):
+    """What a step rule makes of a gradient and a Hessian.
+
+    Attributes:
+        newton: (m,), Newton's step, downhill where the function is not convex.
+        decrement: (), half its squared length in the metric of the Hessian.
+        escape: (m,), a step along negative curvature.
+        negative: (), whether there is any.
+    """
+
+    newton: Array
+    decrement: Array
+    escape: Array
+    negative: Array
+
+
 class _State(NamedTuple):
+    """Between two expansions.
+
+    Attributes:
+        trace: so far.
+        step: (m,), to be tried next.
+        predicted: by how much the quadratic model says that it lowers the function.
+        polish: whether it is the last one, to be followed by `snap`.
+        decrement: at the last accepted point.
+        exact: whether the next expansion must have an exact Hessian.
+        is_exact: whether that at the last accepted point is.
+    """
+
     trace: Trace
     step: Array
     predicted: Array
     polish: Array
-    decrement: Array  # of the last step
-    exact: Array  # what is asked of the next expansion
-    is_exact: Array  # what the point has
+    decrement: Array
+    exact: Array
+    is_exact: Array
 
 
 def minimise(
@@ -98,118 +131,182 @@ def minimise(
             converged point whose decrement is rounding error is not polished if `settled` there:
             if `snap` would not change it.
     """
-    lanes = start.shape[1:]
-    false = jnp.zeros(lanes, bool)
-    costly = settled is not None
+    in_lanes = start.ndim > 1
+    search = _Search(expand, snap, tolerance, max_iterations, flat, in_lanes, careful, settled)
+    initial = linalg.alike(search.begin(start, radius), start)
+    final = jax.lax.while_loop(
+        lambda state: jnp.any(search.is_unfinished(state.trace)), search.advance, initial
+    )
+    return search.polished(final) if in_lanes else final.trace
 
-    def expansion(point: Array, exact: Array | bool) -> Any:
-        return expand(point, exact) if costly else expand(point)
 
-    shapes = jax.eval_shape(expansion, start, True)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    one = jnp.ones(lanes, start.dtype)
-    initial = _State(
-        Trace(
+@dataclass(frozen=True)
+class _Search:
+    """The arguments of `minimise`, and its loop in pieces."""
+
+    expand: Callable[..., Any]
+    snap: Callable[[Array], Array]
+    tolerance: float
+    max_iterations: int | Array
+    flat: Callable[[Array], Array | None] | None
+    in_lanes: bool
+    careful: bool
+    settled: Callable[[Array], Array] | None
+
+    def expansion(self, at: Array, exact: Array | bool) -> Any:
+        return self.expand(at) if self.settled is None else self.expand(at, exact)
+
+    def begin(self, start: Array, radius: Array | None) -> _State:
+        """Before the first expansion, which is at `start`."""
+        shapes = jax.eval_shape(self.expansion, start, True)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        false = jnp.zeros(start.shape[1:], bool)
+        one = jnp.ones(start.shape[1:], start.dtype)
+        trace = Trace(
             start,
             nothing._replace(value=one * jnp.inf),
-            jnp.zeros(lanes, int),
+            jnp.zeros(start.shape[1:], int),
             converged=false,
             stalled=false,
             radius=one if radius is None else radius,
-        ),
-        step=jnp.zeros_like(start),
-        predicted=one,
-        polish=false,
-        decrement=one * jnp.inf,
-        exact=false if costly else ~false,
-        is_exact=false,
-    )
+        )
+        return _State(
+            trace,
+            step=jnp.zeros_like(start),
+            predicted=one,
+            polish=false,
+            decrement=one * jnp.inf,
+            exact=~false if self.settled is None else false,
+            is_exact=false,
+        )
 
-    rule = _step
-    if lanes:
-        rule = jax.vmap(_step, in_axes=-1, out_axes=-1) if careful else _shifted_step
+    def is_unfinished(self, trace: Trace) -> Array:
+        return ~(trace.converged | trace.stalled) & (trace.iterations < self.max_iterations)
 
-    def unfinished(trace: Trace) -> Array:
-        return ~(trace.converged | trace.stalled) & (trace.iterations < max_iterations)
+    def propose(self, at: Array, point: Any) -> Step:
+        """The step rule at a point."""
+        rule = eigen_step
+        if self.in_lanes:
+            rule = jax.vmap(eigen_step, in_axes=-1, out_axes=-1) if self.careful else shifted_step
+        hessian = point.hessian
+        if self.flat is not None:
+            hessian = steepened(hessian, self.flat(at))
+        return rule(point.gradient, hessian)
 
-    def advance(state: _State) -> _State:
+    def advance(self, state: _State) -> _State:
+        """Look at where the step leads, go there if it is no higher, and propose the next."""
         old = state.trace
         trial = old.at + state.step
-        if not lanes:
-            trial = jnp.where(state.polish, snap(trial), trial)
-        new = expansion(trial, state.exact)
-        noise = ROUNDING * jnp.abs(new.value) + tolerance
-        # A rejected polish leaves the converged point as it is.
+        if not self.in_lanes:
+            trial = jnp.where(state.polish, self.snap(trial), trial)
+        new = self.expansion(trial, state.exact)
+        noise = ROUNDING * jnp.abs(new.value) + self.tolerance
         gain = old.point.value - new.value
-        finite = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.hessian), axis=(0, 1))
-        accept = finite & (gain >= -noise)
+        # A rejected polish leaves the converged point as it is.
+        accept = _is_finite(new) & (gain >= -noise)
         at, point = jax.tree.map(
             lambda tried, kept: jnp.where(accept, tried, kept), (trial, new), (old.at, old.point)
         )
-
-        ratio = gain / state.predicted
-        length = _norm(state.step)
-        poor = ~accept | ((ratio < 0.1) & (state.predicted > noise))
-        radius = jnp.where(poor, length / 4, old.radius)
-        radius = jnp.where(accept & (ratio > 0.7) & (length > 0.9 * old.radius), 3 * radius, radius)
+        radius = next_radius(old.radius, norm(state.step), gain, state.predicted, noise, accept)
         radius = jnp.where(jnp.isfinite(old.point.value), radius, old.radius)
+        proposed = self.propose(at, point)
+        decrement = proposed.decrement
 
-        hessian = point.hessian if flat is None else _steepen(point.hessian, flat(at))
-        step, decrement, escape, negative = rule(point.gradient, hessian)
         is_exact = jnp.where(accept, state.exact, state.is_exact)
         nothing_left = RESOLUTION * jnp.abs(point.value)
-        least = jnp.maximum(tolerance, nothing_left) if costly else tolerance
+        least = self.tolerance
+        if self.settled is not None:
+            least = jnp.maximum(least, nothing_left)
         near = decrement <= least
-        saddle = near & negative
-        step = jnp.where(saddle, escape, step)
-        step = step * jnp.minimum(1.0, radius / _norm(step).clip(1e-300))
-        curving = jnp.sum(point.hessian * step[:, None] * step[None], axis=(0, 1))
-        predicted = -(jnp.sum(point.gradient * step, axis=0) + curving / 2)
-        good = near & ~negative & is_exact
-        converged = good if lanes else state.polish & ~(accept & saddle)
-        rate = jnp.minimum(decrement / state.decrement, 1.0)
-        exact = state.exact | (decrement * rate <= least) | ((decrement < NEAR) & (rate > SLOW))
-        exact = exact | (old.iterations >= PATIENCE)
-        if settled is not None:
-            converged = converged | (good & (decrement <= nothing_left) & settled(at))
+        saddle = near & proposed.negative
+        good = near & ~proposed.negative & is_exact
+        converged = good if self.in_lanes else state.polish & ~(accept & saddle)
+        if self.settled is not None:
+            converged = converged | (good & (decrement <= nothing_left) & self.settled(at))
         stalled = ~converged & ~jnp.isfinite(point.value)
-        stalled = stalled | (~converged & ~near & (radius < 1e-10))
-        if lanes and not careful:
+        stalled = stalled | (~converged & ~near & (radius < COLLAPSED))
+        if self.in_lanes and not self.careful:
             stalled = stalled | saddle
-        trace = Trace(at, point, old.iterations + 1, converged, stalled, radius)
-        moved = _State(trace, step, predicted, good & (not lanes), decrement, exact, is_exact)
-        going = unfinished(old)
+
+        step = cut(jnp.where(saddle, proposed.escape, proposed.newton), radius)
+        exact = state.exact | needs_exact(decrement, state.decrement, least)
+        moved = _State(
+            Trace(at, point, old.iterations + 1, converged, stalled, radius),
+            step,
+            predicted_gain(point, step),
+            polish=good & (not self.in_lanes),
+            decrement=decrement,
+            exact=exact | (old.iterations >= PATIENCE),
+            is_exact=is_exact,
+        )
+        going = self.is_unfinished(old)
         return jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
 
-    def any_unfinished(state: _State) -> Array:
-        return jnp.any(unfinished(state.trace))
-
-    final = jax.lax.while_loop(any_unfinished, advance, linalg.alike(initial, start))
-    trace = final.trace
-    if lanes:
-        last = snap(trace.at + final.step)
+    def polished(self, final: _State) -> Trace:
+        """The last step and `snap` for the lanes that have converged; see `minimise`."""
+        trace = final.trace
+        last = self.snap(trace.at + final.step)
         good = trace.converged
-        if careful:
+        if self.careful:
             value = trace.point.value
-            good = good & (
-                expansion(last, True).value <= value + ROUNDING * jnp.abs(value) + tolerance
-            )
-        trace = trace._replace(at=jnp.where(good, last, trace.at))
-    return trace
+            highest = value + ROUNDING * jnp.abs(value) + self.tolerance
+            good = good & (self.expansion(last, True).value <= highest)
+        return trace._replace(at=jnp.where(good, last, trace.at))
 
 
-def _norm(vector: Array) -> Array:
+# The rules, for one function or for lanes on the last axis.
+
+
+def norm(vector: Array) -> Array:
+    """Euclidean length, ()."""
     return jnp.sqrt(jnp.sum(vector * vector, axis=0))
 
 
-def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
-    """Newton step, its decrement, a step along negative curvature, whether there is any."""
+def _is_finite(point: Any) -> Array:
+    return jnp.isfinite(point.value) & jnp.all(jnp.isfinite(point.hessian), axis=(0, 1))
+
+
+def next_radius(
+    radius: Array, length: Array, gain: Array, predicted: Array, noise: Array, accept: Array
+) -> Array:
+    """The radius after a step of a length whose gain was predicted.
+
+    It shrinks if the step was not accepted or gained much less than predicted, unless that is no
+    more than `noise`; it grows if the model was good as far as the radius went.
+    """
+    ratio = gain / predicted
+    poor = ~accept | ((ratio < POOR) & (predicted > noise))
+    shrunk = jnp.where(poor, length * SHRINK, radius)
+    grows = accept & (ratio > FAITHFUL) & (length > FULL * radius)
+    return jnp.where(grows, GROW * shrunk, shrunk)
+
+
+def cut(step: Array, radius: Array) -> Array:
+    """A step made no longer than the radius."""
+    return step * jnp.minimum(1.0, radius / norm(step).clip(1e-300))
+
+
+def predicted_gain(point: Any, step: Array) -> Array:
+    """By how much the quadratic model at a point falls along a step."""
+    curving = jnp.sum(point.hessian * step[:, None] * step[None], axis=(0, 1))
+    return -(jnp.sum(point.gradient * step, axis=0) + curving / 2)
+
+
+def needs_exact(decrement: Array, before: Array, least: Array | float) -> Array:
+    """Whether an approximate Hessian is no longer good enough: another step at the rate of the
+    last one would end the search, or the rate is slow near the optimum."""
+    rate = jnp.minimum(decrement / before, 1.0)
+    return (decrement * rate <= least) | ((decrement < NEAR) & (rate > SLOW))
+
+
+def eigen_step(gradient: Array, hessian: Array) -> Step:
+    """Newton's step with the eigenvalues' absolute values, and the most negative direction."""
     values, vectors = linalg.eigh(hessian)
     size = jnp.max(jnp.abs(values))
     size = jnp.where(size > 0, size, 1.0)
     along = gradient @ vectors
     scaled = along / jnp.maximum(jnp.abs(values), FLAT * size)
-    return (
+    return Step(
         -vectors @ scaled,
         along @ scaled / 2,
         ESCAPE * vectors[:, 0],
@@ -217,7 +314,7 @@ def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
     )
 
 
-def _steepen(hessian: Array, flat: Array | None) -> Array:
+def steepened(hessian: Array, flat: Array | None) -> Array:
     """The Hessian made as steep along `flat` as anywhere."""
     if flat is None:
         return hessian
@@ -226,8 +323,8 @@ def _steepen(hessian: Array, flat: Array | None) -> Array:
     return hessian + linalg.matmul(linalg.transpose(unit), unit)
 
 
-def _shifted_step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
-    """`_step` for a batch on the trailing axis, without eigenvectors.
+def shifted_step(gradient: Array, hessian: Array) -> Step:
+    """`eigen_step` for a batch on the trailing axis, without eigenvectors.
 
     The Newton step if H + SHIFT |H| is positive definite, and else that of H shifted by
     Gershgorin's bound on its eigenvalues. There is no escape.
@@ -243,7 +340,8 @@ def _shifted_step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array,
     factor = linalg.cholesky(hessian + shift * identity)
     half = linalg.solve_lower(factor, gradient[:, None])
     step = -linalg.solve_lower(_flip(factor), half[::-1])[::-1, 0]
-    return step, jnp.sum(half * half, axis=(0, 1)) / 2, jnp.zeros_like(step), negative
+    decrement = jnp.sum(half * half, axis=(0, 1)) / 2
+    return Step(step, decrement, jnp.zeros_like(step), negative)
 
 
 def _size(hessian: Array) -> Array:
