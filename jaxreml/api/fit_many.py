@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
 import pandas as pd
 
-from jaxreml.api.fit import fit
 from jaxreml.arguments import is_reml, refuse_arguments
-from jaxreml.data.frame import ModelFrame, covariate_frame
+from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.responses import Responses
 from jaxreml.data.sources import import_parquet
 from jaxreml.errors import FormulaError
+from jaxreml.fitting.fit import fit_frame
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
@@ -65,7 +65,6 @@ def fit_many(
     output: None = None,
     overwrite: bool = False,
     progress: bool | None = None,
-    **others: Any,
 ) -> BatchResults: ...
 
 
@@ -76,21 +75,8 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    on: str | None = None,
-    weights: Any = None,
-    offset: Any = None,
-    structure: str | None = None,
-    context: Mapping[str, Any] | None = None,
-    modes: Literal[False] = False,
-    df: str = "satterthwaite",
-    contrasts: Mapping[str, Any] | None = None,
-    max_iterations: int = 100,
-    batch_size: int | None = None,
-    devices: Any = None,
     output: str | Path,
-    overwrite: bool = False,
-    progress: bool | None = None,
-    **others: Any,
+    **options: Any,
 ) -> StreamedResults: ...
 
 
@@ -347,20 +333,8 @@ def _fit_alone(
     max_iterations: int,
 ) -> LMMResults:
     """`fit` of one response on the columns and rows of a frame."""
-    table = frame.table.assign(**{name: y})
-    extras = {
-        role: table.pop(f"({role})") if f"({role})" in table else None
-        for role in ("weights", "offset")
-    }
-    result = fit(
-        f"{name} {frame.formula.text}",
-        table,
-        method,
-        **extras,
-        structure=structure,
-        context=context,
-        max_iterations=max_iterations,
-    )
+    own = with_response(frame, name, y, context)
+    result = fit_frame(own, method, structure, context, max_iterations, kind=LMMResults)
     _warn_of_coding(frame, result, ~np.isnan(y))
     return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
 

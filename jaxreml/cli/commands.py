@@ -26,6 +26,7 @@ from jaxreml.cli.tables import Dialect, read_responses, read_table
 
 if TYPE_CHECKING:
     from jaxreml.results.results import LMMResults
+    from jaxreml.results.streamed import StreamedResults
 
 DATA_ERROR, NOT_CONVERGED = 1, 3
 
@@ -272,7 +273,6 @@ def fit_many(
     from jaxreml.backend.compilation import enable_compilation_cache
     from jaxreml.backend.devices import local_devices
     from jaxreml.errors import DataError
-    from jaxreml.results.streamed import first_failed, frequent_failures
 
     started = time.perf_counter()
     with _errors_as_exits():
@@ -286,26 +286,11 @@ def fit_many(
         options: dict[str, Any] = {"on": on, "weights": weights, "batch_size": batch_size}
         options |= {"df": df.value, "contrasts": _contrasts(contrasts or [])}
         options["progress"] = False if quiet else None
-        if output.suffix == ".parquet":
-            options |= {"output": output, "overwrite": overwrite}
-        result = jaxreml.fit_many(formula, table, source, method, **options)
-        if output.suffix == ".parquet":
-            count, failures, names = result.n_responses, result.failures, result.failed
-        else:
-            count, status = len(result), result.fits.status
-            failures, names = frequent_failures(status), first_failed(result.responses, status)
-            effects = ("fixed", "contrasts", "ran_pars") if contrasts else ("fixed", "ran_pars")
-            result.tidy(effects).to_csv(output, index=False)
-    failed = sum(failures.values())
+        written = _fit_to_file((formula, table, source, method), output, overwrite, options)
     if not quiet:
-        _report_drops(result.model.n_dropped, result.model.aliased)
-        seconds = time.perf_counter() - started
-        typer.echo(
-            f"jaxreml: {count} responses in {seconds:.1f} s, {failed} without an optimum", err=True
-        )
-        for reason, times in failures.items():
-            some = [*map(str, names[reason]), *["..."] * (times > len(names[reason]))]
-            typer.echo(f"jaxreml: {times}: {reason} ({', '.join(some)})", err=True)
+        _report_drops(written.model.n_dropped, written.model.aliased)
+        _report_failures(written, time.perf_counter() - started)
+    failed, count = written.n_failed, written.n_responses
     if failed > (max_failures * count if max_failures < 1 else max_failures):
         typer.echo(
             f"jaxreml: {failed} of {count} responses have no optimum, more than --max-failures "
@@ -380,6 +365,34 @@ def _contrasts(texts: list[str]) -> dict[str, str]:
             raise DataError(f"--contrasts: two are called {parts[0]!r}")
         found[parts[0]] = parts[-1]
     return found
+
+
+def _fit_to_file(
+    arguments: tuple[Any, ...], output: Path, overwrite: bool, options: dict[str, Any]
+) -> StreamedResults:
+    """`fit_many` with its results in a file, as parquet or as tidy CSV."""
+    from jaxreml.results.streamed import StreamedResults, first_failed, frequent_failures
+
+    if output.suffix == ".parquet":
+        return jaxreml.fit_many(*arguments, output=output, overwrite=overwrite, **options)
+    results = jaxreml.fit_many(*arguments, output=None, **options)
+    effects = ("fixed", "contrasts", "ran_pars") if results.model.contrasts else None
+    results.tidy(effects or ("fixed", "ran_pars")).to_csv(output, index=False)
+    status = results.fits.status
+    failures = frequent_failures(status), first_failed(results.responses, status)
+    return StreamedResults(output, results.model, len(results), *failures)
+
+
+def _report_failures(written: StreamedResults, seconds: float) -> None:
+    typer.echo(
+        f"jaxreml: {written.n_responses} responses in {seconds:.1f} s, {written.n_failed} without "
+        "an optimum",
+        err=True,
+    )
+    for reason, times in written.failures.items():
+        names = written.failed[reason]
+        some = [*map(str, names), *["..."] * (times > len(names))]
+        typer.echo(f"jaxreml: {times}: {reason} ({', '.join(some)})", err=True)
 
 
 def _report_drops(rows: int, columns: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.linalg import block_diag
 
 from jaxreml.backend.runtime import neutral
-from jaxreml.data.frame import ModelFrame, model_frame
+from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
@@ -124,11 +124,7 @@ class FittedModel:
 
     def frame_of(self, formula: str) -> ModelFrame:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
-        extras = {
-            role: self.table[f"({role})"].to_numpy() if f"({role})" in self.table else None
-            for role in ("weights", "offset")
-        }
-        table = self.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+        table, extras = split_extras(self.table)
         return model_frame(formula, table, **extras, context=self.context)
 
     @cached_property

@@ -9,10 +9,10 @@ from itertools import combinations
 
 import numpy as np
 
+from jaxreml.data.formula import RESIDUAL as RESIDUAL
 from jaxreml.model.covariance import unstructured
 
 Groups = tuple[tuple[str, tuple[str, ...]], ...]  # per term its grouping factor and its effects
-RESIDUAL = "Residual"
 
 
 def unpack(theta: np.ndarray, sizes: unstructured.Sizes) -> list[np.ndarray]:

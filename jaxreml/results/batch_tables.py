@@ -226,7 +226,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
             add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
     add_field("sigma")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
-    correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]
+    correlations = [f"correlation[{pair}]" for pair in _pairs(model)]
     add(correlations, results.correlations.to_numpy())
     add_field("parameters", "parameters_se", "theta")
     add_field("criterion", "gradient_norm", "n_iter", "is_singular")
@@ -238,6 +238,10 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
 
 def _variance_labels(model: BatchModel) -> list[str]:
     return [", ".join(label) for label in model.variance_labels[:-1]] + [RESIDUAL]
+
+
+def _pairs(model: BatchModel) -> list[str]:
+    return [", ".join(label) for label in model.correlation_labels]
 
 
 # xarray
@@ -262,10 +266,34 @@ def to_xarray(results: FittedBatch) -> Any:
         raise DataError("to_xarray needs xarray: pip install 'jaxreml[xarray]'") from None
     from jaxreml import __version__
 
+    model = results.model
+    variables = _variables(results)
+    coordinates: dict[str, Any] = {
+        "response": results.responses.to_numpy(),
+        "term": list(model.fixed_names),
+        "component": _variance_labels(model),
+        "component_group": ("component", [group for group, _ in model.variance_labels]),
+        "component_term": ("component", [term for _, term in model.variance_labels]),
+        "pair": np.array(_pairs(model), str),  # text too where there are none
+        "factor": [", ".join(label) for label in theta_labels(model.groups)],
+    }
+    if model.contrasts:
+        coordinates["contrast"] = list(model.contrasts)
+    for group, levels, effects, modes in _modes(results):
+        dimensions = ("response", f"level_{group}", f"effect_{group}")
+        variables[f"modes_{group}"] = (dimensions, modes)
+        coordinates[f"level_{group}"] = list(levels)
+        coordinates[f"effect_{group}"] = effects
+    attributes = {"formula": model.formula, "method": model.method, "structure": model.structure}
+    attributes["jaxreml"] = __version__
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _variables(results: FittedBatch) -> dict[str, Any]:
+    """Dimensions and values of everything but the modes."""
     model, fits = results.model, results.fits
-    pairs = [", ".join(label) for label in model.correlation_labels]
     # z has an order of its own.
-    z = [model.parameter_names.index(f"z[{pair}]") for pair in pairs]
+    z = [model.parameter_names.index(f"z[{pair}]") for pair in _pairs(model)]
     by_dimensions = {
         ("response", "term"): {
             "beta": fits.beta,
@@ -304,30 +332,11 @@ def to_xarray(results: FittedBatch) -> Any:
             "contrast_se": fits.contrast_se,
             "contrast_df": fits.contrast_df,
         }
-    variables: dict[str, Any] = {
+    return {
         name: (dimensions, values)
         for dimensions, named in by_dimensions.items()
         for name, values in named.items()
     }
-    coordinates: dict[str, Any] = {
-        "response": results.responses.to_numpy(),
-        "term": list(model.fixed_names),
-        "component": _variance_labels(model),
-        "component_group": ("component", [group for group, _ in model.variance_labels]),
-        "component_term": ("component", [term for _, term in model.variance_labels]),
-        "pair": np.array(pairs, str),  # text too where there are none
-        "factor": [", ".join(label) for label in theta_labels(model.groups)],
-    }
-    if model.contrasts:
-        coordinates["contrast"] = list(model.contrasts)
-    for group, levels, effects, modes in _modes(results):
-        dimensions = ("response", f"level_{group}", f"effect_{group}")
-        variables[f"modes_{group}"] = (dimensions, modes)
-        coordinates[f"level_{group}"] = list(levels)
-        coordinates[f"effect_{group}"] = effects
-    attributes = {"formula": model.formula, "method": model.method, "structure": model.structure}
-    attributes["jaxreml"] = __version__
-    return xarray.Dataset(variables, coordinates, attributes)
 
 
 def _modes(results: FittedBatch) -> list[tuple[str, tuple[Any, ...], list[str], np.ndarray]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.fitting.random_terms import correlation_labels
 from jaxreml.inference.fixed import wald
@@ -134,7 +135,7 @@ def augment(fit: FittedModel) -> pd.DataFrame:
         added["weights"] = fit.weights
     if fit.offset is not None:
         added["offset"] = fit.offset
-    table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+    table, _ = split_extras(fit.table)
     return table.rename(columns={name: f"{name}_" for name in added}).assign(**added)
 
 

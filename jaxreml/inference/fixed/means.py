@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -239,6 +239,23 @@ def _is_number(text: str) -> bool:
     return True
 
 
+class Options(NamedTuple):
+    """What `emmeans` and `emtrends` are asked for, besides the grid."""
+
+    contrast: str | Mapping[str, Any] | None = None
+    adjust: str | None = None
+    df: str = "satterthwaite"
+    weights: str = "equal"
+    conf_level: float = 0.95
+
+    def checked(self) -> Options:
+        """These; ValueError for a weighting or a level that is none."""
+        if self.weights not in WEIGHTS:
+            raise ValueError(f'weights must be "equal" or "proportional", not {self.weights!r}')
+        check_conf_level(self.conf_level)
+        return self
+
+
 def emmeans(
     fit: FittedModel,
     specs: str | Sequence[str],
@@ -270,22 +287,10 @@ def emmeans(
         ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
         DataError: names or levels that are not the model's; a fit that did not converge.
     """
-    _check(weights, conf_level)
+    options = Options(contrast, adjust, df, weights, conf_level).checked()
     grid = reference_grid(fit, at)
     L, offset = grid.terms.rows(grid.table), grid.terms.offsets(grid.table) + grid.constant
-    return _summarised(
-        fit,
-        grid,
-        L,
-        offset,
-        specs,
-        by,
-        df,
-        weights,
-        conf_level,
-        contrast,
-        adjust,
-    )
+    return _summarised(fit, grid, L, offset, specs, by, options)
 
 
 def emtrends(
@@ -294,12 +299,7 @@ def emtrends(
     var: str,
     by: str | Sequence[str] | None = None,
     at: Mapping[str, Any] | None = None,
-    *,
-    contrast: str | Mapping[str, Any] | None = None,
-    adjust: str | None = None,
-    df: str = "satterthwaite",
-    weights: str = "equal",
-    conf_level: float = 0.95,
+    **options: Any,
 ) -> MarginalMeans:
     """Slopes of the predictions in a covariate at the levels of factors.
 
@@ -308,13 +308,14 @@ def emtrends(
     forward differences are so for straight lines only.
 
     Args:
-        fit, specs, by, at, contrast, adjust, df, weights, conf_level: as for `emmeans`.
+        fit, specs, by, at: as for `emmeans`.
         var: the covariate.
+        options: contrast, adjust, df, weights and conf_level, as for `emmeans`.
 
     Raises:
         DataError: also a variable that is not a covariate of the fixed effects.
     """
-    _check(weights, conf_level)
+    asked = Options(**options).checked()
     grid = reference_grid(fit, at)
     if var not in grid.levels or var in grid.terms.factors or not is_numeric(grid.table[var].dtype):
         covariates = [n for n in grid.levels if is_numeric(grid.table[n].dtype)]
@@ -334,10 +335,7 @@ def emtrends(
         (function(ahead) - function(behind)) / (2 * step)
         for function in (grid.terms.rows, grid.terms.offsets)
     )
-    return _summarised(
-        fit, grid, L, offset, specs, by, df, weights, conf_level,
-        contrast, adjust, noise,
-    )  # fmt: skip
+    return _summarised(fit, grid, L, offset, specs, by, asked, noise)
 
 
 def contrasts(
@@ -361,14 +359,11 @@ def _summarised(
     offset: np.ndarray,
     specs: str | Sequence[str],
     by: str | Sequence[str] | None,
-    df: str,
-    weights: str,
-    conf_level: float,
-    contrast: str | Mapping[str, Any] | None,
-    adjust: str | None,
+    options: Options,
     noise: float = ROUNDING,
 ) -> MarginalMeans:
     """Average the functions of the grid's rows over the variables not named, and compare."""
+    contrast, adjust, df, weights, conf_level = options
     within = _names(by, ())
     names = [name for name in _names(specs, ()) if name != OVERALL]
     names = list(dict.fromkeys([*(name for name in names if name not in within), *within]))
@@ -412,7 +407,7 @@ def _notes(
     involved = [name for name, used in terms.items() if names and set(names) < used]
     if involved and not grid.nesting:
         note = f"Results may be misleading due to involvement in interactions: {involved[0]}"
-        warnings.warn(note, stacklevel=5)
+        warnings.warn(note, stacklevel=4)
         before.append(f"NOTE: {note}")
     if grid.nesting:
         before.append(f"A nesting structure was found: {described(grid.nesting)}")
@@ -435,9 +430,3 @@ def _names(value: str | Sequence[str] | None, default: tuple[str, ...]) -> tuple
     if value is None:
         return default
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _check(weights: str, conf_level: float) -> None:
-    if weights not in WEIGHTS:
-        raise ValueError(f'weights must be "equal" or "proportional", not {weights!r}')
-    check_conf_level(conf_level)
