@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FAINT = {"color": "0.6", "linewidth": 0.8, "linestyle": ":"}
 MANY = 60  # levels that can be labelled
+UPPER_QUARTILE = 0.6744897501960817  # of the normal distribution
 
 
 def caterpillar_data(
@@ -144,7 +145,7 @@ def qq_modes(
         frame["quantile"], frame["mode"], frame["std_error"], fmt="o", markersize=3, elinewidth=0.6
     )
     low, high = np.quantile(frame["mode"], [0.25, 0.75])
-    slope = (high - low) / (2 * 0.6744897501960817)
+    slope = (high - low) / (2 * UPPER_QUARTILE)
     ax.axline((0, (low + high) / 2), slope=slope, **FAINT)
     ax.set(xlabel="normal quantile", ylabel=f"mode of {effect} of {group}")
     return ax

@@ -11,6 +11,9 @@ import numpy as np
 from jaxreml.arguments import numbers
 from jaxreml.errors import DataError
 
+ABSENT = 0.01  # values of a polynomial of unit length that are zero
+WHOLE = 0.05  # distance from an integer that is rounding
+
 
 @dataclass(frozen=True)
 class Contrasts:
@@ -119,9 +122,9 @@ def _polynomials(labels: list[str]) -> Contrasts:
 
 def _integers(column: np.ndarray) -> np.ndarray:
     """Integers in the ratios of a polynomial's values."""
-    column = column / column[column > 0.01].min()
+    column = column / column[column > ABSENT].min()
     gap = np.abs(column - np.rint(column)).max()
-    while gap > 0.05:
+    while gap > WHOLE:
         column = column / gap
         gap = np.abs(column - np.rint(column)).max()
     return np.rint(column)

@@ -13,6 +13,10 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import require_some
 from jaxreml.optimum.estimate import Status
 
+ROUNDING = 1e-9  # of a difference of criteria, per unit of the criterion
+LOWER = 1e-6  # ... by which the likelihood of a larger model may be lower, as optima are found
+OUTSIDE = 1e-8  # share of columns outside the span of others that is rounding
+
 
 @dataclass(frozen=True, eq=False)
 class NullDistribution:
@@ -97,7 +101,7 @@ def null_distribution(
 
 def _cleaned(statistics: np.ndarray | float, criterion: float) -> np.ndarray:
     """Rounding error around zero, where a variance of the larger model is zero, as zero."""
-    noise = 1e-9 * (1 + abs(criterion))
+    noise = ROUNDING * (1 + abs(criterion))
     return np.where(np.abs(statistics) < noise, 0.0, statistics)
 
 
@@ -121,7 +125,7 @@ def _require_comparable(smaller: FittedModel, larger: FittedModel) -> None:
             "restricted likelihoods of different fixed effects cannot be compared: fit both models "
             'with method="ML"'
         )
-    if larger.criterion > smaller.criterion + 1e-6 * (1 + abs(smaller.criterion)):
+    if larger.criterion > smaller.criterion + LOWER * (1 + abs(smaller.criterion)):
         raise ValueError(
             f"the likelihood of {larger.formula!r} is lower than that of {smaller.formula!r}: the "
             "models are not nested in this order"
@@ -133,7 +137,7 @@ def _same_span(first: np.ndarray, second: np.ndarray) -> bool:
         return False
     basis = np.linalg.qr(first)[0]
     rest = second - basis @ (basis.T @ second)
-    return bool(np.linalg.norm(rest) <= 1e-8 * np.linalg.norm(second))
+    return bool(np.linalg.norm(rest) <= OUTSIDE * np.linalg.norm(second))
 
 
 def bootstrap_lrt(

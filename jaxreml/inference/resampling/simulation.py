@@ -22,6 +22,7 @@ NEW, CONDITIONAL = "~0", None
 TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
 NUMBERS = 2**18  # of a stream's responses; a processor's cache holds them
 BLOCK = 2**23  # numbers of a block of responses
+NEGATIVE = 1e-10  # eigenvalues of a covariance matrix, relative to its entries, that are rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +208,7 @@ def _covariance(name: str, value: Any, q: int) -> np.ndarray:
             f"({q}, {q}) covariance matrix, not of shape {np.shape(value)}"
         )
     ok = np.all(np.isfinite(matrix)) and np.allclose(matrix, matrix.T)
-    if not ok or np.linalg.eigvalsh(matrix)[0] < -1e-10 * np.abs(matrix).max():
+    if not ok or np.linalg.eigvalsh(matrix)[0] < -NEGATIVE * np.abs(matrix).max():
         raise ValueError(f"the entry {name!r} of variances is not a covariance matrix:\n{matrix}")
     return matrix
 
