@@ -54,6 +54,9 @@ class Fits(NamedTuple):
     modes: tuple[np.ndarray, ...] | None = None
 
 
+APART = ("nobs", "n_missing", "rank", "status", "modes")  # fields that a `Table` does not hold
+
+
 class Table:
     """The numbers of a block while it is worked on: responses on the first axis.
 
@@ -65,10 +68,7 @@ class Table:
         modes: per random term (b, levels, effects), or None.
     """
 
-    FIELDS = (
-        "beta", "se", "df", "sigma", "theta", "parameters", "parameters_se", "criterion",
-        "gradient_norm", "n_iter", "is_singular", "contrast", "contrast_se", "contrast_df",
-    )  # fmt: skip
+    FIELDS = tuple(name for name in Fits._fields if name not in APART)
 
     def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
         p = len(frame.fixed_names)

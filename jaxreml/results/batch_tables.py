@@ -11,6 +11,7 @@ from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL, fisher_columns, theta_labels
 from jaxreml.many.fitted import BatchModel, FittedBatch
+from jaxreml.many.numbers import Fits
 from jaxreml.results.tidy import Labels, Part, chosen, intervals, ran_pars, statistics
 
 EFFECTS = ("fixed", "ran_pars", "contrasts")
@@ -144,29 +145,15 @@ def _messages(results: FittedBatch) -> pd.Categorical:
 def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
     """Columns of `to_frame` that hold each field of `Fits`: a name, or one per entry."""
 
-    def each(name: str) -> list[str]:
-        return [f"{name}[{label}]" for label in model.fixed_names]
-
-    return {
-        "nobs": "nobs",
-        "n_missing": "n_missing",
-        "rank": "rank",
-        "beta": each("beta"),
-        "se": each("se"),
-        "df": each("df"),
-        "sigma": "sigma",
+    labels = dict.fromkeys(("beta", "se", "df"), model.fixed_names)
+    labels |= dict.fromkeys(("contrast", "contrast_se", "contrast_df"), model.contrasts)
+    several = {field: [f"{field}[{name}]" for name in names] for field, names in labels.items()}
+    several |= {
         "theta": [f"theta[{', '.join(label)}]" for label in theta_labels(model.groups)],
         "parameters": list(model.parameter_names),
         "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
-        "criterion": "criterion",
-        "gradient_norm": "gradient_norm",
-        "n_iter": "n_iter",
-        "is_singular": "is_singular",
-        "status": "status",
-        "contrast": [f"contrast[{name}]" for name in model.contrasts],
-        "contrast_se": [f"contrast_se[{name}]" for name in model.contrasts],
-        "contrast_df": [f"contrast_df[{name}]" for name in model.contrasts],
     }
+    return {field: several.get(field, field) for field in Fits._fields if field != "modes"}
 
 
 def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
