@@ -22,6 +22,7 @@ EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
 def tidy(
     fit: FittedModel,
     effects: str | tuple[str, ...] = ("fixed", "ran_pars"),
+    *,
     conf_int: bool = False,
     conf_level: float = 0.95,
     df: str = "satterthwaite",
