@@ -120,7 +120,7 @@ def test_what_is_not_estimable_is_said_and_not_counted(data, values, results, tm
         np.testing.assert_allclose(written[name], frame[name], rtol=1e-6)
     of_contrast = results.contrasts["b-c"]["p_adjusted"]
     np.testing.assert_array_equal(frame["contrast_p_adjusted[b-c]"], of_contrast)
-    assert again.messages.tolist() == results.message.tolist()
+    assert again.message.tolist() == results.message.tolist()
     assert pd.read_parquet(streamed.path)["message"].tolist() == results.message.tolist()
     for name in ("beta", "se", "df", "contrast", "contrast_se", "contrast_df", "rank"):
         np.testing.assert_allclose(getattr(again.fits, name), getattr(results.fits, name), 1e-6)

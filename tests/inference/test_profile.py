@@ -385,7 +385,7 @@ def test_contours_end_at_bounds():
 
 def test_contour_refusals():
     profile = profiled("sleep_corr")
-    with pytest.raises(jaxreml.DataError, match="'sigma' is given twice"):
+    with pytest.raises(ValueError, match="'sigma' is given twice"):
         profile.contour("sigma", "sigma")
     with pytest.raises(ValueError, match="there is no profile of 'tau'"):
         profile.contour("tau", "sigma")
