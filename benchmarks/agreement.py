@@ -100,7 +100,7 @@ def missing_values(study: Study, count: int, seed: int) -> tuple[dict[str, Any],
         with quiet():
             single = jaxreml.fit(f"y {study.formula}", table)
         kept = int(np.isfinite(y[:, i]).sum())
-        if fits.nobs[i] != kept or fits.missing[i] != len(y) - kept:
+        if fits.nobs[i] != kept or fits.n_missing[i] != len(y) - kept:
             failures.append(f"response {i}: {fits.nobs[i]} rows used, not {kept}")
         if single.status != fits.status[i]:
             statuses += 1

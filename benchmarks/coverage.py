@@ -130,7 +130,7 @@ def slow(truth: Truth, values: np.ndarray, draws: int) -> dict[str, Any]:
             "profile, ML": profile_limits(fit, "ML"),
             "profile, REML": profile_limits(fit, "REML"),
         }
-        boot = fit.bootstrap(n=draws, seed=k)
+        boot = fit.bootstrap(nsim=draws, seed=k)
         for method in ("percentile", "basic", "bca", "studentized"):
             intervals[f"bootstrap, {method}"] = bootstrap_limits(boot, method)
         for name, pair in intervals.items():
@@ -147,7 +147,7 @@ def slow(truth: Truth, values: np.ndarray, draws: int) -> dict[str, Any]:
 
 def profile_limits(fit: jaxreml.LMMResults, likelihood: str) -> np.ndarray:
     """Of the log-variances, from those of the SDs; (v, 2)."""
-    table = fit.profile("theta_", likelihood=likelihood).conf_int(LEVEL)
+    table = fit.profile("theta_", method=likelihood).conf_int(LEVEL)
     sd = table[table.index.str.startswith("sd_") | (table.index == "sigma")]
     with np.errstate(divide="ignore"):
         return 2 * np.log(sd[["lower", "upper"]].to_numpy(float))

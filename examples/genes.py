@@ -125,7 +125,7 @@ def report_failures(results: jaxreml.BatchResults) -> None:
     """A gene that cannot be fitted has a status and NaN, and does the others no harm."""
     failed = ~results.converged
     print(f"{len(results) - failed.sum()} genes fitted, {failed.sum()} not:")
-    for gene, message in results.messages[failed].items():
+    for gene, message in results.message[failed].items():
         print(f"    {gene}: {message}")
     incomplete = results.n_missing[results.converged & (results.n_missing > 0)]
     print("    with missing values, fitted on the rest: ", end="")

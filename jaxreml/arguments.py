@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.errors import DataError
-
 DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
 _RANDOM = 'random effects are terms of the formula, such as "y ~ x + (1 | group)"'
 _GAUSSIAN = "responses are Gaussian here; for others use glmmTMB or lme4's glmer in R, or bambi"
@@ -58,13 +56,12 @@ def check_df(df: str, method: str) -> None:
     """Raise unless tests with degrees of freedom `df` serve fits by `method`.
 
     Raises:
-        ValueError: another name than DF_METHODS.
-        DataError: Kenward-Roger's method for a fit by ML.
+        ValueError: another name than DF_METHODS, or Kenward-Roger's method for a fit by ML.
     """
     if df not in DF_METHODS:
         raise ValueError(f"df must be one of {', '.join(DF_METHODS)}, not {df!r}")
     if df.startswith("kenward-roger") and method != "REML":
-        raise DataError(
+        raise ValueError(
             "Kenward-Roger's method is defined for REML: fit with method='REML', or use "
             "df='satterthwaite'"
         )
@@ -74,13 +71,13 @@ def numbers(values: Any, what: str) -> np.ndarray:
     """An array of finite floats.
 
     Raises:
-        DataError: something else, with the name `what`.
+        ValueError: something else, with the name `what`.
     """
     try:
         array = np.asarray(values)
         array = array.astype(float, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
     except (TypeError, ValueError):
-        raise DataError(f"{what} must be numbers, not {values!r}") from None
+        raise ValueError(f"{what} must be numbers, not {values!r}") from None
     if not np.all(np.isfinite(array)):
-        raise DataError(f"{what} has values that are not finite")
+        raise ValueError(f"{what} has values that are not finite")
     return array

@@ -10,7 +10,11 @@ class FormulaError(JaxremlError):
 
 
 class DataError(JaxremlError):
-    """A column, level or value makes the model impossible to fit."""
+    """What the data, the model or a fit does not have or cannot give: a column, a level or a term
+    by name, a value, an optimum, a file.
+
+    An argument that no data would make right is a plain ValueError.
+    """
 
 
 class PrecisionError(TypeError):

@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
 import pandas as pd
 
-from jaxreml.api.fit import fit
-from jaxreml.arguments import is_reml
-from jaxreml.data.frame import ModelFrame, covariate_frame
+from jaxreml.arguments import is_reml, refuse_arguments
+from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.responses import Responses
 from jaxreml.data.sources import import_parquet
-from jaxreml.errors import DataError
+from jaxreml.errors import FormulaError
+from jaxreml.fitting.fit import fit_frame
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
@@ -51,7 +51,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    id: str | None = None,
+    on: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -75,20 +75,8 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    id: str | None = None,
-    weights: Any = None,
-    offset: Any = None,
-    structure: str | None = None,
-    context: Mapping[str, Any] | None = None,
-    modes: Literal[False] = False,
-    df: str = "satterthwaite",
-    contrasts: Mapping[str, Any] | None = None,
-    max_iterations: int = 100,
-    batch_size: int | None = None,
-    devices: Any = None,
     output: str | Path,
-    overwrite: bool = False,
-    progress: bool | None = None,
+    **options: Any,
 ) -> StreamedResults: ...
 
 
@@ -98,7 +86,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    id: str | None = None,
+    on: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -112,6 +100,7 @@ def fit_many(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    **others: Any,
 ) -> BatchResults | StreamedResults:
     """Fit one linear mixed model to many responses.
 
@@ -124,7 +113,7 @@ def fit_many(
             iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
             NaN where a value is missing.
         method: "REML" or "ML".
-        id: name of a column of `data` and of the responses by which rows are matched; their order
+        on: name of a column of `data` and of the responses by which rows are matched; their order
             may then differ. It may be the name of an index, or be so in one of the two with the
             other's index holding the same values. By position if left out; tables are refused then
             whose row labels differ, or whose labels are values of a column in another order.
@@ -143,6 +132,7 @@ def fit_many(
             fitted are kept in the folder ``<output>.parts`` until all are.
         overwrite: replace `output`, and do not go on from an interrupted run.
         progress: show a progress bar on stderr; if stderr is a terminal, if left out.
+        others: none; as for `fit`.
 
     With several processes (``jax.distributed.initialize`` called before), each fits its share;
     all call `fit_many` with the same arguments and get the same results. `output` is then on a
@@ -155,27 +145,29 @@ def fit_many(
 
     Returns:
         The results, or, with `output`, where they are. Responses without an optimum have a
-        ``status`` that says why, and `messages` name what is not estimable.
+        ``status`` that says why, and `message` names what is not estimable.
 
     Raises:
-        FormulaError: a formula outside the grammar, or with a left side.
+        FormulaError: a formula outside the grammar, or with a left side; a contrast that is not one
+            linear function.
         DataError: data or responses that the model cannot be fitted to, named; an output that
             exists; an interrupted run of another model or of other data; no device of that kind.
-        ValueError: another method, or devices that are none.
-        RuntimeError: as `fit`.
+        ValueError: arguments out of range, such as another method or devices that are none.
+        RuntimeError, TypeError: as `fit`.
     """
+    refuse_arguments("fit_many", others)
     is_reml(method)
     if batch_size is not None and batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if output is not None and modes:
-        raise DataError(
+        raise ValueError(
             "modes=True needs memory for all of them and output is written without: leave output "
             "out and call fit_many on a part of the responses at a time"
         )
     path = None if output is None else check_output(output, overwrite)
     frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
     rows = _contrast_rows(frame, contrasts or {})
-    source = Responses(responses, data, frame.rows, id)
+    source = Responses(responses, data, frame.rows, on)
     fitter = BatchFitter(
         frame,
         method,
@@ -288,12 +280,12 @@ def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarra
     for name, contrast in contrasts.items():
         own, values, _ = hypotheses(frame.fixed_names, contrast)
         if len(own) != 1 or values.any():
-            raise DataError(
+            raise FormulaError(
                 f"the contrast {name!r} must be one linear function of the fixed effects, without "
                 "a right side"
             )
         if not own.any():
-            raise DataError(f"the contrast {name!r} has no coefficient other than zero")
+            raise FormulaError(f"the contrast {name!r} has no coefficient other than zero")
         rows = np.concatenate([rows, own])
     return rows
 
@@ -341,20 +333,8 @@ def _fit_alone(
     max_iterations: int,
 ) -> LMMResults:
     """`fit` of one response on the columns and rows of a frame."""
-    table = frame.table.assign(**{name: y})
-    extras = {
-        role: table.pop(f"({role})") if f"({role})" in table else None
-        for role in ("weights", "offset")
-    }
-    result = fit(
-        f"{name} {frame.formula.text}",
-        table,
-        method,
-        **extras,
-        structure=structure,
-        context=context,
-        max_iterations=max_iterations,
-    )
+    own = with_response(frame, name, y, context)
+    result = fit_frame(own, method, structure, context, max_iterations, kind=LMMResults)
     _warn_of_coding(frame, result, ~np.isnan(y))
     return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
 

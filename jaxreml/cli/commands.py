@@ -26,6 +26,7 @@ from jaxreml.cli.tables import Dialect, read_responses, read_table
 
 if TYPE_CHECKING:
     from jaxreml.results.results import LMMResults
+    from jaxreml.results.streamed import StreamedResults
 
 DATA_ERROR, NOT_CONVERGED = 1, 3
 
@@ -139,11 +140,12 @@ def fit(
     sep: Sep = None,
     na_values: NaValues = None,
     encoding: Encoding = "utf-8",
-    format: Annotated[
+    layout: Annotated[
         Format | None,
         typer.Option(
+            "--format",
             help="Summary, or tidy estimates (with --anova as csv: the tests of the terms alone). "
-            "[default: by the output's suffix, else text]"
+            "[default: by the output's suffix, else text]",
         ),
     ] = None,
     output: Annotated[
@@ -153,9 +155,10 @@ def fit(
     quiet: Quiet = False,
 ) -> None:
     """Fit a model to data and print its summary."""
-    if format is None:
+    if layout is None:
         suffix = "" if output is None else output.suffix[1:]
-        format = Format(suffix) if suffix in ("csv", "json") else Format.text
+        layout = Format(suffix) if suffix in ("csv", "json") else Format.text
+    method = _method(ml, df)
     _favour_start()
     from jaxreml.backend.compilation import enable_compilation_cache
     from jaxreml.backend.devices import local_devices
@@ -166,8 +169,8 @@ def fit(
         enable_compilation_cache()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = jaxreml.fit(formula, table, "ML" if ml else "REML", weights=weights)
-        text = _render(result, format, df.value, anova)
+            result = jaxreml.fit(formula, table, method, weights=weights)
+        text = _render(result, layout, df.value, anova)
         if output is None:
             sys.stdout.write(text)
         else:
@@ -188,7 +191,8 @@ def fit(
 
 \b
 Examples:
-  jaxreml fit-many genes.parquet "~ age + (1 | donor)" --data donors.csv --id sample -o fits.parquet
+  jaxreml fit-many genes.parquet "~ age + (1 | donor)" --data donors.csv --on sample \\
+      -o fits.parquet
   jaxreml fit-many genes.csv "~ arm + (1 | donor)" --data donors.csv --responses "gene_*" \\
       --df kenward-roger --contrasts "b-c: `arm[T.b]` - `arm[T.c]`" -o fits.csv
 """,
@@ -215,7 +219,7 @@ def fit_many(
             "and adjusted over the responses (Benjamini and Hochberg).",
         ),
     ],
-    id: Annotated[
+    on: Annotated[
         str | None,
         typer.Option(
             help="Column of both tables that matches rows; row names, a first column without a "
@@ -243,7 +247,7 @@ def fit_many(
     sep: Sep = None,
     na_values: NaValues = None,
     encoding: Encoding = "utf-8",
-    batch: Annotated[
+    batch_size: Annotated[
         int | None, typer.Option(min=1, help="Responses at a time. [default: by memory]")
     ] = None,
     device: Annotated[Device | None, typer.Option(help="[default: JAX's choice]")] = None,
@@ -263,12 +267,12 @@ def fit_many(
     """Fit one model to many responses and write a table of results."""
     if output.suffix not in (".parquet", ".csv"):
         raise typer.BadParameter("the output must end in .parquet or .csv", param_hint="--output")
+    method = _method(ml, df)
     if device is not None:  # read when JAX is imported
         os.environ["JAX_PLATFORMS"] = "cuda" if device is Device.gpu else "cpu"
     from jaxreml.backend.compilation import enable_compilation_cache
     from jaxreml.backend.devices import local_devices
     from jaxreml.errors import DataError
-    from jaxreml.results.streamed import first_failed, frequent_failures
 
     started = time.perf_counter()
     with _errors_as_exits():
@@ -277,31 +281,16 @@ def fit_many(
         local_devices("gpu" if device is Device.gpu else None)
         dialect = Dialect.of(sep, na_values, encoding)
         table = read_table(data, dialect, labelled=True)
-        source = read_responses(responses, id, pattern, dialect)
+        source = read_responses(responses, on, pattern, dialect)
         enable_compilation_cache()
-        options: dict[str, Any] = {"id": id, "weights": weights, "batch_size": batch}
+        options: dict[str, Any] = {"on": on, "weights": weights, "batch_size": batch_size}
         options |= {"df": df.value, "contrasts": _contrasts(contrasts or [])}
         options["progress"] = False if quiet else None
-        if output.suffix == ".parquet":
-            options |= {"output": output, "overwrite": overwrite}
-        result = jaxreml.fit_many(formula, table, source, "ML" if ml else "REML", **options)
-        if output.suffix == ".parquet":
-            count, failures, names = result.n_responses, result.failures, result.failed
-        else:
-            count, status = len(result), result.fits.status
-            failures, names = frequent_failures(status), first_failed(result.responses, status)
-            effects = ("fixed", "contrasts", "ran_pars") if contrasts else ("fixed", "ran_pars")
-            result.tidy(effects).to_csv(output, index=False)
-    failed = sum(failures.values())
+        written = _fit_to_file((formula, table, source, method), output, overwrite, options)
     if not quiet:
-        _report_drops(result.model.n_dropped, result.model.aliased)
-        seconds = time.perf_counter() - started
-        typer.echo(
-            f"jaxreml: {count} responses in {seconds:.1f} s, {failed} without an optimum", err=True
-        )
-        for reason, times in failures.items():
-            some = [*map(str, names[reason]), *["..."] * (times > len(names[reason]))]
-            typer.echo(f"jaxreml: {times}: {reason} ({', '.join(some)})", err=True)
+        _report_drops(written.model.n_dropped, written.model.aliased)
+        _report_failures(written, time.perf_counter() - started)
+    failed, count = written.n_failed, written.n_responses
     if failed > (max_failures * count if max_failures < 1 else max_failures):
         typer.echo(
             f"jaxreml: {failed} of {count} responses have no optimum, more than --max-failures "
@@ -319,6 +308,18 @@ def datasets() -> None:
     width = max(map(len, SOURCES))
     for name, source in SOURCES.items():
         typer.echo(f"{name.ljust(width)}  {source.formula}")
+
+
+def _method(ml: bool, df: Df) -> str:
+    """REML or ML; a usage error if the degrees of freedom are not for it."""
+    from jaxreml.arguments import check_df
+
+    method = "ML" if ml else "REML"
+    try:
+        check_df(df.value, method)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--df") from None
+    return method
 
 
 def _favour_start() -> None:
@@ -340,7 +341,7 @@ def _errors_as_exits() -> Iterator[None]:
     try:
         yield
     except (JaxremlError, OSError, UnicodeDecodeError) as error:
-        text = re.sub(r'\bid="([^"]*)"', r"--id '\1'", str(error)).replace("(id=...)", "(--id)")
+        text = re.sub(r'\bon="([^"]*)"', r"--on '\1'", str(error)).replace("(on=...)", "(--on)")
         typer.echo(f"jaxreml: {text}", err=True)
         raise typer.Exit(DATA_ERROR) from None
 
@@ -366,6 +367,34 @@ def _contrasts(texts: list[str]) -> dict[str, str]:
     return found
 
 
+def _fit_to_file(
+    arguments: tuple[Any, ...], output: Path, overwrite: bool, options: dict[str, Any]
+) -> StreamedResults:
+    """`fit_many` with its results in a file, as parquet or as tidy CSV."""
+    from jaxreml.results.streamed import StreamedResults, first_failed, frequent_failures
+
+    if output.suffix == ".parquet":
+        return jaxreml.fit_many(*arguments, output=output, overwrite=overwrite, **options)
+    results = jaxreml.fit_many(*arguments, output=None, **options)
+    effects = ("fixed", "contrasts", "ran_pars") if results.model.contrasts else None
+    results.tidy(effects or ("fixed", "ran_pars")).to_csv(output, index=False)
+    status = results.fits.status
+    failures = frequent_failures(status), first_failed(results.responses, status)
+    return StreamedResults(output, results.model, len(results), *failures)
+
+
+def _report_failures(written: StreamedResults, seconds: float) -> None:
+    typer.echo(
+        f"jaxreml: {written.n_responses} responses in {seconds:.1f} s, {written.n_failed} without "
+        "an optimum",
+        err=True,
+    )
+    for reason, times in written.failures.items():
+        names = written.failed[reason]
+        some = [*map(str, names), *["..."] * (times > len(names))]
+        typer.echo(f"jaxreml: {times}: {reason} ({', '.join(some)})", err=True)
+
+
 def _report_drops(rows: int, columns: tuple[str, ...]) -> None:
     if rows:
         typer.echo(f"jaxreml: {rows} rows with missing values dropped", err=True)
@@ -373,14 +402,14 @@ def _report_drops(rows: int, columns: tuple[str, ...]) -> None:
         typer.echo(f"jaxreml: dependent columns dropped: {', '.join(columns)}", err=True)
 
 
-def _render(result: LMMResults, format: Format, df: str, anova: bool) -> str:
+def _render(result: LMMResults, layout: Format, df: str, anova: bool) -> str:
     tests = result.anova(df=df) if anova else None
-    if format is Format.text:
+    if layout is Format.text:
         text = result.summary(df)
         if tests is not None:
             text += f"\nAnalysis of variance, type III, df by {df}:\n{tests.to_string()}\n"
         return text
-    if format is Format.csv:
+    if layout is Format.csv:
         if tests is not None:
             return tests.rename_axis("term").to_csv()
         return result.tidy(conf_int=True, df=df).to_csv(index=False)

@@ -8,7 +8,7 @@ here, before any compute, and named.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -146,6 +146,30 @@ def covariate_frame(
             "as an argument of their own: start the formula with ~"
         )
     return _model_frame(parsed, data, weights, offset, context)
+
+
+def with_response(
+    frame: ModelFrame, name: str, y: np.ndarray, context: Mapping[str, Any] | None = None
+) -> ModelFrame:
+    """A frame without a response, coded anew from the rows where a response is not missing.
+
+    Args:
+        frame: of n rows.
+        name: what the response is called, which stands nowhere in the formula.
+        y: (n,), NaN where it is missing.
+        context: that of the formula.
+    """
+    table, extras = split_extras(frame.table)
+    parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
+    return _model_frame(parsed, table.assign(**{name: y}), context=context, **extras)
+
+
+def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, np.ndarray | None]]:
+    """The table of a frame as its columns of data, and its weights and offset if there are any."""
+    extras = {
+        role: table[name].to_numpy() if name in table else None for role, name in EXTRAS.items()
+    }
+    return table.drop(columns=list(EXTRAS.values()), errors="ignore"), extras
 
 
 def _model_frame(

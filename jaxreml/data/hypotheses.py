@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import numbers
-from jaxreml.errors import DataError
+from jaxreml.errors import DataError, FormulaError
 
 _NAME = re.compile(r"`([^`]+)`|(?<![\w.])[^\W\d]\w*")
 
@@ -33,7 +33,9 @@ def hypotheses(
         L (k, p), rhs (k,) and labels of the rows.
 
     Raises:
-        DataError: names that are not fixed effects, or shapes that do not match.
+        DataError: names that are not fixed effects.
+        FormulaError: an equation that is none.
+        ValueError: shapes that do not match, or values that are not finite numbers.
     """
     names = list(fixed_names)
     if isinstance(L, pd.DataFrame):
@@ -47,7 +49,7 @@ def hypotheses(
             shape = np.broadcast_shapes((1,), *(column.shape for column in columns.values()))
         except ValueError:
             sizes = ", ".join(f"{column.size} for {name!r}" for name, column in columns.items())
-            raise DataError(f"L has different numbers of coefficients: {sizes}") from None
+            raise ValueError(f"L has different numbers of coefficients: {sizes}") from None
         rows = np.zeros((*shape, len(names)))
         for name, column in columns.items():
             rows[..., names.index(name)] = column
@@ -63,7 +65,7 @@ def hypotheses(
         rows: Any = np.atleast_2d(numbers(L, "L"))
         values, labels = np.zeros(len(rows)), pd.RangeIndex(len(rows))
     if rows.ndim != 2 or rows.shape[1] != len(names):
-        raise DataError(
+        raise ValueError(
             f"L must have {len(names)} columns, one per fixed effect ({', '.join(names)}), not "
             f"shape {rows.shape}"
         )
@@ -71,7 +73,7 @@ def hypotheses(
     try:
         values = values + np.broadcast_to(given, values.shape)
     except ValueError:
-        raise DataError(f"rhs must be a number or {len(rows)} of them") from None
+        raise ValueError(f"rhs must be a number or {len(rows)} of them") from None
     return rows, values, labels
 
 
@@ -91,11 +93,11 @@ def _equations(text: str, names: list[str]) -> list[np.ndarray]:
     for equation in _NAME.sub(numbered, text).split(","):
         sides = equation.replace("==", "=").split("=")
         if len(sides) > 2:
-            raise DataError(f"{what}: an equation has one =; put commas between equations")
+            raise FormulaError(f"{what}: an equation has one =; put commas between equations")
         try:
             parts = [_linear(ast.parse(side.strip(), mode="eval").body, names) for side in sides]
         except (SyntaxError, _NotLinear, ZeroDivisionError):
-            raise DataError(
+            raise FormulaError(
                 f"{what}: it must be made of their names, numbers, + - * / and brackets, and be "
                 "linear in them, as in '2 * x - z = -3'"
             ) from None

@@ -9,18 +9,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import block_diag
 
 from jaxreml.backend.runtime import neutral
-from jaxreml.data.frame import ModelFrame, model_frame
+from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
-from jaxreml.model.covariance import natural
+from jaxreml.fitting.random_terms import (
+    Groups,
+    correlation_labels,
+    correlations_of,
+    unpack,
+    variance_labels,
+)
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
 
-RESIDUAL = "Residual"
 ROWS = ("y", "fixed_fitted", "fitted", "weights", "offset", "table")  # fields of the rows
 
 
@@ -31,7 +37,7 @@ class Grouping:
     Attributes:
         name, levels, effects: labels of the grouping factor, its levels and the effects.
         modes: (levels, effects), conditional modes of the random effects.
-        variances: (levels, effects, effects), their conditional covariances given the fixed
+        modes_vcov: (levels, effects, effects), their conditional covariances given the fixed
             effects and variance parameters, as lme4's ``condVar``.
     """
 
@@ -39,7 +45,7 @@ class Grouping:
     levels: tuple[Any, ...]
     effects: tuple[str, ...]
     modes: np.ndarray
-    variances: np.ndarray
+    modes_vcov: np.ndarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +59,7 @@ class FittedModel:
         groupings: random terms in lme4's order, most levels first.
         parameter_names: names of the variance parameters `parameters`.
         theta: (m,), lme4's relative Cholesky factor, column by column, term by term.
-        parameters, parameters_vcov, hessian: those of `Estimate`, their asymptotic
+        parameters, parameters_vcov_array, hessian: those of `Estimate`, their asymptotic
             covariance and Hessian; NaN for parameters on the boundary, the others given them.
         beta, vcov_array, vcov_slopes: fixed effects, their covariance, its derivatives.
         inertia: negative, zero and positive eigenvalues of the Hessian in theta.
@@ -83,7 +89,7 @@ class FittedModel:
     parameter_names: tuple[str, ...]
     theta: np.ndarray
     parameters: np.ndarray
-    parameters_vcov: np.ndarray
+    parameters_vcov_array: np.ndarray
     beta: np.ndarray
     vcov_array: np.ndarray
     vcov_slopes: np.ndarray
@@ -118,11 +124,7 @@ class FittedModel:
 
     def frame_of(self, formula: str) -> ModelFrame:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
-        extras = {
-            role: self.table[f"({role})"].to_numpy() if f"({role})" in self.table else None
-            for role in ("weights", "offset")
-        }
-        table = self.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+        table, extras = split_extras(self.table)
         return model_frame(formula, table, **extras, context=self.context)
 
     @cached_property
@@ -191,22 +193,25 @@ class FittedModel:
 
         A variance of zero has log-variance -inf and SE NaN; the other SEs are given it.
         """
-        rows = [
-            (grouping.name, effect) for grouping in self.groupings for effect in grouping.effects
-        ]
-        variances = [np.diagonal(matrix) for matrix in self.covariances]
+        variances = [np.diagonal(matrix) for matrix in self.cov_re_arrays]
         positions = unstructured(self._sizes).positions
         variance = np.concatenate([*variances, [self.sigma**2]])
+        group, term = zip(*variance_labels(self.groups), strict=True)
         return pd.DataFrame(
             {
-                "group": [group for group, _ in rows] + [RESIDUAL],
-                "term": [term for _, term in rows] + [RESIDUAL],
+                "group": group,
+                "term": term,
                 "variance": variance,
                 "sd": np.sqrt(variance),
                 "log_variance": self.parameters[positions],
-                "log_variance_se": np.sqrt(np.diagonal(self.parameters_vcov))[positions],
+                "log_variance_se": np.sqrt(np.diagonal(self.parameters_vcov_array))[positions],
             }
         )
+
+    @property
+    def variances(self) -> pd.Series:
+        """Variances by group and term, the residual's last."""
+        return self._by_effect("variance")
 
     @property
     def log_variances(self) -> pd.Series:
@@ -221,29 +226,15 @@ class FittedModel:
     @property
     def correlations(self) -> pd.DataFrame:
         """Correlations of random effects: columns group, term1, term2, correlation."""
-        rows = []
-        for grouping, matrix in zip(self.groupings, self.covariances, strict=True):
-            sd = np.sqrt(np.diagonal(matrix))
-            for j in range(len(sd)):
-                for i in range(j + 1, len(sd)):
-                    scale = sd[i] * sd[j]
-                    value = matrix[i, j] / scale if scale > 0 else np.nan
-                    rows.append((grouping.name, grouping.effects[j], grouping.effects[i], value))
-        frame = pd.DataFrame(rows, columns=["group", "term1", "term2", "correlation"])
-        return frame.astype({"correlation": float})
+        frame = pd.DataFrame(correlation_labels(self.groups), columns=["group", "term1", "term2"])
+        return frame.assign(correlation=correlations_of(self.cov_re_arrays))
 
     @property
     def cov_re(self) -> pd.DataFrame:
         """Covariance matrix of the random effects of one level of every term, block-diagonal."""
-        labels = [(g.name, effect) for g in self.groupings for effect in g.effects]
+        labels = variance_labels(self.groups)[:-1]
         index = pd.MultiIndex.from_tuples(labels, names=["group", "term"])
-        matrix = np.zeros((len(labels), len(labels)))
-        start = 0
-        for block in self.covariances:
-            stop = start + len(block)
-            matrix[start:stop, start:stop] = block
-            start = stop
-        return pd.DataFrame(matrix, index, index)
+        return pd.DataFrame(block_diag(*self.cov_re_arrays), index, index)
 
     @property
     def random_effects(self) -> dict[str, pd.DataFrame]:
@@ -257,7 +248,7 @@ class FittedModel:
         Given the fixed effects and variance parameters, as lme4's ``condVar`` and broom.mixed's
         ``std.error``.
         """
-        variances = [np.einsum("jaa->ja", grouping.variances) for grouping in self.groupings]
+        variances = [np.einsum("jaa->ja", grouping.modes_vcov) for grouping in self.groupings]
         return self._by_level([np.sqrt(part) for part in variances])
 
     def _by_level(self, values: list[np.ndarray]) -> dict[str, pd.DataFrame]:
@@ -324,7 +315,7 @@ class FittedModel:
             sentence += f"; {self.optimality}"
         if self.is_singular:
             sentence += "; singular: " + "; ".join(self._boundary)
-        if np.isnan(np.diagonal(self.parameters_vcov)[np.isfinite(self.parameters)]).any():
+        if np.isnan(np.diagonal(self.parameters_vcov_array)[np.isfinite(self.parameters)]).any():
             sentence += (
                 "; the variance parameters have no standard errors: the criterion is flat in a "
                 "combination of them"
@@ -369,6 +360,11 @@ class FittedModel:
         return pd.Series(components[column].to_numpy(), index, name=column)
 
     @property
+    def groups(self) -> Groups:
+        """Per random term its grouping factor and its effects."""
+        return tuple((grouping.name, grouping.effects) for grouping in self.groupings)
+
+    @property
     def term_sizes(self) -> tuple[tuple[str, int], ...]:
         """Per random term its grouping factor and its number of effects."""
         return tuple((grouping.name, len(grouping.effects)) for grouping in self.groupings)
@@ -384,18 +380,10 @@ class FittedModel:
     @cached_property
     def _factors(self) -> list[np.ndarray]:
         """Relative Cholesky factor of each term's effects, with exact zeros where singular."""
-        factors = []
-        start = 0
-        for q in self._sizes:
-            factor = np.zeros((q, q))
-            rows, columns = natural.triangle(q)
-            factor[rows, columns] = self.theta[start : start + rows.size]
-            factors.append(factor)
-            start += rows.size
-        return factors
+        return unpack(self.theta, self._sizes)
 
     @cached_property
-    def covariances(self) -> list[np.ndarray]:
+    def cov_re_arrays(self) -> list[np.ndarray]:
         """Covariance matrix of each term's effects."""
         return [self.sigma**2 * factor @ factor.T for factor in self._factors]
 

@@ -10,9 +10,14 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.fitting.random_terms import (
+    Groups,
+    correlation_labels,
+    correlations_of,
+    unpack,
+    variance_labels,
+)
 from jaxreml.many.numbers import Fits
-from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.status import Status
@@ -37,7 +42,7 @@ class BatchModel:
     structure: str
     fixed_names: tuple[str, ...]
     aliased: tuple[str, ...]
-    groups: tuple[tuple[str, tuple[str, ...]], ...]
+    groups: Groups
     levels: tuple[tuple[Any, ...], ...]
     n_dropped: int
     df: str = "satterthwaite"
@@ -49,25 +54,19 @@ class BatchModel:
         return tuple(len(effects) for _, effects in self.groups)
 
     @property
-    def covariance(self) -> Covariance:
-        """Of the random effects."""
-        return unstructured(self.sizes)
-
-    @property
     def variance_labels(self) -> list[tuple[str, str]]:
         """Group and term of each variance, the residual's last."""
-        labels = [(group, effect) for group, effects in self.groups for effect in effects]
-        return [*labels, (RESIDUAL, RESIDUAL)]
+        return variance_labels(self.groups)
 
     @property
     def correlation_labels(self) -> list[tuple[str, str, str]]:
         """Group and the two terms of each correlation."""
-        return [
-            (group, effects[j], effects[i])
-            for group, effects in self.groups
-            for j in range(len(effects))
-            for i in range(j + 1, len(effects))
-        ]
+        return correlation_labels(self.groups)
+
+    @property
+    def covariance(self) -> Covariance:
+        """Of the random effects."""
+        return unstructured(self.sizes)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -80,7 +79,7 @@ class FittedBatch:
     """One model fitted to many responses.
 
     Every labelled property has the responses as its index. A response without an optimum has a
-    `status` other than 0, its `messages` say why, and its numbers are NaN. Coefficients and
+    `status` other than 0, its `message` says why, and its numbers are NaN. Coefficients and
     contrasts that the rows of a response say nothing about, because its missing values leave no row
     of a level for example, are NaN for it, and its message names them; the others have the meaning
     that they have for all responses.
@@ -191,29 +190,49 @@ class FittedBatch:
     @cached_property
     def correlations(self) -> pd.DataFrame:
         """Correlations of the random effects, a column per group and pair of terms."""
-        values = []
-        for matrix in self._covariances:
-            sd = np.sqrt(np.diagonal(matrix, axis1=1, axis2=2))
-            for j in range(sd.shape[1]):
-                for i in range(j + 1, sd.shape[1]):
-                    scale = sd[:, i] * sd[:, j]
-                    known = scale > 0
-                    values.append(
-                        np.divide(
-                            matrix[:, i, j], scale, out=np.full(len(self), np.nan), where=known
-                        )
-                    )
         names = ["group", "term1", "term2"]
         columns = pd.MultiIndex.from_tuples(self.model.correlation_labels, names=names)
-        array = np.stack(values, axis=1) if values else np.zeros((len(self), 0))
-        return pd.DataFrame(array, self.responses, columns)
+        return pd.DataFrame(correlations_of(self._covariances), self.responses, columns)
 
-    # How it went
+    @property
+    def sigma(self) -> pd.Series:
+        """Residual standard deviations."""
+        return self._series(self.fits.sigma, "sigma")
+
+    # Fit statistics
 
     @property
     def criterion(self) -> pd.Series:
         """-2 log (restricted) likelihood."""
         return self._series(self.fits.criterion, "criterion")
+
+    @property
+    def llf(self) -> pd.Series:
+        """Log-likelihood, restricted under REML."""
+        return self._series(-self.fits.criterion / 2, "llf")
+
+    @property
+    def dof(self) -> pd.Series:
+        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
+        return self._series(self.fits.rank + self.fits.theta.shape[1] + 1, "dof")
+
+    @property
+    def df_resid(self) -> pd.Series:
+        """Observations less `dof`."""
+        return (self.nobs - self.dof).rename("df_resid")
+
+    @property
+    def aic(self) -> pd.Series:
+        """Akaike's criterion, as `LMMResults.aic`."""
+        return (self.criterion + 2 * self.dof).rename("aic")
+
+    @property
+    def bic(self) -> pd.Series:
+        """Schwarz's criterion, as `LMMResults.bic`."""
+        with np.errstate(divide="ignore"):  # no rows
+            return (self.criterion + np.log(self.nobs) * self.dof).rename("bic")
+
+    # How it went
 
     @property
     def status(self) -> pd.Series:
@@ -226,7 +245,7 @@ class FittedBatch:
         return self._series(self.fits.status == Status.CONVERGED, "converged")
 
     @property
-    def messages(self) -> pd.Series:
+    def message(self) -> pd.Series:
         """How each fit ended, in words, and what the rows of the response say nothing about."""
         codes, sentences = self.message_codes
         return self._series([sentences[code] for code in codes], "message")
@@ -263,7 +282,7 @@ class FittedBatch:
     @property
     def n_iter(self) -> pd.Series:
         """Evaluations of the criterion with its derivatives."""
-        return self._series(self.fits.iterations, "n_iter")
+        return self._series(self.fits.n_iter, "n_iter")
 
     @property
     def nobs(self) -> pd.Series:
@@ -273,7 +292,12 @@ class FittedBatch:
     @property
     def n_missing(self) -> pd.Series:
         """Rows left out because the response is missing there."""
-        return self._series(self.fits.missing, "n_missing")
+        return self._series(self.fits.n_missing, "n_missing")
+
+    @property
+    def n_dropped(self) -> pd.Series:
+        """Rows left out because of missing values, of the data or of the response."""
+        return self._series(self.fits.n_missing + self.model.n_dropped, "n_dropped")
 
     # Random effects
 
@@ -322,16 +346,9 @@ class FittedBatch:
     @cached_property
     def _covariances(self) -> list[np.ndarray]:
         """Per term the covariance matrices of its effects, (responses, q, q)."""
-        matrices = []
-        start = 0
-        for q in self.model.sizes:
-            factor = np.zeros((len(self), q, q))
-            rows, columns = natural.triangle(q)
-            factor[:, rows, columns] = self.fits.theta[:, start : start + rows.size]
-            factor *= self.fits.sigma[:, None, None]
-            matrices.append(factor @ factor.transpose(0, 2, 1))
-            start += rows.size
-        return matrices
+        scaled = self.fits.theta * self.fits.sigma[:, None]
+        factors = unpack(scaled, self.model.sizes)
+        return [factor @ factor.transpose(0, 2, 1) for factor in factors]
 
 
 def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:

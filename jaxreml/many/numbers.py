@@ -16,7 +16,7 @@ from jaxreml.status import Status
 class Fits(NamedTuple):
     """Numbers of many fits, NumPy arrays with the responses on the first axis.
 
-    NaN (False for `is_singular`, 0 for `iterations`) where `status` is not CONVERGED.
+    NaN (False for `is_singular`, 0 for `n_iter`) where `status` is not CONVERGED.
 
     Attributes:
         beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
@@ -24,7 +24,7 @@ class Fits(NamedTuple):
         theta: (b, m), relative Cholesky factors as in `Estimate`.
         parameters, parameters_se: (b, m + 1), `Estimate.parameters` and their standard errors.
         criterion, gradient_norm: (b,).
-        iterations, nobs, missing, rank: (b,) integers; `missing` counts rows without a value,
+        n_iter, nobs, n_missing, rank: (b,) integers; `n_missing` counts rows without a value,
             `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
             `beta` and `contrast` that these rows say nothing about are NaN.
         is_singular: (b,) booleans.
@@ -42,9 +42,9 @@ class Fits(NamedTuple):
     parameters_se: np.ndarray
     criterion: np.ndarray
     gradient_norm: np.ndarray
-    iterations: np.ndarray
+    n_iter: np.ndarray
     nobs: np.ndarray
-    missing: np.ndarray
+    n_missing: np.ndarray
     rank: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
@@ -52,6 +52,9 @@ class Fits(NamedTuple):
     contrast_se: np.ndarray
     contrast_df: np.ndarray
     modes: tuple[np.ndarray, ...] | None = None
+
+
+APART = ("nobs", "n_missing", "rank", "status", "modes")  # fields that a `Table` does not hold
 
 
 class Table:
@@ -65,10 +68,7 @@ class Table:
         modes: per random term (b, levels, effects), or None.
     """
 
-    FIELDS = (
-        "beta", "se", "df", "sigma", "theta", "parameters", "parameters_se", "criterion",
-        "gradient_norm", "iterations", "is_singular", "contrast", "contrast_se", "contrast_df",
-    )  # fmt: skip
+    FIELDS = tuple(name for name in Fits._fields if name not in APART)
 
     def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
         p = len(frame.fixed_names)
@@ -123,19 +123,19 @@ class Table:
                 own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]
         return status
 
-    def fits(self, nobs: np.ndarray, missing: np.ndarray) -> Fits:
+    def fits(self, nobs: np.ndarray, n_missing: np.ndarray) -> Fits:
         """The numbers by name."""
         parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
         named = dict(zip(self.FIELDS, parts, strict=True))
-        for name in ("sigma", "criterion", "gradient_norm", "iterations", "is_singular"):
+        for name in ("sigma", "criterion", "gradient_norm", "n_iter", "is_singular"):
             named[name] = named[name][:, 0]
         with np.errstate(invalid="ignore"):
-            named["iterations"] = np.nan_to_num(named["iterations"]).astype(int)
+            named["n_iter"] = np.nan_to_num(named["n_iter"]).astype(int)
             named["is_singular"] = np.nan_to_num(named["is_singular"]).astype(bool)
         return Fits(
             **{name: np.ascontiguousarray(part) for name, part in named.items()},
             nobs=nobs,
-            missing=missing,
+            n_missing=n_missing,
             rank=self.rank,
             status=self.status,
             modes=self.modes,

@@ -249,7 +249,7 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
             jnp.sqrt(linalg.diagonal(estimate.parameters_vcov)),
             estimate.criterion * one,
             estimate.gradient_norm * one,
-            estimate.iterations * one,
+            estimate.n_iter * one,
             estimate.is_singular * one,
             *(array[p:] for array in tests[:3]),
         ]

@@ -19,17 +19,22 @@ import numpy as np
 from jaxreml.backend.arrays import chosen, namespace, on_host, still
 from jaxreml.model import linalg
 
+FLAT = 1e-10  # Eigenvalues below this fraction of the largest count as zero.
+NEGATIVE = 1e-8  # Eigenvalues below minus this fraction of the largest count as negative.
+SHIFT = 1e-8  # What NEGATIVE is for the Cholesky factorisation of a batch.
+ESCAPE = 0.3  # Length of the first step away from a saddle point, in units of the coordinates.
+ROUNDING = 1e-13  # Relative change of the function that rounding alone can make.
+RESOLUTION = 1e-16  # A decrement below this fraction of the function is none.
+COLLAPSED = 1e-10  # Radius below which no downhill step is left, in units of the coordinates.
+POOR, FAITHFUL = 0.1, 0.7  # Gains over predicted ones at which the radius shrinks and grows.
+SHRINK, GROW = 1 / 4, 3.0  # Factors by which it does: of the step taken, of the radius before.
+FULL = 0.9  # Fraction of the radius from which on a step counts as cut by it.
+NEAR = 1e-3  # Decrement below which approximate Hessians must do better than SLOW.
+SLOW = 0.03  # Fraction of the decrement that a step by an exact Hessian leaves at most.
+PATIENCE = 12  # Expansions with approximate Hessians at most.
+
+
 Array = Any  # NumPy's or JAX's
-FLAT = 1e-10  # eigenvalues below this fraction of the largest count as zero
-NEGATIVE = 1e-8  # ... and below minus this fraction as negative
-ESCAPE = 0.3  # first step away from a saddle point, in units of the coordinates
-ROUNDING = 1e-13  # relative change of the function that rounding alone can make
-RESOLUTION = 1e-16  # a decrement below this fraction of the function is none
-NEAR = 1e-3  # below this decrement, an approximate Hessian that leaves more than
-SLOW = 0.03  # of it in one step is not worth it
-PATIENCE = 12  # steps with approximate Hessians at most
-LEAST_RADIUS = 1e-10  # below which there is no downhill step to be found
-SHIFT = 1e-8  # as NEGATIVE, for the Cholesky factorisation of a batch
 
 
 class Trace(NamedTuple):
@@ -52,14 +57,42 @@ class Trace(NamedTuple):
     radius: Array
 
 
+class Step(NamedTuple):
+    """What a step rule makes of a gradient and a Hessian.
+
+    Attributes:
+        newton: (m,), Newton's step, downhill where the function is not convex.
+        decrement: (), half its squared length in the metric of the Hessian.
+        escape: (m,), a step along negative curvature.
+        negative: (), whether there is any.
+    """
+
+    newton: Array
+    decrement: Array
+    escape: Array
+    negative: Array
+
+
 class _State(NamedTuple):
+    """Between two expansions.
+
+    Attributes:
+        trace: so far.
+        step: (m,), to be tried next.
+        predicted: by how much the quadratic model says that it lowers the function.
+        polish: whether it is the last one, to be followed by `snap`.
+        decrement: at the last accepted point.
+        exact: whether the next expansion must have an exact Hessian.
+        is_exact: whether that at the last accepted point is.
+    """
+
     trace: Trace
     step: Array
     predicted: Array
     polish: Array
-    decrement: Array  # of the last step
-    exact: Array  # what is asked of the next expansion
-    is_exact: Array  # what the point has
+    decrement: Array
+    exact: Array
+    is_exact: Array
 
 
 def minimise(
@@ -100,69 +133,46 @@ def minimise(
             converged point whose decrement is rounding error is not polished if `settled` there:
             if `snap` would not change it.
     """
-    rules = _Rules(expand, snap, tolerance, max_iterations, flat, careful, settled, start.ndim > 1)
-    initial = rules.initial(start, radius)
+    in_lanes = start.ndim > 1
+    search = _Search(expand, snap, tolerance, max_iterations, flat, in_lanes, careful, settled)
+    final = linalg.alike(search.begin(start, radius), start)
     if on_host(start):
-        state = initial
-        while np.any(rules.unfinished(state.trace)):
-            state = rules.advance(state)
+        while np.any(search.is_unfinished(final.trace)):
+            final = search.advance(final)
     else:
-        state = _loop(rules, linalg.alike(initial, start))
-    return rules.ended(state) if start.ndim > 1 else state.trace
+        import jax
 
-
-def _loop(rules: _Rules, initial: _State) -> _State:
-    import jax
-    import jax.numpy as jnp
-
-    def unfinished(state: _State) -> Array:
-        return jnp.any(rules.unfinished(state.trace))
-
-    return jax.lax.while_loop(unfinished, rules.advance, initial)
+        final = jax.lax.while_loop(
+            lambda state: search.is_unfinished(state.trace).any(), search.advance, final
+        )
+    return search.polished(final) if in_lanes else final.trace
 
 
 @dataclass(frozen=True)
-class _Rules:
-    """How `minimise`, whose arguments these are, goes on from a state; `lanes` if there are."""
+class _Search:
+    """The arguments of `minimise`, and its loop in pieces."""
 
     expand: Callable[..., Any]
     snap: Callable[[Array], Array]
     tolerance: float
     max_iterations: int | Array
     flat: Callable[[Array], Array | None] | None
+    in_lanes: bool
     careful: bool
     settled: Callable[[Array], Array] | None
-    lanes: bool
 
-    @property
-    def costly(self) -> bool:
-        """Whether the expansion is asked for approximate Hessians."""
-        return self.settled is not None
+    def expansion(self, at: Array, exact: Array | bool) -> Any:
+        return self.expand(at) if self.settled is None else self.expand(at, exact)
 
-    def at(self, point: Array, exact: Array | bool) -> Any:
-        """The expansion at a point."""
-        return self.expand(point, exact) if self.costly else self.expand(point)
-
-    def nothing(self, start: Array) -> Any:
-        """An expansion to begin with, of an infinite value."""
-        if on_host(start):
-            nothing = self.at(start, True)
-        else:
-            import jax
-            import jax.numpy as jnp
-
-            shapes = jax.eval_shape(self.at, start, True)
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return nothing._replace(value=namespace(start).full(start.shape[1:], np.inf, start.dtype))
-
-    def initial(self, start: Array, radius: Array | None) -> _State:
-        """Where a search begins."""
-        xp, lanes = namespace(start), start.shape[1:]
-        false, one = xp.zeros(lanes, bool), xp.ones(lanes, start.dtype)
+    def begin(self, start: Array, radius: Array | None) -> _State:
+        """Before the first expansion, which is at `start`."""
+        xp = namespace(start)
+        false = xp.zeros(start.shape[1:], bool)
+        one = xp.ones(start.shape[1:], start.dtype)
         trace = Trace(
             start,
-            self.nothing(start),
-            xp.zeros(lanes, int),
+            self.nothing(start)._replace(value=one * np.inf),
+            xp.zeros(start.shape[1:], int),
             converged=false,
             stalled=false,
             radius=one if radius is None else radius,
@@ -172,114 +182,155 @@ class _Rules:
             step=xp.zeros_like(start),
             predicted=one,
             polish=false,
-            decrement=one * np.inf,
-            exact=false if self.costly else ~false,
+            decrement=one * xp.inf,
+            exact=~false if self.settled is None else false,
             is_exact=false,
         )
 
-    def unfinished(self, trace: Trace) -> Array:
-        """Whether a search goes on."""
+    def nothing(self, start: Array) -> Any:
+        """An expansion, to be replaced by the first."""
+        if on_host(start):
+            return self.expansion(start, True)
+        import jax
+
+        shapes = jax.eval_shape(self.expansion, start, True)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def is_unfinished(self, trace: Trace) -> Array:
         return ~(trace.converged | trace.stalled) & (trace.iterations < self.max_iterations)
 
+    def propose(self, at: Array, point: Any) -> Step:
+        """The step rule at a point."""
+        rule = eigen_step
+        if self.in_lanes:
+            rule = _careful_step if self.careful else shifted_step
+        hessian = point.hessian
+        if self.flat is not None:
+            hessian = steepened(hessian, self.flat(at))
+        return rule(point.gradient, hessian)
+
     def advance(self, state: _State) -> _State:
-        """Try the step, accept it or not, and plan the next one."""
+        """Look at where the step leads, go there if it is no higher, and propose the next."""
         old = state.trace
         xp = namespace(old.at)
         trial = old.at + state.step
-        if not self.lanes:
+        if not self.in_lanes and (state.polish if on_host(trial) else True):
             trial = chosen(state.polish, self.snap(trial), trial)
-        new = self.at(trial, state.exact)
+        new = self.expansion(trial, state.exact)
         noise = ROUNDING * abs(new.value) + self.tolerance
-        # A rejected polish leaves the converged point as it is.
         gain = old.point.value - new.value
-        finite = xp.isfinite(new.value) & xp.all(xp.isfinite(new.hessian), axis=(0, 1))
-        accept = finite & (gain >= -noise)
+        # A rejected polish leaves the converged point as it is.
+        accept = _is_finite(new) & (gain >= -noise)
         at, point = chosen(accept, (trial, new), (old.at, old.point))
-        radius = self.next_radius(state, gain, noise, accept)
+        radius = next_radius(old.radius, norm(state.step), gain, state.predicted, noise, accept)
+        radius = xp.where(xp.isfinite(old.point.value), radius, old.radius)
+        proposed = self.propose(at, point)
+        decrement = proposed.decrement
+
         is_exact = xp.where(accept, state.exact, state.is_exact)
-        moved = self.plan(at, point, radius, is_exact, accept, state)
-        return moved if on_host(accept) and not self.lanes else self.only_unfinished(moved, state)
-
-    def next_radius(self, state: _State, gain: Array, noise: Array, accept: Array) -> Array:
-        """The radius after a step that gained so much: by how well that was predicted."""
-        old, xp = state.trace, namespace(gain)
-        ratio = gain / state.predicted
-        length = _norm(state.step)
-        poor = ~accept | ((ratio < 0.1) & (state.predicted > noise))
-        radius = xp.where(poor, length / 4, old.radius)
-        radius = xp.where(accept & (ratio > 0.7) & (length > 0.9 * old.radius), 3 * radius, radius)
-        return xp.where(xp.isfinite(old.point.value), radius, old.radius)
-
-    def plan(
-        self, at: Array, point: Any, radius: Array, is_exact: Array, accept: Array, state: _State
-    ) -> _State:
-        """The next step from `at`, or the end."""
-        old, xp, tolerance = state.trace, namespace(at), self.tolerance
-        hessian = point.hessian
-        if self.flat is not None:
-            hessian = _steepen(hessian, self.flat(at))
-        step, decrement, escape, negative = self.rule(point.gradient, hessian)
         nothing_left = RESOLUTION * abs(point.value)
-        least = xp.maximum(tolerance, nothing_left) if self.costly else tolerance
+        least = self.tolerance
+        if self.settled is not None:
+            least = xp.maximum(least, nothing_left)
         near = decrement <= least
-        saddle = near & negative
-        step = xp.where(saddle, escape, step)
-        step = step * xp.minimum(1.0, radius / _norm(step).clip(1e-300))
-        curving = xp.sum(point.hessian * step[:, None] * step[None], axis=(0, 1))
-        predicted = -(xp.sum(point.gradient * step, axis=0) + curving / 2)
-        good = near & ~negative & is_exact
-        converged = good if self.lanes else state.polish & ~(accept & saddle)
-        rate = xp.minimum(decrement / state.decrement, 1.0)
-        exact = state.exact | (decrement * rate <= least) | ((decrement < NEAR) & (rate > SLOW))
-        exact = exact | (old.iterations >= PATIENCE)
+        saddle = near & proposed.negative
+        good = near & ~proposed.negative & is_exact
+        converged = good if self.in_lanes else state.polish & ~(accept & saddle)
         if self.settled is not None:
             converged = converged | (good & (decrement <= nothing_left) & self.settled(at))
         stalled = ~converged & ~xp.isfinite(point.value)
-        stalled = stalled | (~converged & ~near & (radius < LEAST_RADIUS))
-        if self.lanes and not self.careful:
+        stalled = stalled | (~converged & ~near & (radius < COLLAPSED))
+        if self.in_lanes and not self.careful:
             stalled = stalled | saddle
-        trace = Trace(at, point, old.iterations + 1, converged, stalled, radius)
-        return _State(trace, step, predicted, good & (not self.lanes), decrement, exact, is_exact)
 
-    def rule(self, gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
-        """The step rule."""
-        if not self.lanes:
-            return _step(gradient, hessian)
-        if not self.careful:
-            return _shifted_step(gradient, hessian)
-        import jax
+        step = cut(xp.where(saddle, proposed.escape, proposed.newton), radius)
+        exact = state.exact | needs_exact(decrement, state.decrement, least)
+        moved = _State(
+            Trace(at, point, old.iterations + 1, converged, stalled, radius),
+            step,
+            predicted_gain(point, step),
+            polish=good & (not self.in_lanes),
+            decrement=decrement,
+            exact=exact | (old.iterations >= PATIENCE),
+            is_exact=is_exact,
+        )
+        return chosen(self.is_unfinished(old), moved, state)
 
-        return jax.vmap(_step, in_axes=-1, out_axes=-1)(gradient, hessian)
-
-    def only_unfinished(self, moved: _State, state: _State) -> _State:
-        """Lanes that have ended stay where they are."""
-        return chosen(self.unfinished(state.trace), moved, state)
-
-    def ended(self, state: _State) -> Trace:
-        """Lanes take the last step and `snap`."""
-        trace, xp = state.trace, namespace(state.step)
-        last = self.snap(trace.at + state.step)
+    def polished(self, final: _State) -> Trace:
+        """The last step and `snap` for the lanes that have converged; see `minimise`."""
+        trace, xp = final.trace, namespace(final.step)
+        last = self.snap(trace.at + final.step)
         good = trace.converged
         if self.careful:
             value = trace.point.value
-            noise = ROUNDING * abs(value) + self.tolerance
-            good = good & (self.at(last, True).value <= value + noise)
+            highest = value + ROUNDING * abs(value) + self.tolerance
+            good = good & (self.expansion(last, True).value <= highest)
         return trace._replace(at=xp.where(good, last, trace.at))
 
 
-def _norm(vector: Array) -> Array:
+def _careful_step(gradient: Array, hessian: Array) -> Step:
+    """`eigen_step` in lanes."""
+    import jax
+
+    return jax.vmap(eigen_step, in_axes=-1, out_axes=-1)(gradient, hessian)
+
+
+# The rules, for one function or for lanes on the last axis.
+
+
+def norm(vector: Array) -> Array:
+    """Euclidean length, ()."""
     return namespace(vector).sqrt((vector * vector).sum(axis=0))
 
 
-def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
-    """Newton step, its decrement, a step along negative curvature, whether there is any."""
+def _is_finite(point: Any) -> Array:
+    xp = namespace(point.value)
+    return xp.isfinite(point.value) & xp.isfinite(point.hessian).all(axis=(0, 1))
+
+
+def next_radius(
+    radius: Array, length: Array, gain: Array, predicted: Array, noise: Array, accept: Array
+) -> Array:
+    """The radius after a step of a length whose gain was predicted.
+
+    It shrinks if the step was not accepted or gained much less than predicted, unless that is no
+    more than `noise`; it grows if the model was good as far as the radius went.
+    """
+    xp = namespace(radius)
+    ratio = gain / predicted
+    poor = ~accept | ((ratio < POOR) & (predicted > noise))
+    shrunk = xp.where(poor, length * SHRINK, radius)
+    grows = accept & (ratio > FAITHFUL) & (length > FULL * radius)
+    return xp.where(grows, GROW * shrunk, shrunk)
+
+
+def cut(step: Array, radius: Array) -> Array:
+    """A step made no longer than the radius."""
+    return step * namespace(step).minimum(1.0, radius / norm(step).clip(1e-300))
+
+
+def predicted_gain(point: Any, step: Array) -> Array:
+    """By how much the quadratic model at a point falls along a step."""
+    curving = (point.hessian * step[:, None] * step[None]).sum(axis=(0, 1))
+    return -((point.gradient * step).sum(axis=0) + curving / 2)
+
+
+def needs_exact(decrement: Array, before: Array, least: Array | float) -> Array:
+    """Whether an approximate Hessian is no longer good enough: another step at the rate of the
+    last one would end the search, or the rate is slow near the optimum."""
+    rate = namespace(decrement).minimum(decrement / before, 1.0)
+    return (decrement * rate <= least) | ((decrement < NEAR) & (rate > SLOW))
+
+
+def eigen_step(gradient: Array, hessian: Array) -> Step:
+    """Newton's step with the eigenvalues' absolute values, and the most negative direction."""
     xp = namespace(hessian)
     values, vectors = linalg.eigh(hessian)
-    size = xp.max(xp.abs(values))
+    size = xp.max(abs(values))
     size = xp.where(size > 0, size, 1.0)
     along = gradient @ vectors
-    scaled = along / xp.maximum(xp.abs(values), FLAT * size)
-    return (
+    scaled = along / xp.maximum(abs(values), FLAT * size)
+    return Step(
         -vectors @ scaled,
         along @ scaled / 2,
         ESCAPE * vectors[:, 0],
@@ -287,7 +338,7 @@ def _step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
     )
 
 
-def _steepen(hessian: Array, flat: Array | None) -> Array:
+def steepened(hessian: Array, flat: Array | None) -> Array:
     """The Hessian made as steep along `flat` as anywhere."""
     xp = namespace(hessian)
     if flat is None:
@@ -297,8 +348,8 @@ def _steepen(hessian: Array, flat: Array | None) -> Array:
     return hessian + linalg.matmul(linalg.transpose(unit), unit)
 
 
-def _shifted_step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array, Array]:
-    """`_step` for a batch on the trailing axis, without eigenvectors.
+def shifted_step(gradient: Array, hessian: Array) -> Step:
+    """`eigen_step` for a batch on the trailing axis, without eigenvectors.
 
     The Newton step if H + SHIFT |H| is positive definite, and else that of H shifted by
     Gershgorin's bound on its eigenvalues. There is no escape.
@@ -306,22 +357,23 @@ def _shifted_step(gradient: Array, hessian: Array) -> tuple[Array, Array, Array,
     xp = namespace(hessian)
     identity = linalg.eye_like(hessian)
     size = _size(hessian)
-    rows = xp.sum(xp.abs(hessian), axis=1)
+    rows = xp.sum(abs(hessian), axis=1)
     factor = linalg.cholesky(hessian + SHIFT * size * identity)
     negative = xp.isnan(factor[-1, -1])
     centres = linalg.diagonal(hessian)
-    lowest = xp.min(centres - (rows - xp.abs(centres)), axis=0)
+    lowest = xp.min(centres - (rows - abs(centres)), axis=0)
     shift = xp.where(negative, xp.maximum(-lowest, 0.0) * 1.1 + SHIFT * size, SHIFT * size)
     factor = linalg.cholesky(hessian + shift * identity)
     half = linalg.solve_lower(factor, gradient[:, None])
     step = -linalg.solve_lower(_flip(factor), half[::-1])[::-1, 0]
-    return step, xp.sum(half * half, axis=(0, 1)) / 2, xp.zeros_like(step), negative
+    decrement = xp.sum(half * half, axis=(0, 1)) / 2
+    return Step(step, decrement, xp.zeros_like(step), negative)
 
 
 def _size(hessian: Array) -> Array:
     """A bound on the eigenvalues of a batch, 1 for zero."""
     xp = namespace(hessian)
-    size = xp.max(xp.sum(xp.abs(hessian), axis=1), axis=0)
+    size = xp.max(xp.sum(abs(hessian), axis=1), axis=0)
     return xp.where(size > 0, size, 1.0)
 
 
@@ -332,17 +384,18 @@ def _flip(factor: Array) -> Array:
 
 def is_convex(hessian: Array) -> Array:
     """Whether no eigenvalue is negative, up to rounding; also for a batch."""
+    xp = namespace(hessian)
     if hessian.ndim == 2:
         return inertia(hessian)[0] == 0
     shifted = hessian + SHIFT * _size(hessian) * linalg.eye_like(hessian)
-    return ~namespace(hessian).isnan(linalg.cholesky(shifted)[-1, -1])
+    return ~xp.isnan(linalg.cholesky(shifted)[-1, -1])
 
 
 def inertia(hessian: Array) -> Array:
     """Numbers of negative, zero and positive eigenvalues, (3, ...) integers."""
     xp = namespace(hessian)
     values, _ = linalg.eigh(hessian)
-    size = xp.max(xp.abs(values), axis=0)
+    size = xp.max(abs(values), axis=0)
     negative = values < -NEGATIVE * size
     positive = values > NEGATIVE * size
     return xp.stack([kind.sum(axis=0) for kind in (negative, ~negative & ~positive, positive)])
@@ -352,8 +405,8 @@ def solve_flat(hessian: Array, right: Array) -> Array:
     """Minimum-norm solution of ``hessian x = right``, flat directions left out."""
     xp = namespace(hessian)
     values, vectors = linalg.eigh(still(hessian))
-    size = xp.max(xp.abs(values))
-    flat = xp.where(xp.abs(values) <= FLAT * size, 1.0, 0.0)
+    size = xp.max(abs(values))
+    flat = xp.where(abs(values) <= FLAT * size, 1.0, 0.0)
     onto_flat = (vectors * flat) @ vectors.T
     filled, _ = linalg.inverse(hessian + size * onto_flat, False)
     return filled @ (right - onto_flat @ right)

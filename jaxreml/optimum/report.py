@@ -39,7 +39,7 @@ class Estimate:
         sigma: (), residual standard deviation.
         criterion: (), -2 log (restricted) likelihood at the optimum.
         hessian: (m + 1, m + 1), of the criterion in `parameters`; NaN as in `parameters_vcov`.
-        iterations: (), expansions of the criterion computed.
+        n_iter: (), expansions of the criterion computed.
         gradient_norm: (), Euclidean norm of the gradient in the chart (scaled effects).
         inertia: (3,), negative, zero and positive eigenvalues of the Hessian in the chart
             (unstructured covariances: in theta).
@@ -59,7 +59,7 @@ class Estimate:
     sigma: Array
     criterion: Array
     hessian: Array
-    iterations: Array
+    n_iter: Array
     gradient_norm: Array
     inertia: Array
     is_singular: Array
@@ -96,7 +96,7 @@ def report(
         sigma=xp.sqrt(xp.exp(expansion.log_sigma2)),
         criterion=point.value,
         hessian=xp.where(both, found.hessian, xp.nan),
-        iterations=trace.iterations,
+        n_iter=trace.iterations,
         gradient_norm=xp.sqrt(xp.sum(point.gradient**2, axis=0)),
         inertia=newton.inertia(inner_hessian(chart, point, covariance)),
         is_singular=~xp.all(found.free, axis=0),

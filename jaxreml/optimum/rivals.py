@@ -80,7 +80,7 @@ def best_of(
         cheap: whether to search from all `starts`, or from the lowest of the `faces` of the optimum
             if it is below it.
     """
-    points = starts(covariance).astype(start.dtype)
+    points: Any = starts(covariance).astype(start.dtype)
     if on_host(start):
         return _best_in_turn(search, criterion, start, points, covariance, max_iterations, cheap)
     import jax
@@ -117,7 +117,7 @@ def _best_in_turn(
     search: Callable[[Array, Any], Trace],
     criterion: Callable[[Array], Array],
     start: np.ndarray,
-    points: np.ndarray,
+    points: Any,
     covariance: Covariance,
     max_iterations: int,
     cheap: bool,

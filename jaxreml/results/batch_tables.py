@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
-from jaxreml.model.covariance import natural
-
-if TYPE_CHECKING:
-    from jaxreml.many.fitted import FittedBatch
-from jaxreml.many.fitted import BatchModel
+from jaxreml.fitting.random_terms import RESIDUAL, fisher_columns, theta_labels
+from jaxreml.many.fitted import BatchModel, FittedBatch
+from jaxreml.many.numbers import Fits
+from jaxreml.results.tidy import Labels, Part, chosen, intervals, ran_pars, statistics
 
 EFFECTS = ("fixed", "ran_pars", "contrasts")
-Labels = list[tuple[str, str | None, str]]  # effect, group, term
-Part = tuple[Labels, dict[str, np.ndarray]]
 
 
 # Long
@@ -57,11 +52,7 @@ def tidy(
     Raises:
         ValueError: other `effects`, or a level that is not between 0 and 1.
     """
-    wanted = (effects,) if isinstance(effects, str) else tuple(effects)
-    unknown = [effect for effect in wanted if effect not in EFFECTS]
-    if unknown or not wanted:
-        asked = repr(unknown[0]) if unknown else "nothing"
-        raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {asked}")
+    wanted = chosen(effects, EFFECTS)
     check_conf_level(conf_level)
     parts = {"fixed": _tidy_fixed, "ran_pars": _tidy_ran_pars, "contrasts": _tidy_contrasts}
     labels, values = zip(*(parts[effect](results, conf_level) for effect in wanted), strict=True)
@@ -88,7 +79,7 @@ def _tidy_fixed(results: FittedBatch, conf_level: float) -> Part:
         "statistic": results.tvalues.to_numpy(),
         "p_value": results.pvalues.to_numpy(),
         "p_adjusted": results.pvalues_adjusted.to_numpy(),
-        **_intervals(fits.beta, fits.se, fits.df, conf_level),
+        **intervals(fits.beta, fits.se, fits.df, conf_level),
     }
 
 
@@ -99,22 +90,7 @@ def _tidy_contrasts(results: FittedBatch, conf_level: float) -> Part:
     labels: Labels = [("contrast", None, name) for name in results.model.contrasts]
     return labels, {
         **{name: table[name].to_numpy() for name in names},
-        **_intervals(fits.contrast, fits.contrast_se, table["df"].to_numpy(), conf_level),
-    }
-
-
-def _intervals(
-    estimate: np.ndarray, std_error: np.ndarray, df: np.ndarray, conf_level: float
-) -> dict[str, np.ndarray]:
-    from scipy.special import stdtrit
-
-    half = stdtrit(df, (1 + conf_level) / 2) * std_error
-    return {
-        "estimate": estimate,
-        "std_error": std_error,
-        "df": df,
-        "conf_low": estimate - half,
-        "conf_high": estimate + half,
+        **intervals(fits.contrast, fits.contrast_se, table["df"].to_numpy(), conf_level),
     }
 
 
@@ -122,49 +98,22 @@ def _tidy_ran_pars(results: FittedBatch, conf_level: float) -> Part:
     from scipy.special import ndtri
 
     quantile = ndtri((1 + conf_level) / 2)
-    model = results.model
-    sd = np.sqrt(results.variances.to_numpy())
-    correlations = results.correlations.to_numpy()
     z, z_se = _fisher(results)
-    spread = results.log_variance_se.to_numpy() / 2
-    with np.errstate(over="ignore", invalid="ignore"):  # an SD next to zero has any upper limit
-        low, high = sd * np.exp(-quantile * spread), sd * np.exp(quantile * spread)
-    # Each term's SDs are followed by its correlations.
-    labels: Labels = []
-    order: list[int] = []
-    sds = iter(range(sd.shape[1]))
-    pairs = iter(range(sd.shape[1], sd.shape[1] + correlations.shape[1]))
-    for group, effects in model.groups:
-        for effect in effects:
-            labels.append(("ran_pars", group, f"sd__{effect}"))
-            order.append(next(sds))
-        for first, second in combinations(effects, 2):
-            labels.append(("ran_pars", group, f"cor__{first}.{second}"))
-            order.append(next(pairs))
-    labels.append(("ran_pars", RESIDUAL, "sd__Observation"))
-    order.append(next(sds))
-    return labels, {
-        "estimate": np.concatenate([sd, correlations], axis=1)[:, order],
-        "std_error": np.concatenate([sd * spread, z_se / np.cosh(z) ** 2], axis=1)[:, order],
-        "conf_low": np.concatenate([low, np.tanh(z - quantile * z_se)], axis=1)[:, order],
-        "conf_high": np.concatenate([high, np.tanh(z + quantile * z_se)], axis=1)[:, order],
-    }
+    limits = np.tanh(z - quantile * z_se), np.tanh(z + quantile * z_se)
+    return ran_pars(
+        results.model.groups,
+        np.sqrt(results.variances.to_numpy()),
+        results.log_variance_se.to_numpy(),
+        (results.correlations.to_numpy(), z_se / np.cosh(z) ** 2, *limits),
+        quantile,
+    )
 
 
 def _fisher(results: FittedBatch) -> tuple[np.ndarray, np.ndarray]:
     """Fisher's z of each correlation with its standard error; NaN where it is no coordinate."""
     fits, sizes = results.fits, results.model.sizes
-    z, z_se = (np.full(results.correlations.shape, np.nan) for _ in range(2))
-    start = at = 0
-    for q in sizes:
-        for i in range(1, q):  # tanh of the first coordinate of row i is its correlation with 0
-            place = start + q + i * (i - 1) // 2
-            known = np.isfinite(fits.parameters_se[:, place])
-            z[known, at + i - 1] = fits.parameters[known, place]
-            z_se[known, at + i - 1] = fits.parameters_se[known, place]
-        start += q * (q + 1) // 2
-        at += q * (q - 1) // 2
-    return z, z_se
+    z_se = fisher_columns(fits.parameters_se, sizes)
+    return np.where(np.isfinite(z_se), fisher_columns(fits.parameters, sizes), np.nan), z_se
 
 
 def glance(results: FittedBatch) -> pd.DataFrame:
@@ -174,25 +123,12 @@ def glance(results: FittedBatch) -> pd.DataFrame:
     converged, is_singular, n_dropped (rows of the data and of the response), n_missing (those of
     the response), status, message.
     """
-    fits, model = results.fits, results.model
-    dof = fits.rank + fits.theta.shape[1] + 1
-    with np.errstate(divide="ignore"):  # no rows
-        log_nobs = np.log(fits.nobs)
     return pd.DataFrame(
         {
             "response": results.responses,
-            "nobs": fits.nobs,
-            "sigma": fits.sigma,
-            "log_lik": -fits.criterion / 2,
-            "aic": fits.criterion + 2 * dof,
-            "bic": fits.criterion + log_nobs * dof,
-            "reml_crit" if model.method == "REML" else "deviance": fits.criterion,
-            "df_residual": fits.nobs - dof,
-            "converged": results.converged.to_numpy(),
-            "is_singular": fits.is_singular,
-            "n_dropped": fits.missing + model.n_dropped,
-            "n_missing": fits.missing,
-            "status": fits.status,
+            **statistics(results, results.model.method),
+            "n_missing": results.fits.n_missing,
+            "status": results.fits.status,
             "message": _messages(results),
         }
     )
@@ -209,29 +145,15 @@ def _messages(results: FittedBatch) -> pd.Categorical:
 def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
     """Columns of `to_frame` that hold each field of `Fits`: a name, or one per entry."""
 
-    def each(name: str) -> list[str]:
-        return [f"{name}[{label}]" for label in model.fixed_names]
-
-    return {
-        "nobs": "nobs",
-        "missing": "n_missing",
-        "rank": "rank",
-        "beta": each("beta"),
-        "se": each("se"),
-        "df": each("df"),
-        "sigma": "sigma",
-        "theta": [f"theta[{', '.join(label)}]" for label in _theta_labels(model)],
+    labels = dict.fromkeys(("beta", "se", "df"), model.fixed_names)
+    labels |= dict.fromkeys(("contrast", "contrast_se", "contrast_df"), model.contrasts)
+    several = {field: [f"{field}[{name}]" for name in names] for field, names in labels.items()}
+    several |= {
+        "theta": [f"theta[{', '.join(label)}]" for label in theta_labels(model.groups)],
         "parameters": list(model.parameter_names),
         "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
-        "criterion": "criterion",
-        "gradient_norm": "gradient_norm",
-        "iterations": "n_iter",
-        "is_singular": "is_singular",
-        "status": "status",
-        "contrast": [f"contrast[{name}]" for name in model.contrasts],
-        "contrast_se": [f"contrast_se[{name}]" for name in model.contrasts],
-        "contrast_df": [f"contrast_df[{name}]" for name in model.contrasts],
     }
+    return {field: several.get(field, field) for field in Fits._fields if field != "modes"}
 
 
 def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
@@ -274,7 +196,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
         for field in fields:
             add(columns[field], getattr(fits, field))
 
-    add_field("nobs", "missing", "rank", "beta", "se")
+    add_field("nobs", "n_missing", "rank", "beta", "se")
     add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
     add_field("df")
     (p, p_adjusted), (contrast_p, contrast_p_adjusted) = p_value_columns(model)
@@ -291,10 +213,10 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
             add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
     add_field("sigma")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
-    correlations = [f"correlation[{', '.join(label)}]" for label in model.correlation_labels]
+    correlations = [f"correlation[{pair}]" for pair in _pairs(model)]
     add(correlations, results.correlations.to_numpy())
     add_field("parameters", "parameters_se", "theta")
-    add_field("criterion", "gradient_norm", "iterations", "is_singular")
+    add_field("criterion", "gradient_norm", "n_iter", "is_singular")
     frame["converged"] = results.converged.to_numpy()
     add_field("status")
     frame["message"] = _messages(results)
@@ -305,13 +227,8 @@ def _variance_labels(model: BatchModel) -> list[str]:
     return [", ".join(label) for label in model.variance_labels[:-1]] + [RESIDUAL]
 
 
-def _theta_labels(model: BatchModel) -> list[tuple[str, ...]]:
-    """Group and effects of each entry of theta, in its order: one effect on the diagonal."""
-    return [
-        (group, effects[j]) if i == j else (group, effects[j], effects[i])
-        for group, effects in model.groups
-        for i, j in zip(*natural.triangle(len(effects)), strict=True)
-    ]
+def _pairs(model: BatchModel) -> list[str]:
+    return [", ".join(label) for label in model.correlation_labels]
 
 
 # xarray
@@ -336,10 +253,34 @@ def to_xarray(results: FittedBatch) -> Any:
         raise DataError("to_xarray needs xarray: pip install 'jaxreml[xarray]'") from None
     from jaxreml import __version__
 
+    model = results.model
+    variables = _variables(results)
+    coordinates: dict[str, Any] = {
+        "response": results.responses.to_numpy(),
+        "term": list(model.fixed_names),
+        "component": _variance_labels(model),
+        "component_group": ("component", [group for group, _ in model.variance_labels]),
+        "component_term": ("component", [term for _, term in model.variance_labels]),
+        "pair": np.array(_pairs(model), str),  # text too where there are none
+        "factor": [", ".join(label) for label in theta_labels(model.groups)],
+    }
+    if model.contrasts:
+        coordinates["contrast"] = list(model.contrasts)
+    for group, levels, effects, modes in _modes(results):
+        dimensions = ("response", f"level_{group}", f"effect_{group}")
+        variables[f"modes_{group}"] = (dimensions, modes)
+        coordinates[f"level_{group}"] = list(levels)
+        coordinates[f"effect_{group}"] = effects
+    attributes = {"formula": model.formula, "method": model.method, "structure": model.structure}
+    attributes["jaxreml"] = __version__
+    return xarray.Dataset(variables, coordinates, attributes)
+
+
+def _variables(results: FittedBatch) -> dict[str, Any]:
+    """Dimensions and values of everything but the modes."""
     model, fits = results.model, results.fits
-    pairs = [", ".join(label) for label in model.correlation_labels]
     # z has an order of its own.
-    z = [model.parameter_names.index(f"z[{pair}]") for pair in pairs]
+    z = [model.parameter_names.index(f"z[{pair}]") for pair in _pairs(model)]
     by_dimensions = {
         ("response", "term"): {
             "beta": fits.beta,
@@ -363,9 +304,9 @@ def to_xarray(results: FittedBatch) -> Any:
             "sigma": fits.sigma,
             "criterion": fits.criterion,
             "gradient_norm": fits.gradient_norm,
-            "n_iter": fits.iterations,
+            "n_iter": fits.n_iter,
             "nobs": fits.nobs,
-            "n_missing": fits.missing,
+            "n_missing": fits.n_missing,
             "rank": fits.rank,
             "is_singular": fits.is_singular,
             "converged": results.converged.to_numpy(),
@@ -378,30 +319,11 @@ def to_xarray(results: FittedBatch) -> Any:
             "contrast_se": fits.contrast_se,
             "contrast_df": fits.contrast_df,
         }
-    variables: dict[str, Any] = {
+    return {
         name: (dimensions, values)
         for dimensions, named in by_dimensions.items()
         for name, values in named.items()
     }
-    coordinates: dict[str, Any] = {
-        "response": results.responses.to_numpy(),
-        "term": list(model.fixed_names),
-        "component": _variance_labels(model),
-        "component_group": ("component", [group for group, _ in model.variance_labels]),
-        "component_term": ("component", [term for _, term in model.variance_labels]),
-        "pair": np.array(pairs, str),  # text too where there are none
-        "factor": [", ".join(label) for label in _theta_labels(model)],
-    }
-    if model.contrasts:
-        coordinates["contrast"] = list(model.contrasts)
-    for group, levels, effects, modes in _modes(results):
-        dimensions = ("response", f"level_{group}", f"effect_{group}")
-        variables[f"modes_{group}"] = (dimensions, modes)
-        coordinates[f"level_{group}"] = list(levels)
-        coordinates[f"effect_{group}"] = effects
-    attributes = {"formula": model.formula, "method": model.method, "structure": model.structure}
-    attributes["jaxreml"] = __version__
-    return xarray.Dataset(variables, coordinates, attributes)
 
 
 def _modes(results: FittedBatch) -> list[tuple[str, tuple[Any, ...], list[str], np.ndarray]]:

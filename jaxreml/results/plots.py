@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FAINT = {"color": "0.6", "linewidth": 0.8, "linestyle": ":"}
 MANY = 60  # levels that can be labelled
+UPPER_QUARTILE = 0.6744897501960817  # of the normal distribution
 
 
 def caterpillar_data(
@@ -144,7 +145,7 @@ def qq_modes(
         frame["quantile"], frame["mode"], frame["std_error"], fmt="o", markersize=3, elinewidth=0.6
     )
     low, high = np.quantile(frame["mode"], [0.25, 0.75])
-    slope = (high - low) / (2 * 0.6744897501960817)
+    slope = (high - low) / (2 * UPPER_QUARTILE)
     ax.axline((0, (low + high) / 2), slope=slope, **FAINT)
     ax.set(xlabel="normal quantile", ylabel=f"mode of {effect} of {group}")
     return ax
@@ -309,25 +310,25 @@ def profile_contour_data(
     profile: Profile,
     first: str,
     second: str,
-    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+    conf_levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
 ) -> pd.DataFrame:
     """The edges of joint likelihood regions of two parameters: `Profile.contour`."""
-    return profile.contour(first, second, levels)
+    return profile.contour(first, second, conf_levels)
 
 
 def profile_contour(
     profile: Profile,
     first: str,
     second: str,
-    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+    conf_levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
     *,
     ax: Any = None,
 ) -> Any:
     """Joint likelihood regions of two parameters, with the traces of their profiles: where the
     profile of one has the other. See `Profile.contour`."""
-    frame = profile_contour_data(profile, first, second, levels)
+    frame = profile_contour_data(profile, first, second, conf_levels)
     ax = _axes(ax)
-    for level, part in frame.groupby("level"):
+    for level, part in frame.groupby("conf_level"):
         ax.plot(part[first], part[second], color="C0", linewidth=1)
         top = part.loc[part[second].idxmax()]
         ax.annotate(f"{level:.0%}", (top[first], top[second]), fontsize=7, ha="center")

@@ -15,7 +15,7 @@ from jaxreml.inference.fixed.joint_tests import joint_tests
 from jaxreml.inference.fixed.means import contrasts, emmeans, emtrends
 from jaxreml.inference.likelihood.profile import profile
 from jaxreml.inference.parameters import shares
-from jaxreml.inference.parameters.delta import delta, variance_parameters, vcov_parameters
+from jaxreml.inference.parameters.delta import delta, parameters_vcov, variance_parameters
 from jaxreml.inference.resampling.bootstrap import bootstrap
 from jaxreml.inference.resampling.simulation import simulate
 from jaxreml.inference.rows import diagnostics
@@ -57,7 +57,7 @@ class LMMResults(FittedModel):
     # Variance parameters and functions of all parameters
     delta = delta
     variance_parameters = variance_parameters
-    vcov_parameters = vcov_parameters
+    parameters_vcov = parameters_vcov
     icc = shares.icc
     variance_shares = shares.variance_shares
     repeatability = shares.repeatability

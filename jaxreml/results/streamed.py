@@ -84,7 +84,7 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
     """The path of an output file; DataError, before any work, if it cannot be written."""
     path = Path(path)
     if path.suffix != ".parquet":
-        raise DataError(f"output {str(path)!r}: the file's name must end in .parquet")
+        raise ValueError(f"output {str(path)!r}: the file's name must end in .parquet")
     import_parquet("output to parquet")
     return parquet.check_new(path, overwrite)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import string
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.fitting.random_terms import correlation_labels
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.parameters.delta import variance_parameters
+from jaxreml.results.tidy import chosen, intervals, ran_pars, statistics
 
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
 
@@ -20,6 +22,7 @@ EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
 def tidy(
     fit: FittedModel,
     effects: str | tuple[str, ...] = ("fixed", "ran_pars"),
+    *,
     conf_int: bool = False,
     conf_level: float = 0.95,
     df: str = "satterthwaite",
@@ -46,10 +49,7 @@ def tidy(
         ValueError: another effect, or a level outside (0, 1).
     """
     check_conf_level(conf_level)
-    wanted = (effects,) if isinstance(effects, str) else tuple(effects)
-    unknown = [effect for effect in wanted if effect not in EFFECTS]
-    if unknown:
-        raise ValueError(f"effects must be among {', '.join(EFFECTS)}, not {unknown[0]!r}")
+    wanted = chosen(effects, EFFECTS)
     parts = {
         "fixed": partial(_tidy_fixed, df=df),
         "ran_pars": _tidy_ran_pars,
@@ -63,51 +63,32 @@ def tidy(
 
 
 def _tidy_fixed(fit: FittedModel, conf_level: float, df: str) -> pd.DataFrame:
-    interval = wald.conf_int(fit, conf_level, df)
     table = wald.coefficients(fit, df).reset_index(names="term")
     table.insert(0, "effect", "fixed")
     table.insert(1, "group", None)
-    return table.assign(
-        conf_low=interval["lower"].to_numpy(), conf_high=interval["upper"].to_numpy()
-    )
+    columns = (table[name].to_numpy() for name in ("estimate", "std_error", "df"))
+    return table.assign(**intervals(*columns, conf_level=conf_level))
 
 
 def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
     from scipy.special import ndtri
 
-    quantile = ndtri((1 + conf_level) / 2)
-    sds = iter(fit.variance_components.itertuples(index=False))
-    rows: list[tuple] = []
-
-    def add_sd(term: str) -> None:
-        component: Any = next(sds)
-        spread = component.log_variance_se / 2
-        low, high = component.sd * np.exp(np.array([-1, 1]) * quantile * spread)
-        rows.append((component.group, term, component.sd, component.sd * spread, low, high))
-
-    correlations = fit.correlations
-    uncertainty: dict[str, tuple[float, float, float]] = {}
-    if len(correlations) and fit.converged:
+    components = fit.variance_components
+    correlations = fit.correlations["correlation"].to_numpy()
+    uncertainty = np.full((3, correlations.size), np.nan)
+    if correlations.size and fit.converged:
         table = variance_parameters(fit, conf_level=conf_level)
-        columns = table[["std_error", "lower", "upper"]].itertuples(index=False, name=None)
-        uncertainty = dict(zip(table.index, columns, strict=True))
-    start = 0
-    for grouping in fit.groupings:
-        q = len(grouping.effects)
-        for effect in grouping.effects:
-            add_sd(f"sd__{effect}")
-        stop = start + q * (q - 1) // 2
-        for pair in correlations.iloc[start:stop].itertuples(index=False):
-            term = f"cor__{pair.term1}.{pair.term2}"
-            name = f"cor_{pair.term2}.{pair.term1}|{pair.group}"
-            spread, low, high = uncertainty.get(name, (np.nan, np.nan, np.nan))
-            rows.append((pair.group, term, pair.correlation, spread, low, high))
-        start = stop
-    add_sd("sd__Observation")
-    columns = ["group", "term", "estimate", "std_error", "conf_low", "conf_high"]
-    frame = pd.DataFrame(rows, columns=columns)
-    frame.insert(0, "effect", "ran_pars")
-    return frame
+        pairs = correlation_labels(fit.groups)
+        names = [f"cor_{second}.{first}|{group}" for group, first, second in pairs]
+        uncertainty = table.loc[names, ["std_error", "lower", "upper"]].to_numpy().T
+    labels, columns = ran_pars(
+        fit.groups,
+        components["sd"].to_numpy(),
+        components["log_variance_se"].to_numpy(),
+        (correlations, *uncertainty),
+        ndtri((1 + conf_level) / 2),
+    )
+    return pd.DataFrame(labels, columns=["effect", "group", "term"]).assign(**columns)
 
 
 def _tidy_modes(fit: FittedModel, conf_level: float) -> pd.DataFrame:
@@ -143,21 +124,7 @@ def _by_level(frames: dict[str, pd.DataFrame], effect: str) -> pd.DataFrame:
 
 def glance(fit: FittedModel) -> pd.DataFrame:
     """One row of fit statistics, as broom.mixed's `glance`, with how the fit ended."""
-    criterion = "reml_crit" if fit.method == "REML" else "deviance"
-    return pd.DataFrame(
-        {
-            "nobs": [fit.nobs],
-            "sigma": [fit.sigma],
-            "log_lik": [fit.llf],
-            "aic": [fit.aic],
-            "bic": [fit.bic],
-            criterion: [fit.criterion],
-            "df_residual": [fit.df_resid],
-            "converged": [fit.converged],
-            "is_singular": [fit.is_singular],
-            "n_dropped": [fit.n_dropped],
-        }
-    )
+    return pd.DataFrame(statistics(fit, fit.method))
 
 
 def augment(fit: FittedModel) -> pd.DataFrame:
@@ -169,7 +136,7 @@ def augment(fit: FittedModel) -> pd.DataFrame:
         added["weights"] = fit.weights
     if fit.offset is not None:
         added["offset"] = fit.offset
-    table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+    table, _ = split_extras(fit.table)
     return table.rename(columns={name: f"{name}_" for name in added}).assign(**added)
 
 
@@ -264,7 +231,7 @@ def _random_effects(fit: FittedModel) -> str:
         + [""] * (most - 2)
     ]
     k = 0
-    for grouping, matrix in zip(fit.groupings, fit.covariances, strict=True):
+    for grouping, matrix in zip(fit.groupings, fit.cov_re_arrays, strict=True):
         sd = np.sqrt(np.diagonal(matrix))
         for i, effect in enumerate(grouping.effects):
             cells = [f" {grouping.name}" if i == 0 else "", effect]

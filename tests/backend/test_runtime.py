@@ -126,7 +126,7 @@ def entries(arguments) -> list[str]:
         lambda: jaxreml.fit_many("~ x + (1 | g)", data, data[["y"]].to_numpy()),
         lambda: estimate(design),
         lambda: reml_objective(np.zeros(4), design),
-        lambda: fit.bootstrap(n=40, seed=1),
+        lambda: fit.bootstrap(nsim=40, seed=1),
         lambda: fit.conf_int(method="profile"),
         lambda: fit.coefficients("kenward-roger"),
         lambda: fit.delta(lambda beta, parts: beta[0]),

@@ -172,6 +172,8 @@ def test_errors_exit_1(tmp_path, arguments, message):
 def test_usage_exits_2():
     assert run("fit", "sleepstudy").exit_code == 2
     assert run("fit", "sleepstudy", SLEEP, "--format", "xml").exit_code == 2
+    refused = run("fit", "sleepstudy", SLEEP, "--ml", "--df", "kenward-roger")
+    assert refused.exit_code == 2 and "defined for REML" in refused.stderr.replace("\n", " ")
     assert run("nosuch").exit_code == 2
 
 

@@ -86,14 +86,14 @@ def test_a_level_without_rows_lends_its_name_to_no_other_comparison(data, values
 
 
 def test_what_is_not_estimable_is_said_and_not_counted(data, values, results, tmp_path):
-    message = results.messages[1]
+    message = results.message[1]
     assert message.startswith("converged")
     assert message.endswith("not missing: (Intercept), arm[T.b], arm[T.c], b-a, mean")
-    assert results.messages[2].endswith(": arm[T.c], b-c, mean")
-    assert "estimable" not in results.messages[0] + results.messages[3]
+    assert results.message[2].endswith(": arm[T.c], b-c, mean")
+    assert "estimable" not in results.message[0] + results.message[3]
     assert results.fits.rank.tolist() == [3, 2, 2, 3]
     glance = results.glance()
-    assert glance["message"].tolist() == results.messages.tolist()
+    assert glance["message"].tolist() == results.message.tolist()
     for i in (1, 2):
         single = fit(f"y {FORMULA}", data.assign(y=values[:, i]))
         for name in ("aic", "bic", "df_residual", "nobs"):
@@ -120,8 +120,8 @@ def test_what_is_not_estimable_is_said_and_not_counted(data, values, results, tm
         np.testing.assert_allclose(written[name], frame[name], rtol=1e-6)
     of_contrast = results.contrasts["b-c"]["p_adjusted"]
     np.testing.assert_array_equal(frame["contrast_p_adjusted[b-c]"], of_contrast)
-    assert again.messages.tolist() == results.messages.tolist()
-    assert pd.read_parquet(streamed.path)["message"].tolist() == results.messages.tolist()
+    assert again.message.tolist() == results.message.tolist()
+    assert pd.read_parquet(streamed.path)["message"].tolist() == results.message.tolist()
     for name in ("beta", "se", "df", "contrast", "contrast_se", "contrast_df", "rank"):
         np.testing.assert_allclose(getattr(again.fits, name), getattr(results.fits, name), 1e-6)
 
@@ -199,7 +199,7 @@ def test_no_fixed_effects(data, values, tmp_path):
     assert results.params.shape == results.pvalues_adjusted.shape == (4, 0)
     assert len(results.tidy(conf_int=True)) == 8
     assert results.glance()["df_residual"].tolist() == [70, 46, 46, 67]
-    assert all(message == results.messages[0] for message in results.messages)
+    assert all(message == results.message[0] for message in results.message)
     results.to_parquet(tmp_path / "none.parquet")
     again = jaxreml.BatchResults.read_parquet(tmp_path / "none.parquet")
     assert again.params.shape == (4, 0)

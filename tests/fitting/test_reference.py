@@ -133,7 +133,7 @@ def test_conditional_variances(case):
                 stop = start + len(grouping.effects)
                 block = expected[start:stop, start:stop]
                 atol = 1e-5 * np.abs(expected).max()
-                np.testing.assert_allclose(grouping.variances[0], block, rtol=rel, atol=atol)
+                np.testing.assert_allclose(grouping.modes_vcov[0], block, rtol=rel, atol=atol)
                 start = stop
         assert start == len(expected)
 

@@ -224,7 +224,7 @@ def test_which_factors_are_nested():
 def test_notes_of_means():
     fit = fitted("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
     with pytest.warns(UserWarning, match="misleading due to involvement in interactions: recipe:t"):
-        means = fit.emmeans("recipe", pairwise=True, df="kenward-roger", conf_level=0.9)
+        means = fit.emmeans("recipe", contrast="pairwise", df="kenward-roger", conf_level=0.9)
     text = str(means)
     for line in (
         "NOTE: Results may be misleading due to involvement in interactions: recipe:temperature",

@@ -96,9 +96,9 @@ def same_numbers(found, expected):
         left, right = getattr(found.fits, name), getattr(expected.fits, name)
         if right is None:
             assert left is None
-        elif name in ("status", "is_singular", "nobs", "missing"):
+        elif name in ("status", "is_singular", "nobs", "n_missing"):
             np.testing.assert_array_equal(left, right, err_msg=name)
-        elif name not in ("gradient_norm", "iterations"):
+        elif name not in ("gradient_norm", "n_iter"):
             np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
@@ -249,7 +249,7 @@ def ids(table, **changes):
         (lambda t: ids(t, _3=None), "1 rows of the responses have no 'row'"),
         (lambda t: ids(t, _3="x"), r"1 only in the data \('r3'\) and 1 only in the resp.*\('x'\)"),
         (lambda t: ids(t)[:-20], r"20 only in the data \('r\d+', 'r\d+', 'r\d+', \.\.\.\); keep"),
-        (lambda t: t, "id='row' is not a column of the responses"),
+        (lambda t: t, "on='row' is not a column of the responses"),
         (lambda t: t.to_numpy(), "needs responses in a dataframe"),
         (lambda t: blocks(t), "needs responses in a dataframe"),
         (lambda t: ids(t)[["row"]], "no columns but the id"),
@@ -257,14 +257,14 @@ def ids(table, **changes):
 )
 def test_bad_ids(data, table, responses, message):
     with pytest.raises(DataError, match=message):
-        fit_many(FORMULA, data, responses(table), id="row")
+        fit_many(FORMULA, data, responses(table), on="row")
 
 
 def test_bad_ids_in_the_data(data, table):
     with pytest.raises(DataError, match="'r1' occurs more than once in column 'row' of the data"):
-        fit_many(FORMULA, data.replace({"row": {"r2": "r1"}}), ids(table), id="row")
+        fit_many(FORMULA, data.replace({"row": {"r2": "r1"}}), ids(table), on="row")
     with pytest.raises(DataError, match="did you mean 'row'"):
-        fit_many(FORMULA, data, ids(table), id="rows")
+        fit_many(FORMULA, data, ids(table), on="rows")
 
 
 def stream(*pieces):
@@ -337,9 +337,11 @@ def test_bad_files(data, tmp_path):
 def test_bad_arguments(data, table):
     with pytest.raises(FormulaError, match="has a left side"):
         fit_many(f"Reaction {FORMULA}", data, table)
-    with pytest.raises(DataError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
         fit_many(FORMULA, data, table, batch_size=0)
-    with pytest.raises(DataError, match="modes=True"):
+    with pytest.raises(TypeError, match=r"fit_many has no argument 'REML': write method="):
+        fit_many(FORMULA, data, table, REML=False)
+    with pytest.raises(ValueError, match="modes=True"):
         fit_many(FORMULA, data, table, modes=True, output="out.parquet")
     with pytest.raises(ValueError, match="REML"):
         fit_many(FORMULA, data, table, "MLE")
@@ -449,7 +451,7 @@ def test_units_of_the_response(data, table, method):
     results = fit_many(FORMULA, data, values, method)
     few = np.abs(powers) <= 100
     sentences = [Status.UNDERFLOW.sentence, Status.NOT_FINITE.sentence]
-    assert set(results.messages[~results.converged]) == set(sentences)
+    assert set(results.message[~results.converged]) == set(sentences)
     assert results.converged[few].all() and not results.converged[[1, 2, 3, 10, 11]].any()
     for i in np.flatnonzero(results.converged):
         np.testing.assert_allclose(results.tvalues.iloc[i], results.tvalues.iloc[0], rtol=1e-8)

@@ -93,7 +93,7 @@ def assert_equal(found, expected, tolerance=0.0):
     for name in ("beta", "se", "theta", "sigma", "parameters", "parameters_se", "criterion"):
         left, right = getattr(found.fits, name), getattr(expected.fits, name)
         np.testing.assert_allclose(left, right, rtol=tolerance, atol=tolerance, err_msg=name)
-    for name in ("status", "nobs", "missing", "is_singular"):
+    for name in ("status", "nobs", "n_missing", "is_singular"):
         left, right = getattr(found.fits, name), getattr(expected.fits, name)
         np.testing.assert_array_equal(left, right, err_msg=name)
 
@@ -267,7 +267,7 @@ def test_overwrite_leaves_files_that_are_not_ours(interrupted):
 
 
 def test_bad_outputs(tmp_path):
-    with pytest.raises(DataError, match=r"must end in .parquet"):
+    with pytest.raises(ValueError, match=r"must end in .parquet"):
         resume(tmp_path / "out.csv")
     with pytest.raises(DataError, match="there is no folder"):
         resume(tmp_path / "nowhere" / "out.parquet")

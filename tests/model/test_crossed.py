@@ -206,7 +206,7 @@ def test_fit_equals_dense():
     np.testing.assert_allclose(ours.fittedvalues, theirs.fittedvalues, atol=1e-6)
     for one, other in zip(ours.groupings, theirs.groupings, strict=True):
         np.testing.assert_allclose(one.modes, other.modes, atol=1e-6)
-        np.testing.assert_allclose(one.variances, other.variances, atol=1e-6)
+        np.testing.assert_allclose(one.modes_vcov, other.modes_vcov, atol=1e-6)
 
 
 def test_variance_of_zero_at_scale():

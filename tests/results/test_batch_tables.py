@@ -82,9 +82,9 @@ def many_terms():
         parameters_se=rng.uniform(size=(6, theta.shape[1] + 1)),
         criterion=rng.normal(size=6),
         gradient_norm=rng.uniform(size=6),
-        iterations=counts + 5,
+        n_iter=counts + 5,
         nobs=60 - counts,
-        missing=counts,
+        n_missing=counts,
         rank=np.ones(6, int),
         is_singular=counts == 5,
         status=np.zeros(6, int),
@@ -193,7 +193,7 @@ def test_frame_and_xarray_hold_every_number_of_single_fits(results, singles):
             "log_variance_se": ("component", COMPONENTS, components["log_variance_se"]),
             "correlation": ("pair", [PAIR], fit.correlations["correlation"]),
             "z": ("pair", [PAIR], fit.parameters[[2]]),
-            "z_se": ("pair", [PAIR], np.sqrt(fit.parameters_vcov[[2], [2]])),
+            "z_se": ("pair", [PAIR], np.sqrt(fit.parameters_vcov_array[[2], [2]])),
             "theta": ("factor", [COMPONENTS[0], PAIR, COMPONENTS[1]], fit.theta),
         }
         for name, (dimension, labels, values) in expected.items():
@@ -230,8 +230,8 @@ def test_labels_of_many_terms(many_terms):
         np.testing.assert_array_equal(frame[name], fits.parameters[:, k])
         error = name.replace("z[", "z_se[").replace("log_variance[", "log_variance_se[")
         np.testing.assert_array_equal(frame[error], fits.parameters_se[:, k])
-    np.testing.assert_array_equal(frame["n_missing"], fits.missing)
-    np.testing.assert_array_equal(cube["n_missing"], fits.missing)
+    np.testing.assert_array_equal(frame["n_missing"], fits.n_missing)
+    np.testing.assert_array_equal(cube["n_missing"], fits.n_missing)
     for name in (
         "variance",
         "log_variance",

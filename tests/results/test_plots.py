@@ -109,7 +109,7 @@ def test_contours_have_their_deviance(fit, profile, ax):
     frame = plots.profile_contour_data(profile, "(Intercept)", "Days", (0.5, 0.9))
     by_ml = jaxreml.fit(fit.formula, fit.table, "ML")
     for level, deviance in ((0.5, 1.3862944), (0.9, 4.6051702)):
-        part = frame[frame["level"] == level]
+        part = frame[frame["conf_level"] == level]
         for k in (3, 20, 41, 58):
             intercept, slope = part.iloc[k][["(Intercept)", "Days"]]
             left = fit.table.assign(z=fit.y - intercept - slope * fit.table["Days"])

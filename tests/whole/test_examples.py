@@ -81,7 +81,7 @@ def check_genes(figures: dict, text: str) -> None:
     assert sorted(results.status[results.status != 0]) == [Status.CONSTANT, Status.TOO_FEW_ROWS]
     assert (results.n_missing[results.converged] == 15).sum() == 3
     for name in results.responses[~results.converged]:
-        assert f"    {name}: {results.messages[name]}" in text
+        assert f"    {name}: {results.message[name]}" in text
 
     # Benjamini and Hochberg by hand: all p-values up to the last one below its share of 5%.
     p = results.pvalues["treatment[T.treated]"].dropna().sort_values()

@@ -34,12 +34,12 @@ COLUMNS = ["sum_sq", "mean_sq", "num_df", "den_df", "statistic", "p_value"]
 TYPES = {"I": 1, "II": 2, "III": 3, "1": 1, "2": 2, "3": 3}
 
 
-def anova(fit: FittedModel, type: str | int = "III", df: str = "satterthwaite") -> pd.DataFrame:
+def anova(fit: FittedModel, kind: str | int = "III", df: str = "satterthwaite") -> pd.DataFrame:
     """The table of a fit, a row per term of the fixed-effects formula.
 
     Args:
         fit: the fit.
-        type: "I", "II", "III" or 1, 2, 3.
+        kind: the type of the tests, "I", "II", "III" or 1, 2, 3.
         df: method for the denominator degrees of freedom, see `jaxreml.inference.wald`.
 
     Returns:
@@ -48,12 +48,12 @@ def anova(fit: FittedModel, type: str | int = "III", df: str = "satterthwaite") 
         column of its own has NaN, and there is a column ``reason`` then.
 
     Raises:
-        ValueError: another type or method.
-        DataError: a fit that did not converge, or that the method does not serve.
+        ValueError: another kind or method.
+        DataError: a fit that did not converge.
     """
-    number = TYPES.get(str(type))
+    number = TYPES.get(str(kind))
     if number is None:
-        raise ValueError(f'type must be "I", "II", "III" or 1, 2, 3, not {type!r}')
+        raise ValueError(f'kind must be "I", "II", "III" or 1, 2, 3, not {kind!r}')
     terms = fixed_terms(fit)
     tests = hypotheses(terms, number)
     rows = []
@@ -67,7 +67,7 @@ def anova(fit: FittedModel, type: str | int = "III", df: str = "satterthwaite") 
     return table
 
 
-def hypotheses(terms: FixedTerms, type: int) -> dict[str, np.ndarray]:
+def hypotheses(terms: FixedTerms, kind: int) -> dict[str, np.ndarray]:
     """Per term the (k, p) matrix L of its hypothesis of type 1, 2 or 3.
 
     Of the rows that state a hypothesis, lmerTest's are taken, as the degrees of freedom of
@@ -76,10 +76,10 @@ def hypotheses(terms: FixedTerms, type: int) -> dict[str, np.ndarray]:
     """
     X = terms.full[:, terms.kept]
     columns = terms.columns
-    if type == 1 or len(columns) == 1:
+    if kind == 1 or len(columns) == 1:
         triangle = _unit_triangle(X)
         return {name: triangle[own] for name, own in columns.items()}
-    if type == 2:
+    if kind == 2:
         return {name: _marginal(X, terms, name) for name in columns}
     scale = np.linalg.norm(X, axis=0)
     Q, R = np.linalg.qr(X / scale)

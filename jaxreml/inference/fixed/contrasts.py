@@ -11,6 +11,9 @@ import numpy as np
 from jaxreml.arguments import numbers
 from jaxreml.errors import DataError
 
+ABSENT = 0.01  # values of a polynomial of unit length that are zero
+WHOLE = 0.05  # distance from an integer that is rounding
+
 
 @dataclass(frozen=True)
 class Contrasts:
@@ -29,43 +32,43 @@ class Contrasts:
     pairs: bool = False
 
 
-def family(method: str | Mapping[str, Any], labels: Sequence[str]) -> Contrasts:
-    """The contrasts of a method among k labelled means.
+def family(contrast: str | Mapping[str, Any], labels: Sequence[str]) -> Contrasts:
+    """The contrasts of a family among k labelled means.
 
     Args:
-        method: "pairwise" (each less every later one), "revpairwise" (each less every earlier one),
-            "trt.vs.ctrl" and "trt.vs.ctrlk" (each less the first, the last), "consec" (each less
-            the one before), "eff" (each less the mean of all), "poly" (orthogonal polynomials in
-            the position, scaled to integers), all as emmeans names and defines them; or a dict from
-            labels to k coefficients.
+        contrast: "pairwise" (each less every later one), "revpairwise" (each less every earlier
+            one), "trt.vs.ctrl" and "trt.vs.ctrlk" (each less the first, the last), "consec" (each
+            less the one before), "eff" (each less the mean of all), "poly" (orthogonal polynomials
+            in the position, scaled to integers), all as emmeans names and defines them; or a dict
+            from labels to k coefficients.
         labels: of the means.
 
     Raises:
-        ValueError: another method.
-        DataError: fewer than two means, or coefficients that do not match.
+        ValueError: another family, or coefficients that do not match.
+        DataError: fewer than two means.
     """
-    if isinstance(method, Mapping):
-        return _custom(method, len(labels))
-    if method not in FAMILIES:
+    if isinstance(contrast, Mapping):
+        return _custom(contrast, len(labels))
+    if contrast not in FAMILIES:
         raise ValueError(
-            f"the contrasts must be one of {', '.join(FAMILIES)} or a dict of coefficients, not "
-            f"{method!r}"
+            f"contrast must be one of {', '.join(FAMILIES)} or a dict of coefficients, not "
+            f"{contrast!r}"
         )
     if len(labels) < 2:
         raise DataError(
             f"contrasts need two means or more and there is one ({labels[0]}); give values of "
             "covariates by at={...}"
         )
-    return FAMILIES[method](list(labels))
+    return FAMILIES[contrast](list(labels))
 
 
 def _custom(method: Mapping[str, Any], k: int) -> Contrasts:
     names = [str(name) for name in method]
     for name, values in method.items():
         if np.shape(values) != (k,):
-            raise DataError(f"the contrast {name!r} must have {k} coefficients, one per mean")
+            raise ValueError(f"the contrast {name!r} must have {k} coefficients, one per mean")
     if not names:
-        raise DataError("the dict of contrasts is empty")
+        raise ValueError("the dict of contrasts is empty")
     return Contrasts(
         names, np.array([numbers(v, f"the contrast {k!r}") for k, v in method.items()])
     )
@@ -119,9 +122,9 @@ def _polynomials(labels: list[str]) -> Contrasts:
 
 def _integers(column: np.ndarray) -> np.ndarray:
     """Integers in the ratios of a polynomial's values."""
-    column = column / column[column > 0.01].min()
+    column = column / column[column > ABSENT].min()
     gap = np.abs(column - np.rint(column)).max()
-    while gap > 0.05:
+    while gap > WHOLE:
         column = column / gap
         gap = np.abs(column - np.rint(column)).max()
     return np.rint(column)

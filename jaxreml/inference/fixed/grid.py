@@ -171,7 +171,7 @@ def reference_grid(fit: FittedModel, at: Mapping[str, Any] | None = None) -> Ref
         raise DataError("the model has no fixed effects, so there are no means to estimate")
     terms = fixed_terms(fit)
     if not isinstance(at, Mapping | None):
-        raise DataError(f"at must be a dict from variables to values, not {at!r}")
+        raise ValueError(f"at must be a dict from variables to values, not {at!r}")
     at = dict(at or {})
     for name in at:
         if name not in terms.variables:
@@ -221,12 +221,14 @@ def _chosen(name: str, values: Any, levels: list[Any] | None) -> list[Any]:
     chosen = [values] if scalar else list(values)
     chosen = [value.item() if isinstance(value, np.generic) else value for value in chosen]
     if not chosen:
-        raise DataError(f"at: no values for {name!r}")
+        raise ValueError(f"at: no values for {name!r}")
     if levels is None:
         try:
             return [float(value) for value in chosen]
         except (TypeError, ValueError):
-            raise DataError(f"at: the values of {name!r} must be numbers, not {values!r}") from None
+            raise ValueError(
+                f"at: the values of {name!r} must be numbers, not {values!r}"
+            ) from None
     for value in chosen:
         if value not in levels:
             shown = ", ".join(map(repr, levels[:10])) + (", ..." if len(levels) > 10 else "")

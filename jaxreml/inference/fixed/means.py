@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -57,7 +57,7 @@ class MarginalMeans:
 
     def contrast(
         self,
-        method: str | Mapping[str, Any] = "pairwise",
+        contrast: str | Mapping[str, Any] = "pairwise",
         *,
         by: str | Sequence[str] | None = None,
         adjust: str | None = None,
@@ -65,7 +65,7 @@ class MarginalMeans:
         """Contrasts between the means.
 
         Args:
-            method: see `jaxreml.inference.contrasts.family`.
+            contrast: their family, see `jaxreml.inference.contrasts.family`.
             by: compare within the levels of these; those of the means if None, () for none.
             adjust: "none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak" or "BH" (see
                 `jaxreml.inference.adjustments.p_values`), within each level of `by`; None for
@@ -76,7 +76,7 @@ class MarginalMeans:
             A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
             interval is simultaneous (Bonferroni's for "holm" and "BH").
         """
-        return self._functions.contrasted(method, _names(by, self._functions.by), adjust)[0]
+        return self._functions.contrasted(contrast, _names(by, self._functions.by), adjust)[0]
 
     def __str__(self) -> str:
         parts = ["\n".join([self.table.to_string(index=False), "", *self.notes])]
@@ -173,7 +173,7 @@ class Functions:
         return {key: np.array(rows) for key, rows in found.items()}
 
     def contrasted(
-        self, method: str | Mapping[str, Any], by: tuple[str, ...], adjust: str | None
+        self, contrast: str | Mapping[str, Any], by: tuple[str, ...], adjust: str | None
     ) -> tuple[pd.DataFrame, str]:
         """The table of a family of contrasts within the levels of `by`, and how it is adjusted."""
         for name in by:
@@ -181,7 +181,7 @@ class Functions:
                 raise DataError(f"by={name!r} is not among the means' {', '.join(self.labels)}")
         compared = [name for name in self.labels if name not in by]
         if not compared:
-            raise DataError("by takes all the factors of the means: there is nothing to compare")
+            raise ValueError("by takes all the factors of the means: there is nothing to compare")
         within = replace(self, by=by)
         names: list[str] = []
         parts, keys = [], []
@@ -190,7 +190,7 @@ class Functions:
             if len(rows) < 2 and self.nested:
                 continue  # the only level within what it is nested in
             texts = _texts(self.labels.loc[rows, compared])
-            kind = family(method, texts)
+            kind = family(contrast, texts)
             sizes[key] = len(rows)
             names += kind.names
             keys += [key] * len(kind.names)
@@ -239,13 +239,29 @@ def _is_number(text: str) -> bool:
     return True
 
 
+class Options(NamedTuple):
+    """What `emmeans` and `emtrends` are asked for, besides the grid."""
+
+    contrast: str | Mapping[str, Any] | None = None
+    adjust: str | None = None
+    df: str = "satterthwaite"
+    weights: str = "equal"
+    conf_level: float = 0.95
+
+    def checked(self) -> Options:
+        """These; ValueError for a weighting or a level that is none."""
+        if self.weights not in WEIGHTS:
+            raise ValueError(f'weights must be "equal" or "proportional", not {self.weights!r}')
+        check_conf_level(self.conf_level)
+        return self
+
+
 def emmeans(
     fit: FittedModel,
     specs: str | Sequence[str],
     by: str | Sequence[str] | None = None,
     at: Mapping[str, Any] | None = None,
     *,
-    pairwise: bool = False,
     contrast: str | Mapping[str, Any] | None = None,
     adjust: str | None = None,
     df: str = "satterthwaite",
@@ -259,8 +275,7 @@ def emmeans(
         specs: variables to whose levels the means belong; "1" for the overall mean.
         by: further ones, within whose levels means are compared.
         at: values of variables, see `reference_grid`.
-        pairwise: also all pairwise differences.
-        contrast: also these contrasts, see `MarginalMeans.contrast`.
+        contrast: also these contrasts, such as "pairwise", see `MarginalMeans.contrast`.
         adjust: for the p-values and intervals of the contrasts, see there; without contrasts for
             those of the means, None for none.
         df: method for the degrees of freedom, see `jaxreml.inference.wald`; "inf" is emmeans'
@@ -272,22 +287,10 @@ def emmeans(
         ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
         DataError: names or levels that are not the model's; a fit that did not converge.
     """
-    _check(weights, conf_level, pairwise, contrast)
+    options = Options(contrast, adjust, df, weights, conf_level).checked()
     grid = reference_grid(fit, at)
     L, offset = grid.terms.rows(grid.table), grid.terms.offsets(grid.table) + grid.constant
-    return _summarised(
-        fit,
-        grid,
-        L,
-        offset,
-        specs,
-        by,
-        df,
-        weights,
-        conf_level,
-        _method(pairwise, contrast),
-        adjust,
-    )
+    return _summarised(fit, grid, L, offset, specs, by, options)
 
 
 def emtrends(
@@ -296,13 +299,7 @@ def emtrends(
     var: str,
     by: str | Sequence[str] | None = None,
     at: Mapping[str, Any] | None = None,
-    *,
-    pairwise: bool = False,
-    contrast: str | Mapping[str, Any] | None = None,
-    adjust: str | None = None,
-    df: str = "satterthwaite",
-    weights: str = "equal",
-    conf_level: float = 0.95,
+    **options: Any,
 ) -> MarginalMeans:
     """Slopes of the predictions in a covariate at the levels of factors.
 
@@ -311,13 +308,14 @@ def emtrends(
     forward differences are so for straight lines only.
 
     Args:
-        fit, specs, by, at, pairwise, contrast, adjust, df, weights, conf_level: as for `emmeans`.
+        fit, specs, by, at: as for `emmeans`.
         var: the covariate.
+        options: contrast, adjust, df, weights and conf_level, as for `emmeans`.
 
     Raises:
         DataError: also a variable that is not a covariate of the fixed effects.
     """
-    _check(weights, conf_level, pairwise, contrast)
+    asked = Options(**options).checked()
     grid = reference_grid(fit, at)
     if var not in grid.levels or var in grid.terms.factors or not is_numeric(grid.table[var].dtype):
         covariates = [n for n in grid.levels if is_numeric(grid.table[n].dtype)]
@@ -337,22 +335,19 @@ def emtrends(
         (function(ahead) - function(behind)) / (2 * step)
         for function in (grid.terms.rows, grid.terms.offsets)
     )
-    return _summarised(
-        fit, grid, L, offset, specs, by, df, weights, conf_level,
-        _method(pairwise, contrast), adjust, noise,
-    )  # fmt: skip
+    return _summarised(fit, grid, L, offset, specs, by, asked, noise)
 
 
 def contrasts(
     fit: FittedModel,
     specs: str | Sequence[str],
-    method: str | Mapping[str, Any] = "pairwise",
+    contrast: str | Mapping[str, Any] = "pairwise",
     by: str | Sequence[str] | None = None,
     at: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Contrasts between marginal means: `emmeans(..., contrast=method).contrasts`."""
-    found = emmeans(fit, specs, by, at, contrast=method, **options).contrasts
+    """Contrasts between marginal means: `emmeans(..., contrast=contrast).contrasts`."""
+    found = emmeans(fit, specs, by, at, contrast=contrast, **options).contrasts
     assert found is not None
     return found
 
@@ -364,14 +359,11 @@ def _summarised(
     offset: np.ndarray,
     specs: str | Sequence[str],
     by: str | Sequence[str] | None,
-    df: str,
-    weights: str,
-    conf_level: float,
-    method: str | Mapping[str, Any] | None,
-    adjust: str | None,
+    options: Options,
     noise: float = ROUNDING,
 ) -> MarginalMeans:
     """Average the functions of the grid's rows over the variables not named, and compare."""
+    contrast, adjust, df, weights, conf_level = options
     within = _names(by, ())
     names = [name for name in _names(specs, ()) if name != OVERALL]
     names = list(dict.fromkeys([*(name for name in names if name not in within), *within]))
@@ -389,16 +381,16 @@ def _summarised(
     functions = Functions(
         fit, grid.terms, df, conf_level, labels, within, averages, average @ offset, noise, nested
     )
-    of_means = "none" if method is not None else adjust or "none"
+    of_means = "none" if contrast is not None else adjust or "none"
     table = functions.tabulated(of_means)
     over = tuple(n for n, v in grid.levels.items() if n not in names and len(v) > 1)
     before, after = _notes(fit, grid, asked, over, df)
     families = {len(rows) for rows in functions.groups().values()}
     level = f"Confidence level used: {conf_level:g}"
     notes = tuple(filter(None, [*before, *after, level, _adjustment(of_means, families)]))
-    if method is None:
+    if contrast is None:
         return MarginalMeans(table, None, over, notes, (), functions)
-    compared, how = functions.contrasted(method, within, adjust)
+    compared, how = functions.contrasted(contrast, within, adjust)
     contrast_notes = tuple(filter(None, [*before, *after, level, how]))
     return MarginalMeans(table, compared, over, notes, contrast_notes, functions)
 
@@ -415,7 +407,7 @@ def _notes(
     involved = [name for name, used in terms.items() if names and set(names) < used]
     if involved and not grid.nesting:
         note = f"Results may be misleading due to involvement in interactions: {involved[0]}"
-        warnings.warn(note, stacklevel=5)
+        warnings.warn(note, stacklevel=4)
         before.append(f"NOTE: {note}")
     if grid.nesting:
         before.append(f"A nesting structure was found: {described(grid.nesting)}")
@@ -438,15 +430,3 @@ def _names(value: str | Sequence[str] | None, default: tuple[str, ...]) -> tuple
     if value is None:
         return default
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _method(pairwise: bool, contrast: Any) -> Any:
-    return "pairwise" if pairwise else contrast
-
-
-def _check(weights: str, conf_level: float, pairwise: bool, contrast: Any) -> None:
-    if weights not in WEIGHTS:
-        raise ValueError(f'weights must be "equal" or "proportional", not {weights!r}')
-    check_conf_level(conf_level)
-    if pairwise and contrast is not None:
-        raise ValueError("give pairwise=True or contrast=, not both")

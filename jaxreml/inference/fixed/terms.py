@@ -13,6 +13,7 @@ from formulaic.parser.types import Factor, Term
 from jaxreml.data.encoding import Encoding
 from jaxreml.data.estimability import RowSpace
 from jaxreml.data.evaluation import model_matrix, plain
+from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
 
 
@@ -146,7 +147,7 @@ def fixed_terms(fit: FittedModel) -> FixedTerms:
     fit.require_optimum("test fixed effects")
     frame = fit.frame
     encoding = frame.fixed_encoding
-    table = fit.table.drop(columns=["(weights)", "(offset)"], errors="ignore")
+    table, _ = split_extras(fit.table)
     kept = np.array([encoding.names.index(name) for name in fit.fixed_names], dtype=int)
     return FixedTerms(encoding, frame.offset_encodings, table, kept)
 

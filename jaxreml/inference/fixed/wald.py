@@ -41,6 +41,8 @@ from jaxreml.model.kenward_roger import adjust
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
 CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
 NONE = 1e-14  # pbkrtest: 0 / 0 is 1 there
+EQUAL = 1e-8  # degrees of freedom that differ by less, relatively, are one number
+VANISHING = 1e-10  # pbkrtest: factors of the scale this small are zero
 NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
 
 
@@ -104,7 +106,7 @@ class Satterthwaite:
         eigenvectors of the covariance of all rows, dependent ones too."""
         vectors = np.linalg.svd(rows @ np.linalg.cholesky(self.vcov))[0][:, :rank]
         df = self.single(vectors.T @ rows)
-        if np.ptp(df) < 1e-8 * df.max():  # balanced: exact
+        if np.ptp(df) < EQUAL * df.max():  # balanced: exact
             return float(df.mean()), 1.0
         if np.any(df <= 2):  # the expectation of an F ratio does not exist there
             return 2.0, 1.0
@@ -153,7 +155,7 @@ class KenwardRoger:
         scale = 3 * q + 2 * (1 - g)
         c1, c2, c3 = g / scale, (q - g) / scale, (q + 2 - g) / scale
         v0, v1, v2 = (
-            np.where(abs(v) < 1e-10, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
+            np.where(abs(v) < VANISHING, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
         )
         rest = 1 - a2 / q
         ratio = 1.0 if max(abs(rest), abs(v1)) < NONE else rest / v1
@@ -190,8 +192,8 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
     """The approximation of that name for a fit, which keeps it.
 
     Raises:
-        ValueError: another name.
-        DataError: a fit that the method does not serve.
+        ValueError: another name, or one that is not for the fit's method.
+        DataError: variance parameters that Kenward-Roger's method cannot tell apart.
     """
     check_df(df, fit.method)
     df = "kenward-roger" if df == "kenward-roger-linear" else df
@@ -250,7 +252,7 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
         Columns statistic, num_df, den_df, p_value; one row.
 
     Raises:
-        DataError: rows that contradict each other.
+        ValueError: rows that contradict each other, or are all zero.
     """
     from scipy.stats import f
 
@@ -285,9 +287,9 @@ def _independent(
             continue
         size = abs(values[k]) + np.abs(share) @ np.abs(values[kept])
         if abs(values[k] - share @ values[kept]) > CONTRADICTION * size:
-            raise DataError(f"row {k} of the hypothesis contradicts those before it")
+            raise ValueError(f"row {k} of the hypothesis contradicts those before it")
     if not kept:
-        raise DataError("the hypothesis is empty: all coefficients are zero")
+        raise ValueError("the hypothesis is empty: all coefficients are zero")
     return rows[kept], values[kept]
 
 
@@ -310,9 +312,9 @@ def test(
         p_value, a row per row of L.
 
     Raises:
-        DataError: a hypothesis that is not one about this model, a fit without an optimum, or
-            a method that does not serve it.
-        ValueError: another `df`.
+        DataError: names that are not fixed effects, or a fit without an optimum.
+        FormulaError: an equation that is none.
+        ValueError: other hypotheses that are none, or another `df`.
     """
     fit.require_optimum("test fixed effects")
     return (joint_test if joint else each)(fit, L, rhs, df)

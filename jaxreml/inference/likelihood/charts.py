@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.fitting.random_terms import RESIDUAL, unpack
 from jaxreml.model.covariance import natural
 from jaxreml.optimum.held import Coordinates, triangle
 from jaxreml.optimum.search import START
@@ -71,16 +71,8 @@ class Chart:
     def values(self, x: np.ndarray) -> Values:
         """The variance parameters at x (m + 2,)."""
         m = len(self.axes.polar)
-        entries = triangle(x[:m], self.axes)
-        roots = []
-        start = 0
-        for basis in self.bases:
-            q = len(basis)
-            rows, columns = natural.triangle(q)
-            lower = np.zeros((q, q))
-            lower[rows, columns] = entries[start : start + rows.size]
-            roots.append(np.linalg.solve(basis, lower))
-            start += rows.size
+        lowers = unpack(np.asarray(triangle(x[:m], self.axes)), tuple(map(len, self.bases)))
+        roots = (np.linalg.solve(*pair) for pair in zip(self.bases, lowers, strict=True))
         return Values(tuple(roots), float(x[m]))
 
 

@@ -49,7 +49,7 @@ def compare(
     refit: bool = True,
     method: str = "chi2",
     names: Sequence[str] | None = None,
-    n: int = 1000,
+    nsim: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Compare fits to the same data.
@@ -66,7 +66,7 @@ def compare(
             half with df (Self and Liang 1987, JASA 82:605, cases 5 and 6; Stram and Lee 1994,
             Biometrics 50:1171). "bootstrap": simulated, see `likelihood_ratio.null_distribution`.
         names: of the fits, for the rows; "fit 1", ... in the order given if left out.
-        n, seed: responses drawn for "bootstrap", and of the random numbers.
+        nsim, seed: responses drawn for "bootstrap", and of the random numbers.
 
     Returns:
         A row per fit, in the order of their numbers of parameters: formula, npar, AIC, AICc, BIC,
@@ -76,12 +76,12 @@ def compare(
         or why there is no test.
 
     Raises:
-        DataError: fits to different rows, responses or weights; fits by REML that must not be
-            compared so; fits without an optimum.
-        ValueError: fewer than two fits, something else than fits, another method.
+        DataError: fits to different rows, responses or weights; fits without an optimum.
+        ValueError: fewer than two fits, something else than fits, another method; fits by REML that
+            must not be compared so.
     """
     _check(fits, names)
-    tests = TESTS | {"bootstrap": partial(_bootstrap, n=n, seed=seed)}
+    tests = TESTS | {"bootstrap": partial(_bootstrap, nsim=nsim, seed=seed)}
     if method not in tests:
         known = ", ".join(f'"{name}"' for name in tests)
         raise ValueError(f"method must be one of {known}, not {method!r}")
@@ -149,14 +149,14 @@ def _commensurable(
     elif all(by_reml):
         for label, fit in zip(labels[1:], fits[1:], strict=True):
             if not nesting.same_mean(fits[0].frame, fit.frame):
-                raise DataError(
+                raise ValueError(
                     f"{labels[0]} and {label} have different fixed effects, and restricted "
                     "likelihoods can only be compared between models with the same; use refit=True "
                     "to compare them by ML"
                 )
     elif any(by_reml):
         kinds = ", ".join(f"{label}: {fit.method}" for label, fit in zip(labels, fits, strict=True))
-        raise DataError(
+        raise ValueError(
             f"fits by REML and by ML cannot be compared ({kinds}); use refit=True to compare all "
             "by ML"
         )
@@ -244,8 +244,8 @@ def _mixture(pair: Pair) -> tuple[float, str]:
     return float((lower + chdtrc(pair.df, pair.statistic)) / 2), ""
 
 
-def _bootstrap(pair: Pair, n: int, seed: int) -> tuple[float, str]:
-    null = null_distribution(pair.small, pair.large, n, seed)
+def _bootstrap(pair: Pair, nsim: int, seed: int) -> tuple[float, str]:
+    null = null_distribution(pair.small, pair.large, nsim, seed)
     note = f"{null.draws.size} draws, Monte Carlo error of p {null.p_value_se:.2g}"
     if null.n_failed:
         note += f"; {null.n_failed} refits without an optimum left out"

@@ -35,7 +35,7 @@ def contour(
     fit: FittedModel,
     search: Search,
     held: Pair,
-    levels: Sequence[float],
+    conf_levels: Sequence[float],
     points: int,
 ) -> pd.DataFrame:
     """`Profile.contour`, from a search that has tracks of both parameters."""
@@ -43,7 +43,7 @@ def contour(
 
     directions = _directions(fit, search, held, points)
     parts = []
-    for level in levels:
+    for level in conf_levels:
         values, deviance = _edge(search, held, directions, math.sqrt(chdtri(2, 1 - level)))
         lost = int(np.isnan(deviance).sum())
         if lost:
@@ -55,7 +55,7 @@ def contour(
             )
         closed = np.append(np.arange(deviance.size), 0)
         columns = {own.name: values[closed, k] for k, own in enumerate(held.parameters)}
-        parts.append(pd.DataFrame({"level": level, **columns, "deviance": deviance[closed]}))
+        parts.append(pd.DataFrame({"conf_level": level, **columns, "deviance": deviance[closed]}))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -34,7 +34,7 @@ class Profile:
 
     Attributes:
         parameters: names of the parameters profiled, lme4's.
-        likelihood: the criterion of variance parameters, "ML" or "REML"; that of fixed effects is
+        method: the criterion of variance parameters, "ML" or "REML"; that of fixed effects is
             ML.
         conf_level: level of the intervals that `frame` covers.
     """
@@ -44,16 +44,16 @@ class Profile:
         fit: FittedModel,
         parameters: str | Sequence[str] | None = None,
         conf_level: float = 0.95,
-        likelihood: str = "ML",
+        method: str = "ML",
     ):
-        reml = is_reml(likelihood)
+        reml = is_reml(method)
         check_conf_level(conf_level)
         fit.require_optimum("profile the likelihood")
         self._fit = fit
         self._known = known_parameters(fit)
         self._chosen = _choose(self._known, parameters)
         self.parameters = tuple(own.name for own in self._chosen)
-        self.likelihood = likelihood
+        self.method = method
         self.conf_level = max(conf_level, RANGE_LEVEL)
         by_reml = [own for own in self._chosen if reml and own.kind != "fixed"]
         by_ml = [own for own in self._chosen if own not in by_reml]
@@ -118,7 +118,7 @@ class Profile:
         self,
         first: str,
         second: str,
-        levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+        conf_levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
         points: int = 64,
     ) -> pd.DataFrame:
         """The edges of joint likelihood regions of two parameters, exact at every point.
@@ -128,38 +128,38 @@ class Profile:
 
         Args:
             first, second: names of two of `parameters`.
-            levels: of the regions, by chi-squared with two degrees of freedom.
+            conf_levels: of the regions, by chi-squared with two degrees of freedom.
             points: of each edge, to which some are added at its corners on a bound.
 
         Returns:
-            Columns level, one for each parameter, and deviance; the points of an edge in turn, the
-            first again at its end. NaN, with a ConvergenceWarning, where one was not found.
+            Columns conf_level, one for each parameter, and deviance; the points of an edge in turn,
+            the first again at its end. NaN, with a ConvergenceWarning, where one was not found.
 
         Raises:
-            DataError: two correlations of one term, or a correlation and the SD of a third effect,
-                which cannot be held together; the same parameter twice.
-            ValueError: another name or level, or fewer than 4 points.
+            DataError: another name; two correlations of one term, or a correlation and the SD of a
+                third effect, which cannot be held together.
+            ValueError: the same parameter twice, another level, or fewer than 4 points.
         """
         from jaxreml.inference.likelihood.contours import contour
 
-        for level in levels:
-            check_conf_level(level, "levels")
+        for level in conf_levels:
+            check_conf_level(level, "conf_levels")
         if points < 4:
             raise ValueError(f"an edge needs at least 4 points, not {points}")
         if first == second:
-            raise DataError(f"{first!r} is given twice: a region is of two parameters")
+            raise ValueError(f"{first!r} is given twice: a region is of two parameters")
         one, other = (self._parameter(name) for name in (first, second))
         held = pair(self._fit, one, other)
-        reml = is_reml(self.likelihood) and "fixed" not in (one.kind, other.kind)
+        reml = is_reml(self.method) and "fixed" not in (one.kind, other.kind)
         search = Search(self._fit, self._known, [one, other], reml)
-        return contour(self._fit, search, held, levels, points)
+        return contour(self._fit, search, held, conf_levels, points)
 
     def _parameter(self, name: str) -> Parameter:
         for own in self._chosen:
             if own.name == name:
                 return own
         known = ", ".join(self.parameters)
-        raise ValueError(f"there is no profile of {name!r}: {known}")
+        raise DataError(f"there is no profile of {name!r}: {known}")
 
     def _limits(self, level: float, points: bool = False) -> dict[tuple[Parameter, int], Limit]:
         """Of each parameter, side -1 and 1; and the points between."""
@@ -201,7 +201,7 @@ def _choose(known: list[Parameter], names: str | Sequence[str] | None) -> list[P
     all_names = [own.name for own in known]
     for name in wanted:
         if name not in kinds and name not in all_names:
-            raise ValueError(
+            raise DataError(
                 f"{name!r} is not a parameter of the fit; there are {', '.join(all_names)}, and "
                 "'theta_' and 'beta_' for all variance parameters and all fixed effects"
             )
@@ -215,7 +215,7 @@ def profile(
     fit: FittedModel,
     parameters: str | Sequence[str] | None = None,
     conf_level: float = 0.95,
-    likelihood: str = "ML",
+    method: str = "ML",
 ) -> Profile:
     """Profile likelihoods of SDs, correlations, sigma and fixed effects.
 
@@ -225,7 +225,7 @@ def profile(
             ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; "theta_" and
             "beta_" for all variance parameters and all fixed effects. All if left out.
         conf_level: level of the intervals to cover, 0.99 at least.
-        likelihood: "ML", for any fit as lme4 does, or "REML" to profile the variance parameters
+        method: "ML", for any fit as lme4 does, or "REML" to profile the variance parameters
             by the restricted likelihood. Fixed effects have no restricted likelihood: their
             profile is always ML.
 
@@ -233,8 +233,8 @@ def profile(
         A `Profile`: ``conf_int(conf_level)`` and ``frame``.
 
     Raises:
-        DataError: the fit has no optimum.
+        DataError: the fit has no optimum, or does not have a parameter.
         JaxremlError: the profile finds a better one.
-        ValueError: a parameter that the fit does not have, a level outside (0, 1).
+        ValueError: no parameters, another method, a level outside (0, 1).
     """
-    return Profile(fit, parameters, conf_level, likelihood)
+    return Profile(fit, parameters, conf_level, method)

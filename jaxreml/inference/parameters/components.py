@@ -20,7 +20,7 @@ from jax.scipy.linalg import block_diag
 
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Covariance
 from jaxreml.model.covariance.unstructured import unstructured

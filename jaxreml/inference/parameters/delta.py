@@ -23,7 +23,7 @@ from jaxreml.arguments import check_conf_level
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import components
 from jaxreml.model.covariance import natural
 
@@ -64,12 +64,12 @@ class Linearised(NamedTuple):
 
     Attributes:
         estimate: (k,) values.
-        covariance: (k, k), rows NaN where there is no standard error.
+        vcov: (k, k), rows NaN where there is no standard error.
         notes: per value why not, or what the standard error is conditional on; "" if nothing.
     """
 
     estimate: np.ndarray
-    covariance: np.ndarray
+    vcov: np.ndarray
     notes: list[str]
 
 
@@ -109,13 +109,13 @@ def delta(
         standard error is conditional on, or why there is none.
 
     Raises:
-        DataError: a fit without an optimum; a g that JAX cannot differentiate, that asks for
-            components, or entries of them or of beta, that the model does not have, or that
-            returns something else; a value outside the range of its transform.
-        ValueError: names or transforms of another number than the values; another transform.
+        DataError: a fit without an optimum; a g that asks for components, or entries of them or of
+            beta, that the model does not have; a value outside the range of its transform.
+        ValueError: a g that JAX cannot differentiate or that returns something else; names or
+            transforms of another number than the values; another transform.
     """
     if not callable(function):
-        raise DataError(f"function must be a JAX function g(beta, components), not {function!r}")
+        raise ValueError(f"function must be a JAX function g(beta, components), not {function!r}")
     linear = linearise(fit, program(function, fit.term_sizes))
     components.require_entries(function, fit)
     label = getattr(function, "__name__", "g")
@@ -143,13 +143,13 @@ def program(g: Callable[..., Any], groups: components.Groups) -> Program:
 
 def _vector(value: Any) -> Array:
     if isinstance(value, dict):
-        raise DataError("g must return a scalar or a vector, not a dict")
+        raise ValueError("g must return a scalar or a vector, not a dict")
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"g must return a scalar or a vector: {error}") from None
+        raise ValueError(f"g must return a scalar or a vector: {error}") from None
     if array.ndim > 1 or jnp.iscomplexobj(array):
-        raise DataError(
+        raise ValueError(
             f"g must return a real scalar or vector, not {array.dtype} of shape {array.shape}"
         )
     return array.reshape(-1).astype(jnp.float64)
@@ -159,7 +159,7 @@ def linearise(fit: FittedModel, program: Program, *data: Any) -> Linearised:
     """Values of a program's function at a fit with their covariance matrix.
 
     Raises:
-        DataError: as `delta`.
+        DataError, ValueError: as `delta`.
     """
     fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
@@ -172,7 +172,7 @@ def linearise(fit: FittedModel, program: Program, *data: Any) -> Linearised:
                 values = program.values(fit.beta, fit.theta, fit.sigma, *data)
         except jax.errors.JAXTypeError as error:
             first = str(error).splitlines()[0]
-            raise DataError(f"{NO_DERIVATIVE}. JAX says: {first}") from error
+            raise ValueError(f"{NO_DERIVATIVE}. JAX says: {first}") from error
     estimate, slopes, interior = jax.device_get((values, slopes, interior))
     slope = np.concatenate(slopes, axis=1)
     return _propagate(fit, inside, estimate, slope, np.concatenate(interior, axis=1))
@@ -218,8 +218,8 @@ def _propagate(
 
     spread = np.zeros((len(free), len(free)))
     spread[:p, :p] = fit.vcov_array
-    known = np.isfinite(fit.parameters_vcov[np.ix_(inside, inside)]).all()
-    spread[p:, p:] = np.where(np.outer(inside, inside) & known, fit.parameters_vcov, 0.0)
+    known = np.isfinite(fit.parameters_vcov_array[np.ix_(inside, inside)]).all()
+    spread[p:, p:] = np.where(np.outer(inside, inside) & known, fit.parameters_vcov_array, 0.0)
     with np.errstate(invalid="ignore", over="ignore"):
         joint = slope @ spread @ slope.T
 
@@ -261,7 +261,7 @@ def wald(
     if len(chosen) != count:
         raise ValueError(f"{len(chosen)} transforms for {count} value(s)")
     quantile = ndtri((1 + conf_level) / 2)
-    std_error = np.sqrt(np.diagonal(linear.covariance))
+    std_error = np.sqrt(np.diagonal(linear.vcov))
     limits = np.full((count, 2), np.nan)
     notes = list(linear.notes)
     for k, (name, kind) in enumerate(zip(names, chosen, strict=True)):
@@ -322,14 +322,14 @@ def variance_parameters(
     return wald(linear, names, conf_level, transforms)
 
 
-def vcov_parameters(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
+def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
     """Asymptotic covariance matrix of the variance parameters; see `variance_parameters`.
 
     Rows and columns of parameters on the boundary are NaN, the others given them.
     """
     linear, names, _ = _parameters(fit, scale)
     index = pd.Index(names)
-    return pd.DataFrame(linear.covariance, index, index)
+    return pd.DataFrame(linear.vcov, index, index)
 
 
 def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], list[str | None]]:
@@ -359,13 +359,13 @@ def _logarithmic(fit: FittedModel) -> Linearised:
     """`LMMResults.parameters` as they are."""
     fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
-    known = np.isfinite(np.diagonal(fit.parameters_vcov))
+    known = np.isfinite(np.diagonal(fit.parameters_vcov_array))
     given = "" if inside.all() else _given(fit)
     notes = [
         _on_boundary(fit) if not free else given if has_error else FLAT
         for free, has_error in zip(inside, known, strict=True)
     ]
-    return Linearised(fit.parameters, fit.parameters_vcov, notes)
+    return Linearised(fit.parameters, fit.parameters_vcov_array, notes)
 
 
 @remembered

@@ -20,7 +20,7 @@ from jax import Array
 
 from jaxreml.backend.compilation import remembered
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import components
 from jaxreml.inference.parameters.delta import Program, linearise, program, wald
 

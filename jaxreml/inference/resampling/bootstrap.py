@@ -41,11 +41,11 @@ class Bootstrap:
         fit: what they were drawn from.
         statistic: g(beta, components); None for the default statistics.
         estimate: (k,), statistics of the fit.
-        draws: (n - n_failed, k), those of the refits that converged, in the order drawn. A
+        draws: (nsim - n_failed, k), those of the refits that converged, in the order drawn. A
             log-variance is -inf where its variance is zero, a correlation NaN.
         errors: draws of their standard errors, of SDs on the log scale and of correlations on
             Fisher's z scale; None for a user's statistic.
-        n: responses drawn.
+        nsim: responses drawn.
         seed: as given.
         failures: how the refits without an optimum ended, with their numbers.
         share_singular: of the refits that converged, those with a variance of zero or a
@@ -57,7 +57,7 @@ class Bootstrap:
     estimate: pd.Series
     draws: pd.DataFrame
     errors: pd.DataFrame | None
-    n: int
+    nsim: int
     seed: int
     failures: pd.Series
     share_singular: float
@@ -65,7 +65,7 @@ class Bootstrap:
     @property
     def n_failed(self) -> int:
         """Refits without an optimum, left out of `draws`."""
-        return self.n - len(self.draws)
+        return self.nsim - len(self.draws)
 
     @property
     def bias(self) -> pd.Series:
@@ -80,9 +80,10 @@ class Bootstrap:
             return self.draws.std().rename("std_error")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per statistic: estimate, bias, std_error and n, the draws that define it."""
-        columns = [self.estimate, self.bias, self.std_error, self.draws.notna().sum().rename("n")]
-        return pd.concat(columns, axis=1)
+        """One row per statistic: estimate, bias, std_error and n_defined, the draws that
+        define it."""
+        defined = self.draws.notna().sum().rename("n_defined")
+        return pd.concat([self.estimate, self.bias, self.std_error, defined], axis=1)
 
     def conf_int(self, conf_level: float = 0.95, method: str = "percentile") -> pd.DataFrame:
         """Confidence intervals of all statistics.
@@ -179,11 +180,11 @@ class Bootstrap:
         fit, people = self.fit, of_fit(self.fit)
         params = components.finite(fit)
         free = np.isfinite(fit.parameters)
-        spread = np.where(np.outer(free, free), fit.parameters_vcov, 0.0)
+        spread = np.where(np.outer(free, free), fit.parameters_vcov_array, 0.0)
         engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
         of_draws = [
             engine.gradients(params, block[:, start : start + TOGETHER])
-            for block in people.blocks(min(self.n, SCORES), self.seed)
+            for block in people.blocks(min(self.nsim, SCORES), self.seed)
             for start in range(0, block.shape[1], TOGETHER)
         ]
         scores = -np.concatenate(of_draws) / 2
@@ -197,7 +198,7 @@ class Bootstrap:
 
     def __repr__(self) -> str:
         return (
-            f"<Bootstrap of {self.fit.formula!r}, {self.n} draws, {self.n_failed} failed, "
+            f"<Bootstrap of {self.fit.formula!r}, {self.nsim} draws, {self.n_failed} failed, "
             f"{self.share_singular:.1%} singular>"
         )
 
@@ -212,7 +213,7 @@ def _missing(tails: np.ndarray) -> str:
 
 def bootstrap(
     fit: FittedModel,
-    n: int = 10_000,
+    nsim: int = 10_000,
     function: Statistic | None = None,
     seed: int = 0,
 ) -> Bootstrap:
@@ -220,7 +221,7 @@ def bootstrap(
 
     Args:
         fit: a fit that converged.
-        n: number of responses; they are those of ``fit.simulate(n, seed)``.
+        nsim: number of responses; they are those of ``fit.simulate(nsim, seed)``.
         function: a JAX function g(beta, components), mapped over the refits (`components`): a
             scalar, an array or a dict of them. All fixed effects, ``sigma``, SDs, correlations and
             log-variances if left out.
@@ -232,9 +233,9 @@ def bootstrap(
     Raises:
         DataError: the fit did not converge, or no refit did; a statistic that asks for what the
             model does not have.
-        ValueError: n or seed out of range.
+        ValueError: nsim or seed out of range, or a function that is no statistic.
     """
-    check_count(n, seed)
+    check_count(nsim, seed)
     people = of_fit(fit)
     statistic = function or default(fit)
     names, own = evaluate(statistic, fits_of(fit), fit.term_sizes)
@@ -242,7 +243,7 @@ def bootstrap(
         components.require_entries(function, fit)
     engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
     draws, errors, statuses, singular = [], [], [], 0
-    for block in people.blocks(n, seed):
+    for block in people.blocks(nsim, seed):
         fits = engine.fit(block)
         statuses.append(fits.status)
         good = _converged(fits)
@@ -260,7 +261,7 @@ def bootstrap(
         estimate=pd.Series(own[0], index, name="estimate"),
         draws=pd.DataFrame(values, columns=index),
         errors=pd.DataFrame(np.concatenate(errors), columns=index) if errors else None,
-        n=n,
+        nsim=nsim,
         seed=seed,
         failures=pd.Series(count_failures(status), name="refits", dtype=int),
         share_singular=singular / len(values),

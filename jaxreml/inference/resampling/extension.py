@@ -9,7 +9,13 @@ from itertools import count
 import numpy as np
 import pandas as pd
 
-from jaxreml.data.frame import GroupingTerm, ModelFrame, covariate_frame, drop_aliased
+from jaxreml.data.frame import (
+    GroupingTerm,
+    ModelFrame,
+    covariate_frame,
+    drop_aliased,
+    split_extras,
+)
 from jaxreml.errors import DataError
 from jaxreml.inference.resampling.simulation import Population
 
@@ -180,10 +186,7 @@ def _along_values(people: Population, name: str, n: int) -> ModelFrame:
     wanted = [values[k] if k < values.size else values[0] + k * steps[0] for k in range(n)]
     table = frame.table.iloc[rows].reset_index(drop=True)
     table[name] = np.repeat(wanted, [of_value[k].size for k in sources])
-    extras = {
-        role: table.pop(f"({role})").to_numpy() if f"({role})" in table else None
-        for role in ("weights", "offset")
-    }
+    table, extras = split_extras(table)
     parsed = frame.formula
     right = parsed.text[len(parsed.response) :]
     extended = covariate_frame(right, table, **extras, context=people.context)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+WHOLE = 1e-9  # distance of a place among the draws from an integer, per draw, that is rounding
+
 
 def order_statistics(draws: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Quantiles at (R + 1) probability; NaN where that is below the first, above the last or NaN.
@@ -21,7 +23,7 @@ def order_statistics(draws: np.ndarray, probabilities: np.ndarray) -> np.ndarray
     count = ordered.size
     place = (count + 1) * np.asarray(probabilities, float)
     whole = np.round(place)
-    place = np.where(np.abs(place - whole) < 1e-9 * (count + 1), whole, place)
+    place = np.where(np.abs(place - whole) < WHOLE * (count + 1), whole, place)
     low = np.floor(place)
     inside = (place >= 1) & (place <= count)
     below = np.clip(np.where(inside, low, 1), 1, max(count, 1)).astype(int)

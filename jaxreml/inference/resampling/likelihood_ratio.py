@@ -13,6 +13,10 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import require_some
 from jaxreml.status import Status
 
+ROUNDING = 1e-9  # of a difference of criteria, per unit of the criterion
+LOWER = 1e-6  # ... by which the likelihood of a larger model may be lower, as optima are found
+OUTSIDE = 1e-8  # share of columns outside the span of others that is rounding
+
 
 @dataclass(frozen=True, eq=False)
 class NullDistribution:
@@ -20,15 +24,15 @@ class NullDistribution:
 
     Attributes:
         statistic: of the data.
-        draws: (n - n_failed,), of the responses for which both models have an optimum.
-        n: responses drawn.
+        draws: (nsim - n_failed,), of the responses for which both models have an optimum.
+        nsim: responses drawn.
         n_failed: those left out.
         share_singular: of the draws, refits of the (smaller, larger) model on the boundary.
     """
 
     statistic: float
     draws: np.ndarray
-    n: int
+    nsim: int
     n_failed: int
     share_singular: tuple[float, float]
 
@@ -45,7 +49,7 @@ class NullDistribution:
 
 
 def null_distribution(
-    smaller: FittedModel, larger: FittedModel, n: int = 1000, seed: int = 0
+    smaller: FittedModel, larger: FittedModel, nsim: int = 1000, seed: int = 0
 ) -> NullDistribution:
     """The distribution of a likelihood-ratio statistic if the smaller model holds.
 
@@ -56,15 +60,16 @@ def null_distribution(
     Args:
         smaller, larger: fits of nested models to the same rows by the same method, ML unless they
             have the same fixed effects.
-        n: responses.
+        nsim: responses to draw.
         seed: of the random numbers.
 
     Raises:
         DataError: a fit did not converge, different rows or responses, or no refit of both
             converged.
-        ValueError: methods that differ, REML with different fixed effects, n or seed out of range.
+        ValueError: methods that differ, REML with different fixed effects; nsim or seed out of
+            range.
     """
-    check_count(n, seed)
+    check_count(nsim, seed)
     for fit in (smaller, larger):
         fit.require_optimum("compare")
     _require_comparable(smaller, larger)
@@ -74,7 +79,7 @@ def null_distribution(
     ]
     draws, statuses = [], []
     singular = np.zeros(2)
-    for block in people.blocks(n, seed):
+    for block in people.blocks(nsim, seed):
         pair = [engine.fit(block) for engine in engines]
         status = np.where(pair[0].status == Status.CONVERGED, pair[1].status, pair[0].status)
         good = status == Status.CONVERGED
@@ -88,15 +93,15 @@ def null_distribution(
     return NullDistribution(
         statistic=float(_cleaned(smaller.criterion - larger.criterion, smaller.criterion)),
         draws=values,
-        n=n,
-        n_failed=n - values.size,
+        nsim=nsim,
+        n_failed=nsim - values.size,
         share_singular=(float(small), float(large)),
     )
 
 
 def _cleaned(statistics: np.ndarray | float, criterion: float) -> np.ndarray:
     """Rounding error around zero, where a variance of the larger model is zero, as zero."""
-    noise = 1e-9 * (1 + abs(criterion))
+    noise = ROUNDING * (1 + abs(criterion))
     return np.where(np.abs(statistics) < noise, 0.0, statistics)
 
 
@@ -120,7 +125,7 @@ def _require_comparable(smaller: FittedModel, larger: FittedModel) -> None:
             "restricted likelihoods of different fixed effects cannot be compared: fit both models "
             'with method="ML"'
         )
-    if larger.criterion > smaller.criterion + 1e-6 * (1 + abs(smaller.criterion)):
+    if larger.criterion > smaller.criterion + LOWER * (1 + abs(smaller.criterion)):
         raise ValueError(
             f"the likelihood of {larger.formula!r} is lower than that of {smaller.formula!r}: the "
             "models are not nested in this order"
@@ -132,12 +137,12 @@ def _same_span(first: np.ndarray, second: np.ndarray) -> bool:
         return False
     basis = np.linalg.qr(first)[0]
     rest = second - basis @ (basis.T @ second)
-    return bool(np.linalg.norm(rest) <= 1e-8 * np.linalg.norm(second))
+    return bool(np.linalg.norm(rest) <= OUTSIDE * np.linalg.norm(second))
 
 
 def bootstrap_lrt(
-    fit0: FittedModel, fit1: FittedModel, n: int = 1000, seed: int = 0
+    fit0: FittedModel, fit1: FittedModel, nsim: int = 1000, seed: int = 0
 ) -> NullDistribution:
     """Bootstrap likelihood-ratio test of two nested fits in either order; `null_distribution`."""
     smaller, larger = sorted((fit0, fit1), key=lambda fit: fit.dof)
-    return null_distribution(smaller, larger, n, seed)
+    return null_distribution(smaller, larger, nsim, seed)

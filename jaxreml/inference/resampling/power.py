@@ -26,7 +26,7 @@ def power(
     *,
     along: str | None = None,
     within: str | Sequence[str] | None = None,
-    simulations: int = 1000,
+    nsim: int = 1000,
     alpha: float = 0.05,
     seed: int = 0,
     conf_level: float = 0.95,
@@ -46,7 +46,7 @@ def power(
             if left out.
         along, within: as for `extension.extend`: a grouping factor to have n levels (or a numeric
             column n values), or one whose levels are to have n rows.
-        simulations: responses drawn for each sample size.
+        nsim: responses drawn for each sample size.
         alpha: level of the tests.
         seed: of the random numbers.
         conf_level: of the intervals.
@@ -62,7 +62,7 @@ def power(
             size that cannot be made, or no refit that converged.
         ValueError: arguments out of range.
     """
-    check_count(simulations, seed)
+    check_count(nsim, seed)
     check_conf_level(conf_level)
     check_conf_level(alpha, "alpha")
     people = model if isinstance(model, Population) else of_fit(model)
@@ -76,7 +76,7 @@ def power(
     rows = []
     for size in sizes:
         sample = people if size is None else extend(people, size, along, within)
-        rows += _curve(sample, wanted, simulations, alpha, seed, conf_level, size)
+        rows += _curve(sample, wanted, nsim, alpha, seed, conf_level, size)
     return pd.DataFrame(rows)
 
 
@@ -97,17 +97,17 @@ def _effects(
             sizes = people.beta[names.index(name)]
         values = np.atleast_1d(np.asarray(sizes, float))
         if values.ndim != 1 or not np.all(np.isfinite(values)):
-            raise DataError(f"the sizes of {name!r} must be finite numbers, not {sizes!r}")
+            raise ValueError(f"the sizes of {name!r} must be finite numbers, not {sizes!r}")
         pairs += [(name, float(value)) for value in values]
     if not pairs:
-        raise DataError("there are no effects to test")
+        raise ValueError("there are no effects to test")
     return pairs
 
 
 def _curve(
     people: Population,
     effects: list[tuple[str, float]],
-    simulations: int,
+    nsim: int,
     alpha: float,
     seed: int,
     conf_level: float,
@@ -115,7 +115,7 @@ def _curve(
 ) -> list[dict[str, Any]]:
     """The rows of one sample size."""
     engine = BatchFitter(people.frame, people.method, structure=people.structure)
-    fits = [engine.fit(block) for block in people.blocks(simulations, seed)]
+    fits = [engine.fit(block) for block in people.blocks(nsim, seed)]
     beta, se, df, status, singular = (
         np.concatenate([getattr(part, field) for part in fits])
         for field in ("beta", "se", "df", "status", "is_singular")
@@ -125,7 +125,7 @@ def _curve(
         k = people.frame.fixed_names.index(name)
         good = (status == Status.CONVERGED) & (df[:, k] > 0)
         if not good.any():
-            raise DataError(f"none of the {simulations} refits gave a test of {name!r}")
+            raise DataError(f"none of the {nsim} refits gave a test of {name!r}")
         t = (beta[good, k] + value - people.beta[k]) / se[good, k]
         found = int(np.sum(2 * stdtr(df[good, k], -np.abs(t)) < alpha))
         total = int(good.sum())
@@ -139,7 +139,7 @@ def _curve(
                 "power": found / total,
                 "lower": float(low),
                 "upper": float(high),
-                "n_failed": simulations - total,
+                "n_failed": nsim - total,
                 "share_singular": float(singular[good].mean()),
             }
         )

@@ -16,12 +16,13 @@ from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.model.covariance import natural
+from jaxreml.fitting.random_terms import unpack
 
 NEW, CONDITIONAL = "~0", None
 TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
 NUMBERS = 2**18  # of a stream's responses; a processor's cache holds them
 BLOCK = 2**23  # numbers of a block of responses
+NEGATIVE = 1e-10  # eigenvalues of a covariance matrix, relative to its entries, that are rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +55,16 @@ class Population:
         mean = self.frame.X @ self.beta
         return mean if self.frame.offset is None else mean + self.frame.offset
 
-    def simulate(self, n: int = 1, seed: int = 0) -> pd.DataFrame:
+    def simulate(self, nsim: int = 1, seed: int = 0) -> pd.DataFrame:
         """Draw responses with new random effects; see `simulate`."""
-        return _labelled(self, self.mean, n, seed, new=True)
+        return _labelled(self, self.mean, nsim, seed, new=True)
 
-    def blocks(self, n: int, seed: int) -> Iterator[np.ndarray]:
+    def blocks(self, nsim: int, seed: int) -> Iterator[np.ndarray]:
         """The responses of `simulate` in blocks (rows, b) of bounded size."""
         size = max(BLOCK // len(self.frame.X), 1)
         size = max(size // self._together, 1) * self._together
-        for start in range(0, n, size):
-            yield self._draw(self.mean, start, min(start + size, n), seed, new=True)
+        for start in range(0, nsim, size):
+            yield self._draw(self.mean, start, min(start + size, nsim), seed, new=True)
 
     @property
     def _together(self) -> int:
@@ -109,14 +110,7 @@ def of_fit(fit: FittedModel) -> Population:
         DataError: the fit did not converge.
     """
     fit.require_optimum("simulate from it")
-    factors = []
-    start = 0
-    for _, q in fit.term_sizes:
-        factor = np.zeros((q, q))
-        rows, columns = natural.triangle(q)
-        factor[rows, columns] = fit.sigma * fit.theta[start : start + rows.size]
-        factors.append(factor)
-        start += rows.size
+    factors = unpack(fit.sigma * fit.theta, tuple(q for _, q in fit.term_sizes))
     return Population(
         fit.frame, fit.beta, tuple(factors), fit.sigma, fit.method, fit.structure, fit.context
     )
@@ -149,8 +143,8 @@ def population(
         weights, offset, structure, context: as for `fit`.
 
     Raises:
-        FormulaError, DataError: as `fit`; parameters that are missing, unknown, not finite or not
-            a covariance matrix, named.
+        FormulaError, DataError: as `fit`; parameters that are missing or unknown.
+        ValueError: parameters that are not finite, not positive or no covariance matrix, named.
     """
     is_reml(method)
     parsed = parse(formula)
@@ -159,9 +153,9 @@ def population(
     values = _checked("beta", beta, frame.fixed_names)
     coefficients = np.array([float(values[name]) for name in frame.fixed_names])
     if not np.all(np.isfinite(coefficients)):
-        raise DataError(f"beta has values that are not finite: {dict(values)}")
+        raise ValueError(f"beta has values that are not finite: {dict(values)}")
     if not (np.isfinite(sigma) and sigma > 0):
-        raise DataError(f"sigma must be positive, not {sigma}")
+        raise ValueError(f"sigma must be positive, not {sigma}")
     factors = _roots(variances, frame)
     return Population(frame, coefficients, factors, float(sigma), method, structure, context)
 
@@ -194,7 +188,7 @@ def _roots(variances: Mapping[str, Any], frame: ModelFrame) -> tuple[np.ndarray,
             inside = slice(start, start + q)
             outside = np.delete(whole[inside], np.arange(start, start + q), axis=1)
             if np.any(outside):
-                raise DataError(
+                raise ValueError(
                     f"the covariance matrix of {name} correlates effects that the formula has in "
                     "different terms"
                 )
@@ -209,37 +203,37 @@ def _covariance(name: str, value: Any, q: int) -> np.ndarray:
     if matrix.ndim < 2:
         matrix = np.diag(np.atleast_1d(matrix))
     if matrix.shape != (q, q):
-        raise DataError(
+        raise ValueError(
             f"{name} has {q} random effects: its entry of variances must be {q} variances or a "
             f"({q}, {q}) covariance matrix, not of shape {np.shape(value)}"
         )
     ok = np.all(np.isfinite(matrix)) and np.allclose(matrix, matrix.T)
-    if not ok or np.linalg.eigvalsh(matrix)[0] < -1e-10 * np.abs(matrix).max():
-        raise DataError(f"the entry {name!r} of variances is not a covariance matrix:\n{matrix}")
+    if not ok or np.linalg.eigvalsh(matrix)[0] < -NEGATIVE * np.abs(matrix).max():
+        raise ValueError(f"the entry {name!r} of variances is not a covariance matrix:\n{matrix}")
     return matrix
 
 
 def simulate(
-    fit: FittedModel, n: int = 1, seed: int = 0, re_form: str | None = NEW
+    fit: FittedModel, nsim: int = 1, seed: int = 0, re_form: str | None = NEW
 ) -> pd.DataFrame:
     """Draw new responses from a fitted model, as lme4's ``simulate``.
 
     y = X beta + offset + Z b + e with b ~ N(0, G) and e_i ~ N(0, sigma2 / w_i), on the scale of the
-    formula's left side. The first responses are the same for every n.
+    formula's left side. The first responses are the same for every nsim.
 
     Args:
         fit: a fit that converged.
-        n: number of responses.
+        nsim: number of responses.
         seed: of NumPy's generator; the same seed gives the same responses.
         re_form: ``"~0"`` for new random effects, lme4's default; None to keep the conditional
             modes and draw the residuals only.
 
     Returns:
-        (rows, n), in the labels of the rows used, columns ``sim_1``, ...
+        (rows, nsim), in the labels of the rows used, columns ``sim_1``, ...
 
     Raises:
         DataError: the fit did not converge.
-        ValueError: n, seed or re_form out of range.
+        ValueError: nsim, seed or re_form out of range.
     """
     people = of_fit(fit)
     if re_form not in (NEW, CONDITIONAL):
@@ -248,19 +242,19 @@ def simulate(
             f"{re_form!r}"
         )
     new = re_form == NEW
-    return _labelled(people, people.mean if new else fit.fitted, n, seed, new=new)
+    return _labelled(people, people.mean if new else fit.fitted, nsim, seed, new=new)
 
 
 def _labelled(
-    people: Population, mean: np.ndarray, n: int, seed: int, *, new: bool
+    people: Population, mean: np.ndarray, nsim: int, seed: int, *, new: bool
 ) -> pd.DataFrame:
-    check_count(n, seed)
-    values = people._draw(mean, 0, n, seed, new=new)
-    return pd.DataFrame(values, people.frame.table.index, [f"sim_{k + 1}" for k in range(n)])
+    check_count(nsim, seed)
+    values = people._draw(mean, 0, nsim, seed, new=new)
+    return pd.DataFrame(values, people.frame.table.index, [f"sim_{k + 1}" for k in range(nsim)])
 
 
-def check_count(n: int, seed: int) -> None:
-    """Raise ValueError unless n is an integer of at least 1 and the seed one of at least 0."""
-    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+def check_count(nsim: int, seed: int) -> None:
+    """Raise ValueError unless nsim is an integer of at least 1 and the seed one of at least 0."""
+    for name, value, least in (("nsim", nsim, 1), ("seed", seed, 0)):
         if not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -15,10 +15,12 @@ from jax import Array
 from jaxreml.backend.compilation import remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
-from jaxreml.fitting.fitted import RESIDUAL, FittedModel
+from jaxreml.fitting.fitted import FittedModel
+from jaxreml.fitting.random_terms import RESIDUAL, fisher_columns
 from jaxreml.inference.parameters import components
 from jaxreml.inference.parameters.components import Components, Groups
 from jaxreml.many.numbers import Fits
+from jaxreml.model.covariance.unstructured import unstructured
 
 Statistic = Callable[[Array, Components], Any]
 TOGETHER = 1024  # refits that a statistic is computed of at a time
@@ -33,15 +35,14 @@ def fits_of(fit: FittedModel) -> Fits:
         "sigma": np.asarray(fit.sigma),
         "theta": fit.theta,
         "parameters": fit.parameters,
-        "parameters_se": np.sqrt(np.diagonal(fit.parameters_vcov)),
+        "parameters_se": np.sqrt(np.diagonal(fit.parameters_vcov_array)),
     }
     return Fits(*(None if part is None else part[None] for part in known.values()))  # pyright: ignore
 
 
 def default(fit: FittedModel) -> Statistic:
     """The default statistics, one function for all fits of the same labels."""
-    effects = tuple((grouping.name, grouping.effects) for grouping in fit.groupings)
-    return _default_statistics(fit.fixed_names, effects)
+    return _default_statistics(fit.fixed_names, fit.groups)
 
 
 @lru_cache
@@ -77,21 +78,11 @@ def _default_statistics(
 
 def standard_errors(fits: Fits, groups: Groups) -> np.ndarray:
     """Standard errors of the default statistics on their `working_scale`, (b, k)."""
-    log_variances, fisher = [], []
-    start = 0
-    for _, q in groups:
-        log_variances += range(start, start + q)
-        # Coordinates run row by row; those after a row's first are of partial correlations.
-        firsts = [start + q + i * (i - 1) // 2 for i in range(q)]
-        fisher += [firsts[i] if j == 0 else None for j, i in combinations(range(q), 2)]
-        start += q * (q + 1) // 2
-    of_parameters = fits.parameters_se
-    unknown = np.full(len(of_parameters), np.nan)
-    of_fisher = [unknown if k is None else of_parameters[:, k] for k in fisher]
-    of_logs = of_parameters[:, log_variances]
-    residual = of_parameters[:, -1:]
-    parts = [fits.se, residual / 2, of_logs / 2, *(column[:, None] for column in of_fisher)]
-    return np.concatenate([*parts, of_logs, residual], axis=1)
+    sizes = tuple(q for _, q in groups)
+    of_logs = fits.parameters_se[:, unstructured(sizes).positions]
+    of_fisher = fisher_columns(fits.parameters_se, sizes)
+    parts = [fits.se, of_logs[:, -1:] / 2, of_logs[:, :-1] / 2, of_fisher, of_logs]
+    return np.concatenate(parts, axis=1)
 
 
 def working_scale(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

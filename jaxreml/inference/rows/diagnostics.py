@@ -108,8 +108,8 @@ class Influence:
     """What estimates change by when a group of rows is left out; one row per group.
 
     Attributes:
-        coefficients: change of each fixed effect, without the group less with it; NaN for those
-            that cannot be estimated without it.
+        params: change of each entry of `LMMResults.params`, without the group less with it; NaN
+            for those that cannot be estimated without it.
         dfbetas: the same over the standard errors without the group, as lme4's.
         cooks_distance: change' vcov^-1 change / p with `vcov` of all rows (Cook's distance of a
             group as in influence.ME; lme4's has another factor, 1 - p / number of groups).
@@ -120,7 +120,7 @@ class Influence:
             method only ``rows``.
     """
 
-    coefficients: pd.DataFrame
+    params: pd.DataFrame
     dfbetas: pd.DataFrame
     cooks_distance: pd.Series
     parameters: pd.DataFrame
@@ -141,9 +141,9 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
             much about a variance.
 
     Raises:
-        DataError: a fit without an optimum; another `by`.
-        ValueError: another method, or a fit that has no derivative or is too large for the
-            first-order method.
+        DataError: a fit without an optimum; a name that the model does not have; a fit that has no
+            derivative or is too large for the first-order method.
+        ValueError: another method, or labels that are not those of the rows.
     """
     fit.require_optimum("measure influence")
     codes, labels = _groups(fit, by)
@@ -194,7 +194,7 @@ def _groups(fit: FittedModel, by: Any) -> tuple[np.ndarray, pd.Index]:
             )
         by = pd.Series(fit.table[by].to_numpy(), name=by)
     if np.ndim(by) != 1 or len(by) != n or pd.isna(pd.Series(by)).any():
-        raise DataError(f"by must have a label for each of the {n} rows used, or name a column")
+        raise ValueError(f"by must have a label for each of the {n} rows used, or name a column")
     labels = pd.Series(by)
     codes, levels = pd.factorize(labels, sort=True)
     return codes, pd.Index(levels, name=labels.name)
@@ -255,5 +255,5 @@ def _pearson(fit: FittedModel) -> np.ndarray:
 
 def _number_of_fixed(fit: FittedModel) -> int:
     if not len(fit.beta):
-        raise ValueError("the model has no fixed effects for a row to have influence on")
+        raise DataError("the model has no fixed effects for a row to have influence on")
     return len(fit.beta)

@@ -16,7 +16,7 @@ crossed factors, through the inverse of I + Omega Z'Z.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jax.scipy.linalg import block_diag
 
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
+from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.model import linalg
@@ -54,12 +55,12 @@ def changes(
         given, and for a group without which a coefficient cannot be estimated.
 
     Raises:
-        ValueError: a singular Hessian, or too many random effects of crossed factors.
+        DataError: a singular Hessian, or too many random effects of crossed factors.
     """
     inside = np.isfinite(fit.parameters)
-    vcov = fit.parameters_vcov[np.ix_(inside, inside)]
+    vcov = fit.parameters_vcov_array[np.ix_(inside, inside)]
     if np.isnan(vcov).any():
-        raise ValueError(
+        raise DataError(
             "first-order influence needs the variance parameters' Hessian, which is singular: "
             f'{fit.message}. Use method="exact"'
         )
@@ -86,15 +87,64 @@ def changes(
 # Any groups of any structure, on the host
 
 
+class _Whole(NamedTuple):
+    """What groups of rows are taken out of: n rows, Q random effects, covariances relative.
+
+    Attributes:
+        layout: of the random effects.
+        reml: whether the fit is.
+        Z: (n, Q), sparse.
+        inverse: (Q, Q), Z V0^-1 of a row is its row of Z times this.
+        given: (Q, Q), Var(b | y).
+        U: (n, p), V0^-1 X A with A A' = Phi; `of_z` is U'Z.
+        residual: (n,), P y; `scores` is Z'P y.
+        jacobian: (m, m + 1), of the relative covariances in the parameters.
+        to_beta: (p, p), from the coefficients that A goes with.
+        sigma2: residual variance.
+    """
+
+    layout: Layout
+    reml: bool
+    Z: Any
+    inverse: np.ndarray
+    given: np.ndarray
+    U: np.ndarray
+    of_z: np.ndarray
+    residual: np.ndarray
+    scores: np.ndarray
+    jacobian: np.ndarray
+    to_beta: np.ndarray
+    sigma2: float
+
+
 def _of_any(
     fit: FittedModel, parameters: np.ndarray, root: np.ndarray, codes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `_of_levels`, groups of the same number of rows together."""
+    whole = _whole(fit, parameters, root)
+    layout, p = whole.layout, len(whole.to_beta)
+    moved = layout.form(jnp.asarray(whole.of_z.T), jnp.asarray(whole.scores[:, None]))[..., 0]
+    of_beta = -whole.to_beta @ np.asarray(moved).T @ whole.jacobian
+    slopes, own = np.full((count, len(parameters)), np.nan), np.full((count, p), np.nan)
+    order = np.argsort(codes, kind="stable")
+    per_group = np.bincount(codes, minlength=count)
+    first = np.cumsum(per_group) - per_group
+    for k in np.unique(per_group):
+        groups = np.flatnonzero(per_group == k)
+        step = max(1, BLOCK // (k * layout.total))
+        for start in range(0, groups.size, step):
+            block = groups[start : start + step]
+            here = order[first[block][:, None] + np.arange(k)]
+            slopes[block], own[block] = _of_block(whole, here)
+    return slopes, own, of_beta
+
+
+def _whole(fit: FittedModel, parameters: np.ndarray, root: np.ndarray) -> _Whole:
     frame, design, parts = fit.frame, fit.design, fit.henderson
     layout = Layout(design.sizes, tuple(len(term.levels) for term in frame.terms))
     size = 4 * 8 * layout.total**2
     if size > MAX_DENSE_BYTES:
-        raise ValueError(
+        raise DataError(
             f"first-order influence of {layout.total} random effects of crossed factors needs "
             f"about {size / 2**30:.1f} GiB, and {MAX_DENSE_BYTES / 2**30:.0f} GiB is the limit. "
             'Use method="exact"'
@@ -109,48 +159,49 @@ def _of_any(
     matrices = natural.symmetric_matrices(omega, design.sizes)
     products = np.asarray(layout.times(jnp.asarray((Z.T @ Z).toarray()), matrices))
     inverse = np.linalg.inv(np.eye(layout.total) + products.T)
-    given = np.asarray(layout.times(jnp.asarray(inverse), matrices))  # relative Var(b | y)
+    residual = (fit.y - fit.fitted) * root
+    U = whitened(parts, design, frame.X, rows) * root[:, None]
+    return _Whole(
+        layout,
+        fit.method == "REML",
+        Z,
+        inverse,
+        given=np.asarray(layout.times(jnp.asarray(inverse), matrices)),
+        U=U,
+        of_z=np.asarray((Z.T @ U).T),
+        residual=residual,
+        scores=Z.T @ residual,
+        jacobian=jacobian,
+        to_beta=np.linalg.inv(parts.factor.T @ design.basis) if design.p else np.zeros((0, 0)),
+        sigma2=fit.sigma**2,
+    )
 
-    sigma2 = fit.sigma**2
-    residual = (fit.y - fit.fitted) * root  # P y
-    U = whitened(parts, design, frame.X, rows) * root[:, None]  # V0^-1 X A with A A' = Phi
-    of_z = np.asarray((Z.T @ U).T)
-    to_beta = np.linalg.inv(parts.factor.T @ design.basis) if design.p else np.zeros((0, 0))
-    scores = Z.T @ residual
-    moved = layout.form(jnp.asarray(of_z.T), jnp.asarray(scores[:, None]))[..., 0]
-    of_beta = -to_beta @ np.asarray(moved).T @ jacobian
 
-    slopes, own = np.full((count, len(parameters)), np.nan), np.full((count, design.p), np.nan)
-    order = np.argsort(codes, kind="stable")
-    per_group = np.bincount(codes, minlength=count)
-    first = np.cumsum(per_group) - per_group
-    for k in np.unique(per_group):
-        groups = np.flatnonzero(per_group == k)
-        step = max(1, BLOCK // (k * layout.total))
-        for start in range(0, groups.size, step):
-            block = groups[start : start + step]
-            here = order[first[block][:, None] + np.arange(k)]
-            z = Z[here.ravel()]
-            shape = (block.size, k, layout.total)
-            of_v = (z @ inverse).reshape(shape)  # V0^-1 Z of these rows
-            dense = z.toarray().reshape(shape)
-            V = np.eye(k) - (z @ given).reshape(shape) @ dense.transpose(0, 2, 1)
-            u, e = U[here], residual[here][..., None]
-            P, of_p = V - u @ u.transpose(0, 2, 1), of_v - u @ of_z
-            P_left, solved = _solve(P, np.concatenate([e, of_p], axis=2))
-            deleted, of_log = solved[..., :1], solved[..., 1:]
-            if fit.method == "ML":
-                _, of_log = _solve(V, of_v)
-            quadratic = np.sum(e * deleted, axis=(1, 2))
-            pulled = of_p.transpose(0, 2, 1) @ deleted
-            in_omega = _contract(layout, of_p if fit.method == "REML" else of_v, of_log)
-            pulled = pulled.transpose(0, 2, 1)
-            in_omega += _contract(layout, pulled, pulled - 2 * scores) / sigma2
-            slopes[block] = in_omega @ jacobian
-            slopes[block, -1] += k - quadratic / sigma2
-            own[block] = -(u.transpose(0, 2, 1) @ deleted)[..., 0] @ to_beta.T
-            slopes[block[~P_left]] = own[block[~P_left]] = np.nan
-    return slopes, own, of_beta
+def _of_block(whole: _Whole, here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes (B, m + 1) and changes of beta (B, p) for B groups of k rows, (B, k); NaN where a
+    group leaves too little."""
+    shape = (*here.shape, whole.layout.total)
+    k = here.shape[1]
+    z = whole.Z[here.ravel()]
+    of_v = (z @ whole.inverse).reshape(shape)  # V0^-1 Z of these rows
+    dense = z.toarray().reshape(shape)
+    V = np.eye(k) - (z @ whole.given).reshape(shape) @ dense.transpose(0, 2, 1)
+    u, e = whole.U[here], whole.residual[here][..., None]
+    P, of_p = V - u @ u.transpose(0, 2, 1), of_v - u @ whole.of_z
+    P_left, solved = _solve(P, np.concatenate([e, of_p], axis=2))
+    deleted, of_log = solved[..., :1], solved[..., 1:]
+    if not whole.reml:
+        _, of_log = _solve(V, of_v)
+    quadratic = np.sum(e * deleted, axis=(1, 2))
+    pulled = of_p.transpose(0, 2, 1) @ deleted
+    in_omega = _contract(whole.layout, of_p if whole.reml else of_v, of_log)
+    pulled = pulled.transpose(0, 2, 1)
+    in_omega += _contract(whole.layout, pulled, pulled - 2 * whole.scores) / whole.sigma2
+    slopes = in_omega @ whole.jacobian
+    slopes[:, -1] += k - quadratic / whole.sigma2
+    own = -(u.transpose(0, 2, 1) @ deleted)[..., 0] @ whole.to_beta.T
+    slopes[~P_left] = own[~P_left] = np.nan
+    return slopes, own
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

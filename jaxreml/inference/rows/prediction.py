@@ -131,7 +131,7 @@ def predict(
     own = []  # the part of each row of Z whose effects have modes
     variance = np.zeros(len(mean))
     for grouping, block, keep, effects, codes in zip(
-        fit.groupings, fit.covariances, used, rows.effects, rows.codes, strict=True
+        fit.groupings, fit.cov_re_arrays, used, rows.effects, rows.codes, strict=True
     ):
         known = codes >= 0
         chosen = effects * keep
@@ -232,59 +232,26 @@ def _new_rows(
 ) -> Rows:
     """Rows of a new table, in the encodings of the fit."""
     frame = fit.prototype
-    extras = {"offset": offset, "weights": weights}
-    if offset is None and EXTRAS["offset"] in frame.table:
-        raise ValueError(
-            "the fit was made with offset=...; give the offset of the new rows too (zeros for none)"
-        )
-    if with_left_out and weights is None and frame.weights is not None:
-        raise ValueError(
-            "the fit has prior weights; a prediction interval needs those of the new rows: "
-            "weights=... (ones for observations of variance sigma2)"
-        )
+    _require_extras(frame, with_left_out, offset, weights)
     needed = [with_left_out or bool(keep.any()) for keep in used]
     encodings = [frame.fixed_encoding, *frame.offset_encodings]
     encodings += [t.encoding for t, need in zip(frame.terms, needed, strict=True) if need]
-    names = [name for encoding in encodings for name in encoding.variables]
     used_terms = zip(frame.terms, used, strict=True)
     factors = [name for term, keep in used_terms if keep.any() for name in term.factors]
-    names += factors
-    columns = texts_of_names(newdata)
-    names = [name for name in dict.fromkeys(names) if name in frame.table]
-    for name in names:
-        if name not in columns:
-            hint = nearest(name, columns)
-            if name in factors:
-                hint += '. re_form="~0" predicts without random effects'
-            raise DataError(f"newdata has no column {name!r}{hint}")
-        if columns.count(name) > 1:
-            raise DataError(f"column {name!r} occurs more than once in newdata; rename one")
-    table = to_pandas(newdata, names)
-    if not names:  # nothing but an intercept
-        table = pd.DataFrame(index=_labels(newdata))
+    encoded = [name for encoding in encodings for name in encoding.variables]
+    table = _columns(frame, newdata, encoded, factors, {"offset": offset, "weights": weights})
     index = table.index
-    for role, value in extras.items():
-        if value is not None:
-            table[EXTRAS[role]] = beside(role, value, newdata, len(index))
     table, complete = complete_rows(table)
     check_finite(table)
-    in_columns = {name for encoding in encodings for name in encoding.variables}
-    for name in names if len(table) else ():
-        if name in in_columns:
+    for name in table.columns if len(table) else ():
+        if name in encoded:
             table[name] = like_fitted(name, pd.Series(table[name]), pd.Series(frame.table[name]))
     k = len(table)
     X = np.zeros((k, len(frame.fixed_names)))
     estimable = np.ones(k, bool)
     effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
     codes = [np.zeros(k, int) for _ in frame.terms]
-    given = {role: table[EXTRAS[role]].to_numpy(float) for role in extras if EXTRAS[role] in table}
-    total_offset = given.get("offset", np.zeros(k))
-    prior = given.get("weights", np.ones(k))
-    if np.any(prior <= 0):
-        row = int(np.argmax(prior <= 0))
-        raise DataError(
-            f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}"
-        )
+    total_offset, prior = _extras(table)
     if k:
         places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
         full = frame.fixed_encoding.matrix(table)
@@ -299,6 +266,60 @@ def _new_rows(
             if keep.any():
                 codes[i] = _codes(term, frame.table, table)
     return Rows(index, complete, estimable, X, effects, codes, total_offset, prior)
+
+
+def _require_extras(frame: ModelFrame, with_left_out: bool, offset: Any, weights: Any) -> None:
+    """ValueError unless the new rows have the offset and the weights that they need."""
+    if offset is None and EXTRAS["offset"] in frame.table:
+        raise ValueError(
+            "the fit was made with offset=...; give the offset of the new rows too (zeros for none)"
+        )
+    if with_left_out and weights is None and frame.weights is not None:
+        raise ValueError(
+            "the fit has prior weights; a prediction interval needs those of the new rows: "
+            "weights=... (ones for observations of variance sigma2)"
+        )
+
+
+def _columns(
+    frame: ModelFrame,
+    newdata: Any,
+    encoded: list[str],
+    factors: list[str],
+    extras: dict[str, Any],
+) -> pd.DataFrame:
+    """The columns of a new table that the formula uses, and what stands beside it."""
+    columns = texts_of_names(newdata)
+    names = [name for name in dict.fromkeys([*encoded, *factors]) if name in frame.table]
+    for name in names:
+        if name not in columns:
+            hint = nearest(name, columns)
+            if name in factors:
+                hint += '. re_form="~0" predicts without random effects'
+            raise DataError(f"newdata has no column {name!r}{hint}")
+        if columns.count(name) > 1:
+            raise DataError(f"column {name!r} occurs more than once in newdata; rename one")
+    table = to_pandas(newdata, names)
+    if not names:  # nothing but an intercept
+        table = pd.DataFrame(index=_labels(newdata))
+    for role, value in extras.items():
+        if value is not None:
+            table[EXTRAS[role]] = beside(role, value, newdata, len(table))
+    return table
+
+
+def _extras(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and weights of the rows of a new table: zeros and ones if not given."""
+    offset, prior = (
+        table[EXTRAS[role]].to_numpy(float) if EXTRAS[role] in table else np.full(len(table), other)
+        for role, other in (("offset", 0.0), ("weights", 1.0))
+    )
+    if np.any(prior <= 0):
+        row = int(np.argmax(prior <= 0))
+        raise DataError(
+            f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}"
+        )
+    return offset, prior
 
 
 def _labels(newdata: Any) -> pd.Index:
