@@ -111,10 +111,14 @@ def flat_inverse(matrix: Any, sizes: Any, tolerance: float) -> tuple[Any, Any]:
     return xp.where(broken, xp.nan, inverse), xp.where(broken, xp.nan, directions)
 
 
-def border(matrix: Array, column: Array, corner: Array) -> Array:
-    """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...)."""
-    top = jnp.concatenate([matrix, column[:, None]], axis=1)
-    return jnp.concatenate([top, jnp.concatenate([column, corner[None]])[None]])
+def border(matrix: Any, column: Any, corner: Any) -> Any:
+    """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...).
+
+    NumPy's where all of them are.
+    """
+    xp: Any = jnp if any(isinstance(part, Array) for part in (matrix, column, corner)) else np
+    top = xp.concatenate([matrix, column[:, None]], axis=1)
+    return xp.concatenate([top, xp.concatenate([column, corner[None]])[None]])
 
 
 def alike(tree: Any, like: Array) -> Any:

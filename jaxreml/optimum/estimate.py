@@ -15,8 +15,9 @@ from jax import Array
 from jaxreml.arguments import is_reml
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
+from jaxreml.model.basis import perfect_share
 from jaxreml.model.covariance import unstructured
-from jaxreml.model.design import Design, perfect_share, require_precision
+from jaxreml.model.design import Design, require_precision
 from jaxreml.model.objective import Expansion, degrees_of_freedom, expand, profiled
 from jaxreml.optimum import newton
 from jaxreml.optimum.rivals import best_of, is_cheap
@@ -244,11 +245,7 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     at = np.concatenate([np.equal(*unstructured.triangle(q)) for q in sizes]).astype(design.dtype)
     omega = jnp.asarray(at.reshape(-1, *[1] * lanes))
     # T belongs to the design: one lane, without the response, whose part has no degrees of freedom.
-    blank: Any = replace(design, structure=None)  # pyright: ignore
-    if lanes:
-        blank = jax.tree.map(lambda leaf: leaf[..., :1], blank)
-    structure: Any = design.structure
-    blank = replace(blank, structure=structure.without_response())
+    blank = design.blank()
     degrees = degrees_of_freedom(blank, reml=reml)
     expansion = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
     traces = -expansion.hessian.reshape(at.size, at.size)

@@ -4,9 +4,9 @@ Likelihood, optimiser and standard errors use only the interface of `base.Struct
 factorise V is one new file here and one line in `model.design`.
 """
 
-from jaxreml.model.structures.base import Marginal, Projection, Structure
+from jaxreml.model.structures.base import Full, Marginal, Projection, Structure
 from jaxreml.model.structures.crossed.crossed import Crossed
 from jaxreml.model.structures.dense import Dense
 from jaxreml.model.structures.grouped import Grouped
 
-__all__ = ["Crossed", "Dense", "Grouped", "Marginal", "Projection", "Structure"]
+__all__ = ["Crossed", "Dense", "Full", "Grouped", "Marginal", "Projection", "Structure"]
