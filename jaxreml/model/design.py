@@ -25,6 +25,7 @@ from jaxreml.model.arrays import (
 )
 from jaxreml.model.basis import Basis, first_of
 from jaxreml.model.covariance import unstructured
+from jaxreml.model.moments import of_moments
 from jaxreml.model.response import Response
 from jaxreml.model.structures import Full, Grouped
 from jaxreml.model.units import Units
@@ -164,6 +165,50 @@ class Design:
             structure=structure,
         )
         return Design.of(basis, basis.response(y))
+
+    @staticmethod
+    def from_moments(
+        zz: Any,
+        zx: Any,
+        zy: Any,
+        xx: Any,
+        xy: Any,
+        yy: Any,
+        n: Any,
+        *,
+        log_weights: Any = None,
+        names: Sequence[tuple[str, Sequence[str]]] | None = None,
+        dtype: Any = None,
+    ) -> Design:
+        """A design of one grouping factor with J levels from cross-products: sums of products of
+        columns over rows, prior weights folded in, as a database has them by GROUP BY.
+
+        Any of them may be traced by JAX, as in `from_arrays`. Sums of squares have half the digits
+        of rows: subtract means near to those of the data from y and the columns first. Where less
+        than half of the digits are left, `trouble` and `Estimate.status` are ILL_CONDITIONED.
+
+        Args:
+            zz: (J, q, q), Z_j'W Z_j of the random effects in each level.
+            zx: (J, q, p), Z_j'W X.
+            zy: (J, q), Z_j'W y.
+            xx: (p, p), X'W X over all rows, positive definite.
+            xy: (p,), X'W y.
+            yy: (), y'W y, of y less its offset if there is one.
+            n: number of rows.
+            log_weights: sum of the logarithms of the weights; None without weights. With them
+                ``reml_objective(..., harville=True)``, which needs X without them, is NaN.
+            names: per random term the grouping factor's name and its effects' names; effects of
+                different terms are not correlated. One term of all effects if left out.
+            dtype: as in `from_arrays`.
+
+        Raises:
+            DataError: shapes that differ, values that are not finite, matrices that are not
+                symmetric, X that is not of full rank, a term that can take the place of the
+                residual, one level.
+            PrecisionError: float32 arrays that were not asked for.
+        """
+        arrays = {"zz": zz, "zx": zx, "zy": zy, "xx": xx, "xy": xy, "yy": yy}
+        return Design.of(*of_moments(arrays, n, log_weights, names, dtype))
 
     @staticmethod
     def of(basis: Basis, response: Response) -> Design:
