@@ -1,7 +1,7 @@
 """Structures: how the marginal covariance V is built and factorised.
 
 Likelihood, optimiser and standard errors use only the interface of `base.Structure`; a new way to
-factorise V is one new file here and one line in `model.design`.
+factorise V is one new file here and one line in `model.basis`.
 """
 
 from jaxreml.model.structures.base import Full, Marginal, Projection, Structure
