@@ -14,8 +14,8 @@ from jaxreml.errors import PrecisionError as PrecisionError
 from jaxreml.inference.likelihood.comparison import compare as compare
 from jaxreml.inference.resampling.power import power as power
 from jaxreml.inference.resampling.simulation import population as population
+from jaxreml.model.arrays import Term as Term
 from jaxreml.model.design import Design as Design
-from jaxreml.model.design import Term as Term
 from jaxreml.model.design import stack as stack
 from jaxreml.model.objective import ml_objective as ml_objective
 from jaxreml.model.objective import reml_objective as reml_objective

@@ -21,6 +21,7 @@ class Status(IntEnum):
     UNDERFLOW = 10
     RANK_DEFICIENT = 11
     BAD_WEIGHTS = 12
+    ILL_CONDITIONED = 13
 
     @property
     def sentence(self) -> str:
@@ -54,6 +55,9 @@ _SENTENCES = {
     "is NaN for it, and the other numbers are those of the model without it; leave the column out",
     Status.BAD_WEIGHTS: "a prior weight is zero, negative, infinite or NaN; weights must be "
     "positive: leave out rows of weight zero",
+    Status.ILL_CONDITIONED: "cross-products have too few digits left of what the fixed and random "
+    "effects do not explain: centre and scale the columns before they are summed, or make the "
+    "design from rows",
 }
 
 # What the response is to blame for: `fit` refuses it as data.

@@ -36,7 +36,8 @@ from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.design import Design, Term
+from jaxreml.model.arrays import Term
+from jaxreml.model.design import Design
 
 EXTRAS = {"weights": "(weights)", "offset": "(offset)"}  # columns of a model frame's table
 

@@ -16,7 +16,7 @@ from jaxreml.data.estimability import ALIASED
 from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.design import instead_of_residual, replaces_residual
+from jaxreml.model.arrays import instead_of_residual, replaces_residual
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ They are compiled apart, so that the certificate is not the search's own.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,12 +22,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.many.lanes import Lanes
 from jaxreml.many.screening import grid
-from jaxreml.many.shared import Reduced, SharedDesign
 from jaxreml.model import linalg, satterthwaite
 from jaxreml.model.design import Design
 from jaxreml.model.kenward_roger import adjust, single_degrees
 from jaxreml.model.objective import profiled
+from jaxreml.model.response import Response
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_modes
@@ -45,10 +45,10 @@ class Plan(NamedTuple):
     Attributes:
         reml: REML or ML.
         grouped: whether there is one grouping factor.
-        in_lanes: whether lanes are one design with a trailing axis (`SharedDesign.batch`), or
+        in_lanes: whether lanes are one design with a trailing axis (`Lanes.batch`), or
             designs for `vmap`.
         df: degrees of freedom of tests, as in `fit_many`.
-        exact: as in `SharedDesign.reduce`.
+        exact: as in `Lanes.reduce`.
         careful: as in `newton.minimise`.
     """
 
@@ -72,18 +72,18 @@ class Found(NamedTuple):
 
 
 def _begin(
-    shared: SharedDesign, values: Array, shift: Array, *, plan: Plan
-) -> tuple[Reduced, Array, Array]:
+    lanes: Lanes, values: Array, shift: Array, *, plan: Plan
+) -> tuple[Response, Array, Array]:
     """Reduce a chunk, (groups, n, lanes), and find where to start.
 
     The rows of one group at a time fit into the cache; all that follows takes them together.
     """
-    groups = jax.lax.map(lambda group: shared.reduce(*group, exact=plan.exact), (values, shift))
+    groups = jax.lax.map(lambda group: lanes.reduce(*group, exact=plan.exact), (values, shift))
     reduced = jax.tree.map(_merge, groups)
     if plan.in_lanes:
-        root = start(_searched(shared, reduced, plan), plan.reml)
+        root = start(_searched(lanes, reduced, plan), plan.reml)
     else:
-        root = _per_lane(lambda reduced: start(shared.each(reduced), plan.reml))(reduced)
+        root = _per_lane(lambda reduced: start(lanes.each(reduced), plan.reml))(reduced)
     return reduced, root, jnp.ones_like(reduced.residual_ss)
 
 
@@ -93,15 +93,15 @@ def _merge(groups: Array) -> Array:
     return moved.reshape(*moved.shape[:-2], moved.shape[-2] * moved.shape[-1])
 
 
-def _searched(shared: SharedDesign, reduced: Reduced, plan: Plan) -> Design:
+def _searched(lanes: Lanes, reduced: Response, plan: Plan) -> Design:
     """The design whose criterion is minimised."""
-    if shared.spectral is not None:
-        return shared.rotated(reduced, reml=plan.reml)
-    return shared.batch(reduced)
+    if lanes.spectral is not None:
+        return lanes.rotated(reduced, reml=plan.reml)
+    return lanes.batch(reduced)
 
 
 def _climb(
-    shared: SharedDesign, reduced: Reduced, root: Array, radius: Array, limit: Array, *, plan: Plan
+    lanes: Lanes, reduced: Response, root: Array, radius: Array, limit: Array, *, plan: Plan
 ) -> Found:
     """The optima, or where at most `limit` expansions from `root` lead."""
 
@@ -112,30 +112,30 @@ def _climb(
         return Found(trace.at, trace.point.value, *trace[2:])
 
     if plan.in_lanes:
-        return climb(_searched(shared, reduced, plan), root, radius)
-    each = _per_lane(lambda reduced, *state: climb(shared.each(reduced), *state))
+        return climb(_searched(lanes, reduced, plan), root, radius)
+    each = _per_lane(lambda reduced, *state: climb(lanes.each(reduced), *state))
     return each(reduced, root, radius)
 
 
-def _screen(shared: SharedDesign, reduced: Reduced, *, plan: Plan) -> Array:
+def _screen(lanes: Lanes, reduced: Response, *, plan: Plan) -> Array:
     """The criterion on the `screening.grid`, (G, lanes); not for lanes in step."""
-    omegas = shared.covariance.omega(jnp.asarray(grid(shared.covariance)[0].T))
+    omegas = lanes.covariance.omega(jnp.asarray(grid(lanes.covariance)[0].T))
 
     def at(omega: Array) -> Array:
-        return _per_lane(lambda own: profiled(omega, shared.each(own), reml=plan.reml))(reduced)
+        return _per_lane(lambda own: profiled(omega, lanes.each(own), reml=plan.reml))(reduced)
 
     return jax.lax.map(at, omegas.T)
 
 
-def _along(shared: SharedDesign, reduced: Reduced, omegas: Array, *, plan: Plan) -> Array:
+def _along(lanes: Lanes, reduced: Response, omegas: Array, *, plan: Plan) -> Array:
     """The criterion at points (k, m, lanes) of each response, (k, lanes)."""
     if plan.in_lanes:
-        design = _searched(shared, reduced, plan)
+        design = _searched(lanes, reduced, plan)
         return jax.lax.map(lambda omega: profiled(omega, design, reml=plan.reml), omegas)
 
     def at(omega: Array) -> Array:
         each = _per_lane(
-            lambda own, own_omega: profiled(own_omega, shared.each(own), reml=plan.reml)
+            lambda own, own_omega: profiled(own_omega, lanes.each(own), reml=plan.reml)
         )
         return each(reduced, omega)
 
@@ -143,8 +143,8 @@ def _along(shared: SharedDesign, reduced: Reduced, omegas: Array, *, plan: Plan)
 
 
 def _conclude(
-    shared: SharedDesign,
-    reduced: Reduced,
+    lanes: Lanes,
+    reduced: Response,
     found: Found,
     before: Array,
     contrasts: Array,
@@ -162,16 +162,15 @@ def _conclude(
         point = expand_chart(found.root, design, reml=plan.reml)
         status = outcome(found.root, point, trace, design)
         estimate = report(found.root, point, trace, design, status)
-        blank = shared.blank() if plan.df.startswith("kenward-roger") else None
-        tests = tests_of(estimate, contrasts, plan.df, shared.n - shared.p, blank)
+        blank = lanes.blank() if plan.df.startswith("kenward-roger") else None
+        residual = lanes.basis.n - lanes.p
+        tests = tests_of(estimate, contrasts, plan.df, residual, blank)
         return pack(estimate, found.value, tests)
 
     if plan.in_lanes:
-        packed = conclude(shared.batch(reduced), found, before)
-    else:
-        each = _per_lane(lambda reduced, *rest: conclude(shared.each(reduced), *rest))
-        packed = each(reduced, found, before)
-    return packed.at[0].set(jnp.where(reduced.doubtful, Status.NOT_CERTIFIED, packed[0]))
+        return conclude(lanes.batch(reduced), found, before)
+    each = _per_lane(lambda reduced, *rest: conclude(lanes.each(reduced), *rest))
+    return each(reduced, found, before)
 
 
 class Tests(NamedTuple):
@@ -257,16 +256,16 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
 
 
 def _modes_of(
-    shared: SharedDesign, values: Array, shift: Array, root: Array, *, plan: Plan
+    lanes: Lanes, values: Array, shift: Array, root: Array, *, plan: Plan
 ) -> tuple[Array, ...]:
     """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
-    shared = replace(shared, collapse=None, spectral=None)
 
-    def modes(reduced: Reduced, root: Array) -> tuple[Array, ...]:
-        design = shared.each(reduced)
+    def modes(reduced: Response, root: Array) -> tuple[Array, ...]:
+        design = lanes.each(reduced)
         return conditional_modes(design.covariance.omega(root), design)
 
-    reduced = shared.reduce(_merge(values), _merge(shift), exact=True)
+    lanes = lanes.plain()
+    reduced = lanes.reduce(_merge(values), _merge(shift), exact=True)
     return _per_lane(modes)(reduced, root)
 
 
@@ -276,7 +275,7 @@ class Programs:
     def __init__(self, mesh: Mesh, plan: Plan):
         last: list[Any] = [PartitionSpec(*[None] * k, "responses") for k in range(3)]
         scores = last[2 if plan.grouped else 1]
-        reduced = Reduced(scores, last[1], last[0], last[1], last[0], last[0], last[0])
+        reduced = Response(scores, last[1], last[0], last[1], last[0], last[0], last[0])
         found = Found(last[1], *[last[0]] * 5)
         first, everywhere = PartitionSpec("responses"), PartitionSpec()
         options = quick_compilation(mesh.devices.flat[0].platform)

@@ -14,14 +14,14 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxreml.backend.runtime import neutral
-from jaxreml.many.shared import Reduced, SharedDesign
+from jaxreml.many.lanes import Lanes
+from jaxreml.model.basis import Basis
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
+from jaxreml.model.response import Response
 from jaxreml.model.structures.collapse import SAME
 from jaxreml.optimum.rivals import is_lower, starts
 
@@ -124,8 +124,7 @@ def path(minima: np.ndarray, omega: np.ndarray, covariance: Covariance) -> np.nd
 
 @lru_cache
 def _grid_omegas(covariance: Covariance) -> np.ndarray:
-    with neutral():
-        return np.asarray(covariance.omega(jnp.asarray(grid(covariance)[0].T))).T
+    return covariance.omega(grid(covariance)[0].T).T
 
 
 def rises(along: np.ndarray) -> np.ndarray:
@@ -134,7 +133,7 @@ def rises(along: np.ndarray) -> np.ndarray:
     return is_lower(along[:, :-1], along[:, 1:]).any(axis=(0, 1))
 
 
-def has_one_optimum(shared: SharedDesign) -> bool:
+def has_one_optimum(basis: Basis) -> bool:
     """Whether every response of a design has one optimum, and screening is idle.
 
     With q unrestricted effects on one factor, the same regular F in all levels, and the same scores
@@ -142,9 +141,9 @@ def has_one_optimum(shared: SharedDesign) -> bool:
     criterion is that of a Wishart matrix with covariance sigma2 (I + F Omega F') and a chi-squared
     one with sigma2: convex in their precisions K and k, as is the restriction K <= k I.
     """
-    if len(shared.sizes) > 1 or shared.codes is None:
+    if len(basis.sizes) > 1 or basis.kind != "grouped":
         return False
-    factors, scores = np.asarray(shared.factors), np.asarray(shared.scores_x)
+    factors, scores = (np.asarray(own) for own in (basis.structure.factors, basis.structure.scores))
     size = np.abs(factors).max()
     equal = np.ptp(factors, axis=2).max() <= SAME * size
     regular = np.diagonal(factors).min() > SAME * size
@@ -157,17 +156,15 @@ class Grid:
     """The criterion of all responses of a design on the `grid`; on the host.
 
     Args:
-        shared: the design, whose batches are a `GroupedBatch`.
+        lanes: the design, whose batches are a `GroupedBatch`.
         reml: the criterion.
     """
 
-    def __init__(self, shared: SharedDesign, *, reml: bool):
-        plan, p, q = shared.collapse, shared.p, sum(shared.sizes)
-        factors = np.asarray(shared.factors if plan is None else plan.factors)
-        counts = np.ones(factors.shape[-1]) if plan is None else np.asarray(plan.counts)
-        scores_x = np.asarray(shared.scores_x if plan is None else plan.scores_x)
-        basis = natural.symmetric_basis(shared.sizes)
-        omegas = np.tensordot(_grid_omegas(shared.covariance), basis, axes=1)
+    def __init__(self, lanes: Lanes, *, reml: bool):
+        basis, p, q = lanes.basis, lanes.p, sum(lanes.sizes)
+        factors, scores_x, counts = (np.asarray(own) for own in lanes.levels)
+        matrices = natural.symmetric_basis(lanes.sizes)
+        omegas = np.tensordot(_grid_omegas(lanes.covariance), matrices, axes=1)
         inner = np.einsum("abJ,Gbc,dcJ->GJad", factors, omegas, factors, optimize=True)
         inner += np.eye(q)
         precision = np.linalg.inv(inner)
@@ -176,7 +173,7 @@ class Grid:
         lower = np.moveaxis(precision[:, :, self.rows, self.columns], 2, 1) * twice
         self.of_products = lower.reshape(len(lower), -1)
         across = np.einsum("apJ,GJab->GpbJ", scores_x, precision, optimize=True)
-        of_x = np.asarray(shared.remainder_xx) + np.einsum("GpbJ,buJ->Gpu", across, scores_x)
+        of_x = np.asarray(basis.structure.remainder) + np.einsum("GpbJ,buJ->Gpu", across, scores_x)
         root = np.linalg.cholesky(of_x)
         half = np.linalg.inv(root)
         self.of_remainder = half.reshape(len(half) * p, p)
@@ -185,17 +182,17 @@ class Grid:
         left, size, right = np.linalg.svd(across, full_matrices=False)
         kept = size > NEGLIGIBLE * np.max(size, initial=0.0)
         self.left, self.right = left[:, kept] * size[kept], right[kept]
-        n = float(shared.n)
+        n = float(basis.n)
         self.degrees = n - p if reml else n
         logs = np.linalg.slogdet(inner)[1] @ counts
         if reml:
             pivots = np.append(np.diagonal(root, axis1=1, axis2=2), np.ones((len(root), 1)), axis=1)
             logs = logs + 2 * np.log(pivots).sum(axis=1)
-            logs = logs + 2 * np.log(np.abs(np.diagonal(shared.basis))).sum()
+            logs = logs + 2 * np.log(np.abs(np.diagonal(basis.triangle))).sum()
         unit = self.degrees * (1 + math.log(2 * math.pi / self.degrees))
-        self.constants = logs + unit - float(shared.log_weights)
+        self.constants = logs + unit - float(basis.log_weights)
 
-    def values(self, reduced: Reduced) -> np.ndarray:
+    def values(self, reduced: Response) -> np.ndarray:
         """(G, b)."""
         scores = np.asarray(reduced.scores)
         b = scores.shape[-1]

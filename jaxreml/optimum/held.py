@@ -8,13 +8,13 @@ first, the second row of T is d (cos a, sin a), and the correlation is cos a; th
 a sign would be the correlation's, have square roots for coordinates. All others are free, and none
 has bounds: the criterion is even in diagonal entries and square roots, so that a zero variance is
 an ordinary stationary point, and so is a correlation of +-1. A fixed effect moves the response
-(`Combined`). So one program serves every parameter and every value: they differ in numbers only.
+(`Design.combined`). So one program serves every parameter and every value: they differ in numbers
+only.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
-from jaxreml.model.structures.combined import Combined
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.search import ZERO
@@ -121,8 +120,12 @@ def _omega(x: Array, axes: Coordinates, covariance: Covariance) -> tuple[Array, 
 
 
 def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
-    columns = axes.columns.at[:-1, -1].add(shift * axes.shift)
-    return replace(design, structure=Combined(design.structure, columns, axes.absent))  # pyright: ignore
+    return design.combined(_columns(shift, axes), axes.absent)
+
+
+def _columns(shift: Array, axes: Coordinates) -> Array:
+    """The columns of `_combined`."""
+    return axes.columns.at[:-1, -1].add(shift * axes.shift)
 
 
 def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
@@ -178,8 +181,9 @@ def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[A
     factor = linalg.cholesky(gram)
     slopes = -linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
     slopes = jnp.append(slopes, 1.0)
-    columns = jnp.asarray(held.structure.columns)  # pyright: ignore
-    shift = linalg.solve_upper(jnp.asarray(design.basis), (columns @ slopes)[:p, None])
+    shift = linalg.solve_upper(
+        jnp.asarray(design.basis), (_columns(x[-1], axes) @ slopes)[:p, None]
+    )
     beta = design.beta_ols - shift[:, 0]
     return *jax.value_and_grad(value)(x), beta
 

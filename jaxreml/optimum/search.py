@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
+from jaxreml.model.basis import perfect_share
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
-from jaxreml.model.design import Design, perfect_share
+from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand, profiled
 from jaxreml.optimum import newton
 from jaxreml.optimum.rivals import best_of, is_cheap
@@ -101,13 +102,7 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     xp = namespace(design.residual_ss)
     omega = xp.asarray(at.reshape(-1, *[1] * lanes))
     # T belongs to the design: one lane, without the response, whose part has no degrees of freedom.
-    blank: Any = replace(design, structure=None)  # pyright: ignore
-    if lanes:
-        import jax
-
-        blank = jax.tree.map(lambda leaf: leaf[..., :1], blank)
-    structure: Any = design.structure
-    blank = replace(blank, structure=structure.without_response())
+    blank = design.blank()
     degrees = degrees_of_freedom(blank, reml=reml)
     expansion = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
     traces = -expansion.hessian.reshape(at.size, at.size)

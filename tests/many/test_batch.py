@@ -16,7 +16,9 @@ import watchdog
 import jaxreml
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.engine import BatchFitter
-from jaxreml.many.shared import prepare, share
+from jaxreml.many.lanes import Lanes
+from jaxreml.model.arrays import Effects
+from jaxreml.model.basis import Basis
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.lanes import cross_products
 from jaxreml.optimum.effects import inspect
@@ -109,7 +111,7 @@ def test_equals_estimate(case, method):
     structure = "dense" if case == "dense" else None
     frame = covariate_frame(formula, data, **extras)
     fitter = BatchFitter(frame, method, modes=True, structure=structure)
-    assert (getattr(fitter.whole.shared, "pairs", None) is not None) == in_lanes
+    assert getattr(fitter.engine, "in_step", False) == in_lanes
     fits = fitter.fit(values)
     assert fits.is_singular.any() and not fits.is_singular.all()
     assert_same(fits, one_by_one(formula, data, values[:, :20], method, **extras))
@@ -149,10 +151,12 @@ def test_collapsed_and_rotated_designs_have_the_same_criterion(reml):
     codes = np.repeat(np.arange(30), rng.choice([2, 3, 5], 30))
     X = np.column_stack([np.ones(codes.size), rng.normal(size=(codes.size, 2))])
     values = jnp.asarray(rng.normal(size=(codes.size, 4)) * 10)
-    terms = [(codes, X[:, :1])]
-    shared = share(*prepare(X, terms, weights=None, offset=None, structure=None), reml=reml)
+    basis = Basis.of(X, [Effects(codes, X[:, :1], 30, "g", ("e",))])
+    shared = Lanes.of(basis, X, reml=reml)
     assert shared.collapse.counts.size < 30 and shared.spectral is not None
-    whole = replace(shared, collapse=None, spectral=None, pairs=cross_products(shared.scores_x))
+    whole = replace(
+        shared, collapse=None, spectral=None, pairs=cross_products(basis.structure.scores)
+    )
     plain = whole.batch(whole.reduce(values, exact=True))
     reduced = shared.reduce(values, exact=False)
     criterion = jax.jit(profiled, static_argnames="reml")  # op by op it is 350 programs
@@ -172,7 +176,7 @@ def test_lanes_are_single_expansions():
     values = responses(data, 3, group="g", slope="x")
     frame = covariate_frame("~ z + (1 + x + z | g)", data)
     fitter = BatchFitter(frame)
-    shared = fitter.whole.shared
+    shared = fitter.engine.lanes
     design = shared.batch(shared.reduce(jnp.asarray(values), exact=False))
     roots = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)))
     expanded = jax.jit(expand_chart, static_argnames="reml")

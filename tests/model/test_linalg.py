@@ -18,7 +18,8 @@ import jaxreml
 from jaxreml import Design, estimate, reml_objective, stack
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many import crossed
-from jaxreml.many.engine import BatchFitter, _Pattern
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.passes import Passes
 from jaxreml.many.programs import programs
 from jaxreml.model import linalg
 from jaxreml.optimum import held
@@ -227,16 +228,16 @@ def test_fit_many_has_no_batched_calls(formula, df, structure):
     data["g"], data["h"] = np.arange(60) // 4, np.arange(60) % 5
     fitter = BatchFitter(covariate_frame(formula, data), df=df, structure=structure, lanes=2)
     values = rng.normal(size=(60, 4))
-    pattern = _Pattern(fitter, fitter.whole, values, None, None)
+    pattern = Passes(fitter.engine, values, 4, None, None)
     pattern.lanes = pattern.size = 4
     block, shift = pattern._block(np.arange(4))
     for careful in (False, True):
-        compiled = programs(pattern.mesh, pattern.plan._replace(careful=careful))
+        compiled = programs(fitter.engine.mesh, pattern.plan._replace(careful=careful))
         begin = compiled.begin.lower(pattern.shared, block, shift)
         reduced, root, radius = begin.out_info
         climb = compiled.climb.lower(pattern.shared, reduced, root, radius, np.int32(9))
         before = np.zeros(4, np.int32)
-        contrasts = pattern.contrasts
+        contrasts = fitter.options.contrasts
         found = climb.out_info
         conclude = compiled.conclude.lower(pattern.shared, reduced, found, before, contrasts)
         modes = compiled.modes.lower(pattern.shared, block, shift, root)
@@ -248,13 +249,13 @@ def test_crossed_refits_have_no_batched_calls():
     rng = np.random.default_rng(0)
     data = pd.DataFrame({"x": rng.normal(size=60), "g": np.arange(60) // 4, "h": np.arange(60) % 5})
     frame = covariate_frame("~ x + (x | g) + (x | h)", data)
-    rows = BatchFitter(frame).whole.shared
-    assert isinstance(rows, crossed.CrossedRows)
-    lanes = rows.reduce(rng.normal(size=(60, 3)))
+    rows = BatchFitter(frame).engine
+    assert isinstance(rows, crossed.CrossedEngine)
+    lanes = rows.basis.response(rng.normal(size=(60, 3)))
     compiled = crossed._programs(True, "kenward-roger", 100)
     fits = compiled.estimate.lower(rows.design, lanes)
     certify = compiled.certify.lower(
-        rows.design, lanes, fits.out_info, np.zeros((0, 2)), rows.blank()
+        rows.design, lanes, fits.out_info, np.zeros((0, 2)), rows.design
     )
     modes = compiled.modes.lower(rows.design, lanes, fits.out_info)
     slopes = crossed._gradient_program(True).lower(rows.design, np.zeros(7), lanes)

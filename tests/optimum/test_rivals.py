@@ -11,8 +11,9 @@ import pytest
 import jaxreml
 from jaxreml import Design, Term, estimate
 from jaxreml.data.frame import covariate_frame
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.lanes import Lanes
 from jaxreml.many.screening import Grid, grid, has_one_optimum, screened
-from jaxreml.many.shared import prepare, share
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.objective import profiled
 from jaxreml.optimum.rivals import is_global, starts
@@ -174,11 +175,9 @@ def test_nowhere_above_the_best_of_twenty_starts_at_length(kind, method):
 def test_the_grid_of_a_batch_has_the_criterion(formula):
     y, X, terms = unbalanced("one", 5)
     frame = covariate_frame(formula, pd.DataFrame({"x": X[:, 1], "g": terms[0].group}))
-    effects = [(term.codes, term.effects) for term in frame.terms]
+    basis = BatchFitter(frame).basis
     for reml in (True, False):
-        shared = share(
-            *prepare(frame.X, effects, weights=None, offset=None, structure=None), reml=reml
-        )
+        shared = Lanes.of(basis, frame.X, reml=reml)
         reduced = shared.reduce(jnp.asarray(y[:, None]), exact=True)
         values = Grid(shared, reml=reml).values(reduced)
         roots, shape = grid(shared.covariance)
@@ -206,10 +205,7 @@ def test_balanced_designs_need_no_screening():
     data = jaxreml.datasets.load("sleepstudy")
 
     def unique(formula: str, rows: slice = slice(None)) -> bool:
-        frame = covariate_frame(formula, data[rows])
-        effects = [(term.codes, term.effects) for term in frame.terms]
-        prepared = prepare(frame.X, effects, weights=None, offset=None, structure=None)
-        return has_one_optimum(share(*prepared, reml=True))
+        return has_one_optimum(BatchFitter(covariate_frame(formula, data[rows])).basis)
 
     assert unique("~ Days + (Days | Subject)")
     assert unique("~ Days + (1 | Subject)")

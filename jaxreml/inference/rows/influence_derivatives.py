@@ -30,8 +30,9 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.model import linalg
+from jaxreml.model.basis import MAX_DENSE_BYTES
 from jaxreml.model.covariance import natural
-from jaxreml.model.design import MAX_DENSE_BYTES, Design
+from jaxreml.model.design import Design
 from jaxreml.model.structures.layout import Layout
 from jaxreml.optimum.effects import from_basis, scaled_rows, whitened
 

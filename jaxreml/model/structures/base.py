@@ -19,13 +19,15 @@ terms: nothing cancels, however large the variance ratio, and a singular Omega i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxreml.model import linalg
+from jaxreml.model.response import Response
 
 
 class Marginal(NamedTuple):
@@ -46,6 +48,8 @@ class Projection(NamedTuple):
 
 # Some rows of Z: per term the levels, (k,) integers, and the scaled effects, (k, q).
 Rows = Sequence[tuple[np.ndarray, np.ndarray]]
+# Rows of Z of all terms: levels (n,), columns (n, q), NumPy or traced, and number of levels.
+Terms = Sequence[tuple[np.ndarray, Any, int]]
 
 
 class Explicit:
@@ -71,11 +75,61 @@ class Explicit:
         return None
 
 
+class OfColumns:
+    """A structure of the columns [X y], which its arrays have on their second axis."""
+
+    remainder: Array
+
+    @property
+    def columns(self) -> Any:
+        """The projections of [X y]: a tree of arrays (., p + 1, ...)."""
+        raise NotImplementedError
+
+    def with_columns(self: Any, columns: Any, remainder: Array) -> Any:
+        """The structure of other columns: their projections and what these leave of their
+        cross-products."""
+        raise NotImplementedError
+
+    def respond(self, p: int, response: Response) -> Any:
+        """With this response after the first `p` columns."""
+
+        def joined(whole: Any, own: Any) -> Any:
+            xp = jnp if isinstance(whole, Array) or isinstance(own, Array) else np
+            return xp.concatenate([whole[:, :p], own[:, None]], axis=1)
+
+        columns = jax.tree.map(joined, self.columns, response.scores)
+        of_y = response.remainder_xy, response.remainder_yy
+        return self.with_columns(columns, linalg.border(self.remainder[:p, :p], *of_y))
+
+    def silent(self) -> Any:
+        """`Response.scores` of one that Z does not explain."""
+
+        def none(whole: Any) -> Any:
+            return np.zeros((whole.shape[0], *whole.shape[2:]), whole.dtype)
+
+        return jax.tree.map(none, self.columns)
+
+    def combined(self, matrix: Array, absent: Array) -> Any:
+        """Of the columns [X y] C: nothing is projected anew.
+
+        Args:
+            matrix: C, (p + 1, p + 1), the response last. A column of zeros is absent.
+            absent: (p + 1,), 1 for absent columns, 0 for the others: they get 1 on the diagonal of
+                the gram matrix, which changes no determinant.
+        """
+        gram = matrix.T @ self.remainder @ matrix + jnp.diag(absent)
+        return self.with_columns(self.combine(self.columns, matrix), gram)
+
+    def combine(self, cross: Any, matrix: Array) -> Any:
+        """`cross` or `columns` times (p + 1, k)."""
+        return jax.tree.map(lambda own: jnp.einsum("au...,uv->av...", own, matrix), cross)
+
+
 class Structure(Protocol):
-    """A pytree of the cross-products of one data set, with these contractions.
+    """A pytree of the cross-products of one data set: all that a likelihood needs.
 
     `omega` is always the vector of `covariance`, length m. Effects are in scaled units
-    (`Design.units`). `cross` is D in the structure's own layout, `inner` what it makes B from.
+    (`Design.units`).
     """
 
     @property
@@ -83,17 +137,32 @@ class Structure(Protocol):
         """Effects per term."""
         ...
 
+    def marginal(self, omega: Array) -> Marginal:
+        """log|V0| and the gram matrix at `omega`."""
+        ...
+
+    def respond(self, p: int, response: Response) -> Self:
+        """With this response after the first `p` columns."""
+        ...
+
+    def silent(self) -> Any:
+        """`Response.scores` of one that Z does not explain, in one lane."""
+        ...
+
+
+class Differentiable(Structure, Protocol):
+    """A structure with derivatives in closed form: what a search and standard errors need.
+
+    `cross` is D in the structure's own layout, `inner` what it makes B from.
+    """
+
     @property
     def costly(self) -> bool:
         """Whether `curvature` costs much more than `spread`."""
         ...
 
-    def marginal(self, omega: Array) -> Marginal:
-        """log|V0| and the gram matrix at `omega`."""
-        ...
-
     def project(self, omega: Array) -> Projection:
-        """The same with B and D."""
+        """`marginal` with B and D."""
         ...
 
     def slope(self, projection: Projection) -> Array:
@@ -105,22 +174,29 @@ class Structure(Protocol):
         W = matrix diag(weights) matrix', with (p + 1, p + 1) `matrix` and (p + 1,) `weights`."""
         ...
 
-    def spread(self, projection: Projection, matrix: Array) -> Array:
-        """d_u'E_i B E_j d_v, (m, k, m, k), for the columns d of D matrix, `matrix` (p + 1, k)."""
-        ...
-
-    def combine(self, cross: Any, matrix: Array) -> Any:
-        """D @ matrix, for `matrix` of shape (p + 1, k)."""
-        ...
-
     def form(self, cross: Any, matrix: Array) -> Array:
         """matrix' D' E_i D matrix, shape (m, k, k), for `matrix` of shape (p + 1, k)."""
         ...
 
+
+class Full(Differentiable, Protocol):
+    """A structure of one data set, with its random effects: that of a `Design`."""
+
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        """d_u'E_i B E_j d_v, (m, k, m, k), for the columns d of D matrix, `matrix` (p + 1, k)."""
+        ...
+
     def start(self) -> Array | None:
         """omega (m,) to start a search from, by cheap moment estimates. None where
-        `estimation.minimum_norm` costs little; it needs `without_response()`, the same structure
-        with a response of length 1 that neither X nor Z explains, in one lane."""
+        `estimate.minimum_norm` costs little."""
+        ...
+
+    def combined(self, matrix: Array, absent: Array) -> Self:
+        """As `OfColumns.combined`."""
+        ...
+
+    def combine(self, cross: Any, matrix: Array) -> Any:
+        """D @ matrix, for `matrix` of shape (p + 1, k)."""
         ...
 
     def modes(self, omega: Array, cross: Any) -> tuple[Array, ...]:
@@ -147,11 +223,20 @@ class Structure(Protocol):
         ...
 
 
-def blank_response(scores: Array, remainder: Array) -> tuple[Array, Array]:
-    """Scores (., p + 1, ...) and remainder (p + 1, p + 1) of a structure's `without_response`."""
-    p = len(remainder) - 1
-    scores, remainder = jnp.asarray(scores), jnp.asarray(remainder)
-    return (
-        scores.at[:, p].set(0.0),
-        remainder.at[p].set(0.0).at[:, p].set(0.0).at[p, p].set(1.0),
-    )
+class Projector(Protocol):
+    """What the random terms of a data set say, without X and y; `Grouped` and its like are what X
+    and y come to on it."""
+
+    def project(self, columns: Any) -> tuple[Any, Any]:
+        """`OfColumns.columns` of (n, k) rows, NumPy or traced, and what these leave of them,
+        (n, k)."""
+        ...
+
+    def products(self, columns: Any) -> Any:
+        """Z'columns, (q, k, J), where Z is traced and has its derivatives by them; else None."""
+        ...
+
+    def structure(self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]) -> Any:
+        """The structure of columns: what `project` and `products` give of them, and the
+        cross-products of what is left."""
+        ...

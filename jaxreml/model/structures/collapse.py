@@ -95,11 +95,9 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
         The plan, or None if it would save less than a third of the levels.
     """
     q, p, n_levels = scores_x.shape
-    largest = np.abs(factors).max(axis=2, keepdims=True)
-    rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
-    _, classes = np.unique(rounded.reshape(q * q, n_levels).T, axis=0, return_inverse=True)
-    order = np.argsort(classes.ravel(), kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(classes.ravel()[order])) + 1)
+    classes = equal_levels(factors)
+    order = np.argsort(classes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
     rows: list[np.ndarray] = []  # of the rotation, dense over one class
     members: list[np.ndarray] = []
     collapsed: list[tuple[np.ndarray, int]] = []
@@ -143,6 +141,15 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
         classes_rotated=home[first],
         n_classes=len(collapsed),
     )
+
+
+def equal_levels(factors: np.ndarray) -> np.ndarray:
+    """Classes (J,) of levels that have the same F, of (q, q, J)."""
+    q, _, n_levels = factors.shape
+    largest = np.abs(factors).max(axis=2, keepdims=True)
+    rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
+    classes = np.unique(rounded.reshape(q * q, n_levels).T, axis=0, return_inverse=True)[1]
+    return classes.ravel()
 
 
 def _plan(**fields: Any) -> Collapse:

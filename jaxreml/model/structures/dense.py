@@ -17,7 +17,14 @@ from jax import Array
 
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.structures.base import Explicit, Marginal, Projection, Rows, blank_response
+from jaxreml.model.structures.base import (
+    Explicit,
+    Marginal,
+    OfColumns,
+    Projection,
+    Rows,
+    Terms,
+)
 from jaxreml.model.structures.layout import Layout
 
 ROW_ENTRIES = 10**7  # of rows by random effects at a time
@@ -25,7 +32,7 @@ ROW_ENTRIES = 10**7  # of rows by random effects at a time
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Dense(Explicit):
+class Dense(OfColumns, Explicit):
     """Cross-products of any random terms, Q random effects altogether.
 
     Attributes:
@@ -67,9 +74,6 @@ class Dense(Explicit):
         gram = self.remainder + scores.T @ scores
         return Projection(logdet, gram, loadings.T @ loadings, loadings.T @ scores)
 
-    def combine(self, cross: Array, matrix: Array) -> Array:
-        return cross @ matrix
-
     def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
         cross = cross @ matrix
         return (cross * weights) @ cross.T
@@ -89,9 +93,12 @@ class Dense(Explicit):
         flat = moved.reshape(len(moved), -1)
         return (flat.T @ projection.inner @ flat).reshape(*moved.shape[1:], *moved.shape[1:])
 
-    def without_response(self) -> Dense:
-        scores, remainder = blank_response(self.scores, self.remainder)
-        return replace(self, scores=scores, remainder=remainder)
+    @property
+    def columns(self) -> Array:
+        return self.scores
+
+    def with_columns(self, columns: Array, remainder: Array) -> Dense:
+        return replace(self, scores=columns, remainder=remainder)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         return self.layout.modes(omega, cross[:, 0])
@@ -124,15 +131,25 @@ class Dense(Explicit):
         return np.concatenate(parts)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DenseBasis:
     """The orthogonal factorisation Z = Q F of all random effects.
 
-    Args:
-        effects: one (codes (n,), columns (n, q), levels) per term. Traced columns are taken as
-            they are (F = Z, Q = I): a QR factorisation has no derivative where Z loses rank.
+    Attributes:
+        directions: (n, r), Q. None if effects are traced: they are taken as they are (F = Z,
+            Q = I), as a QR factorisation has no derivative where Z loses rank.
+        factors: (r, Q), F.
+        levels: levels per term, static.
     """
 
-    def __init__(self, effects: list[tuple[np.ndarray, Any, int]]):
+    directions: Any
+    factors: Any
+    levels: tuple[int, ...] = field(metadata={"static": True})
+
+    @staticmethod
+    def of(effects: Terms) -> DenseBasis:
+        """Factorise the columns of all terms, scaled."""
         n = effects[0][0].size
         traced = any(isinstance(columns, Array) for _, columns, _ in effects)
         blocks = []
@@ -145,18 +162,28 @@ class DenseBasis:
                 block = np.zeros((n, n_levels * q), columns.dtype)
                 block[where] = columns
                 blocks.append(block)
-        self.levels = tuple(n_levels for _, _, n_levels in effects)
+        levels = tuple(n_levels for _, _, n_levels in effects)
         if traced:
-            self.directions: Any = None
-            self.factors: Any = jnp.concatenate(blocks, axis=1)
-        else:
-            self.directions, self.factors = np.linalg.qr(np.concatenate(blocks, axis=1))
+            return DenseBasis(None, jnp.concatenate(blocks, axis=1), levels)
+        return DenseBasis(*np.linalg.qr(np.concatenate(blocks, axis=1)), levels)
 
-    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Dense:
-        """Project [X y], (n, p + 1), NumPy or traced."""
+    def project(self, columns: Any) -> tuple[Any, Any]:
+        """Scores Q'columns, (r, k), and what Q leaves, (n, k), NumPy or traced."""
         if self.directions is None:
-            remainder = jnp.zeros((columns.shape[1],) * 2, self.factors.dtype)
-            return Dense(self.factors, jnp.asarray(columns), remainder, sizes, self.levels)
+            columns = jnp.asarray(columns)
+            return columns, jnp.zeros_like(columns)
         scores = self.directions.T @ columns
-        rest = columns - self.directions @ scores
-        return Dense(self.factors, scores, rest.T @ rest, sizes, self.levels)
+        return scores, columns - self.directions @ scores
+
+    def scores(self, columns: Any) -> Any:
+        """Q'columns, (r, k)."""
+        return self.directions.T @ columns
+
+    def products(self, columns: Any) -> None:
+        """All derivatives are those of `factors`."""
+
+    def structure(
+        self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]
+    ) -> Dense:
+        """The structure of columns."""
+        return Dense(self.factors, scores, remainder, sizes, self.levels)

@@ -8,7 +8,7 @@ of unequal numbers of levels for `vmap`) has F = 0 and c = 0 and contributes not
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from jax.scipy.linalg import block_diag
 
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.structures.base import Explicit, Marginal, Projection, Rows, blank_response
+from jaxreml.model.response import Response
+from jaxreml.model.structures.base import Explicit, Marginal, OfColumns, Projection, Rows
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
@@ -122,7 +123,7 @@ def _projection_jvp(primals, tangents):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Grouped(Levels):
+class Grouped(OfColumns, Levels):
     """Cross-products of one grouping factor with J levels.
 
     Attributes:
@@ -171,9 +172,6 @@ class Grouped(Levels):
         inner, cross = linalg.matmul(across, loadings), linalg.matmul(across, scores)
         return Projection(logdet, self._gram(scores), inner, cross)
 
-    def combine(self, cross: Array, matrix: Array) -> Array:
-        return jnp.einsum("auJ,uv->avJ", cross, matrix)
-
     def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
         cross = self.combine(cross, matrix)
         weighted = cross * weights[:, None]
@@ -201,9 +199,22 @@ class Grouped(Levels):
         factors, scores = (np.pad(part, pad) for part in (self.factors, self.scores))
         return replace(self, factors=factors, scores=scores)  # pyright: ignore
 
-    def without_response(self) -> Grouped:
-        scores, remainder = blank_response(self.scores, self.remainder)
-        return replace(self, scores=scores, remainder=remainder, products=None)
+    @property
+    def columns(self) -> Array:
+        return self.scores
+
+    def with_columns(self, columns: Array, remainder: Array) -> Grouped:
+        return replace(self, scores=columns, remainder=remainder, products=None)
+
+    def respond(self, p: int, response: Response) -> Grouped:
+        found = super().respond(p, response)
+        if self.products is None or response.products is None:
+            return found
+        of_effects, of_x, rest = response.products
+        effects, columns, products = self.products
+        columns = jnp.concatenate([columns[:, :p], of_effects[:, None]], axis=1)
+        rest = linalg.border(products[:p, :p], of_x, rest)
+        return replace(found, products=Products(effects, columns, rest))
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         modes = linalg.matmul(self._omega(omega), cross)[:, 0]
@@ -244,78 +255,117 @@ def pairing(sizes: tuple[int, ...]) -> np.ndarray:
     return traces.reshape(m * m, t * t)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Partition:
+    """Rows by the levels of a factor.
+
+    Attributes:
+        codes: (n,) integers 0..J-1.
+        n_levels: J, static.
+    """
+
+    codes: Any
+    n_levels: int = field(metadata={"static": True})
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """The rows in the order of the levels (None: as they are), where levels start, and which
+        have no rows."""
+        order = None
+        codes = self.codes
+        if np.any(codes[1:] < codes[:-1]):
+            order = np.argsort(codes, kind="stable")
+            codes = codes[order]
+        starts = np.searchsorted(codes, np.arange(self.n_levels))
+        empty = np.bincount(codes, minlength=self.n_levels) == 0
+        return order, np.minimum(starts, len(codes) - 1), empty
+
+    def sums(self, values: Any) -> Any:
+        """Sums over the rows of each level, (n, ...) to (J, ...), NumPy or traced."""
+        if isinstance(values, Array) or isinstance(self.codes, Array):
+            return jax.ops.segment_sum(values, self.codes, self.n_levels)
+        order, starts, empty = self._sorted
+        sums = np.add.reduceat(values if order is None else values[order], starts, axis=0)
+        sums[empty] = 0
+        return sums
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class GroupedBasis:
     """The within-level orthogonal factorisation Z = Q F.
 
-    Args:
-        codes: (n,) integers 0..J-1.
-        effects: (n, q), columns scaled, NumPy or traced. Q and F of traced ones have no
-            derivatives: `Grouped.products` has.
-        n_levels: J.
+    Attributes:
+        rows: by level.
+        directions: (n, q), Q.
+        factors: (q, q, J), F.
+        effects: (n, q), Z where it is traced: Q and F have no derivatives then,
+            `Grouped.products` has.
     """
 
-    def __init__(self, codes: np.ndarray, effects: Any, n_levels: int):
-        self.order = np.argsort(codes, kind="stable")
-        self.codes = codes[self.order]
-        self.n_levels = n_levels
-        self.starts = np.searchsorted(self.codes, np.arange(n_levels))
-        self.empty = np.bincount(codes, minlength=n_levels) == 0
-        self.effects = effects[self.order]
-        self.traced = isinstance(effects, Array)
-        xp: Any = jnp if self.traced else np
+    rows: Partition
+    directions: Any
+    factors: Any
+    effects: Any = None
+
+    @staticmethod
+    def of(codes: np.ndarray, effects: Any, n_levels: int) -> GroupedBasis:
+        """Factorise columns (n, q), scaled, NumPy or traced, in levels 0..J-1 of the rows."""
+        traced = isinstance(effects, Array)
+        by_level = Partition(codes.astype(natural.INDEX), n_levels)
+        xp: Any = jnp if traced else np
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
-        for k, column in enumerate(_fixed(self.effects).T):
-            length = xp.sqrt(self._sum(column * column))
+        for k, column in enumerate(_fixed(effects).T):
+            length = xp.sqrt(by_level.sums(column * column))
             for _ in range(2):  # orthogonalising twice is enough (Kahan, in Parlett 1980)
                 for i, direction in enumerate(directions):
-                    share = self._sum(direction * column)
-                    column = column - direction * share[self.codes]
+                    share = by_level.sums(direction * column)
+                    column = column - direction * share[codes]
                     entries[i, k] = entries.get((i, k), 0.0) + share
-            rest = xp.sqrt(self._sum(column * column))
+            rest = xp.sqrt(by_level.sums(column * column))
             rest = xp.where(rest <= COLLINEAR * length, 0.0, rest)
             entries[k, k] = rest
             inverse = xp.where(rest > 0, 1 / xp.where(rest > 0, rest, 1.0), 0.0)
-            directions.append(column * inverse[self.codes])
+            directions.append(column * inverse[codes])
         none = xp.zeros_like(entries[0, 0])
         places = range(len(directions))
-        rows = [xp.stack([entries.get((i, k), none) for k in places]) for i in places]
-        self.factors = xp.stack(rows)
-        self.directions = xp.stack(directions, axis=1)
-
-    def _sum(self, values: Any) -> Any:
-        """Sums over the rows of each level, (n, ...) to (J, ...)."""
-        if isinstance(values, Array):
-            return jax.ops.segment_sum(values, self.codes, self.n_levels, indices_are_sorted=True)
-        sums = np.add.reduceat(values, np.minimum(self.starts, len(values) - 1), axis=0)
-        sums[self.empty] = 0
-        return sums
+        factors = xp.stack([xp.stack([entries.get((i, k), none) for k in places]) for i in places])
+        stacked = xp.stack(directions, axis=1)
+        return GroupedBasis(by_level, stacked, factors, effects if traced else None)
 
     def project(self, columns: Any) -> tuple[Any, Any]:
-        """Scores Q'columns, (q, k, J), and what Q leaves, (n, k) in `order`, NumPy or traced."""
-        rest = columns[self.order]
+        """Scores Q'columns, (q, k, J), and what Q leaves, (n, k), NumPy or traced."""
+        rest = columns if self.effects is None else _fixed(columns)
         scores = []
         for direction in self.directions.T:
-            score = self._sum(direction[:, None] * rest)
-            rest = rest - direction[:, None] * score[self.codes]
+            score = self.rows.sums(direction[:, None] * rest)
+            rest = rest - direction[:, None] * score[self.rows.codes]
             scores.append(score.T)
         return (jnp if isinstance(scores[0], Array) else np).stack(scores), rest
 
-    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Grouped:
-        """Project [X y], (n, p + 1), NumPy or traced."""
-        if not self.traced:
-            scores, rest = self.project(columns)
-            return Grouped(self.factors, scores, rest.T @ rest, sizes)
-        columns = jnp.asarray(columns)
-        scores, rest = self.project(_fixed(columns))
-        ordered = columns[self.order]
+    def scores(self, columns: Any) -> Any:
+        """Q'columns with the columns last, (q, J, k), traced: all that one pass over them gives."""
+        sums = [self.rows.sums(direction[:, None] * columns) for direction in self.directions.T]
+        return jnp.stack(sums)
 
-        def products(right: Array) -> Array:
-            sums = [self._sum(effect[:, None] * right).T for effect in self.effects.T]
-            return jnp.stack(sums)
+    def products(self, columns: Any) -> Any:
+        """Z'columns, (q, k, J), if Z is traced."""
+        if self.effects is None:
+            return None
+        sums = [self.rows.sums(effect[:, None] * columns).T for effect in self.effects.T]
+        return jnp.stack(sums)
 
-        shadow = Products(products(self.effects), products(ordered), columns.T @ columns)
-        return Grouped(self.factors, scores, rest.T @ rest, sizes, shadow)
+    def structure(
+        self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]
+    ) -> Grouped:
+        """The structure of columns."""
+        shadow = None
+        if products is not None:
+            of_columns, rest = products
+            shadow = Products(self.products(self.effects), of_columns, rest)
+        return Grouped(self.factors, scores, remainder, sizes, shadow)
 
 
 def _fixed(array: Any) -> Any:

@@ -18,6 +18,7 @@ from jax import Array
 
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
+from jaxreml.model.response import Response
 from jaxreml.model.structures.base import Marginal, Projection
 from jaxreml.model.structures.grouped import Levels
 
@@ -68,12 +69,15 @@ class GroupedBatch(Levels):
     def _p(self) -> int:
         return self.scores_x.shape[1]
 
-    def without_response(self) -> GroupedBatch:
-        """One lane with a response of length 1 that nothing explains."""
-        p = self._p
-        remainder = self.remainder[..., :1]
-        remainder = remainder.at[p].set(0.0).at[:, p].set(0.0).at[p, p].set(1.0)
-        return replace(self, scores_y=jnp.zeros_like(self.scores_y[..., :1]), remainder=remainder)
+    def respond(self, p: int, response: Response) -> GroupedBatch:
+        of_y = response.remainder_xy, response.remainder_yy
+        of_x = self.remainder[:p, :p, :1]
+        of_x = jnp.broadcast_to(of_x, (p, p, *np.shape(response.remainder_yy)))
+        return replace(self, scores_y=response.scores, remainder=linalg.border(of_x, *of_y))
+
+    def silent(self) -> np.ndarray:
+        q, _, levels = self.scores_x.shape
+        return np.zeros((q, levels, 1), self.scores_x.dtype)
 
     def marginal(self, omega: Array) -> Marginal:
         return Marginal(*self.project(omega)[:2])

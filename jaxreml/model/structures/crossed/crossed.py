@@ -23,7 +23,7 @@ from jax import Array
 
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.structures.base import Marginal, Projection, Rows
+from jaxreml.model.structures.base import Marginal, OfColumns, Projection, Rows
 from jaxreml.model.structures.crossed import schur
 from jaxreml.model.structures.crossed.elimination import (
     Eliminated,
@@ -72,13 +72,13 @@ class Moments(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Crossed:
+class Crossed(OfColumns):
     """Cross-products of any number of grouping factors, nested or crossed.
 
     Attributes:
         stages: the chain, finest factor first.
         rest: (Q, Q), what the first factor leaves of Z_D'Z_D.
-        columns: (Q, p + 1), likewise of Z_D'[X y].
+        tail: (Q, p + 1), likewise of Z_D'[X y].
         remainder: (p + 1, p + 1), likewise of [X y]'[X y].
         moments: for `start`.
         sizes: effects per term, static, in the order of the terms.
@@ -88,7 +88,7 @@ class Crossed:
 
     stages: tuple[Stage, ...]
     rest: Array
-    columns: Array
+    tail: Array
     remainder: Array
     moments: Moments
     sizes: tuple[int, ...] = field(metadata={"static": True})
@@ -100,6 +100,16 @@ class Crossed:
         """Of the tail."""
         tail = self.order[len(self.order) - len(self.levels) :]
         return Layout(tuple(self.sizes[k] for k in tail), self.levels)
+
+    @property
+    def columns(self) -> tuple[Array, ...]:
+        return (*(stage.columns for stage in self.stages), self.tail)
+
+    def with_columns(self, columns: tuple[Array, ...], remainder: Array) -> Crossed:
+        *of_chain, tail = columns
+        pairs = zip(self.stages, of_chain, strict=True)
+        stages = tuple(replace(stage, columns=own) for stage, own in pairs)
+        return replace(self, stages=stages, tail=tail, remainder=remainder)
 
     @cached_property
     def _positions(self) -> np.ndarray:
@@ -121,7 +131,7 @@ class Crossed:
         return array
 
     def _eliminate(self, omegas: tuple[Array, ...]) -> Eliminated:
-        return eliminate(self.stages, omegas, self.rest, self.columns, self.remainder)
+        return eliminate(self.stages, omegas, self.rest, self.tail, self.remainder)
 
     def marginal(self, omega: Array) -> Marginal:
         chain, tail = self._split(omega)
@@ -135,8 +145,7 @@ class Crossed:
         chain, tail = self._split(omega)
         done = self._eliminate(chain)
         logdet, gram = done.logdet, done.T
-        inverse, modes = self.rest, self.columns
-        cross = self.columns
+        inverse, modes, cross = self.rest, self.tail, self.tail
         if self.levels:
             solution = schur.solve(self.layout, tail, done.A, done.C)
             logdet, gram = logdet + solution.logdet, gram - solution.form
@@ -282,11 +291,7 @@ class Crossed:
                 columns[i] = columns[i] + stage.from_tail(of_tail)
                 if i:
                     tail = tail + stage.to_tail(stage.tail, of_chain[i], len(tail))
-        stages = [
-            replace(stage, columns=part) for stage, part in zip(self.stages, columns, strict=True)
-        ]
-        remainder = jnp.zeros((k, k), self.remainder.dtype)
-        return replace(self, stages=tuple(stages), columns=tail, remainder=remainder)
+        return self.with_columns((*columns, tail), jnp.zeros((k, k), self.remainder.dtype))
 
     def start(self) -> Array:
         """Moment estimates of omega, (m,).
@@ -338,10 +343,6 @@ class Crossed:
 
     def form(self, cross: tuple[Array, ...], matrix: Array) -> Array:
         return self._outside(self._forms(cross, matrix), 0)
-
-    def combine(self, cross: tuple[Array, ...], matrix: Array) -> tuple[Array, ...]:
-        *chain, tail = cross
-        return (*(jnp.einsum("auJ,uv->avJ", part, matrix) for part in chain), tail @ matrix)
 
     def modes(self, omega: Array, cross: tuple[Array, ...]) -> tuple[Array, ...]:
         chain, tail = self._split(omega)

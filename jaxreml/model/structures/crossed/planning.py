@@ -14,10 +14,12 @@ import scipy.sparse as sp
 from jax import Array
 
 from jaxreml.errors import DataError
-from jaxreml.model.covariance.natural import INDEX, triangle
-from jaxreml.model.structures.collapse import SAME
+from jaxreml.model.covariance.unstructured import INDEX, triangle
+from jaxreml.model.structures.base import Terms
+from jaxreml.model.structures.collapse import equal_levels
 from jaxreml.model.structures.crossed.crossed import Crossed, Moments
 from jaxreml.model.structures.crossed.elimination import Products, Stage, Weighted
+from jaxreml.model.structures.crossed.meetings import Factor, Meetings, Tail, factors_of
 from jaxreml.model.structures.grouped import GroupedBasis
 
 PAIR = 1000  # multiplications of a matrix product that take as long as one pair of couplings
@@ -27,107 +29,49 @@ MEMORY_SHARE = 0.8  # of the machine's memory that one evaluation may take
 NOISE = 1e-13  # share of a cross-product that rounding leaves where nothing is left of it
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """One grouping factor with all its terms.
-
-    Attributes:
-        codes: (n,).
-        columns: (n, q), the effects of all its terms.
-        n_levels: J.
-        terms: which terms they are.
-        sizes: their numbers of effects.
-    """
-
-    codes: np.ndarray
-    columns: np.ndarray
-    n_levels: int
-    terms: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def q(self) -> int:
-        """Effects per level."""
-        return self.columns.shape[1]
-
-    @property
-    def effects(self) -> int:
-        """Random effects altogether."""
-        return self.n_levels * self.q
-
-    def by_term(self) -> list[np.ndarray]:
-        """The columns of each term."""
-        return np.split(self.columns, np.cumsum(self.sizes)[:-1], axis=1)
-
-    def contains(self, finer: Factor) -> bool:
-        """Whether every level of `finer` lies in one level of this factor."""
-        return np.array_equal(self.parents(finer)[finer.codes], self.codes)
-
-    def parents(self, finer: Factor) -> np.ndarray:
-        """The level of this factor that contains each level of `finer`."""
-        parents = np.zeros(finer.n_levels, INDEX)
-        parents[finer.codes] = self.codes
-        return parents
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sums of (n,) values by level, (J,)."""
-        return np.bincount(self.codes, values, self.n_levels)
-
-
-def factors_of(effects: list[tuple[np.ndarray, np.ndarray, int]]) -> list[Factor]:
-    """Factors with their terms put together, most effects first."""
-    found: list[list[int]] = []
-    for k, (codes, *_) in enumerate(effects):
-        same = [terms for terms in found if np.array_equal(codes, effects[terms[0]][0])]
-        if same:
-            same[0].append(k)
-        else:
-            found.append([k])
-    factors = [
-        Factor(
-            effects[terms[0]][0],
-            np.concatenate([effects[k][1] for k in terms], axis=1),
-            effects[terms[0]][2],
-            tuple(terms),
-            tuple(effects[k][1].shape[1] for k in terms),
-        )
-        for terms in found
-    ]
-    return sorted(factors, key=lambda factor: -factor.effects)
-
-
 class CrossedBasis:
     """What does not depend on X and y.
 
     Args:
         effects: one (codes (n,), columns (n, q), levels) per term, concrete, columns scaled.
+        like: a basis of the same levels, with other columns. What follows from levels alone is
+            taken from it, and equal levels are not put together: all that are like it have the
+            same shapes.
 
     Raises:
         DataError: one evaluation would not fit into memory.
     """
 
-    def __init__(self, effects: list[tuple[np.ndarray, np.ndarray, int]]):
-        factors = factors_of(effects)
+    def __init__(self, effects: Terms, like: CrossedBasis | None = None):
         n = effects[0][0].size
+        if like is None:
+            self._choose_chain(factors_of(effects), n)
+        else:
+            self.chain = [factor.again(effects) for factor in like.chain]
+            self.tail = Tail([factor.again(effects) for factor in like.tail.factors], n)
+            self.meetings = [meetings.again(self.tail) for meetings in like.meetings]
+        first = self.chain[0]
+        self.first = GroupedBasis.of(first.codes, first.columns, first.n_levels)
+        classes = equal_levels(self.first.factors) if like is None else np.arange(first.n_levels)
+        self.plan = _choose(classes, self.meetings[0], self.tail.total)
+        self._check_memory()
+        self.stages = self._couple()
+        self.moments = self._moments()
+
+    def _choose_chain(self, factors: list[Factor], n: int) -> None:
+        """Chain, tail and where they meet."""
         chain = factors[:1]
         for factor in factors[1:]:
             if factor.contains(chain[-1]):
                 chain.append(factor)
         while True:
             self.chain = chain
-            self.tail = _Tail([factor for factor in factors if factor not in chain], n)
-            self.meetings = [_Meetings(factor, self.tail) for factor in chain]
+            self.tail = Tail([factor for factor in factors if factor not in chain], n)
+            self.meetings = [Meetings(factor, self.tail) for factor in chain]
             crowded = [k for k, m in enumerate(self.meetings) if k and m.n_pairs > MOST_PAIRS]
             if not crowded:
                 break
             chain = chain[: crowded[0]]
-        first = chain[0]
-        self.first = GroupedBasis(first.codes, first.columns, first.n_levels)
-        self.plan = _choose(self.first.factors, self.meetings[0], self.tail.total)
-        self._check_memory()
-        self.directions = self.first.directions[np.argsort(self.first.order)]
-        self.stages = self._couple()
-        self.moments = self._moments()
 
     def _check_memory(self) -> None:
         total, light = self.tail.total, int(self.plan.light.sum())
@@ -149,7 +93,7 @@ class CrossedBasis:
     def _couple(self) -> tuple[Stage, ...]:
         """All stages, without X and y."""
         first, *later = self.chain
-        directions = self.directions.T
+        directions = self.first.directions.T
         of_chain = [
             np.array([[first.sums(d * column) for column in factor.columns.T] for d in directions])
             for factor in later
@@ -214,7 +158,7 @@ class CrossedBasis:
             )
             turned.append(replace(factor, columns=columns))
         n = self.tail.rows.shape[0]
-        every = _Tail(turned, n)
+        every = Tail(turned, n)
         squares = np.asarray(every.rows.power(2).sum(axis=0)).ravel()
         shrinkage = 1 / (1 + squares)
         owners = np.concatenate(every.owners)
@@ -237,128 +181,27 @@ class CrossedBasis:
         fields: Any = (tuple(bases), tuple(by_term), inverse, np.array(float(n)))
         return Moments(*fields)
 
-    def structure(self, columns: Any, sizes: tuple[int, ...]) -> Crossed:
-        """Project [X y], (n, p + 1), NumPy or traced."""
+    def project(self, columns: Any) -> tuple[tuple[Any, ...], Any]:
+        """`Crossed.columns` of (n, k) rows, NumPy or traced, and what the first factor leaves of
+        them, (n, k)."""
         scores, rest = self.first.project(columns)
-        rows = rest[np.argsort(self.first.order)]
-        of_columns = [scores]
-        for factor in self.chain[1:]:
-            of_columns.append(_sums(factor.columns, factor.codes, factor.n_levels, rows))
-        stages = tuple(
-            Stage(**(vars(stage) | {"columns": part}))
-            for stage, part in zip(self.stages, of_columns, strict=True)
-        )
+        later = [_sums(own.columns, own.codes, own.n_levels, rest) for own in self.chain[1:]]
+        return (scores, *later, self.tail.sums(rest)), rest
+
+    def products(self, columns: Any) -> None:
+        """There are no traced effects here."""
+
+    def structure(
+        self, scores: tuple[Any, ...], remainder: Any, products: Any, sizes: tuple[int, ...]
+    ) -> Crossed:
+        """The structure of columns."""
+        pairs = zip(self.stages, scores[:-1], strict=True)
+        stages = tuple(replace(stage, columns=part) for stage, part in pairs)
         order = [k for factor in (*self.chain, *self.tail.factors) for k in factor.terms]
-        fields: Any = (stages, self.rest, self.tail.sums(rows), rest.T @ rest)
-        fields += (self.moments,)
-        fields = jax.tree.map(partial(_to_type, kind=columns.dtype), fields)
+        fields: Any = (stages, self.rest, scores[-1], remainder, self.moments)
+        fields = jax.tree.map(partial(_to_type, kind=remainder.dtype), fields)
         levels = tuple(factor.n_levels for factor in self.tail.factors for _ in factor.terms)
         return Crossed(*fields, sizes=sizes, order=tuple(order), levels=levels)
-
-
-class _Tail:
-    """The random effects of some factors: term by term, effect by effect.
-
-    Attributes:
-        factors: the factors.
-        total: number of effects, Q.
-        rows: (n, Q), their columns of Z.
-        owners: per term (levels * q,), which effect of a term each of them is, counted over all.
-    """
-
-    def __init__(self, factors: list[Factor], n: int):
-        self.factors = factors
-        places, values, self.owners = [], [], []
-        start = effects = 0
-        for factor in factors:
-            firsts = np.cumsum([0, *factor.sizes])
-            for q, first in zip(factor.sizes, firsts, strict=False):
-                places.append(start + factor.codes[:, None] + factor.n_levels * np.arange(q))
-                values.append(factor.columns[:, first : first + q])
-                self.owners.append(np.repeat(np.arange(effects, effects + q), factor.n_levels))
-                start += factor.n_levels * q
-                effects += q
-        self.total = start
-        if not factors:
-            self.rows: Any = sp.csr_matrix((n, 0))
-            return
-        index = np.concatenate(places, axis=1)
-        n, width = index.shape
-        data = np.concatenate(values, axis=1).ravel()
-        ends = np.arange(0, n * width + 1, width)
-        self.rows = sp.csr_matrix((data, index.ravel(), ends), (n, self.total))
-
-    def gram(self) -> np.ndarray:
-        """Z'Z, (Q, Q)."""
-        return (self.rows.T @ self.rows).toarray()
-
-    def sums(self, columns: Any) -> Any:
-        """Z' columns for (n, k), NumPy or traced."""
-        if not isinstance(columns, Array):
-            return self.rows.T @ columns
-        if not self.factors:
-            return jnp.zeros((0, columns.shape[1]), columns.dtype)
-        width = self.rows.indptr[1]
-        places = self.rows.indices.reshape(-1, width)
-        values = self.rows.data.reshape(-1, width)
-        return sum(
-            jax.ops.segment_sum(values[:, i, None] * columns, places[:, i], self.total)
-            for i in range(width)
-        )
-
-
-class _Meetings:
-    """Which effects of the tail occur with which levels of a factor of the chain.
-
-    Attributes:
-        level, effect: (k,), sorted by level and then effect.
-        ends: (J + 1,), where levels start and end.
-        n_pairs: pairs of effects within a level.
-    """
-
-    def __init__(self, factor: Factor, tail: _Tail):
-        self._rows = tail.rows
-        self._codes = factor.codes
-        self._shape = (factor.n_levels, max(tail.total, 1))
-        met = self._matrix(np.ones(factor.codes.size))
-        counts = np.diff(met.indptr)
-        self.ends = met.indptr.astype(np.int64)
-        self.effect = met.indices.astype(INDEX)
-        self.level = np.repeat(np.arange(factor.n_levels, dtype=INDEX), counts)
-        self.n_pairs = int(np.sum(counts.astype(np.int64) * (counts + 1) // 2))
-
-    def _matrix(self, values: np.ndarray) -> Any:
-        """Sums of values times the tail's columns; zeros are entries too."""
-        if not self._rows.shape[1]:
-            return sp.csr_matrix(self._shape)
-        width = self._rows.indptr[1]
-        data = self._rows.data * np.repeat(values, width)
-        where = (np.repeat(self._codes, width), self._rows.indices)
-        sums = sp.coo_matrix((data, where), self._shape).tocsr()
-        sums.sum_duplicates()
-        sums.sort_indices()
-        return sums
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sums of (n,) values times the tail's columns where they meet, (k,)."""
-        return self._matrix(values).data
-
-    def places(self, parents: np.ndarray, finer: _Meetings) -> np.ndarray:
-        """Where the meetings of a finer factor, with these `parents`, are here."""
-        here = self.level.astype(np.int64) * self._shape[1] + self.effect
-        there = parents[finer.level].astype(np.int64) * self._shape[1] + finer.effect
-        return np.searchsorted(here, there).astype(INDEX)
-
-    def pairs(self, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs (left, right) of meetings in one of `levels`, left <= right."""
-        starts, counts = self.ends[levels], np.diff(self.ends)[levels]
-        lefts, rights = [np.zeros(0, INDEX)], [np.zeros(0, INDEX)]
-        for count in np.unique(counts[counts > 0]):
-            right, left = np.tril_indices(count)
-            base = starts[counts == count][:, None]
-            lefts.append((base + left).ravel().astype(INDEX))
-            rights.append((base + right).ravel().astype(INDEX))
-        return np.concatenate(lefts), np.concatenate(rights)
 
 
 @dataclass(frozen=True)
@@ -376,13 +219,8 @@ class _Plan:
     light: np.ndarray
 
 
-def _choose(factors: np.ndarray, meetings: _Meetings, total: int) -> _Plan:
-    """Classes of equal F, and whether pairs or rows are cheaper for each."""
-    q, _, n_levels = factors.shape
-    largest = np.abs(factors).max(axis=2, keepdims=True)
-    rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
-    _, classes = np.unique(rounded.reshape(q * q, n_levels).T, axis=0, return_inverse=True)
-    classes = classes.ravel()
+def _choose(classes: np.ndarray, meetings: Meetings, total: int) -> _Plan:
+    """Whether pairs or rows are cheaper for each class of levels, (J,)."""
     counts = np.diff(meetings.ends)
     levels = np.bincount(classes)
     pairs = np.bincount(classes, counts * (counts + 1.0) / 2)
@@ -392,7 +230,7 @@ def _choose(factors: np.ndarray, meetings: _Meetings, total: int) -> _Plan:
 
 
 def _weighted(
-    plan: _Plan, meetings: _Meetings, values: np.ndarray, total: int
+    plan: _Plan, meetings: Meetings, values: np.ndarray, total: int
 ) -> tuple[Weighted, np.ndarray]:
     """The first factor's products, and their sum for P = I, (Q, Q)."""
     q = len(values)
@@ -430,7 +268,7 @@ def _weighted(
 
 
 def _collapsed(
-    plan: _Plan, meetings: _Meetings, values: np.ndarray, total: int, levels: np.ndarray
+    plan: _Plan, meetings: Meetings, values: np.ndarray, total: int, levels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells, classes and products of some levels; those of one cell and class summed."""
     left, right = meetings.pairs(levels)
@@ -461,7 +299,7 @@ def _collapsed(
     return cells, used[rows % used.size].astype(INDEX), np.array([s.data for s in sums])
 
 
-def _products_of(meetings: _Meetings, total: int) -> Products:
+def _products_of(meetings: Meetings, total: int) -> Products:
     """Which couplings of a later factor are multiplied."""
     left, right = meetings.pairs(np.arange(meetings.ends.size - 1))
     cells = meetings.effect[right].astype(np.int64) * total + meetings.effect[left]

@@ -1,0 +1,318 @@
+"""`Basis`: what X, Z, weights and rows say, before there is a response, and what one says on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreml.errors import DataError
+from jaxreml.model import linalg
+from jaxreml.model.arrays import (
+    Effects,
+    finite,
+    instead_of_residual,
+    is_traced,
+    namespace,
+    replaces_residual,
+    root_weights,
+)
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.response import Response
+from jaxreml.model.structures.base import Projector, Terms
+from jaxreml.model.structures.crossed.planning import CrossedBasis
+from jaxreml.model.structures.dense import DenseBasis
+from jaxreml.model.structures.grouped import GroupedBasis
+from jaxreml.model.units import Units, orthonormal
+from jaxreml.status import Status
+
+MAX_DENSE_BYTES = 2 * 2**30
+DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
+PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
+ROUNDING = 100  # both are at least as many units of rounding: in single precision
+KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Basis:
+    """The rows of a model, prepared once for any number of responses.
+
+    A pytree where its random terms are `grouped` or `dense`.
+
+    Attributes:
+        roots: (n,), square roots of the prior weights, 0 in rows left out; None if all are 1.
+        offset: (n,), or None.
+        rows: (n, p), orthonormal U of sqrt(w) X = U triangle.
+        triangle: (p, p), as `Design.basis`.
+        rest: (n, p), what the random effects leave of U.
+        projector: what the random terms say. It, `rows` and `rest` are None where there are
+            cross-products only (`Design.from_moments`).
+        structure: of U alone.
+        units, log_weights, log_gram_x, n: as in `Design`.
+        trouble: likewise, without the response.
+        names, covariance, dtype: likewise, static.
+    """
+
+    roots: Any
+    offset: Any
+    rows: Any
+    triangle: Any
+    rest: Any
+    projector: Any
+    structure: Any
+    units: Units
+    log_weights: Any
+    log_gram_x: Any
+    n: Any
+    trouble: Any
+    names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
+    covariance: Covariance = field(metadata={"static": True})
+    dtype: str = field(metadata={"static": True})
+
+    @staticmethod
+    def of(
+        X: Any,
+        terms: Sequence[Effects],
+        *,
+        weights: Any = None,
+        offset: Any = None,
+        structure: str | None = None,
+        used: np.ndarray | None = None,
+        like: Basis | None = None,
+    ) -> Basis:
+        """Prepare rows, NumPy or traced.
+
+        Args:
+            X: (n, p) of full rank, in the rows used if NumPy's.
+            terms: at least one.
+            weights, offset, structure: as in `Design.from_arrays`.
+            used: (n,) booleans, the rows to use; None for all. Levels that no such row has stay,
+                empty, so that all patterns have the same shapes. Not for traced arrays.
+            like: the basis of all rows, where `used` is given: what follows from levels alone is
+                taken from it.
+
+        Raises:
+            DataError: as `Design.from_arrays`.
+        """
+        n, kind = len(X), X.dtype
+        (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
+        roots, log_weights = root_weights(weights, used, kind)
+        if roots is not None:
+            columns = [own * roots[:, None] for own in columns]
+        n_used = n if used is None else int(used.sum())
+        _check_terms(terms, columns, used, n_used)
+        covariance = Covariance(tuple(own.covariance for own in terms))
+        units = Units.of(columns, n_used, covariance)
+        effects = [
+            (own.codes, units.rows(k, columns[k]), own.n_levels) for k, own in enumerate(terms)
+        ]
+        projector = _projector(effects, structure, n, None if like is None else like.projector)
+
+        rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
+        scores, rest = projector.project(rows)
+        products = projector.products(rows)
+        remainder = rest.T @ rest
+        absent = triangle.diagonal() == 0
+        if namespace(triangle) is jnp:  # ones in the place of absent columns, as in `combined`
+            remainder = remainder + jnp.diag(absent.astype(kind))
+        sizes = covariance.sizes
+        return Basis(
+            roots=roots,
+            offset=offset,
+            rows=rows,
+            triangle=triangle,
+            rest=rest,
+            projector=projector,
+            structure=projector.structure(
+                scores, remainder, None if products is None else (products, rows.T @ rows), sizes
+            ),
+            units=units,
+            log_weights=log_weights,
+            log_gram_x=_log_gram(rows, triangle, roots),
+            n=n_used,
+            trouble=first_of(
+                {
+                    Status.BAD_WEIGHTS: namespace(log_weights).isnan(log_weights),
+                    Status.NOT_FINITE: infinite,
+                    Status.RANK_DEFICIENT: absent.any(),
+                }
+            ),
+            names=tuple((own.name, own.effect_names) for own in terms),
+            covariance=covariance,
+            dtype=kind.name,
+        )
+
+    @property
+    def p(self) -> int:
+        """Number of fixed effects."""
+        return self.triangle.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Effects per term."""
+        return self.structure.sizes
+
+    @property
+    def kind(self) -> str:
+        """Name of the structure."""
+        return next(name for name, of in KINDS.items() if isinstance(self.projector, of))
+
+    def response(self, y: Any) -> Response:
+        """What a response (n,) says, or many (n, B), NumPy or traced; zero in rows left out."""
+        if y.ndim == 1:
+            return jax.tree.map(lambda leaf: leaf[..., 0], self.response(y[:, None]))
+        infinite: Any = np.zeros(y.shape[1], bool)
+        if is_traced(y):
+            good = jnp.isfinite(y)
+            y, infinite = jnp.where(good, y, 0), ~good.all(axis=0)
+        y = y if self.offset is None else y - self.offset[:, None]
+        constant = (y == y[0]).all(axis=0)
+        values = y if self.roots is None else y * self.roots[:, None]
+        projection = self.rows.T @ values
+        residual = values - self.rows @ projection
+        again = self.rows.T @ residual  # a second pass takes out what rounding left of a large mean
+        residual = residual - self.rows @ again
+        scores, rest = self.projector.project(residual)
+        products = self.projector.products(residual)
+        xp = namespace(residual, rest)
+        residual_ss = xp.sum(residual * residual, axis=0)
+        total_ss = xp.sum(values * values, axis=0)
+        if products is not None:
+            products = _lanes_last(products), self.rows.T @ residual, residual_ss
+        return Response(
+            scores=jax.tree.map(_lanes_last, scores),
+            remainder_xy=self.rest.T @ rest,
+            remainder_yy=xp.sum(rest * rest, axis=0),
+            beta_ols=solve(self.triangle, projection + again),
+            residual_ss=residual_ss,
+            total_ss=total_ss,
+            trouble=first_of(
+                {
+                    Status.NOT_FINITE: infinite,
+                    Status.CONSTANT: constant
+                    & ~(residual_ss > perfect_share(residual.dtype) * total_ss),
+                }
+            ),
+            products=products,
+        )
+
+    def blank(self) -> Response:
+        """One of length 1 that neither X nor Z explains."""
+        return Response.blank(self.structure.silent(), self.p, dtype=self.dtype)
+
+
+def first_of(conditions: dict[Status, Any]) -> Any:
+    """The first status whose condition holds, CONVERGED if none does."""
+    xp = namespace(*conditions.values())
+    codes = [np.int32(status) for status in conditions]
+    return xp.select(list(conditions.values()), codes, np.int32(Status.CONVERGED))
+
+
+def dependent_share(dtype: Any) -> float:
+    """Share of a column of X outside the span of the others that is rounding error."""
+    return max(DEPENDENT, ROUNDING * float(np.finfo(dtype).eps))
+
+
+def perfect_share(dtype: Any) -> float:
+    """Share of a sum of squares that is rounding error."""
+    return max(PERFECT, ROUNDING * float(np.finfo(dtype).eps)) ** 2
+
+
+def _check_terms(
+    terms: Sequence[Effects], columns: list[Any], used: np.ndarray | None, n: int
+) -> None:
+    """Refuse weighted columns (rows, q) that can take the place of the residual."""
+    for own, weighted in zip(terms, columns, strict=True):
+        if namespace(weighted) is jnp:
+            continue
+        codes = own.codes
+        if used is not None:
+            codes, weighted = codes[used], weighted[used]
+        if replaces_residual(codes, weighted):
+            raise DataError(instead_of_residual(own.name, own.n_levels, own.effect_names, n))
+
+
+def _projector(effects: Terms, structure: str | None, n: int, like: Any) -> Projector:
+    """Choose and prepare the structure, or check the one that was asked for."""
+    if structure not in (None, *KINDS):
+        raise DataError(f'structure must be "grouped", "crossed" or "dense", not {structure!r}')
+    one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
+    xp = namespace(*(columns for _, columns, _ in effects))
+    if structure == "grouped" and not one_factor:
+        raise DataError(
+            'the grouped structure needs every random term on the same factor; use "crossed"'
+        )
+    if xp is jnp and structure == "crossed":
+        raise DataError(
+            'the crossed structure needs concrete effects and weights: use "dense", whose '
+            "derivatives are right where columns tie"
+        )
+    if structure is None:
+        structure = "grouped" if one_factor else "dense" if xp is jnp else "crossed"
+    if structure == "grouped":
+        columns = xp.concatenate([columns for _, columns, _ in effects], axis=1)
+        return GroupedBasis.of(effects[0][0], columns, effects[0][2])
+    if structure == "crossed":
+        return CrossedBasis(effects, like)
+    total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
+    order = n if xp is jnp else min(n, total)
+    size = 8 * (3 * n * total + total * total + 4 * order * order)  # Z, Q and LAPACK's copy
+    if size > MAX_DENSE_BYTES:
+        raise DataError(
+            f"{total} random effects and {n} rows would need about {size / 2**30:.1f} GiB in the "
+            f"dense structure, whose limit is {MAX_DENSE_BYTES / 2**30:.0f} GiB. The other "
+            "structures need less; the crossed one takes concrete effects and weights only"
+        )
+    return DenseBasis.of(effects)
+
+
+def _orthonormal(rows: Any, n: int) -> tuple[Any, Any]:
+    """U (n, p) and R (p, p) of X = U R."""
+    p = rows.shape[1]
+    if p >= n:
+        raise DataError(f"X has {p} columns and only {n} rows")
+    if namespace(rows) is jnp:
+        return linalg.independent_columns(rows, dependent_share(rows.dtype))
+    basis, triangle = orthonormal(rows)
+    lengths = np.linalg.norm(rows, axis=0)
+    dependent = np.abs(np.diagonal(triangle)) <= dependent_share(rows.dtype) * lengths
+    if np.any(dependent):
+        raise DataError(
+            f"column {int(np.argmax(dependent))} of X is a linear combination of those before "
+            "it; drop it (jaxreml.design and jaxreml.fit do so and name it)"
+        )
+    return basis, triangle
+
+
+def _log_gram(basis: Any, triangle: Any, roots: Any) -> Any:
+    """log|X'X| of sqrt(w) X = U R, columns left out not counted."""
+    xp = namespace(basis)
+    pivots = xp.abs(triangle.diagonal())
+    absent = pivots == 0
+    value = 2 * xp.sum(xp.log(xp.where(absent, 1.0, pivots)))
+    if roots is None:
+        return value
+    plain = basis / xp.where(roots == 0, 1.0, roots)[:, None]
+    gram = plain.T @ plain + xp.diag(xp.where(absent, 1.0, 0.0))
+    if xp is np:
+        return value + np.linalg.slogdet(gram)[1]
+    return value + 2 * jnp.sum(jnp.log(linalg.diagonal(linalg.cholesky(gram))))
+
+
+def solve(triangle: Any, right: Any) -> Any:
+    """R^-1 (p, k) for R (p, p) with zeros in absent rows and columns."""
+    if namespace(triangle, right) is np:
+        return np.linalg.solve(triangle, right)
+    absent = triangle.diagonal() == 0
+    whole = jnp.asarray(triangle) + jnp.diag(jnp.where(absent, 1.0, 0.0))
+    return linalg.solve_upper(whole, jnp.asarray(right))
+
+
+def _lanes_last(columns: Any) -> Any:
+    """(., k, ...) to (., ..., k)."""
+    return namespace(columns).moveaxis(columns, 1, -1)

@@ -1,0 +1,47 @@
+"""`Response`: what a response says on a `Basis`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Response(NamedTuple):
+    """What one response says of a model, or many: these are the last axis then, the lanes.
+
+    Attributes:
+        scores: projections on Z, in the layout of the structure: as its `columns` without their
+            second axis. Of collapsed levels where there are (`Collapse`).
+        remainder_xy, remainder_yy: (p,) and (), cross-products of what they leave.
+        beta_ols: (p,), coefficients of weighted least squares.
+        residual_ss: (), the weighted sum of squares of what X leaves.
+        total_ss: (), that of the response less its offset.
+        trouble: (), the `Status` that no fit of the response can be better than; CONVERGED if
+            there is none.
+        products: Z'r, U'r and r'r of the residual r, where traced effects have their derivatives
+            by them; else None.
+    """
+
+    scores: Any
+    remainder_xy: Any
+    remainder_yy: Any
+    beta_ols: Any
+    residual_ss: Any
+    total_ss: Any
+    trouble: Any = np.int32(0)
+    products: Any = None
+
+    @staticmethod
+    def blank(scores: Any, p: int, lanes: int = 0, dtype: Any = float) -> Response:
+        """One of length 1 that neither X nor Z explains.
+
+        Args:
+            scores: `Structure.silent`.
+            p: number of fixed effects.
+            lanes: 1 for a last axis of length 1, 0 for none.
+            dtype: of the numbers.
+        """
+        last = (1,) * lanes
+        one, none = np.ones(last, dtype), np.zeros((p, *last), dtype)
+        return Response(scores, none, one, none, one, one)
