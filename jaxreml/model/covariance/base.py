@@ -264,9 +264,10 @@ class Covariance:
         for (block, own), (_, slope) in pairs:
             slopes.append(block.jacobian(own))
             bends.append(block.curvature(own, slope))
-        jacobian = _block_diagonal(slopes)
+        jacobian = linalg.block_diagonal(slopes)
         across = linalg.transpose(jacobian)
-        inner = linalg.matmul(across, linalg.matmul(hessian, jacobian)) + _block_diagonal(bends)
+        inner = linalg.matmul(across, linalg.matmul(hessian, jacobian))
+        inner = inner + linalg.block_diagonal(bends)
         first = linalg.matmul(across, gradient[:, None])[:, 0]
         return first, (inner + linalg.transpose(inner)) / 2
 
@@ -359,7 +360,7 @@ class Covariance:
             first, second = block.derivatives(own, last, slope)
             slopes.append(first)
             bends.append(second)
-        inner, bend = _block_diagonal(slopes), _block_diagonal(bends)
+        inner, bend = linalg.block_diagonal(slopes), linalg.block_diagonal(bends)
         # Relative covariances are inversely proportional to sigma2.
         omega, _ = self.natural(parameters)
         xp = namespace(inner)
@@ -378,26 +379,12 @@ class Covariance:
         if all(own is None for own in found):
             return None
         counts = [q * (q + 1) // 2 for q in self.sizes]
-        return _block_diagonal(
+        return linalg.block_diagonal(
             [
                 np.eye(count, dtype=parameters.dtype) if own is None else own
                 for own, count in zip(found, counts, strict=True)
             ]
         )
-
-
-def _block_diagonal(blocks: list[Array]) -> Array:
-    if len(blocks) == 1:
-        return blocks[0]
-    width = sum(block.shape[1] for block in blocks)
-    rows = []
-    start = 0
-    for block in blocks:
-        stop = start + block.shape[1]
-        pad = [(0, 0), (start, width - stop)] + [(0, 0)] * (block.ndim - 2)
-        rows.append(namespace(block).pad(block, pad))
-        start = stop
-    return _joined(rows)
 
 
 def _joined(parts: list[Array]) -> Array:

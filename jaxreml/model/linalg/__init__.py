@@ -21,6 +21,7 @@ from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model.linalg import of_numpy
 from jaxreml.model.linalg.plain import (
     FLAT,
+    block_diagonal,
     border,
     diagonal,
     eye_like,
@@ -34,6 +35,7 @@ from jaxreml.model.linalg.plain import (
 __all__ = [
     "FLAT",
     "alike",
+    "block_diagonal",
     "border",
     "cholesky",
     "cond",

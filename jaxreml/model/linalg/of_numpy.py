@@ -47,14 +47,16 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     k, lanes = len(factor), np.broadcast_shapes(factor.shape[2:], right.shape[2:])
     if not right.size:
         return np.broadcast_to(right, (*right.shape[:2], *lanes))
+    if k <= UNROLLED_ORDER:  # BLAS would wake its threads
+        if right.ndim < factor.ndim:
+            right = right.reshape(*right.shape, *[1] * (factor.ndim - right.ndim))
+        return unrolled_solve(factor, right, transposed)
     if factor.size == k * k:  # the same in all lanes
         flat = right.reshape(k, -1)
         solved, failed = lapack.dtrtrs(factor.reshape(k, k), flat, lower=1, trans=int(transposed))
         return np.full_like(right, np.nan) if failed else solved.reshape(right.shape)
-    if k <= UNROLLED_ORDER:
-        return unrolled_solve(factor, right, transposed)
-    pair = (np.broadcast_to(own, (*own.shape[:2], *lanes)) for own in (factor, right))
-    pairs = zip(*map(_lanes_first, pair), strict=True)
+    full = (np.broadcast_to(own, (*own.shape[:2], *lanes)) for own in (factor, right))
+    pairs = zip(*map(_lanes_first, full), strict=True)
     each = [solve_lower(left, own, transposed) for left, own in pairs]
     return _lanes_last(np.stack(each), lanes)
 

@@ -160,3 +160,18 @@ def eliminate(matrix: Array) -> tuple[Array, Array]:
             if j != i:
                 rows[j] = rows[j] - rows[j][i][None] * rows[i]
     return xp.stack(rows)[:, k:], logs
+
+
+def block_diagonal(blocks: list[Array]) -> Array:
+    """Matrices (., ., ...) one after the other along the diagonal."""
+    if len(blocks) == 1:
+        return blocks[0]
+    width = sum(block.shape[1] for block in blocks)
+    rows = []
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[1]
+        pad = [(0, 0), (start, width - stop)] + [(0, 0)] * (block.ndim - 2)
+        rows.append(namespace(block).pad(block, pad))
+        start = stop
+    return namespace(*rows).concatenate(rows)

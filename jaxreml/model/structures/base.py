@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import mapped, namespace
 from jaxreml.model import linalg
 from jaxreml.model.response import Response
+
+Array = Any  # NumPy's or JAX's
 
 
 class Marginal(NamedTuple):
@@ -94,10 +94,9 @@ class OfColumns:
         """With this response after the first `p` columns."""
 
         def joined(whole: Any, own: Any) -> Any:
-            xp = jnp if isinstance(whole, Array) or isinstance(own, Array) else np
-            return xp.concatenate([whole[:, :p], own[:, None]], axis=1)
+            return namespace(whole, own).concatenate([whole[:, :p], own[:, None]], axis=1)
 
-        columns = jax.tree.map(joined, self.columns, response.scores)
+        columns = mapped(joined, self.columns, response.scores)
         of_y = response.remainder_xy, response.remainder_yy
         return self.with_columns(columns, linalg.border(self.remainder[:p, :p], *of_y))
 
@@ -107,7 +106,7 @@ class OfColumns:
         def none(whole: Any) -> Any:
             return np.zeros((whole.shape[0], *whole.shape[2:]), whole.dtype)
 
-        return jax.tree.map(none, self.columns)
+        return mapped(none, self.columns)
 
     def combined(self, matrix: Array, absent: Array) -> Any:
         """Of the columns [X y] C: nothing is projected anew.
@@ -117,12 +116,13 @@ class OfColumns:
             absent: (p + 1,), 1 for absent columns, 0 for the others: they get 1 on the diagonal of
                 the gram matrix, which changes no determinant.
         """
-        gram = matrix.T @ self.remainder @ matrix + jnp.diag(absent)
+        gram = matrix.T @ self.remainder @ matrix + namespace(absent).diag(absent)
         return self.with_columns(self.combine(self.columns, matrix), gram)
 
     def combine(self, cross: Any, matrix: Array) -> Any:
         """`cross` or `columns` times (p + 1, k)."""
-        return jax.tree.map(lambda own: jnp.einsum("au...,uv->av...", own, matrix), cross)
+        xp = namespace(matrix, *(cross if isinstance(cross, tuple) else [cross]))
+        return mapped(lambda own: xp.einsum("au...,uv->av...", own, matrix), cross)
 
 
 class Structure(Protocol):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import (
@@ -55,12 +56,13 @@ class Dense(OfColumns, Explicit):
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         matrices = natural.symmetric_matrices(omega, self.sizes)
-        inner = jnp.eye(self.factors.shape[0], dtype=omega.dtype)
+        xp = namespace(omega, self.factors)
+        inner = xp.eye(self.factors.shape[0], dtype=omega.dtype)
         for factor, matrix in zip(self.layout.split(self.factors, axis=1), matrices, strict=True):
-            scaled = jnp.einsum("raj,ab->rbj", factor, matrix)
-            inner = inner + jnp.einsum("rbj,sbj->rs", scaled, factor)
+            scaled = xp.einsum("raj,ab->rbj", factor, matrix).reshape(len(inner), -1)
+            inner = inner + scaled @ factor.reshape(len(inner), -1).T
         factor = linalg.cholesky(inner)
-        return factor, 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
+        return factor, 2 * xp.sum(xp.log(xp.diagonal(factor)))
 
     def marginal(self, omega: Array) -> Marginal:
         factor, logdet = self._factorise(omega)
@@ -106,9 +108,9 @@ class Dense(OfColumns, Explicit):
     def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
         """(Q, Q), H with Var(b | y) = H'H."""
         loadings = self.layout.times(self.factors, factors)
-        inner = loadings.T @ loadings + jnp.eye(loadings.shape[1], dtype=loadings.dtype)
+        inner = loadings.T @ loadings + np.eye(loadings.shape[1], dtype=loadings.dtype)
         across = tuple(factor.T for factor in factors)
-        identity = jnp.eye(len(inner), dtype=inner.dtype)
+        identity = np.eye(len(inner), dtype=inner.dtype)
         return self.layout.times(linalg.solve_lower(linalg.cholesky(inner), identity), across)
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:

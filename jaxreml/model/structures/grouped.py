@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.linalg import block_diag
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.response import Response
@@ -35,15 +35,15 @@ class Levels(Explicit):
     sizes: tuple[int, ...]
 
     @property
-    def _basis(self) -> Array:
+    def _basis(self) -> Any:
         """The matrices E_i, flattened: (m, q * q)."""
         basis = natural.symmetric_basis(self.sizes)
-        return jnp.asarray(basis.reshape(len(basis), -1), self.factors.dtype)
+        return basis.reshape(len(basis), -1).astype(self.factors.dtype)
 
     def _omega(self, omega: Array) -> Array:
         """Omega, (q, q, 1), the same for all levels."""
         q = sum(self.sizes)
-        flat = jnp.tensordot(self._basis.T, omega, axes=1)
+        flat = namespace(omega).tensordot(self._basis.T, omega, axes=1)
         return flat.reshape(q, q, 1, *omega.shape[1:])
 
     def _cholesky(self, omega: Array) -> Array:
@@ -53,14 +53,14 @@ class Levels(Explicit):
         return linalg.cholesky(inner + linalg.eye_like(inner))
 
     def trace(self, inner: Array) -> Array:
-        total = jnp.sum(inner, axis=2)
-        return jnp.tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
+        total = inner.sum(axis=2)
+        return namespace(inner).tensordot(self._basis, total.reshape(-1, *total.shape[2:]), axes=1)
 
     def pair_trace(self, left: Array, right: Array) -> Array:
         lower = natural.triangle(sum(self.sizes))
         products = linalg.row_products(left[lower], right[lower])
         flat = products.reshape(-1, *products.shape[2:])
-        traces = jnp.tensordot(jnp.asarray(pairing(self.sizes), flat.dtype), flat, axes=1)
+        traces = namespace(flat).tensordot(pairing(self.sizes).astype(flat.dtype), flat, axes=1)
         m = natural.count_theta(self.sizes)
         return traces.reshape(m, m, *flat.shape[1:])
 
@@ -142,8 +142,9 @@ class Grouped(OfColumns, Levels):
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         factor = self._cholesky(omega)
-        logs = sum(jnp.log(factor[i, i]) for i in range(len(factor)))
-        return factor, 2 * jnp.sum(logs)
+        xp = namespace(factor)
+        logs = sum(xp.log(factor[i, i]) for i in range(len(factor)))
+        return factor, 2 * xp.sum(logs)
 
     def _gram(self, scores: Array) -> Array:
         """The remainder plus the cross-products of scores (q, p + 1, J)."""
@@ -175,7 +176,7 @@ class Grouped(OfColumns, Levels):
     def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
         cross = self.combine(cross, matrix)
         weighted = cross * weights[:, None]
-        return jnp.sum(weighted[:, None] * cross[None], axis=2)
+        return (weighted[:, None] * cross[None]).sum(axis=2)
 
     def form(self, cross: Array, matrix: Array) -> Array:
         cross = self.combine(cross, matrix)
@@ -183,15 +184,15 @@ class Grouped(OfColumns, Levels):
         for a, b in zip(*natural.effects_of_omega(self.sizes), strict=True):
             product = linalg.row_products(cross[a], cross[b])
             forms.append(product if a == b else product + linalg.transpose(product))
-        return jnp.stack(forms)
+        return namespace(cross).stack(forms)
 
     def spread(self, projection: Projection, matrix: Array) -> Array:
         chosen = self.combine(projection.cross, matrix)
-        basis = jnp.asarray(natural.symmetric_basis(self.sizes), chosen.dtype)
-        moved = jnp.einsum("iab,bkJ->aikJ", basis, chosen)
+        xp, basis = namespace(chosen), natural.symmetric_basis(self.sizes).astype(chosen.dtype)
+        moved = xp.einsum("iab,bkJ->aikJ", basis, chosen)
         flat = moved.reshape(len(moved), -1, moved.shape[-1])
         images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
-        return jnp.einsum("aikJ,ajlJ->ikjl", moved, images)
+        return xp.einsum("aikJ,ajlJ->ikjl", moved, images)
 
     def padded(self, n_levels: int) -> Grouped:
         """With levels without rows, up to `n_levels`; on the host."""
@@ -218,11 +219,11 @@ class Grouped(OfColumns, Levels):
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         modes = linalg.matmul(self._omega(omega), cross)[:, 0]
-        parts = jnp.split(modes, np.cumsum(self.sizes)[:-1])
-        return tuple(jnp.swapaxes(part, 0, 1) for part in parts)
+        parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
+        return tuple(part.swapaxes(0, 1) for part in parts)
 
     def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
-        return linalg.conditional_variance(self.factors, block_diag(*factors))
+        return linalg.conditional_variance(self.factors, linalg.block_diagonal(list(factors)))
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
         whole = np.asarray(posterior)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model.covariance import natural
 
 
 def _basis(q: int, kind: Any) -> np.ndarray:
     return natural.symmetric_basis((q,)).reshape(-1, q * q).astype(kind)
+
+
+Array = Any  # NumPy's or JAX's
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Layout:
     def split(self, array: Array, axis: int = 0) -> list[Array]:
         """Cut the axis of all random effects into one (effects, levels) pair of axes per term."""
         counts = [q * j for q, j in zip(self.sizes, self.levels, strict=True)]
-        parts = jnp.split(array, np.cumsum(counts)[:-1], axis=axis)
+        parts = namespace(array).split(array, np.cumsum(counts)[:-1], axis=axis)
         return [
             part.reshape(*part.shape[:axis], q, j, *part.shape[axis + 1 :])
             for part, q, j in zip(parts, self.sizes, self.levels, strict=True)
@@ -44,12 +46,12 @@ class Layout:
         for part, matrix, q in zip(self.split(array, axis=1), matrices, self.sizes, strict=True):
             for b in range(q):
                 columns.append(sum(part[:, a] * matrix[a, b] for a in range(q)))
-        return jnp.concatenate(columns, axis=1)
+        return namespace(*columns).concatenate(columns, axis=1)
 
     def diagonal_blocks(self, left: Array, right: Array) -> list[Array]:
         """Diagonal blocks of left @ right for (Q, k) and (k, Q): per term (q, q, levels)."""
         return [
-            jnp.einsum("ajk,bjk->abj", part, other)
+            namespace(part, other).einsum("ajk,bjk->abj", part, other)
             for part, other in zip(self.split(left), self.split(right.T), strict=True)
         ]
 
@@ -57,7 +59,7 @@ class Layout:
         """Diagonal blocks of (Q, Q), per term (q, q, levels)."""
         found = []
         for k, rows in enumerate(self.split(matrix)):
-            found.append(jnp.einsum("ajbj->abj", self.split(rows, axis=2)[k]))
+            found.append(namespace(rows).einsum("ajbj->abj", self.split(rows, axis=2)[k]))
         return found
 
     def trace(self, matrix: Array) -> Array:
@@ -67,25 +69,26 @@ class Layout:
     def trace_blocks(self, blocks: list[Array]) -> Array:
         """The same from the diagonal blocks, per term (q, q, levels)."""
         traces = [
-            _basis(q, block.dtype) @ jnp.sum(block, axis=2).reshape(q * q)
+            _basis(q, block.dtype) @ block.sum(axis=2).reshape(q * q)
             for block, q in zip(blocks, self.sizes, strict=True)
         ]
-        return jnp.concatenate(traces)
+        return namespace(*traces).concatenate(traces)
 
     def pair_trace(self, left: Array, right: Array) -> Array:
         """tr(E_i left E_j right) for (Q, Q) matrices, shape (m, m)."""
+        xp = namespace(left, right)
         lefts = [self.split(block, axis=2) for block in self.split(left)]
         rights = [self.split(block, axis=2) for block in self.split(right)]
         rows = []
         for k, q in enumerate(self.sizes):
             row = []
             for j, s in enumerate(self.sizes):
-                products = jnp.einsum("bicj,djai->abcd", lefts[k][j], rights[j][k])
+                products = xp.einsum("bicj,djai->abcd", lefts[k][j], rights[j][k])
                 row.append(
                     _basis(q, left.dtype) @ products.reshape(q * q, s * s) @ _basis(s, left.dtype).T
                 )
-            rows.append(jnp.concatenate(row, axis=1))
-        return jnp.concatenate(rows)
+            rows.append(xp.concatenate(row, axis=1))
+        return xp.concatenate(rows)
 
     def form(self, left: Array, right: Array) -> Array:
         """left' E_i right for (Q, k) and (Q, l), shape (m, k, l)."""
@@ -93,10 +96,10 @@ class Layout:
         parts = zip(self.split(left), self.split(right), self.sizes, strict=True)
         for part, other, q in parts:
             columns = part.shape[-1], other.shape[-1]
-            products = jnp.einsum("aju,bjv->abuv", part, other)
+            products = namespace(part, other).einsum("aju,bjv->abuv", part, other)
             products = products.reshape(q * q, -1)
             forms.append((_basis(q, part.dtype) @ products).reshape(-1, *columns))
-        return jnp.concatenate(forms)
+        return namespace(*forms).concatenate(forms)
 
     def moved(self, vectors: Array) -> Array:
         """E_i v for the columns v of (Q, k), (Q, m, k)."""
@@ -105,11 +108,12 @@ class Layout:
         start = 0
         for part, q in zip(self.split(vectors), self.sizes, strict=True):
             basis = _basis(q, part.dtype).reshape(-1, q, q)
-            own = jnp.einsum("iab,bjk->ajik", basis, part)
+            xp = namespace(part)
+            own = xp.einsum("iab,bjk->ajik", basis, part)
             own = own.reshape(-1, *own.shape[2:])
-            columns.append(jnp.pad(own, [(0, 0), (start, m - start - len(basis)), (0, 0)]))
+            columns.append(xp.pad(own, [(0, 0), (start, m - start - len(basis)), (0, 0)]))
             start += len(basis)
-        return jnp.concatenate(columns)
+        return namespace(*columns).concatenate(columns)
 
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         """Omega D for D (Q,): per term (levels, effects)."""
