@@ -6,7 +6,8 @@ class JaxremlError(ValueError):
 
 
 class FormulaError(JaxremlError):
-    """The formula does not parse or asks for something lme4's grammar does not have."""
+    """A formula, a hypothesis or a contrast that does not parse, or asks for what its grammar does
+    not have."""
 
 
 class DataError(JaxremlError):

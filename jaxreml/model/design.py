@@ -67,7 +67,8 @@ class Design:
         units: of the effects inside `structure`.
         n: number of observations.
         trouble: (), the `Status` that no fit of these data can be better than: what is an error
-            of concrete arrays and cannot be one of traced arrays. CONVERGED if there is none.
+            of concrete arrays and cannot be one of traced arrays, and digits that cross-products
+            lack (`from_moments`). CONVERGED if there is none.
         p: number of fixed effects.
         names: per term the grouping factor's name and the effects' names.
         covariance: of the random effects.

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import jaxreml
-from jaxreml import DataError, fit, fit_many
+from jaxreml import FormulaError, fit, fit_many
 from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import covariate_frame
 from jaxreml.inference.fixed.wald import each
@@ -187,7 +187,7 @@ def test_functions_of_the_data_keep_their_meaning(data, values):
 
 
 def test_contrasts_of_nothing_are_refused(data, values):
-    with pytest.raises(DataError, match="'none' has no coefficient other than zero"):
+    with pytest.raises(FormulaError, match="'none' has no coefficient other than zero"):
         fit_many(FORMULA, data, values, contrasts={"none": [0, 0, 0]})
 
 
