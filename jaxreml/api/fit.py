@@ -21,6 +21,7 @@ def fit(
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
+    engine: str | None = None,
     **others: Any,
 ) -> LMMResults:
     """Fit a linear mixed model.
@@ -44,6 +45,8 @@ def fit(
             left out.
         context: names the formula may use besides columns, functions for example.
         max_iterations: evaluations of the criterion with its derivatives.
+        engine: "numpy" (nothing is compiled) or "jax"; chosen if left out: "jax" for more than a
+            few hundred effects of several factors.
         others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:
@@ -54,9 +57,10 @@ def fit(
         FormulaError: a formula outside the grammar.
         DataError: data that the model cannot be fitted to, named.
         RuntimeError: in a process that was forked after JAX had run.
+        ValueError: another method or engine, or one that has no such structure.
         TypeError: an argument that `fit` does not have.
     """
     refuse_arguments("fit", others)
     is_reml(method)
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
-    return fit_frame(frame, method, structure, context, max_iterations, kind=LMMResults)
+    return fit_frame(frame, method, structure, context, max_iterations, LMMResults, engine)

@@ -51,7 +51,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    on: str | None = None,
+    id: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -86,7 +86,7 @@ def fit_many(
     responses: Any,
     method: str = "REML",
     *,
-    on: str | None = None,
+    id: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -113,7 +113,7 @@ def fit_many(
             iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
             NaN where a value is missing.
         method: "REML" or "ML".
-        on: name of a column of `data` and of the responses by which rows are matched; their order
+        id: name of a column of `data` and of the responses by which rows are matched; their order
             may then differ. It may be the name of an index, or be so in one of the two with the
             other's index holding the same values. By position if left out; tables are refused then
             whose row labels differ, or whose labels are values of a column in another order.
@@ -167,7 +167,7 @@ def fit_many(
     path = None if output is None else check_output(output, overwrite)
     frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
     rows = _contrast_rows(frame, contrasts or {})
-    source = Responses(responses, data, frame.rows, on)
+    source = Responses(responses, data, frame.rows, id)
     fitter = BatchFitter(
         frame,
         method,

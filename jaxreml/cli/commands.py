@@ -191,7 +191,7 @@ def fit(
 
 \b
 Examples:
-  jaxreml fit-many genes.parquet "~ age + (1 | donor)" --data donors.csv --on sample \\
+  jaxreml fit-many genes.parquet "~ age + (1 | donor)" --data donors.csv --id sample \\
       -o fits.parquet
   jaxreml fit-many genes.csv "~ arm + (1 | donor)" --data donors.csv --responses "gene_*" \\
       --df kenward-roger --contrasts "b-c: `arm[T.b]` - `arm[T.c]`" -o fits.csv
@@ -219,7 +219,7 @@ def fit_many(
             "and adjusted over the responses (Benjamini and Hochberg).",
         ),
     ],
-    on: Annotated[
+    id: Annotated[
         str | None,
         typer.Option(
             help="Column of both tables that matches rows; row names, a first column without a "
@@ -281,9 +281,9 @@ def fit_many(
         local_devices("gpu" if device is Device.gpu else None)
         dialect = Dialect.of(sep, na_values, encoding)
         table = read_table(data, dialect, labelled=True)
-        source = read_responses(responses, on, pattern, dialect)
+        source = read_responses(responses, id, pattern, dialect)
         enable_compilation_cache()
-        options: dict[str, Any] = {"on": on, "weights": weights, "batch_size": batch_size}
+        options: dict[str, Any] = {"id": id, "weights": weights, "batch_size": batch_size}
         options |= {"df": df.value, "contrasts": _contrasts(contrasts or [])}
         options["progress"] = False if quiet else None
         written = _fit_to_file((formula, table, source, method), output, overwrite, options)
@@ -341,7 +341,7 @@ def _errors_as_exits() -> Iterator[None]:
     try:
         yield
     except (JaxremlError, OSError, UnicodeDecodeError) as error:
-        text = re.sub(r'\bon="([^"]*)"', r"--on '\1'", str(error)).replace("(on=...)", "(--on)")
+        text = re.sub(r'\bon="([^"]*)"', r"--id '\1'", str(error)).replace("(id=...)", "(--id)")
         typer.echo(f"jaxreml: {text}", err=True)
         raise typer.Exit(DATA_ERROR) from None
 

@@ -42,7 +42,7 @@ class Dialect(NamedTuple):
 
 
 def read_responses(
-    responses: str, on: str | None, pattern: str | None, dialect: Dialect | None = None
+    responses: str, id: str | None, pattern: str | None, dialect: Dialect | None = None
 ) -> Any:
     """What `fit_many` takes for the argument RESPONSES; files that can stay on disk do."""
     from jaxreml.data.sources import Parquet, matching
@@ -56,10 +56,10 @@ def read_responses(
             raise DataError("--responses chooses columns by name, and a .npy file has no names")
         return path
     if path.suffix == ".parquet":
-        return Parquet(path, on, pattern)
+        return Parquet(path, id, pattern)
     table = read_table(responses, dialect, labelled=True)
-    names = matching([name for name in table.columns if name != on], pattern)
-    return table[names if on is None or on not in table else [on, *names]]
+    names = matching([name for name in table.columns if name != id], pattern)
+    return table[names if id is None or id not in table else [id, *names]]
 
 
 def read_table(

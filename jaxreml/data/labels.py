@@ -129,17 +129,17 @@ class DataRows:
         if ours is not None and sorted(_text(ours)) == sorted(_text(theirs)):
             raise DataError(
                 "the data and the responses have the same row labels in different orders, and "
-                "without on= rows are matched by position; bring them in one order (for example "
+                "without id rows are matched by position; bring them in one order (for example "
                 "responses.loc[data.index]), or reset the index of one"
             )
         held = {} if is_count(theirs) else self._holders(theirs)
         if any(same for _, same in held.values()):
             return
         for name, (unique, _) in held.items():
-            remedy = f'pass on="{name}"' if unique else "bring the rows in one order"
+            remedy = f'pass id="{name}"' if unique else "bring the rows in one order"
             raise DataError(
                 f"the row labels of the responses ({shown(theirs)}) are values of the column "
-                f"{name!r} of the data, where other rows have them, and without on= rows are "
+                f"{name!r} of the data, where other rows have them, and without id rows are "
                 f"matched by position: {remedy}"
             )
         if ours is None:
@@ -151,7 +151,7 @@ class DataRows:
         raise DataError(
             f"row labels differ: {differ}; keep the same rows in both, in one order. If they are "
             "the same rows, reset the index of both; if a column says which they are, pass "
-            'on="that column"'
+            'id="that column"'
         )
 
     def difference(self, theirs: pd.Index | None) -> str:
@@ -205,7 +205,7 @@ class DataRows:
         if not column.equals(text) and text.is_unique and text.isin(column).mean() >= MOST:
             raise DataError(
                 f"the column {name!r} of the data and of the responses has the same values in "
-                f'other rows, and without on= rows are matched by position: pass on="{name}"'
+                f'other rows, and without id rows are matched by position: pass id="{name}"'
             )
 
 
@@ -225,7 +225,7 @@ def ids_of(table: Any, labels: pd.Index | None, name: str) -> pd.Series | None:
     return None
 
 
-def match_ids(ours: pd.Series, theirs: pd.Series, on: str) -> np.ndarray:
+def match_ids(ours: pd.Series, theirs: pd.Series, id: str) -> np.ndarray:
     """For each row of the data, the row of the responses with the same id.
 
     Raises:
@@ -234,13 +234,13 @@ def match_ids(ours: pd.Series, theirs: pd.Series, on: str) -> np.ndarray:
     for where, ids in (("data", ours), ("responses", theirs)):
         if ids.isna().any():
             raise DataError(
-                f"{int(ids.isna().sum())} rows of the {where} have no {on!r}; fill it in, or drop "
+                f"{int(ids.isna().sum())} rows of the {where} have no {id!r}; fill it in, or drop "
                 "the rows"
             )
         repeated = ids.loc[ids.duplicated()]
         if len(repeated):
             raise DataError(
-                f"the id {shown(repeated[:1])} occurs more than once in column {on!r} "
+                f"the id {shown(repeated[:1])} occurs more than once in column {id!r} "
                 f"of the {where}; ids must be unique there"
             )
     left, right = pd.Index(ours.tolist()), pd.Index(theirs.tolist())
@@ -249,15 +249,15 @@ def match_ids(ours: pd.Series, theirs: pd.Series, on: str) -> np.ndarray:
     order = right.get_indexer(left)
     differ = " and ".join(_differences(left, right))
     if differ:
-        raise DataError(f"the ids in {on!r} do not match: {differ}; keep the same rows in both")
+        raise DataError(f"the ids in {id!r} do not match: {differ}; keep the same rows in both")
     return order
 
 
-def missing_ids(on: str, where: str, columns: list[str], labels: pd.Index | None) -> DataError:
+def missing_ids(id: str, where: str, columns: list[str], labels: pd.Index | None) -> DataError:
     """The error where there are no ids of that name."""
     names = [str(name) for name in (labels.names if labels is not None else []) if name is not None]
     index = f"; the index is {', '.join(map(repr, names))}" if names else ""
-    return DataError(f"on={on!r} is not a column of the {where}{nearest(on, columns)}{index}")
+    return DataError(f"id={id!r} is not a column of the {where}{nearest(id, columns)}{index}")
 
 
 def _differences(ours: pd.Index, theirs: pd.Index) -> list[str]:

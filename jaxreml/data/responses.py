@@ -42,7 +42,7 @@ class Responses:
         responses: see `fit_many`.
         data: the table of the model, all its rows.
         rows: booleans, which of them the model uses.
-        on: name of a column of `data` and of the responses, or of their index, that says which
+        id: name of a column of `data` and of the responses, or of their index, that says which
             rows belong together; by position if left out, and then what labels there are must not
             contradict it.
 
@@ -53,10 +53,10 @@ class Responses:
         DataError: rows that do not match, repeated names, responses that are not numbers, or none.
     """
 
-    def __init__(self, responses: Any, data: Any, rows: np.ndarray, on: str | None = None):
-        self._rows, self._on = rows, on
+    def __init__(self, responses: Any, data: Any, rows: np.ndarray, id: str | None = None):
+        self._rows, self._id = rows, id
         self._data = DataRows(data)
-        self.source = open_source(responses, on)
+        self.source = open_source(responses, id)
         self.names = None
         if self.source is None:
             self._stream = iter(responses)
@@ -65,7 +65,7 @@ class Responses:
             self._kept = self._align(self.source)
             if not len(self.names):
                 raise DataError(
-                    "there are no responses: no columns" + (" but the id" if on else "")
+                    "there are no responses: no columns" + (" but the id" if id else "")
                 )
 
     def blocks(self, size: int) -> Iterator[Block]:
@@ -90,7 +90,7 @@ class Responses:
         seen: set[Any] = set()
         first, names, values, held = [], [], [], 0
         for k, piece in enumerate(self._stream):
-            source = open_piece(piece, k, self._on)
+            source = open_piece(piece, k, self._id)
             kept = self._align(source)
             refuse_repeated([name for name in source.names if name in seen])
             check_names([*first, *source.names])  # of one kind in all blocks
@@ -115,14 +115,14 @@ class Responses:
         n = len(self._rows)
         bad = source.not_numeric()
         self._refuse_transposed(source, source.names.difference([name for name, _ in bad], False))
-        if self._on is not None:
-            order = match_ids(*self._ids(source, self._on), self._on)
+        if self._id is not None:
+            order = match_ids(*self._ids(source, self._id), self._id)
             refuse_not_numeric(bad)
             return order[self._rows]
         if source.n != n:
             raise DataError(
                 f"the data have {n} rows and the responses {source.n}; match them by an id column "
-                f"(on=...){self._data.difference(source.labels)}"
+                f"(id=...){self._data.difference(source.labels)}"
             )
         self._data.check(source.labels)
         if not isinstance(source, Array):
@@ -148,13 +148,13 @@ class Responses:
             "the responses as the index before)"
         )
 
-    def _ids(self, source: Source, on: str) -> tuple[pd.Series, pd.Series]:
+    def _ids(self, source: Source, id: str) -> tuple[pd.Series, pd.Series]:
         """The ids in the data and in the responses.
 
         The name is that of a column or of the index of both; or of one of them, and the other has
         an index of another name or of none.
         """
-        ours, theirs = self._data.ids(on), source.ids(on)
+        ours, theirs = self._data.ids(id), source.ids(id)
         sides = (ours, self._data.labels), (theirs, source.labels)
         if ours is not None or theirs is not None:
             ours, theirs = (
@@ -162,9 +162,9 @@ class Responses:
                 for ids, labels in sides
             )
         if ours is None:
-            raise missing_ids(on, "data", column_names(self._data.data), self._data.labels)
+            raise missing_ids(id, "data", column_names(self._data.data), self._data.labels)
         if theirs is None:
-            raise missing_ids(on, "responses", list(source.columns), source.labels)  # pyright: ignore
+            raise missing_ids(id, "responses", list(source.columns), source.labels)  # pyright: ignore
         return ours, theirs
 
 

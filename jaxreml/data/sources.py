@@ -70,21 +70,21 @@ class Array:
     def ids(self, name: str) -> pd.Series | None:
         """Values of the id column, which an array cannot have: DataError."""
         raise DataError(
-            f"on={name!r} needs responses in a dataframe with that column, not an array"
+            f"id={name!r} needs responses in a dataframe with that column, not an array"
         )
 
 
 class Table:
-    """Columns of a dataframe in memory; the one named `on` is no response, nor is an index."""
+    """Columns of a dataframe in memory; the one named `id` is no response, nor is an index."""
 
-    def __init__(self, table: Any, on: str | None = None):
+    def __init__(self, table: Any, id: str | None = None):
         self.labels = row_labels(table)
         if isinstance(table, Mapping):
             table = to_pandas(table, list(table))
         self.pandas = isinstance(table, pd.DataFrame)
         index = [] if self.pandas or not _is_arrow(table) else arrow_index(table.schema)[0]
         columns = column_names(table)
-        own = [name != on and name not in index for name in columns]
+        own = [name != id and name not in index for name in columns]
         self._positions = np.flatnonzero(own)
         self.names = check_names([columns[k] for k in self._positions])
         self.table = table if self.pandas else nw.from_native(table, eager_only=True)
@@ -129,11 +129,11 @@ class Parquet:
 
     Args:
         path: the file.
-        on: a column that is no response.
-        pattern: a glob for the columns wanted; all but `on` if left out.
+        id: a column that is no response.
+        pattern: a glob for the columns wanted; all but `id` if left out.
     """
 
-    def __init__(self, path: str | Path, on: str | None = None, pattern: str | None = None):
+    def __init__(self, path: str | Path, id: str | None = None, pattern: str | None = None):
         pq = import_parquet(f"reading {str(path)!r}")
         import pyarrow as pa
 
@@ -145,7 +145,7 @@ class Parquet:
         schema = self.file.schema_arrow
         # An index that pandas wrote as a column is no response.
         index, count = arrow_index(schema)
-        names = [name for name in schema.names if name != on and name not in index]
+        names = [name for name in schema.names if name != id and name not in index]
         self.names = check_names(matching(names, pattern))
         self.n = self.file.metadata.num_rows
         self.labels = from_arrow(self.file.read(columns=index), index) if index else count
@@ -178,7 +178,7 @@ class Parquet:
 Source = Array | Table | Parquet
 
 
-def open_source(responses: Any, on: str | None) -> Source | None:
+def open_source(responses: Any, id: str | None) -> Source | None:
     """Responses that can be read in any order; None for a stream.
 
     Raises:
@@ -189,12 +189,12 @@ def open_source(responses: Any, on: str | None) -> Source | None:
     _refuse_kind(responses, "responses are")
     responses = _plain(responses)
     if isinstance(responses, str | Path):
-        return _open_file(Path(responses), on)
+        return _open_file(Path(responses), id)
     if isinstance(responses, pd.Series):
         name = 0 if responses.name is None else responses.name
-        return Table(responses.to_frame(name), on)
+        return Table(responses.to_frame(name), id)
     if isinstance(responses, Mapping | pd.DataFrame) or _is_table(responses):
-        return Table(responses, on)
+        return Table(responses, id)
     if hasattr(responses, "__array__"):
         import jax
 
@@ -291,7 +291,7 @@ def refuse_repeated(repeated: list[Any]) -> None:
         )
 
 
-def _open_file(path: Path, on: str | None) -> Source:
+def _open_file(path: Path, id: str | None) -> Source:
     if path.suffix not in (".parquet", ".npy"):
         raise DataError(
             f"responses {str(path)!r}: only files ending in .parquet or .npy are read; load "
@@ -300,7 +300,7 @@ def _open_file(path: Path, on: str | None) -> Source:
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}")
     if path.suffix == ".parquet":
-        return Parquet(path, on)
+        return Parquet(path, id)
     try:
         return Array(np.load(path, mmap_mode="r"))
     except (ValueError, EOFError) as error:
@@ -309,7 +309,7 @@ def _open_file(path: Path, on: str | None) -> Source:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from None
 
 
-def open_piece(piece: Any, k: int, on: str | None) -> Array | Table:
+def open_piece(piece: Any, k: int, id: str | None) -> Array | Table:
     """Block number k of a stream."""
     values = piece[1] if isinstance(piece, tuple) and len(piece) == 2 else piece
     _refuse_kind(values, f"block {k} of the responses is")
@@ -319,7 +319,7 @@ def open_piece(piece: Any, k: int, on: str | None) -> Array | Table:
             raise DataError(f"block {k} of the responses: an (n, b) array, not {np.shape(values)}")
         return Array(values, list(names))
     if isinstance(piece, pd.DataFrame) or _is_table(piece):
-        return Table(piece, on)
+        return Table(piece, id)
     raise DataError(
         f"block {k} of the responses is of type {type(piece).__name__}: blocks must be pairs "
         "(names, (n, b) array) or dataframes; an array as a whole must be a NumPy array"
@@ -362,7 +362,7 @@ def refuse_not_numeric(bad: list[tuple[Any, Any]]) -> None:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise DataError(
             f"responses that are not numeric: {listed}{more}; convert them, leave them out, or "
-            "pass the name of the one that identifies rows as on="
+            "pass the name of the one that identifies rows as id="
         )
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxreml.arguments import is_reml
-from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
 from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
+from jaxreml.fitting.engines import check_engine, engine_for, optimum, suited_structure
 from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
 from jaxreml.model.design import with_spare_levels
 from jaxreml.optimum.certificate import is_certified
-from jaxreml.optimum.effects import conditional_variances, inspect
-from jaxreml.optimum.estimate import estimate
+from jaxreml.optimum.effects import conditional_variances
 from jaxreml.optimum.rivals import optimality
 from jaxreml.status import NO_FIT, Status
 
@@ -30,16 +28,16 @@ def fit_frame(
     context: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     kind: type[Fit] = FittedModel,
+    engine: str | None = None,
 ) -> Fit:
     """`fit` of a model frame with a response; as a fit of class `kind`."""
+    check_engine(engine)
     with neutral():
-        spare_memory_maps()
+        structure = suited_structure(frame, structure, engine)
         with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
             design = with_spare_levels(frame.design(structure))
-        bare = design.without_names()
-        estimated = _compiled(estimate, method, max_iterations=max_iterations)(bare)
-        inspection = _compiled(inspect, method)(estimated, bare)
-        estimated, inspection = jax.device_get((estimated, inspection))
+        engine = engine_for(design, engine)
+        estimated, inspection = optimum(design.without_names(), method, max_iterations, engine)
     status = Status(int(estimated.status))
     if status in NO_FIT:
         raise DataError(status.sentence)
@@ -56,14 +54,9 @@ def fit_frame(
     return kind(
         **_fields(
             frame, design, method, estimated, effects, status, gradient_norm, context, certainty
-        )
+        ),
+        engine=engine,
     )
-
-
-@remembered
-def _compiled(function: Callable[..., Any], method: str, **options: Any) -> Callable[..., Any]:
-    """`function` of arrays, jitted so that it compiles quickly."""
-    return quick_jit(lambda *arrays: function(*arrays, method, **options))
 
 
 def _fields(

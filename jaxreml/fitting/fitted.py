@@ -77,6 +77,7 @@ class FittedModel:
         optimality: how it is known that no other optimum is lower: "proved to be the lowest" (one
             variance ratio), "the lowest of 5 searches", or, with much data, "not lower with a
             variance at zero".
+        engine: the library that worked on it, "numpy" or "jax".
         made_from: its model frame and design; None of a fit that was loaded.
     """
 
@@ -110,6 +111,7 @@ class FittedModel:
     table: pd.DataFrame
     context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
     optimality: str = ""
+    engine: str = ""
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
 
     @cached_property

@@ -250,6 +250,11 @@ class FittedBatch:
         codes, sentences = self.message_codes
         return self._series([sentences[code] for code in codes], "message")
 
+    @property
+    def messages(self) -> pd.Series:
+        """`message`, by its former name."""
+        return self.message
+
     @cached_property
     def message_codes(self) -> tuple[np.ndarray, list[str]]:
         """The messages as (b,) positions in a list of sentences that begins with those of

@@ -96,6 +96,12 @@ class Design:
         return self.covariance.sizes
 
     @property
+    def written_out(self) -> bool:
+        """Whether all derivatives are written out, so that NumPy can fit it."""
+        blocks = self.covariance.blocks
+        return self.structure.written_out and all(block.written_out for block in blocks)
+
+    @property
     def absent(self) -> Array:
         """(p,) booleans, which columns of X depend on those before them; none if X is concrete."""
         return linalg.diagonal(self.basis) == 0

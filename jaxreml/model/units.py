@@ -17,14 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.factors import lower_factor
 
+Array = Any  # NumPy's or JAX's
 NEAR = 1e-2  # share of a column that those before it leave, below which the basis is orthonormal
 DEPENDENT = 1e-10  # and above which it is, as for columns of X
 
@@ -74,7 +75,7 @@ class Units:
             for j, column in enumerate(found):
                 rest = rest - column * matrix[j, i]
             found.append(rest / matrix[i, i])
-        return _module(effects).stack(found, axis=1)
+        return namespace(effects).stack(found, axis=1)
 
     def effects(self, k: int, inner: Any) -> Any:
         """b of b_in, (q, ...), of term `k`."""
@@ -86,7 +87,7 @@ class Units:
                 for j, own in enumerate(reversed(found), i + 1):
                     rest = rest - matrix[i, j] * own
             found.append(rest / matrix[i, i])
-        return _module(inner).stack(found[::-1])
+        return namespace(inner).stack(found[::-1])
 
     def modes(self, k: int, inner: Any) -> Any:
         """Effects of term `k`, (levels, q), of those inside."""
@@ -152,6 +153,10 @@ class Units:
             back = jax.jacfwd(lambda p: own._changed(p, own.inner_factor, covariance))(shown)
             return out, back
 
+        if on_host(shown):
+            with neutral():
+                out, back = both(shown, inner, self.matrices)
+                return np.asarray(out), np.asarray(back)
         if shown.ndim == 1:
             return both(shown, inner, self.matrices)
         matrices = tuple(own[..., 0] for own in self.matrices)
@@ -185,13 +190,9 @@ def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return basis, triangle @ matrix
 
 
-def _module(value: Any) -> Any:
-    return jnp if isinstance(value, Array) else np
-
-
 def _like(matrix: Any, value: Any) -> Any:
     """A matrix as what it goes with: NumPy's on the host."""
-    return matrix if isinstance(value, Array) else np.asarray(matrix)
+    return matrix if not on_host(value) else np.asarray(matrix)
 
 
 def _diagonal(matrix: Any) -> Any:
@@ -200,7 +201,7 @@ def _diagonal(matrix: Any) -> Any:
 
 def _matrix(columns: Any, n: int) -> tuple[Any, bool]:
     """T of weighted columns (rows, q), and whether it is more than its diagonal."""
-    xp = _module(columns)
+    xp = namespace(columns)
     scale = xp.sqrt(xp.sum(columns * columns, axis=0) / n)
     scale = xp.where(scale > 0, scale, 1.0)
     if xp is jnp:  # a unit, which the likelihood does not depend on

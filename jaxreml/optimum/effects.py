@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from jaxreml.arguments import is_reml
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
@@ -166,6 +166,9 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
         theta: (m,), relative Cholesky factors as in `Estimate`.
         design: the data.
     """
+    if design.written_out:
+        with np.errstate(all="ignore"):
+            return _henderson(theta, design)
     with neutral():
         parts = _compiled_henderson()(theta, design.without_names())
         return jax.device_get(parts)
@@ -185,8 +188,12 @@ def _henderson(theta: Array, design: Design) -> Henderson:
     def shift(column: Array) -> tuple[Array, ...]:
         return structure.modes(omega, structure.combine(projection.cross, column[:, None]))
 
-    units = jnp.eye(p + 1, dtype=theta.dtype)[:, : max(p, 1)]
-    shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(units)
+    units = np.eye(p + 1, dtype=theta.dtype)[:, : max(p, 1)]
+    if on_host(theta):
+        columns = zip(*map(shift, units.T), strict=True)
+        shifts: Any = [np.stack(own, axis=-1) for own in columns]
+    else:
+        shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(jnp.asarray(units))
     return Henderson(
         structure.posterior(omega, factors),
         tuple(part[..., :p] for part in shifts),

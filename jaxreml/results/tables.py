@@ -158,7 +158,7 @@ def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
     parts = [
         f"Linear mixed model fit by {by}. {_METHODS[df]}\n"
         f"Formula: {fit.formula}\n"
-        f"Structure: {fit.structure}",
+        f"Structure: {fit.structure}" + (f" ({fit.engine})" if fit.engine else ""),
         _criterion(fit),
         *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
         "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),

@@ -56,7 +56,7 @@ def expected(study):
 
     data = pd.read_csv(study / "data.csv")
     with jax.enable_x64(True):
-        return jaxreml.fit_many(FORMULA, data, pd.read_csv(study / "values.csv"), on="row")
+        return jaxreml.fit_many(FORMULA, data, pd.read_csv(study / "values.csv"), id="row")
 
 
 def run(study, responses, *arguments, formula=FORMULA):
@@ -67,7 +67,7 @@ def run(study, responses, *arguments, formula=FORMULA):
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "parquet", "feather", "npy"])
 def test_files(study, tmp_path, expected, suffix):
     out = tmp_path / "out.parquet"
-    match = [] if suffix == "npy" else ["--on", "row"]
+    match = [] if suffix == "npy" else ["--id", "row"]
     result = run(study, f"values.{suffix}", *match, "-o", out)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
@@ -82,7 +82,7 @@ def test_files(study, tmp_path, expected, suffix):
 def test_row_names_serve_as_ids(study, tmp_path, expected):
     """R and pandas write them as a first column without a name."""
     out = tmp_path / "out.parquet"
-    assert run(study, "labelled.csv", "--on", "name", "-o", out).exit_code == 0
+    assert run(study, "labelled.csv", "--id", "name", "-o", out).exit_code == 0
     found = jaxreml.BatchResults.read_parquet(out)
     np.testing.assert_allclose(found.fits.beta, expected.fits.beta, rtol=1e-9)
 
@@ -94,7 +94,7 @@ def test_text_of_any_kind_tests_and_failures(study, tmp_path):
         tmp_path / "data.csv", sep=";", index=False
     )
     command = ["fit-many", study / "german.txt", FORMULA, "--data", tmp_path / "data.csv"]
-    options = ["--sep", ";", "--na-values", "-99,.", "--encoding", "latin-1", "--on", "name"]
+    options = ["--sep", ";", "--na-values", "-99,.", "--encoding", "latin-1", "--id", "name"]
     tests = ["--df", "kenward-roger", "--contrasts", "a week: 7 * Days; `(Intercept)` + Days"]
     result = CliRunner().invoke(app, [*map(str, [*command, *options, *tests, "-o", out])])
     assert result.exit_code == 0, result.stderr
@@ -121,7 +121,7 @@ def test_text_of_any_kind_tests_and_failures(study, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_pattern_ml_and_tidy_csv(study, tmp_path, kind):
     out = tmp_path / "out.csv"
-    options = ["--on", "row", "--responses", "gene_[0-2]", "--ml", "--batch-size", "2", "--quiet"]
+    options = ["--id", "row", "--responses", "gene_[0-2]", "--ml", "--batch-size", "2", "--quiet"]
     result = run(study, f"values.{kind}", *options, "-o", out)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     tidy = pd.read_csv(out)
@@ -180,13 +180,13 @@ def test_output_is_not_replaced_unasked(study, tmp_path, monkeypatch, suffix):
         ("values.csv", ["--responses", "gne_*"], "no response matches the pattern 'gne_*'; the"),
         ("values.parquet", ["--responses", "gne_*"], "the columns are: row, gene_0"),
         ("values.npy", ["--responses", "gene_*"], "a .npy file has no names"),
-        ("values.npy", ["--on", "row"], "needs responses in a dataframe"),
-        ("values.csv", ["--on", "raw"], "did you mean 'row'"),
+        ("values.npy", ["--id", "row"], "needs responses in a dataframe"),
+        ("values.csv", ["--id", "raw"], "did you mean 'row'"),
         ("text.csv", ["--responses", "s*"], "not numeric: 'sex' ("),
         ("values.npy", ["--weights", "w"], "'w' is not a column"),
         ("values.npy", ["--device", "gpu"], "no GPU that JAX can use: install"),
-        ("values.csv", [], "'row' of the data and of the responses .*: pass --on 'row'"),
-        ("labelled.csv", [], "values of the column 'name' of the data.*: pass --on 'name'"),
+        ("values.csv", [], "'row' of the data and of the responses .*: pass --id 'row'"),
+        ("labelled.csv", [], "values of the column 'name' of the data.*: pass --id 'name'"),
         ("turned.csv", [], "labels of rows: the column 'name' of the data.* transpose them"),
         ("values.npy", ["--contrasts", "a: "], "--contrasts 'a:': write NAME: EXPRESSION"),
         ("values.npy", ["--contrasts", "a: Days; a: Days"], "two are called 'a'"),
@@ -240,7 +240,7 @@ def test_interrupted_command_goes_on(study, tmp_path, monkeypatch):
         return fit(self, values)
 
     monkeypatch.setattr(BatchFitter, "fit", interrupted)
-    arguments = "values.parquet", "--on", "row", "--batch-size", "4", "-o", out
+    arguments = "values.parquet", "--id", "row", "--batch-size", "4", "-o", out
     first = run(study, *arguments)
     assert (first.exit_code, out.exists()) == (1, False)
     assert "the disk is gone" in first.stderr

@@ -30,9 +30,9 @@ def table():
     return pd.DataFrame(values, index=NAMES, columns=GENES)
 
 
-def read(responses, data, on=None, rows=None):
+def read(responses, data, id=None, rows=None):
     rows = np.ones(len(data), bool) if rows is None else rows
-    blocks = list(Responses(responses, data, rows, on).blocks(100))
+    blocks = list(Responses(responses, data, rows, id).blocks(100))
     return np.concatenate([block.read() for block in blocks], axis=1)
 
 
@@ -50,7 +50,7 @@ KINDS = {
     "frames": lambda table, folder: iter([table.iloc[:, :2], table.iloc[:, 2:]]),
     "xarray": lambda table, folder: pytest.importorskip("xarray").DataArray(table),
 }
-REMEDY = 'pass on="sample"'
+REMEDY = 'pass id="sample"'
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +96,7 @@ def test_ids_are_found_in_indexes_by_their_names(data, table):
     numbers = data.assign(sample=np.arange(N) + 100)
     words = shuffled.set_axis([str(int(name[1:]) + 100) for name in shuffled.index])
     np.testing.assert_array_equal(read(words, numbers, "sample"), table)
-    with pytest.raises(DataError, match="on='smaple' is not a column of the data; did you mean"):
+    with pytest.raises(DataError, match="id='smaple' is not a column of the data; did you mean"):
         read(shuffled, data, "smaple")
     with pytest.raises(DataError, match=r"'sample' is not a column of the responses.*are: tp53"):
         read(table.reset_index(drop=True), data, "sample")
@@ -114,7 +114,7 @@ def test_whole_numbers_as_labels(data, table):
     np.testing.assert_array_equal(read(plain[::2], kept[::2]), table[::2])
     codes = data.assign(code=[11, 14, 13, 12, 18, 15, 16, 17])
     coded = plain.set_axis(pd.Index([14, 11, 13, 12, 18, 15, 16, 17]))
-    with pytest.raises(DataError, match=r"values of the column 'code'.*on=.code"):
+    with pytest.raises(DataError, match=r"values of the column 'code'.*id=.code"):
         read(coded, codes.set_axis(pd.Index(NAMES)))
     ordered = coded.iloc[[1, 0, *range(2, N)]]
     np.testing.assert_array_equal(read(ordered, codes), ordered)
@@ -143,11 +143,11 @@ def test_columns_of_both_tables(data, table, tmp_path):
     shuffled = theirs.iloc[::-1].reset_index(drop=True)
     pq.write_table(pa.table(shuffled), tmp_path / "shuffled.parquet")
     for responses in (shuffled, pl.from_pandas(shuffled), tmp_path / "shuffled.parquet"):
-        with pytest.raises(DataError, match=r"'subject' of the data and.*on=.subject"):
+        with pytest.raises(DataError, match=r"'subject' of the data and.*id=.subject"):
             read(responses, data)
         np.testing.assert_array_equal(read(responses, data, "subject"), table)
     named = shuffled.assign(subject=shuffled["subject"].map("p{}".format))
-    with pytest.raises(DataError, match='on="subject"'):
+    with pytest.raises(DataError, match='id="subject"'):
         read(named, data.assign(subject=data["subject"].map("p{}".format)))
     # A response that is also a column of the data is none.
     assert read(theirs.assign(x=-data["x"]), data).shape == (N, B + 2)
@@ -165,9 +165,9 @@ def test_a_row_per_response(data, table, tmp_path, kind):
         if kind in ("frames", "xarray"):
             continue  # a part of the columns, or an array of objects
         responses = kinds[kind](turned.rename_axis("gene").reset_index(), tmp_path)
-        for on in (None, "sample"):
+        for id in (None, "sample"):
             with pytest.raises(DataError, match=r"labels of rows: the .* transpose them"):
-                read(responses, data, on)
+                read(responses, data, id)
     for turned in (table.T, table.T.rename_axis("gene").reset_index()):
         if kind in ("frames", "xarray"):
             break

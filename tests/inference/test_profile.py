@@ -232,10 +232,10 @@ def test_derivatives_in_coordinates_equal_autodiff():
     own = charts.parameters(fit)
     held = next(parameter for parameter in own if parameter.kind == "cor")
     x = held.x(charts.estimates(fit), fit.beta) + 0.1
-    sizes = fit.design.sizes
+    covariance = fit.design.covariance
 
     def value(x):
-        omega, log_sigma2 = holding._omega(x, held.axes, sizes)
+        omega, log_sigma2 = holding._omega(x, held.axes, covariance)
         return neg2_loglik(omega, log_sigma2, fit.design, reml=False)
 
     program = jax.jit(holding.expansion, static_argnames="reml")

@@ -19,6 +19,7 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.many.lanes import Lanes
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
+from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.lanes import cross_products
 from jaxreml.optimum.effects import inspect
@@ -151,7 +152,7 @@ def test_collapsed_and_rotated_designs_have_the_same_criterion(reml):
     codes = np.repeat(np.arange(30), rng.choice([2, 3, 5], 30))
     X = np.column_stack([np.ones(codes.size), rng.normal(size=(codes.size, 2))])
     values = jnp.asarray(rng.normal(size=(codes.size, 4)) * 10)
-    basis = Basis.of(X, [Effects(codes, X[:, :1], 30, "g", ("e",))])
+    basis = Basis.of(X, [Effects(codes, X[:, :1], 30, "g", ("e",), Unstructured(1))])
     shared = Lanes.of(basis, X, reml=reml)
     assert shared.collapse.counts.size < 30 and shared.spectral is not None
     whole = replace(

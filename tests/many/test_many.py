@@ -249,7 +249,7 @@ def ids(table, **changes):
         (lambda t: ids(t, _3=None), "1 rows of the responses have no 'row'"),
         (lambda t: ids(t, _3="x"), r"1 only in the data \('r3'\) and 1 only in the resp.*\('x'\)"),
         (lambda t: ids(t)[:-20], r"20 only in the data \('r\d+', 'r\d+', 'r\d+', \.\.\.\); keep"),
-        (lambda t: t, "on='row' is not a column of the responses"),
+        (lambda t: t, "id='row' is not a column of the responses"),
         (lambda t: t.to_numpy(), "needs responses in a dataframe"),
         (lambda t: blocks(t), "needs responses in a dataframe"),
         (lambda t: ids(t)[["row"]], "no columns but the id"),
@@ -257,14 +257,14 @@ def ids(table, **changes):
 )
 def test_bad_ids(data, table, responses, message):
     with pytest.raises(DataError, match=message):
-        fit_many(FORMULA, data, responses(table), on="row")
+        fit_many(FORMULA, data, responses(table), id="row")
 
 
 def test_bad_ids_in_the_data(data, table):
     with pytest.raises(DataError, match="'r1' occurs more than once in column 'row' of the data"):
-        fit_many(FORMULA, data.replace({"row": {"r2": "r1"}}), ids(table), on="row")
+        fit_many(FORMULA, data.replace({"row": {"r2": "r1"}}), ids(table), id="row")
     with pytest.raises(DataError, match="did you mean 'row'"):
-        fit_many(FORMULA, data, ids(table), on="rows")
+        fit_many(FORMULA, data, ids(table), id="rows")
 
 
 def stream(*pieces):

@@ -9,6 +9,7 @@ import pytest
 from jaxreml import DataError, Status
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
+from jaxreml.model.covariance.unstructured import Unstructured
 
 RNG = np.random.default_rng(7)
 N = 60
@@ -16,8 +17,8 @@ G, H = np.repeat(np.arange(12), 5), np.tile(np.arange(5), 12)
 X = np.column_stack([np.ones(N), RNG.normal(size=N)])
 WEIGHTS, OFFSET = RNG.uniform(0.5, 2, N), RNG.normal(size=N)
 Y = 1e4 + RNG.normal(size=(N, 3))
-ONE = [Effects(G, X, 12, "g", ("a", "b"))]
-TWO = [*ONE, Effects(H, X[:, :1], 5, "h", ("c",))]
+ONE = [Effects(G, X, 12, "g", ("a", "b"), Unstructured(2))]
+TWO = [*ONE, Effects(H, X[:, :1], 5, "h", ("c",), Unstructured(1))]
 CASES = [(ONE, "grouped"), (TWO, "dense"), (TWO, "crossed")]
 
 
@@ -70,4 +71,4 @@ def test_what_is_wrong_with_rows_and_responses():
     with pytest.raises(DataError, match="column 2 of X"):
         Basis.of(np.column_stack([X, X[:, 1]]), ONE)
     with pytest.raises(DataError, match="60 levels in 60 rows"):
-        Basis.of(X, [Effects(np.arange(N), X[:, :1], N, "id", ("a",))])
+        Basis.of(X, [Effects(np.arange(N), X[:, :1], N, "id", ("a",), Unstructured(1))])

@@ -53,7 +53,7 @@ def moved(fitted: jaxreml.LMMResults, origin: float, unit: float):
             for h in step * np.eye(4)
         ]
     ).T
-    return change(at), jacobian @ fitted.parameters_vcov @ jacobian.T
+    return change(at), jacobian @ fitted.parameters_vcov_array @ jacobian.T
 
 
 @pytest.mark.parametrize(("origin", "unit"), ORIGINS)
@@ -64,7 +64,7 @@ def test_far_origin(origin, unit):
     assert far.criterion == pytest.approx(near.criterion + 2 * np.log(unit), abs=1e-8)
     params, vcov = moved(near, origin, unit)
     np.testing.assert_allclose(far.parameters, params, atol=1e-8)
-    errors = np.sqrt(np.diagonal(far.parameters_vcov))
+    errors = np.sqrt(np.diagonal(far.parameters_vcov_array))
     np.testing.assert_allclose(errors, np.sqrt(np.diagonal(vcov)), rtol=1e-7)
     np.testing.assert_allclose(far.fitted, near.fitted, atol=1e-7)
     assert far.beta[1] * unit == pytest.approx(near.beta[1], rel=1e-8)
@@ -90,7 +90,7 @@ def test_far_origin_of_many_responses():
     alone = fit(origin, unit)
     np.testing.assert_allclose(far.parameters[0], alone.parameters, atol=1e-7)
     np.testing.assert_allclose(
-        far.parameters_se[0], np.sqrt(np.diagonal(alone.parameters_vcov)), rtol=1e-6
+        far.parameters_se[0], np.sqrt(np.diagonal(alone.parameters_vcov_array)), rtol=1e-6
     )
 
 
@@ -123,7 +123,9 @@ def test_stack_of_near_and_far_origins():
     for k, design in enumerate(designs):
         alone = estimate(design)
         np.testing.assert_allclose(together.parameters[k], alone.parameters, atol=1e-8)
-        error = np.diagonal(together.parameters_vcov[k]) / np.diagonal(alone.parameters_vcov) - 1
+        error = (
+            np.diagonal(together.parameters_vcov[k]) / np.diagonal(alone.parameters_vcov_array) - 1
+        )
         assert np.abs(error).max() < 1e-6
 
 

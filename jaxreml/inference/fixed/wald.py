@@ -173,7 +173,7 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
         DataError: variance parameters that cannot be told apart.
     """
     with neutral():
-        found = jax.device_get(_adjust()(fit.theta, fit.parameters, fit.design.without_names()))
+        found = _adjusted(fit)
     if not found.exists:
         raise DataError(
             "Kenward-Roger's method needs the expected information of the variance parameters, "
@@ -181,6 +181,13 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
             "effects depends on them"
         )
     return KenwardRoger(*found[:-1])
+
+
+def _adjusted(fit: FittedModel) -> Any:
+    if fit.design.written_out:
+        with np.errstate(all="ignore"):
+            return adjust(fit.theta, fit.parameters, fit.design)
+    return jax.device_get(_adjust()(fit.theta, fit.parameters, fit.design.without_names()))
 
 
 @remembered

@@ -181,7 +181,7 @@ class Bootstrap:
         params = components.finite(fit)
         free = np.isfinite(fit.parameters)
         spread = np.where(np.outer(free, free), fit.parameters_vcov_array, 0.0)
-        engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
+        engine = BatchFitter(people.frame, fit.method)
         of_draws = [
             engine.gradients(params, block[:, start : start + TOGETHER])
             for block in people.blocks(min(self.nsim, SCORES), self.seed)
@@ -216,6 +216,8 @@ def bootstrap(
     nsim: int = 10_000,
     function: Statistic | None = None,
     seed: int = 0,
+    *,
+    n: int | None = None,
 ) -> Bootstrap:
     """Draw responses from a fit, with new random effects, and refit the model to each.
 
@@ -226,6 +228,7 @@ def bootstrap(
             scalar, an array or a dict of them. All fixed effects, ``sigma``, SDs, correlations and
             log-variances if left out.
         seed: of the random numbers.
+        n: `nsim`, by its former name.
 
     Returns:
         The draws; refits without an optimum are left out and counted.
@@ -235,13 +238,14 @@ def bootstrap(
             model does not have.
         ValueError: nsim or seed out of range, or a function that is no statistic.
     """
+    nsim = nsim if n is None else n
     check_count(nsim, seed)
     people = of_fit(fit)
     statistic = function or default(fit)
     names, own = evaluate(statistic, fits_of(fit), fit.term_sizes)
     if function is not None:
         components.require_entries(function, fit)
-    engine = BatchFitter(people.frame, fit.method, structure=fit.structure)
+    engine = BatchFitter(people.frame, fit.method)
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(nsim, seed):
         fits = engine.fit(block)

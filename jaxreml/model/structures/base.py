@@ -56,6 +56,7 @@ class Explicit:
     """Derivatives of a structure that has B as an array: by contractions with it."""
 
     costly = False
+    written_out = True
 
     def slope(self: Any, projection: Projection) -> Array:
         return self.trace(self.repeat(projection.inner))
@@ -159,6 +160,11 @@ class Differentiable(Structure, Protocol):
     @property
     def costly(self) -> bool:
         """Whether `curvature` costs much more than `spread`."""
+        ...
+
+    @property
+    def written_out(self) -> bool:
+        """Whether it takes NumPy's arrays too: nothing is differentiated by JAX."""
         ...
 
     def project(self, omega: Array) -> Projection:

@@ -156,6 +156,10 @@ class Crossed(OfColumns):
         return Projection(logdet, gram, inner, (*crosses, cross))  # pyright: ignore
 
     @property
+    def written_out(self) -> bool:
+        return False
+
+    @property
     def costly(self) -> bool:
         return bool(self.levels)
 

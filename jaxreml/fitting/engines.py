@@ -1,0 +1,71 @@
+"""Which library works on a fit: NumPy, where nothing has to be compiled, or JAX.
+
+They run the same source. NumPy needs derivatives that are written out: those of the crossed
+structure are JAX's, so few effects of several factors take one matrix on NumPy instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
+from jaxreml.data.frame import ModelFrame
+from jaxreml.model.design import Design
+from jaxreml.optimum.effects import Inspection, inspect, inspect_on_host
+from jaxreml.optimum.estimate import estimate, estimate_on_host
+from jaxreml.optimum.report import Estimate
+
+FEW = 300  # random effects of several factors up to which they take one matrix
+
+
+def check_engine(engine: str | None) -> None:
+    """Raise ValueError for an engine that there is none of."""
+    if engine not in (None, "numpy", "jax"):
+        raise ValueError(f'engine must be "numpy" or "jax", not {engine!r}')
+
+
+def suited_structure(frame: ModelFrame, asked: str | None, engine: str | None) -> str | None:
+    """The structure asked for, or one that NumPy can work with; None to have it chosen."""
+    several = len({term.name for term in frame.terms}) > 1
+    if asked is not None or engine == "jax" or not several:
+        return asked
+    effects = sum(len(term.levels) * len(term.effect_names) for term in frame.terms)
+    return "dense" if effects <= FEW else None
+
+
+def engine_for(design: Design, asked: str | None) -> str:
+    """The engine that a design gets.
+
+    Raises:
+        ValueError: "numpy" is asked for and cannot.
+    """
+    if design.written_out:
+        return asked or "numpy"
+    if asked == "numpy":
+        raise ValueError(
+            'engine="numpy" has no derivatives of this structure: leave engine out, or ask for '
+            'structure="dense" too'
+        )
+    return "jax"
+
+
+def optimum(
+    design: Design, method: str, max_iterations: int, engine: str
+) -> tuple[Estimate, Inspection]:
+    """Estimate and inspection of a design without names, as NumPy arrays."""
+    if engine == "numpy":
+        estimated = estimate_on_host(design, method, max_iterations=max_iterations)
+        return estimated, inspect_on_host(estimated, design, method)
+    spare_memory_maps()
+    estimated = _compiled(estimate, method, max_iterations=max_iterations)(design)
+    inspection = _compiled(inspect, method)(estimated, design)
+    return jax.device_get((estimated, inspection))
+
+
+@remembered
+def _compiled(function: Callable[..., Any], method: str, **options: Any) -> Callable[..., Any]:
+    """`function` of arrays, jitted so that it compiles quickly."""
+    return quick_jit(lambda *arrays: function(*arrays, method, **options))
