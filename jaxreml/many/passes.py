@@ -26,11 +26,11 @@ from jaxreml.many.base import Known, Options
 from jaxreml.many.lanes import DOUBTFUL, Lanes
 from jaxreml.many.numbers import Table
 from jaxreml.many.programs import Plan, programs
-from jaxreml.many.screening import Grid, has_one_optimum, path, rises, screened
+from jaxreml.many.screening import Grid, path, rises, screened
 from jaxreml.model.basis import Basis
 from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.response import Response
-from jaxreml.optimum.rivals import starts
+from jaxreml.optimum.rivals import has_one_optimum, starts
 from jaxreml.status import Status
 
 CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
@@ -56,7 +56,7 @@ class LaneEngine:
     @cached_property
     def screens(self) -> bool:
         """Whether a response may have several optima."""
-        return not has_one_optimum(self.lanes.basis)
+        return not has_one_optimum(self.lanes.basis.structure, self.lanes.covariance, self.lanes.p)
 
     @cached_property
     def grid(self) -> Grid | None:

@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreml.many.lanes import Lanes
-from jaxreml.model.basis import Basis
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.response import Response
-from jaxreml.model.structures.collapse import SAME
 from jaxreml.optimum.rivals import is_lower, starts
 
 GRID = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)  # relative SDs, to two effects
@@ -131,25 +129,6 @@ def rises(along: np.ndarray) -> np.ndarray:
     """Whether the criterion rises on a `path`, for its values (LOWEST, STEPS + 1, b)."""
     along = np.where(np.isfinite(along), along, np.inf)
     return is_lower(along[:, :-1], along[:, 1:]).any(axis=(0, 1))
-
-
-def has_one_optimum(basis: Basis) -> bool:
-    """Whether every response of a design has one optimum, and screening is idle.
-
-    With q unrestricted effects on one factor, the same regular F in all levels, and the same scores
-    A of X, which span them, the fixed effects are least squares whatever the covariance. The
-    criterion is that of a Wishart matrix with covariance sigma2 (I + F Omega F') and a chi-squared
-    one with sigma2: convex in their precisions K and k, as is the restriction K <= k I.
-    """
-    if len(basis.sizes) > 1 or basis.kind != "grouped":
-        return False
-    factors, scores = (np.asarray(own) for own in (basis.structure.factors, basis.structure.scores))
-    size = np.abs(factors).max()
-    equal = np.ptp(factors, axis=2).max() <= SAME * size
-    regular = np.diagonal(factors).min() > SAME * size
-    first = scores[:, :, 0]  # J A A' = I, as X is orthonormal: A spans, apart from the rest of X
-    spans = np.abs(factors.shape[2] * first @ first.T - np.eye(len(first))).max() < 1e-9
-    return bool(equal and regular and spans and np.ptp(scores, axis=2).max() <= SAME)
 
 
 class Grid:

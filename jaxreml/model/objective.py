@@ -243,7 +243,8 @@ def expand(
     # d2 rss / rss = d2 log rss + (d log rss)^2
     slope_y = slopes[:, p, p]
     slope_y = xp.concatenate([slope_y, -xp.ones_like(slope_y[:1])])
-    joint = xp.pad(hessian, [(0, 1), (0, 1)] + [(0, 0)] * len(lanes))
+    none = xp.zeros_like(gradient)
+    joint = linalg.border(hessian, none, none[0])
     joint = joint + of_y * slope_y[:, None] * slope_y[None]
     in_sigma2 = xp.broadcast_to(xp.asarray(degrees - of_y, gradient.dtype), gradient.shape[1:])
     slope = xp.concatenate([gradient, in_sigma2[None]])

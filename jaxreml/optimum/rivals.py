@@ -32,6 +32,7 @@ from jaxreml.optimum.newton import Trace
 Array = Any  # NumPy's or JAX's
 SMALL, LARGE, HUGE = 0.3, 10.0, 30.0  # relative SDs of scaled effects to start from
 CHEAP = 2**17  # numbers in a structure up to which every rival start is searched from
+SAME = 1e-9  # relative differences that are none
 ROUNDS = 40  # of halving in `is_global`
 MOST_RATIOS = 5000  # that it looks at
 MOST_PRODUCTS = 10**5  # numbers, of the levels' cross-products, that it works with
@@ -66,6 +67,7 @@ def best_of(
     max_iterations: int,
     *,
     cheap: bool,
+    proved: Callable[[Trace], bool] | None = None,
 ) -> Trace:
     """The lowest optimum that searches from `start` and its rivals lead to.
 
@@ -79,10 +81,13 @@ def best_of(
         max_iterations: of each search.
         cheap: whether to search from all `starts`, or from the lowest of the `faces` of the optimum
             if it is below it.
+        proved: whether there can be none lower than what a search found; asked on the host.
     """
     points: Any = starts(covariance).astype(start.dtype)
     if on_host(start):
-        return _best_in_turn(search, criterion, start, points, covariance, max_iterations, cheap)
+        return _best_in_turn(
+            search, criterion, start, points, covariance, max_iterations, cheap, proved
+        )
     import jax
     import jax.numpy as jnp
 
@@ -121,9 +126,12 @@ def _best_in_turn(
     covariance: Covariance,
     max_iterations: int,
     cheap: bool,
+    proved: Callable[[Trace], bool] | None,
 ) -> Trace:
     """`best_of` on the host."""
     best = search(start, max_iterations)
+    if best.converged and proved is not None and proved(best):
+        return best
     if not cheap:
         nearby = best.at * covariance.faces
         values = np.array([criterion(point) for point in nearby])
@@ -145,13 +153,53 @@ def optimality(design: Design, omega: np.ndarray, *, reml: bool) -> str:
         omega: (m,), in units of scaled effects.
         reml: the criterion.
     """
-    if design.covariance == unstructured((1,)) and isinstance(design.structure, Grouped):
-        degrees = float(degrees_of_freedom(design, reml=reml))
-        if is_global(design.structure, degrees, float(omega[0]), reml=reml):
-            return "proved to be the lowest"
+    if is_proved(design, omega, reml=reml):
+        return "proved to be the lowest"
     if is_cheap(design):
         return f"the lowest of {1 + len(starts(design.covariance))} searches"
     return "not lower with a variance at zero"
+
+
+def is_proved(design: Design, omega: np.ndarray, *, reml: bool) -> bool:
+    """Whether there can be no optimum lower than that at `omega`, (m,), by `has_one_optimum` or
+    `is_global`. On the host."""
+    structure = design.structure
+    if not isinstance(structure, Grouped):
+        return False
+    if has_one_optimum(structure, design.covariance, design.p):
+        return True
+    if design.covariance != unstructured((1,)):
+        return False
+    degrees = float(degrees_of_freedom(design, reml=reml))
+    return is_global(structure, degrees, float(omega[0]), reml=reml)
+
+
+def has_one_optimum(structure: Any, covariance: Covariance, p: int) -> bool:
+    """Whether every response has one optimum. On the host.
+
+    With q unrestricted effects on one factor, the same regular F in all levels, and the same scores
+    A of X, which span them, the fixed effects are least squares whatever the covariance. The
+    criterion is that of a Wishart matrix with covariance sigma2 (I + F Omega F') and a chi-squared
+    one with sigma2: convex in their precisions K and k, as is the restriction K <= k I.
+
+    Args:
+        structure: a `Structure`, of X with or without a response.
+        covariance: of the effects.
+        p: number of fixed effects, whose columns come first.
+    """
+    sizes = covariance.sizes
+    if not isinstance(structure, Grouped) or covariance != unstructured(sizes) or len(sizes) > 1:
+        return False
+    factors, scores = np.asarray(structure.factors), np.asarray(structure.scores)
+    used = np.any(factors != 0, axis=(0, 1))  # levels with rows
+    factors, scores = factors[:, :, used], scores[:, :p, used]
+    size = np.abs(factors).max()
+    equal = np.ptp(factors, axis=2).max() <= SAME * size
+    regular = np.diagonal(factors).min() > SAME * size
+    first = scores[:, :, 0]  # J A A' = I, as X is orthonormal: A spans, apart from the rest of X
+    spans = np.abs(factors.shape[2] * first @ first.T - np.eye(len(first))).max() < 1e-9
+    same = np.ptp(scores, axis=2).max(initial=0.0) <= SAME
+    return bool(equal and regular and spans and same)
 
 
 def is_cheap(design: Design) -> bool:

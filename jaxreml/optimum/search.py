@@ -16,7 +16,7 @@ from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand, profiled
 from jaxreml.optimum import newton
-from jaxreml.optimum.rivals import best_of, is_cheap
+from jaxreml.optimum.rivals import best_of, is_cheap, is_proved
 from jaxreml.status import Status as Status
 
 Array = Any  # NumPy's or JAX's
@@ -48,6 +48,7 @@ def found(design: Design, reml: bool, max_iterations: int, tolerance: float) -> 
         design.covariance,
         max_iterations,
         cheap=is_cheap(design),
+        proved=lambda trace: is_proved(design, design.covariance.omega(trace.at), reml=reml),
     )
 
 

@@ -13,10 +13,10 @@ from jaxreml import Design, Term, estimate
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.lanes import Lanes
-from jaxreml.many.screening import Grid, grid, has_one_optimum, screened
+from jaxreml.many.screening import Grid, grid, screened
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.objective import profiled
-from jaxreml.optimum.rivals import is_global, starts
+from jaxreml.optimum.rivals import has_one_optimum, is_global, starts
 from jaxreml.optimum.search import search
 
 # A group of twenty and five of one: an inner minimum lies above the one at variance zero.
@@ -205,7 +205,8 @@ def test_balanced_designs_need_no_screening():
     data = jaxreml.datasets.load("sleepstudy")
 
     def unique(formula: str, rows: slice = slice(None)) -> bool:
-        return has_one_optimum(BatchFitter(covariate_frame(formula, data[rows])).basis)
+        basis = BatchFitter(covariate_frame(formula, data[rows])).basis
+        return has_one_optimum(basis.structure, basis.covariance, basis.p)
 
     assert unique("~ Days + (Days | Subject)")
     assert unique("~ Days + (1 | Subject)")
