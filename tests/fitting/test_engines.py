@@ -24,12 +24,17 @@ MODELS = {
     "three effects": ("machines", "score ~ Machine + (Machine | Worker)", None),
     "crossed": ("penicillin", "diameter ~ 1 + (1 | plate) + (1 | sample)", "dense"),
 }
-REPORTED = ["criterion", "sigma", "theta", "parameters", "parameters_vcov_array"] + [
+REPORTED = (
+    "criterion",
+    "sigma",
+    "theta",
+    "parameters",
+    "parameters_vcov_array",
     "beta",
     "vcov_array",
     "vcov_slopes",
     "hessian",
-]
+)
 
 
 @pytest.mark.parametrize("method", ["REML", "ML"])
