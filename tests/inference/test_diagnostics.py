@@ -242,7 +242,7 @@ class TestFirstOrder:
     )
     def test_crossed_factors(self, method, by):
         fit = fitted("machines", method)
-        assert fit.structure == "crossed"
+        assert fit.structure == "dense"
         codes = np.arange(fit.nobs)
         self.check(fit, by, codes if by is None else fit.frame.terms[-1].codes)
 
