@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 
 Array = Any  # NumPy's or JAX's
 FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
@@ -167,6 +167,14 @@ def block_diagonal(blocks: list[Array]) -> Array:
     if len(blocks) == 1:
         return blocks[0]
     width = sum(block.shape[1] for block in blocks)
+    if on_host(*blocks):
+        height, lanes = sum(map(len, blocks)), blocks[0].shape[2:]
+        whole = np.zeros((height, width, *lanes), blocks[0].dtype)
+        row = column = 0
+        for block in blocks:
+            whole[row : row + len(block), column : column + block.shape[1]] = block
+            row, column = row + len(block), column + block.shape[1]
+        return whole
     rows = []
     start = 0
     for block in blocks:

@@ -71,8 +71,9 @@ class Dense(OfColumns, Explicit):
 
     def project(self, omega: Array) -> Projection:
         factor, logdet = self._factorise(omega)
-        loadings = linalg.solve_lower(factor, self.factors)
-        scores = linalg.solve_lower(factor, self.scores)
+        both = namespace(factor).concatenate([self.factors, self.scores], axis=1)
+        solved = linalg.solve_lower(factor, both)
+        loadings, scores = solved[:, : self.layout.total], solved[:, self.layout.total :]
         gram = self.remainder + scores.T @ scores
         return Projection(logdet, gram, loadings.T @ loadings, loadings.T @ scores)
 

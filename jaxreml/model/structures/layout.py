@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ class Layout:
     def split(self, array: Array, axis: int = 0) -> list[Array]:
         """Cut the axis of all random effects into one (effects, levels) pair of axes per term."""
         counts = [q * j for q, j in zip(self.sizes, self.levels, strict=True)]
-        parts = namespace(array).split(array, np.cumsum(counts)[:-1], axis=axis)
+        ends = list(accumulate(counts, initial=0))
+        before = (slice(None),) * axis
+        parts = [array[(*before, slice(*places))] for places in pairwise(ends)]
         return [
             part.reshape(*part.shape[:axis], q, j, *part.shape[axis + 1 :])
             for part, q, j in zip(parts, self.sizes, self.levels, strict=True)
