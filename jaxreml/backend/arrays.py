@@ -41,7 +41,7 @@ def chosen(which: Any, first: Any, second: Any) -> Any:
 
 
 def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
-    """A function of the leaves of trees of (named) tuples, on the host."""
+    """A function of the leaves of trees of (named) tuples."""
     if not isinstance(first, tuple):
         return function(first, *others)
     parts = [mapped(function, *parts) for parts in zip(first, *others, strict=True)]

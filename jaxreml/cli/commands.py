@@ -341,7 +341,7 @@ def _errors_as_exits() -> Iterator[None]:
     try:
         yield
     except (JaxremlError, OSError, UnicodeDecodeError) as error:
-        text = re.sub(r'\bon="([^"]*)"', r"--id '\1'", str(error)).replace("(id=...)", "(--id)")
+        text = re.sub(r'\bid="([^"]*)"', r"--id '\1'", str(error)).replace("(id=...)", "(--id)")
         typer.echo(f"jaxreml: {text}", err=True)
         raise typer.Exit(DATA_ERROR) from None
 

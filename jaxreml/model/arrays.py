@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.core import Tracer
 
 from jaxreml.errors import DataError, PrecisionError
@@ -43,11 +42,6 @@ class Term:
 def is_traced(value: Any) -> bool:
     """Whether JAX knows the shape only."""
     return isinstance(value, Tracer)
-
-
-def namespace(*values: Any) -> Any:
-    """NumPy, or JAX's if any of the values is its."""
-    return jnp if any(isinstance(value, Array) for value in values) else np
 
 
 def floating_type(values: list[Any], asked: Any) -> np.dtype:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
@@ -17,7 +18,6 @@ from jaxreml.model.arrays import (
     finite,
     instead_of_residual,
     is_traced,
-    namespace,
     replaces_residual,
     root_weights,
 )

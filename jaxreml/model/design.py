@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.backend.runtime import require_own_threads
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.model import linalg
@@ -18,7 +19,6 @@ from jaxreml.model.arrays import (
     ENABLE_X64,
     Term,
     floating_type,
-    namespace,
     read_rows,
     read_terms,
     row_vector,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
@@ -23,7 +24,6 @@ from jaxreml.model.arrays import (
     floating_type,
     instead_of_residual,
     is_traced,
-    namespace,
     read,
     spans_identity,
 )

@@ -53,11 +53,6 @@ class Units:
         ]
         return Units(tuple(matrix for matrix, _ in found), tuple(turned for _, turned in found))
 
-    def with_lanes(self, lanes: int) -> Units:
-        """The same with `lanes` axes of length 1 at the end."""
-        shaped = [jnp.reshape(own, (*own.shape, *[1] * lanes)) for own in self.matrices]
-        return Units(tuple(shaped), self.rotated)
-
     def general(self, covariance: Covariance) -> Units:
         """The same with every T counted as more than its diagonal that can be."""
         return Units(

@@ -12,7 +12,7 @@ import pytest
 import jaxreml
 from jaxreml import ConvergenceWarning, DataError, LMMResults, estimate
 from jaxreml.backend import compilation
-from jaxreml.fitting import fit as fitting
+from jaxreml.fitting import engines
 
 SLEEP = "Reaction ~ Days + (Days | Subject)"
 
@@ -165,46 +165,50 @@ def test_perfect_fit_is_an_error():
         jaxreml.fit("exact ~ Days + (1 | Subject)", data)
 
 
-def test_a_wrong_optimum_is_not_certified(monkeypatch):
+@pytest.mark.parametrize("engine", ["numpy", "jax"])
+def test_a_wrong_optimum_is_not_certified(monkeypatch, engine):
+    function = {"numpy": "estimate_on_host", "jax": "estimate"}[engine]
+    right = getattr(engines, function)
+
     def off(design, method, **options):
-        estimated = jaxreml.estimate(design, method, **options)
+        estimated = right(design, method, **options)
         import dataclasses
 
         return dataclasses.replace(estimated, theta=estimated.theta * 1.01)
 
-    monkeypatch.setattr(fitting, "estimate", off)
+    monkeypatch.setattr(engines, function, off)
     with pytest.warns(ConvergenceWarning, match="not zero"):
-        fit = jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"))
+        fit = jaxreml.fit(SLEEP, jaxreml.datasets.load("sleepstudy"), engine=engine)
     assert not fit.converged
 
 
 def test_fits_of_one_shape_share_a_compilation():
     """Numbers of rows and names do not matter, nor does a number of levels that is nearly equal."""
     data = jaxreml.datasets.load("sleepstudy")
-    jaxreml.fit(SLEEP, data)
-    programs = fitting._compiled(estimate, "REML", max_iterations=100)
+    jaxreml.fit(SLEEP, data, engine="jax")
+    programs = engines._compiled(estimate, "REML", max_iterations=100)
     before = programs._cache_size()
     assert before
     other = data.rename(columns={"Reaction": "y", "Days": "t", "Subject": "g"})
-    jaxreml.fit("y ~ t + (t | g)", other.assign(y=other["y"][::-1].to_numpy()))
-    fewer = jaxreml.fit(SLEEP, data[data["Subject"] != "308"])
+    jaxreml.fit("y ~ t + (t | g)", other.assign(y=other["y"][::-1].to_numpy()), engine="jax")
+    fewer = jaxreml.fit(SLEEP, data[data["Subject"] != "308"], engine="jax")
     assert programs._cache_size() == before
     assert fewer.random_effects["Subject"].shape == (17, 2)
-    jaxreml.fit(SLEEP, data[~data["Subject"].isin(["308", "309"])])
+    jaxreml.fit(SLEEP, data[~data["Subject"].isin(["308", "309"])], engine="jax")
     assert programs._cache_size() == before + 1
 
 
 def test_programs_are_forgotten_before_memory_maps_run_out(monkeypatch, tmp_path):
     data = jaxreml.datasets.load("sleepstudy")
-    found = jaxreml.fit(SLEEP, data)
-    assert fitting._compiled.cache_info().currsize
+    found = jaxreml.fit(SLEEP, data, engine="jax")
+    assert engines._compiled.cache_info().currsize
     limit = tmp_path / "max_map_count"
     limit.write_text("10")
     monkeypatch.setattr(compilation, "MOST_MAPS", limit)
     monkeypatch.setattr(compilation, "CALLS", 1)
     compilation.spare_memory_maps()
-    assert fitting._compiled.cache_info().currsize == (0 if compilation.MAPS.exists() else 1)
-    assert jaxreml.fit(SLEEP, data).criterion == found.criterion
+    assert engines._compiled.cache_info().currsize == (0 if compilation.MAPS.exists() else 1)
+    assert jaxreml.fit(SLEEP, data, engine="jax").criterion == found.criterion
 
 
 def test_levels_without_rows_change_nothing():

@@ -123,9 +123,7 @@ def test_stack_of_near_and_far_origins():
     for k, design in enumerate(designs):
         alone = estimate(design)
         np.testing.assert_allclose(together.parameters[k], alone.parameters, atol=1e-8)
-        error = (
-            np.diagonal(together.parameters_vcov[k]) / np.diagonal(alone.parameters_vcov_array) - 1
-        )
+        error = np.diagonal(together.parameters_vcov[k]) / np.diagonal(alone.parameters_vcov) - 1
         assert np.abs(error).max() < 1e-6
 
 
