@@ -17,15 +17,8 @@ Groups = tuple[tuple[str, tuple[str, ...]], ...]  # per term its grouping factor
 
 def unpack(theta: np.ndarray, sizes: natural.Sizes) -> list[np.ndarray]:
     """Per term the lower triangles (..., q, q) that theta (..., m) holds column by column."""
-    factors = []
-    start = 0
-    for q in sizes:
-        rows, columns = natural.triangle(q)
-        factor = np.zeros((*theta.shape[:-1], q, q))
-        factor[..., rows, columns] = theta[..., start : start + rows.size]
-        factors.append(factor)
-        start += rows.size
-    return factors
+    factors = natural.split_triangles(np.moveaxis(theta, -1, 0), sizes)
+    return [np.ascontiguousarray(np.moveaxis(own, (0, 1), (-2, -1))) for own in factors]
 
 
 def correlations_of(matrices: list[np.ndarray]) -> np.ndarray:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-
+from jaxreml.backend.arrays import namespace
 from jaxreml.model.linalg import FLAT, flat_inverse
 
 UNMOVED = 1e-5  # relative change per unit of a flat direction that is rounding error
@@ -34,7 +32,7 @@ class Spread(NamedTuple):
 
 def spread(hessian: Any) -> Spread:
     """From the criterion's Hessian (m, m, ...); rows of NaN, on the boundary, are held there."""
-    xp: Any = np if isinstance(hessian, np.ndarray) else jnp
+    xp = namespace(hessian)
     sizes = xp.stack([hessian[i, i] for i in range(len(hessian))])
     free = xp.isfinite(sizes)
     both = free[:, None] & free
@@ -56,7 +54,7 @@ def degrees(variance: Any, slopes: Any, known: Spread) -> Any:
         slopes: (m, k, ...), its derivatives in the variance parameters, zero on the boundary.
         known: of these parameters.
     """
-    xp: Any = np if isinstance(variance, np.ndarray) else jnp
+    xp = namespace(variance, slopes)
     slopes = slopes / variance  # relative, so that no fourth power of the response's unit arises
     spread = xp.sum(slopes[:, None] * known.vcov[:, :, None] * slopes[None], axis=(0, 1))
     moved = xp.sum(slopes[:, None] * known.flat[:, :, None], axis=0)

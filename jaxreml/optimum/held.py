@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
@@ -105,7 +106,7 @@ class Point(NamedTuple):
 
 def triangle(x: Any, axes: Coordinates) -> Any:
     """Entries of T, (m,), at x (m,); NumPy or JAX."""
-    xp = jnp if isinstance(x, Array) else np
+    xp = namespace(x)
     roots, polar = axes.roots, axes.polar
     entries = x * (1 - roots + roots * x)
     angles = polar.sum(axis=0)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import chosen, namespace, on_host, still
+from jaxreml.backend.arrays import chosen, mapped, namespace, on_host, still
 from jaxreml.model import linalg
 
 FLAT = 1e-10  # Eigenvalues below this fraction of the largest count as zero.
@@ -93,6 +93,12 @@ class _State(NamedTuple):
     decrement: Array
     exact: Array
     is_exact: Array
+
+
+class _Nothing(NamedTuple):
+    """In the place of the first expansion, on the host."""
+
+    value: Array
 
 
 def minimise(
@@ -188,9 +194,9 @@ class _Search:
         )
 
     def nothing(self, start: Array) -> Any:
-        """An expansion, to be replaced by the first."""
+        """An expansion, to be replaced by the first; on the host without computing one."""
         if on_host(start):
-            return self.expansion(start, True)
+            return _Nothing(np.inf)
         import jax
 
         shapes = jax.eval_shape(self.expansion, start, True)
@@ -217,6 +223,10 @@ class _Search:
         if not self.in_lanes and (state.polish if on_host(trial) else True):
             trial = chosen(state.polish, self.snap(trial), trial)
         new = self.expansion(trial, state.exact)
+        if isinstance(old.point, _Nothing):
+            zeros = mapped(np.zeros_like, new)._replace(value=old.point.value)
+            old = old._replace(point=zeros)
+            state = state._replace(trace=old)
         noise = ROUNDING * abs(new.value) + self.tolerance
         gain = old.point.value - new.value
         # A rejected polish leaves the converged point as it is.

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreml.backend.arrays import chosen, namespace, on_host
-from jaxreml.backend.records import leaves
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
@@ -88,9 +89,6 @@ def best_of(
         return _best_in_turn(
             search, criterion, start, points, covariance, max_iterations, cheap, proved
         )
-    import jax
-    import jax.numpy as jnp
-
     rivals, limit = linalg.alike((jnp.asarray(points), jnp.asarray(max_iterations)), start)
 
     def following(k: Array, best: Trace) -> tuple[Array, Array]:
@@ -204,7 +202,7 @@ def has_one_optimum(structure: Any, covariance: Covariance, p: int) -> bool:
 
 def is_cheap(design: Design) -> bool:
     """Whether `estimate` searches from all rival starts."""
-    return sum(np.size(leaf) for leaf in leaves(design.structure)) <= CHEAP
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(design.structure)) <= CHEAP
 
 
 def is_global(structure: Any, degrees: float, omega: float, *, reml: bool) -> bool:

@@ -110,7 +110,7 @@ def _factor_of(entries: list[list[Array]]) -> Array:
 
 def correlation_factor(z: Array, q: int) -> Array:
     """Cholesky factor of the correlation matrix with partial correlations tanh(z), row by row."""
-    return _product_rows(z, q, {})
+    return _product_rows(list(map(_tanh_and_sech, z)), q, {})
 
 
 def correlation_slopes(z: Array, q: int) -> tuple[Array, Array]:
@@ -119,31 +119,36 @@ def correlation_slopes(z: Array, q: int) -> tuple[Array, Array]:
     An entry is a product of functions of one coordinate each, so a derivative puts theirs in the
     place of one or two.
     """
-    xp = namespace(z)
+    xp, pairs = namespace(z), list(map(_tanh_and_sech, z))
     count = range(len(z))
-    first = [_product_rows(z, q, {k: 1}) for k in count]
-    second = [
-        [_product_rows(z, q, {k: 1, j: 1} if k != j else {k: 2}) for j in count] for k in count
-    ]
-    return xp.stack(first, axis=2), xp.stack([xp.stack(row, axis=2) for row in second], axis=2)
+    first = [_product_rows(pairs, q, {k: 1}) for k in count]
+    second: dict[tuple[int, int], Array] = {}
+    for k in count:
+        second[k, k] = _product_rows(pairs, q, {k: 2})
+        for j in range(k):
+            second[j, k] = second[k, j] = _product_rows(pairs, q, {j: 1, k: 1})
+    rows = [xp.stack([second[k, j] for j in count], axis=2) for k in count]
+    return xp.stack(first, axis=2), xp.stack(rows, axis=2)
 
 
-def _product_rows(z: Array, q: int, orders: dict[int, int]) -> Array:
-    """`correlation_factor`, differentiated so many times in these coordinates.
+def _product_rows(pairs: list[tuple[Array, Array]], q: int, orders: dict[int, int]) -> Array:
+    """`correlation_factor` of the coordinates' tanh and sech, differentiated so many times in these
+    coordinates.
 
     Each derivative is made of tanh and sech: finite everywhere, zero at +-inf, with all its digits
     where 1 - tanh^2 would have lost them.
     """
-    xp = namespace(z)
+    one = pairs[0][0]
+    xp = namespace(one)
     rows: list[list[Array]] = []
     place = 0
     for i in range(q):
         own = range(place, place + i)
         place += i
-        rest = xp.ones_like(z[0]) if set(orders) <= set(own) else xp.zeros_like(z[0])
+        rest = xp.ones_like(one) if set(orders) <= set(own) else xp.zeros_like(one)
         row = []
         for coordinate in own:
-            tanh, small = _tanh_and_sech(z[coordinate])
+            tanh, small = pairs[coordinate]
             order = orders.get(coordinate, 0)
             later = any(other > coordinate for other in orders)
             entry = (tanh, small**2, -2 * small**2 * tanh)[order]

@@ -1,15 +1,8 @@
 """Small matrices with the batch on the trailing axes: the only place that calls LAPACK.
 
-jaxlib (0.10.2) hands LAPACK calls for a batch of matrices to the threads that run programs, and
-waits for them in one of these: when all wait, they wait for ever. A call for one matrix is made
-where it stands. So no call here has a batch on a CPU: up to a certain order the recurrences are
-written out over the trailing axes, which XLA fuses and vectorises; above it, where that would
-compile slowly, matrices go to LAPACK one at a time, which takes no longer than their batch. `vmap`
-of a function without trailing axes does the same.
-
-A matrix that is not positive definite gives NaN, never an altered factor. Derivatives are written
-out in terms of these functions, so that all this holds for them as well. NumPy's arrays are taken
-by NumPy and LAPACK (`of_numpy`), JAX's by JAX (`of_jax`); what both do alike is in `plain`.
+A matrix that is not positive definite gives NaN, never an altered factor. NumPy's arrays are taken
+by NumPy and LAPACK (`of_numpy`), JAX's by JAX (`of_jax`, which says why it never makes a batch of
+LAPACK calls); what both do alike is in `plain`.
 """
 
 from __future__ import annotations

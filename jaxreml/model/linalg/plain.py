@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.backend.arrays import namespace
 
 Array = Any  # NumPy's or JAX's
 FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
@@ -166,20 +166,14 @@ def block_diagonal(blocks: list[Array]) -> Array:
     """Matrices (., ., ...) one after the other along the diagonal."""
     if len(blocks) == 1:
         return blocks[0]
+    xp = namespace(*blocks)
     width = sum(block.shape[1] for block in blocks)
-    if on_host(*blocks):
-        height, lanes = sum(map(len, blocks)), blocks[0].shape[2:]
-        whole = np.zeros((height, width, *lanes), blocks[0].dtype)
-        row = column = 0
-        for block in blocks:
-            whole[row : row + len(block), column : column + block.shape[1]] = block
-            row, column = row + len(block), column + block.shape[1]
-        return whole
     rows = []
     start = 0
     for block in blocks:
-        stop = start + block.shape[1]
-        pad = [(0, 0), (start, width - stop)] + [(0, 0)] * (block.ndim - 2)
-        rows.append(namespace(block).pad(block, pad))
-        start = stop
-    return namespace(*rows).concatenate(rows)
+        height, own, *lanes = block.shape
+        before = xp.zeros((height, start, *lanes), block.dtype)
+        start += own
+        after = xp.zeros((height, width - start, *lanes), block.dtype)
+        rows.append(xp.concatenate([before, block, after], axis=1))
+    return xp.concatenate(rows)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host, still
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.response import Response
@@ -284,7 +284,7 @@ class Partition:
 
     def sums(self, values: Any) -> Any:
         """Sums over the rows of each level, (n, ...) to (J, ...), NumPy or traced."""
-        if isinstance(values, Array) or isinstance(self.codes, Array):
+        if not on_host(values, self.codes):
             return jax.ops.segment_sum(values, self.codes, self.n_levels)
         order, starts, empty = self._sorted
         sums = np.add.reduceat(values if order is None else values[order], starts, axis=0)
@@ -318,7 +318,7 @@ class GroupedBasis:
         xp: Any = jnp if traced else np
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
-        for k, column in enumerate(_fixed(effects).T):
+        for k, column in enumerate(still(effects).T):
             length = xp.sqrt(by_level.sums(column * column))
             for _ in range(2):  # orthogonalising twice is enough (Kahan, in Parlett 1980)
                 for i, direction in enumerate(directions):
@@ -338,13 +338,13 @@ class GroupedBasis:
 
     def project(self, columns: Any) -> tuple[Any, Any]:
         """Scores Q'columns, (q, k, J), and what Q leaves, (n, k), NumPy or traced."""
-        rest = columns if self.effects is None else _fixed(columns)
+        rest = columns if self.effects is None else still(columns)
         scores = []
         for direction in self.directions.T:
             score = self.rows.sums(direction[:, None] * rest)
             rest = rest - direction[:, None] * score[self.rows.codes]
             scores.append(score.T)
-        return (jnp if isinstance(scores[0], Array) else np).stack(scores), rest
+        return namespace(*scores).stack(scores), rest
 
     def scores(self, columns: Any) -> Any:
         """Q'columns with the columns last, (q, J, k), traced: all that one pass over them gives."""
@@ -367,8 +367,3 @@ class GroupedBasis:
             of_columns, rest = products
             shadow = Products(self.products(self.effects), of_columns, rest)
         return Grouped(self.factors, scores, remainder, sizes, shadow)
-
-
-def _fixed(array: Any) -> Any:
-    """Without derivatives."""
-    return jax.lax.stop_gradient(array) if isinstance(array, Array) else array
