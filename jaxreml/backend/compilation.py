@@ -74,6 +74,29 @@ def remembered(maker: _Maker) -> _Maker:
     return cached
 
 
+@remembered
+def _jitted(function: Callable[..., Any]) -> Any:
+    return quick_jit(function)
+
+
+def evaluated(function: Callable[..., Any], *arrays: Any, on_host: bool) -> Any:
+    """A function of arrays, its results on the host: by NumPy, or compiled once for each function.
+
+    Raises:
+        RuntimeError: where JAX is needed, as `require_own_threads`.
+    """
+    import jax
+    import numpy as np
+
+    from jaxreml.backend.runtime import neutral
+
+    if on_host:
+        with np.errstate(all="ignore"):
+            return function(*arrays)
+    with neutral():
+        return jax.device_get(_jitted(function)(*arrays))
+
+
 def forget_programs() -> None:
     """Free all compiled programs, jaxreml's and JAX's: those still needed compile again."""
     import jax

@@ -102,6 +102,11 @@ class Design:
         return self.structure.written_out and all(block.written_out for block in blocks)
 
     @property
+    def numbers(self) -> int:
+        """How many numbers the structure holds, which evaluations cost by."""
+        return sum(np.size(leaf) for leaf in jax.tree.leaves(self.structure))
+
+    @property
     def absent(self) -> Array:
         """(p,) booleans, which columns of X depend on those before them; none if X is concrete."""
         return linalg.diagonal(self.basis) == 0

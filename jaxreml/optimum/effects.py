@@ -12,8 +12,7 @@ import scipy.linalg
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.arrays import namespace, on_host
-from jaxreml.backend.compilation import quick_jit, remembered
-from jaxreml.backend.runtime import neutral
+from jaxreml.backend.compilation import evaluated
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
@@ -166,17 +165,8 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
         theta: (m,), relative Cholesky factors as in `Estimate`.
         design: the data.
     """
-    if design.written_out:
-        with np.errstate(all="ignore"):
-            return _henderson(theta, design)
-    with neutral():
-        parts = _compiled_henderson()(theta, design.without_names())
-        return jax.device_get(parts)
-
-
-@remembered
-def _compiled_henderson() -> Any:
-    return quick_jit(_henderson)
+    bare = design.without_names()
+    return evaluated(_henderson, theta, bare, on_host=design.written_out)
 
 
 def _henderson(theta: Array, design: Design) -> Henderson:

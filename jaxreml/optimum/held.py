@@ -223,8 +223,7 @@ def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml:
     They are sought `LANES` at a time, in step; in large structures one by one. `design` is one
     `without_names`, on the device.
     """
-    numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(design.structure))
-    size = LANES if numbers < ALONE else 1
+    size = LANES if design.numbers < ALONE else 1
     chunks = range(0, len(starts), size)
     found = [_chunk(starts[k : k + size], axes[k : k + size], design, reml, size) for k in chunks]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)

@@ -23,14 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from jaxreml.arguments import check_conf_level, check_df
-from jaxreml.backend.compilation import quick_jit, remembered
-from jaxreml.backend.runtime import neutral
+from jaxreml.backend.compilation import evaluated
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -172,8 +170,8 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
     Raises:
         DataError: variance parameters that cannot be told apart.
     """
-    with neutral():
-        found = _adjusted(fit)
+    design = fit.design.without_names()
+    found = evaluated(adjust, fit.theta, fit.parameters, design, on_host=design.written_out)
     if not found.exists:
         raise DataError(
             "Kenward-Roger's method needs the expected information of the variance parameters, "
@@ -181,18 +179,6 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
             "effects depends on them"
         )
     return KenwardRoger(*found[:-1])
-
-
-def _adjusted(fit: FittedModel) -> Any:
-    if fit.design.written_out:
-        with np.errstate(all="ignore"):
-            return adjust(fit.theta, fit.parameters, fit.design)
-    return jax.device_get(_adjust()(fit.theta, fit.parameters, fit.design.without_names()))
-
-
-@remembered
-def _adjust() -> Any:
-    return quick_jit(adjust)
 
 
 def approximation(fit: FittedModel, df: str) -> Approximation:
