@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
+from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame
 from jaxreml.model.design import Design
 from jaxreml.optimum.effects import Inspection, inspect, inspect_on_host
@@ -60,9 +61,10 @@ def optimum(
         estimated = estimate_on_host(design, method, max_iterations=max_iterations)
         return estimated, inspect_on_host(estimated, design, method)
     spare_memory_maps()
-    estimated = _compiled(estimate, method, max_iterations=max_iterations)(design)
-    inspection = _compiled(inspect, method)(estimated, design)
-    return jax.device_get((estimated, inspection))
+    with neutral():
+        estimated = _compiled(estimate, method, max_iterations=max_iterations)(design)
+        inspection = _compiled(inspect, method)(estimated, design)
+        return jax.device_get((estimated, inspection))
 
 
 @remembered

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from jaxreml.arguments import is_reml
-from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.fitting.engines import check_engine, engine_for, optimum, suited_structure
@@ -32,12 +31,11 @@ def fit_frame(
 ) -> Fit:
     """`fit` of a model frame with a response; as a fit of class `kind`."""
     check_engine(engine)
-    with neutral():
-        structure = suited_structure(frame, structure, engine)
-        with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
-            design = with_spare_levels(frame.design(structure))
-        engine = engine_for(design, engine)
-        estimated, inspection = optimum(design.without_names(), method, max_iterations, engine)
+    structure = suited_structure(frame, structure, engine)
+    with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
+        design = with_spare_levels(frame.design(structure))
+    engine = engine_for(design, engine)
+    estimated, inspection = optimum(design.without_names(), method, max_iterations, engine)
     status = Status(int(estimated.status))
     if status in NO_FIT:
         raise DataError(status.sentence)
@@ -49,8 +47,7 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     variances = conditional_variances(estimated, inspection, design)
     effects = list(zip(inspection.modes, variances, strict=True))
-    with neutral():
-        certainty = optimality(design, inspection.omega, reml=is_reml(method))
+    certainty = optimality(design, inspection.omega, reml=is_reml(method))
     return kind(
         **_fields(
             frame, design, method, estimated, effects, status, gradient_norm, context, certainty

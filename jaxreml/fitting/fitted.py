@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import block_diag
 
-from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
@@ -137,8 +136,7 @@ class FittedModel:
         """
         if self.made_from:
             return self.made_from[1]
-        with neutral():
-            return with_spare_levels(self.frame.design(self.structure))
+        return with_spare_levels(self.frame.design(self.structure))
 
     @cached_property
     def approximations(self) -> dict[str, Any]:
