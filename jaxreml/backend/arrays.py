@@ -33,6 +33,8 @@ def chosen(which: Any, first: Any, second: Any) -> Any:
     if isinstance(which, (bool, np.bool_)) or (isinstance(which, np.ndarray) and not which.ndim):
         return first if which else second
     if isinstance(which, np.ndarray):
+        if which.all():
+            return first
         return mapped(lambda a, b: np.where(which, a, b), first, second)
     import jax
     import jax.numpy as jnp
@@ -46,6 +48,11 @@ def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
         return function(first, *others)
     parts = [mapped(function, *parts) for parts in zip(first, *others, strict=True)]
     return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+
+def among(tree: Any, places: np.ndarray) -> Any:
+    """Some of the lanes of arrays; those of one lane, which all share, as they are."""
+    return mapped(lambda own: own if own.shape[-1] == 1 else own[..., places], tree)
 
 
 def still(array: Any) -> Any:

@@ -19,7 +19,7 @@ from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.many.base import Known, Options
 from jaxreml.many.numbers import Table
-from jaxreml.many.programs import pack, tests_of
+from jaxreml.many.steps import pack, tests_of
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 from jaxreml.model.objective import ml_objective, reml_objective

@@ -8,13 +8,13 @@ one compiled program.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.base import Covariance
@@ -28,6 +28,7 @@ from jaxreml.status import Status
 # Share of the sum of squares, per row, that rounding leaves uncertain in what X and Z do not
 # explain, so that the criterion would be off by 1e-9.
 DOUBTFUL = 1e9 * np.finfo(float).eps
+Array = Any  # NumPy's or JAX's
 MOST_EFFECTS = 4  # and
 MOST_PAIRS = 5 * 10**6  # of `Lanes.pairs`; above, responses go through `estimate` singly
 
@@ -115,14 +116,15 @@ class Lanes:
             exact: see above.
         """
         found = self.basis.response(values) if exact else self._one_pass(values)
-        triangle = jnp.asarray(self.basis.triangle)
+        xp = namespace(values)
+        triangle = xp.asarray(self.basis.triangle)
         of_shift = triangle @ self.constant
         products = of_shift @ (triangle @ found.beta_ols)
         scores = found.scores if self.collapse is None else self.collapse.scores(found.scores)
         return found._replace(
             scores=scores,
             beta_ols=found.beta_ols + self.constant[:, None] * shift,
-            total_ss=found.total_ss + shift * (2 * products + shift * jnp.sum(of_shift**2)),
+            total_ss=found.total_ss + shift * (2 * products + shift * xp.sum(of_shift**2)),
         )
 
     def _one_pass(self, values: Array) -> Response:
@@ -131,24 +133,25 @@ class Lanes:
             values = values - basis.offset[:, None]
         if basis.roots is not None:
             values = values * basis.roots[:, None]
+        xp = namespace(values)
         coefficients = basis.rows.T @ values
-        total = jnp.sum(values * values, axis=0)
+        total = xp.einsum("nB,nB->B", values, values)
         of_x = basis.structure.scores
         scores = basis.projector.scores(values)
-        scores = scores - jnp.tensordot(of_x, coefficients, axes=((1,), (0,)))
+        scores = scores - xp.tensordot(of_x, coefficients, axes=((1,), (0,)))
         inner = tuple(range(scores.ndim - 1))  # all axes but that of X, or of the responses
-        rest_xy = -jnp.tensordot(of_x, scores, axes=((0, *range(2, of_x.ndim)), inner))
-        residual_ss = total - jnp.sum(coefficients * coefficients, axis=0)
-        rest_yy = residual_ss - jnp.sum(scores * scores, axis=inner)
+        rest_xy = -xp.tensordot(of_x, scores, axes=((0, *range(2, of_x.ndim)), inner))
+        residual_ss = total - xp.sum(coefficients * coefficients, axis=0)
+        rest_yy = residual_ss - xp.sum(scores * scores, axis=inner)
         sure = rest_yy > DOUBTFUL * basis.n * total
         return Response(
             scores=scores,
             remainder_xy=rest_xy,  # as U'y - U'U U'y = 0
             remainder_yy=rest_yy,
-            beta_ols=linalg.solve_upper(jnp.asarray(basis.triangle), coefficients),
+            beta_ols=linalg.solve_upper(xp.asarray(basis.triangle), coefficients),
             residual_ss=residual_ss,
             total_ss=total,
-            trouble=jnp.where(sure, 0, Status.ILL_CONDITIONED).astype(np.int32),
+            trouble=xp.where(sure, 0, Status.ILL_CONDITIONED).astype(np.int32),
         )
 
     def batch(self, response: Response) -> Design:
@@ -165,9 +168,13 @@ class Lanes:
             remainder,
             self.sizes,
         )
-        shared: Any = replace(self.blank(), structure=None)  # pyright: ignore
-        shared = jax.tree.map(lambda leaf: jnp.asarray(leaf)[..., None], shared)
-        return replace(shared, structure=structure).with_response(response)
+        return replace(self._shared, structure=structure).with_response(response)
+
+    @cached_property
+    def _shared(self) -> Design:
+        """A design without structure or response, in one lane."""
+        blank: Any = replace(self.blank(), structure=None)  # pyright: ignore
+        return jax.tree.map(lambda leaf: namespace(leaf).asarray(leaf)[..., None], blank)
 
     def each(self, response: Response) -> Design:
         """The design of one response, for `vmap` over the lanes; levels are not collapsed."""
@@ -180,25 +187,25 @@ class Lanes:
     def rotated(self, response: Response, *, reml: bool) -> Design:
         """The designs that have the same criterion without fixed effects; needs `spectral`."""
         assert self.spectral is not None
-        whole, basis = self.batch(response), self.basis
+        whole, basis, xp = self.batch(response), self.basis, namespace(response.residual_ss)
         scores, shift = self.spectral.scores(response.scores)
-        across = jnp.sum(response.remainder_xy * shift, axis=0)
-        within = jnp.sum(shift * (basis.structure.remainder @ shift), axis=0)
+        across = xp.sum(response.remainder_xy * shift, axis=0)
+        within = xp.sum(shift * (basis.structure.remainder @ shift), axis=0)
         remainder = response.remainder_yy + 2 * across + within
-        log_basis = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(basis.triangle))))
+        log_basis = xp.sum(xp.log(xp.abs(basis.triangle.diagonal())))
         levels = self.spectral.factors.shape[-1]
         return replace(
             whole,
             structure=GroupedBatch(
                 self.spectral.factors[..., None],
                 self.spectral.counts[:, None],
-                jnp.zeros((1, 0, levels), basis.dtype),
-                jnp.zeros((0, 1, levels), basis.dtype),
+                np.zeros((1, 0, levels), basis.dtype),
+                np.zeros((0, 1, levels), basis.dtype),
                 scores,
                 remainder[None, None],
                 self.sizes,
             ),
-            basis=jnp.zeros((0, 0, 1), basis.dtype),
+            basis=np.zeros((0, 0, 1), basis.dtype),
             beta_ols=response.beta_ols[:0],
             log_weights=whole.log_weights - 2 * log_basis * reml,
             n=whole.n - self.p if reml else whole.n,

@@ -25,8 +25,9 @@ from jaxreml.backend.runtime import neutral
 from jaxreml.many.base import Known, Options
 from jaxreml.many.lanes import DOUBTFUL, Lanes
 from jaxreml.many.numbers import Table
-from jaxreml.many.programs import Plan, programs
+from jaxreml.many.programs import programs
 from jaxreml.many.screening import Grid, path, rises, screened
+from jaxreml.many.steps import Plan
 from jaxreml.model.basis import Basis
 from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.response import Response

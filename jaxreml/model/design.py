@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import among, namespace
 from jaxreml.backend.runtime import require_own_threads
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.model import linalg
@@ -259,6 +259,20 @@ class Design:
             residual_ss=response.residual_ss,
             total_ss=response.total_ss,
             trouble=worse(self.trouble, response.trouble),
+        )
+
+    def among(self, places: np.ndarray) -> Design:
+        """Some of the lanes, on the host."""
+        own = self.beta_ols, self.residual_ss, self.total_ss, self.trouble
+        beta_ols, residual_ss, total_ss, trouble = among(own, places)
+        structure: Any = self.structure
+        return replace(
+            self,
+            structure=structure.among(places),
+            beta_ols=beta_ols,
+            residual_ss=residual_ss,
+            total_ss=total_ss,
+            trouble=trouble,
         )
 
     def blank(self) -> Design:

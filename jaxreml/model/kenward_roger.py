@@ -56,62 +56,71 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
     free in all directions has fewer: combinations of the V_i.
 
     Args:
-        theta: (m,), relative Cholesky factors.
+        theta: (m,), relative Cholesky factors; the axis of lanes may follow, as it does in the
+            result and in `design`.
         parameters: (k + 1,), as in `Estimate`.
         design: the data; the response does not matter.
     """
     xp, p = namespace(theta, design.residual_ss), design.p
+    lanes = theta.shape[1:]
     omega = natural.omega_from_factors(design.scaled_factors(theta))
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom
     found = expand(omega, replace(design, n=design.n - degrees), reml=True)
 
-    identity = np.eye(p, dtype=omega.dtype)
     triangle = found.gram_factor[:p, :p]
-    to_unit = linalg.solve_lower(triangle, identity).T
+    identity = linalg.eye_like(triangle)
+    to_unit = linalg.transpose(linalg.solve_lower(triangle, identity))
     projection = design.structure.project(omega)
-    within = design.structure.spread(projection, xp.pad(to_unit, [(0, 1), (0, 0)]))
+    none = np.zeros((1, p, *lanes), omega.dtype)
+    within = design.structure.spread(projection, xp.concatenate([to_unit, none]))
     # In directions V_i, and V_0 last: P_i, information, and tr(Q_ij)
-    first = xp.concatenate([found.gram_slopes[:, :p, :p], -identity[None]])
-    last = xp.asarray(degrees, omega.dtype)
+    own_first = found.gram_slopes[:, :p, :p]
+    first = xp.concatenate([own_first, -xp.broadcast_to(identity, own_first[:1].shape)])
+    last = xp.broadcast_to(xp.asarray(degrees, omega.dtype), lanes)
     information = linalg.border(-found.hessian, found.gradient, last) / 2
-    mixed = -xp.einsum("iuu->i", first[:-1])
-    inside = linalg.border(xp.einsum("iuju->ij", within), mixed, xp.asarray(p, omega.dtype))
+    mixed = -xp.einsum("iuu...->i...", own_first)
+    traces = xp.einsum("iuju...->ij...", within)
+    inside = linalg.border(traces, mixed, xp.full_like(last, p))
 
     own = design.covariance.directions(parameters)
     if own is None:
-        own = np.eye(len(omega), dtype=omega.dtype)
+        own = linalg.eye_like(information[:-1, :-1])
     # I instead of V_0, which need not be among the directions of a covariance
-    row = np.append(np.zeros(own.shape[1]), 1.0)[None].astype(omega.dtype)
+    own = xp.broadcast_to(own, (*own.shape[:2], *lanes))
+    row = np.append(np.zeros(own.shape[1]), 1.0).reshape(1, -1, *[1] * len(lanes))
+    row = xp.broadcast_to(xp.asarray(row, omega.dtype), (*row.shape[:2], *lanes))
     free = xp.concatenate([xp.concatenate([own, -omega[:, None]], axis=1), row])
-    slopes = xp.tensordot(free.T, first, axes=1)
-    information, inside = free.T @ information @ free, free.T @ inside @ free
+    across = linalg.transpose(free)
+    slopes = xp.einsum("di...,iuv...->duv...", across, first)
+    information = linalg.matmul(across, linalg.matmul(information, free))
+    inside = linalg.matmul(across, linalg.matmul(inside, free))
     # The squared size of a direction in the metric of V is that outside the space of X and inside.
-    sizes = xp.diagonal(information + inside)
+    sizes = linalg.diagonal(information + inside)
     sizes = xp.where(sizes > 0, sizes, 1.0)
     spread, flat = linalg.flat_inverse(information, sizes, SINGULAR)
 
-    def second(weights: Array) -> Array:
-        """Sum of weights_ij Q_ij."""
-        weights = free @ weights @ free.T
-        among = xp.einsum("ij,iujv->uv", weights[:-1, :-1], within)
-        mixed = xp.einsum("j,juv->uv", weights[-1, :-1] + weights[:-1, -1], first[:-1])
-        return among - mixed + weights[-1, -1] * identity
+    # Sum of the spread times Q_ij
+    weights = linalg.matmul(free, linalg.matmul(spread, across))
+    among = xp.einsum("ij...,iujv...->uv...", weights[:-1, :-1], within)
+    mixed = xp.einsum("j...,juv...->uv...", weights[-1, :-1] + weights[:-1, -1], own_first)
+    second = among - mixed + weights[-1, -1] * identity
 
-    along = xp.einsum("id,ij,jd->d", flat, inside, flat)  # tr(Q_dd)
-    bounds = (xp.abs(flat.T) @ xp.sqrt(sizes)) ** 2
-    exists = xp.all(along <= UNMOVED * bounds)  # false where NaN
-    squares = xp.einsum("ij,iuw,jwv->uv", spread, slopes, slopes)
+    along = xp.sum(flat * linalg.matmul(inside, flat), axis=0)  # tr(Q_dd)
+    bounds = xp.sum(xp.abs(flat) * xp.sqrt(sizes)[:, None], axis=0) ** 2
+    exists = xp.all(along <= UNMOVED * bounds, axis=0)  # false where NaN
+    squares = xp.einsum("ij...,iuw...,jwv...->uv...", spread, slopes, slopes)
     root = linalg.solve_upper(design.basis, to_unit)
-    sigma2 = xp.exp(parameters[-1])
-    vcov = sigma2 * root @ (identity + 2 * (second(spread) - squares)) @ root.T
-    return Adjustment((vcov + vcov.T) / 2, root, slopes, spread, exists)
+    vcov = identity + 2 * (second - squares)
+    vcov = linalg.matmul(root, linalg.matmul(vcov, linalg.transpose(root)))
+    vcov = xp.exp(parameters[-1]) * vcov
+    return Adjustment((vcov + linalg.transpose(vcov)) / 2, root, slopes, spread, exists)
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:
-    """Denominator degrees of freedom (k,) of the t tests of (k, p) `rows`."""
+    """Denominator degrees of freedom (k, ...) of the t tests of (k, p) `rows`."""
     xp = namespace(rows, adjustment.root)
-    half = rows @ adjustment.root
+    half = xp.tensordot(rows, adjustment.root, axes=1)
     half = half / xp.sqrt(xp.sum(half**2, axis=1, keepdims=True))
-    inner = xp.einsum("kp,mpq,kq->mk", half, adjustment.slopes, half)
-    return 2 / xp.einsum("mn,mk,nk->k", adjustment.spread, inner, inner)
+    inner = xp.einsum("kp...,mpq...,kq...->mk...", half, adjustment.slopes, half)
+    return 2 / xp.einsum("mn...,mk...,nk...->k...", adjustment.spread, inner, inner)

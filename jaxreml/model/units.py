@@ -85,8 +85,8 @@ class Units:
         return namespace(inner).stack(found[::-1])
 
     def modes(self, k: int, inner: Any) -> Any:
-        """Effects of term `k`, (levels, q), of those inside."""
-        return self.effects(k, inner.T).T
+        """Effects of term `k`, (levels, q, ...), of those inside."""
+        return self.effects(k, inner.swapaxes(0, 1)).swapaxes(0, 1)
 
     def variances(self, k: int, inner: np.ndarray) -> np.ndarray:
         """Covariance matrices (levels, q, q) of those inside, of term `k`. On the host."""

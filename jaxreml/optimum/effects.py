@@ -131,13 +131,14 @@ def conditional_variances(
 
 
 def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
-    """Per term (levels, effects), Omega Z' V0^-1 (y - X beta) at relative covariances `omega`."""
+    """Per term (levels, effects, ...), Omega Z' V0^-1 (y - X beta) at relative covariances."""
     p = design.p
     projection = design.structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     # In the orthonormal basis, on top of what `beta_ols` explains
     beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
-    residual = namespace(beta).concatenate([-beta, np.ones((1, 1), beta.dtype)])
+    one = np.ones((1, *beta.shape[1:]), beta.dtype)
+    residual = namespace(beta).concatenate([-beta, one])
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))

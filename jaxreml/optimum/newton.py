@@ -11,7 +11,7 @@ by one full step and `snap`, which may move it to an exact boundary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ FULL = 0.9  # Fraction of the radius from which on a step counts as cut by it.
 NEAR = 1e-3  # Decrement below which approximate Hessians must do better than SLOW.
 SLOW = 0.03  # Fraction of the decrement that a step by an exact Hessian leaves at most.
 PATIENCE = 12  # Expansions with approximate Hessians at most.
+STAY = 0.9  # Share of the lanes that go on, above which those that have ended stay.
 
 
 Array = Any  # NumPy's or JAX's
@@ -112,6 +113,7 @@ def minimise(
     radius: Array | None = None,
     careful: bool = False,
     settled: Callable[[Array], Array] | None = None,
+    among: Callable[[np.ndarray], Callable[..., Any]] | None = None,
 ) -> Trace:
     """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
 
@@ -138,13 +140,14 @@ def minimise(
             Hessian must be exact. Approximate ones lead to the neighbourhood of the optimum. A
             converged point whose decrement is rounding error is not polished if `settled` there:
             if `snap` would not change it.
+        among: `expand` of some of the lanes, by their places: on the host those that have ended
+            leave.
     """
     in_lanes = start.ndim > 1
     search = _Search(expand, snap, tolerance, max_iterations, flat, in_lanes, careful, settled)
     final = linalg.alike(search.begin(start, radius), start)
     if on_host(start):
-        while np.any(search.is_unfinished(final.trace)):
-            final = search.advance(final)
+        final = search.leaving(final, among) if among else search.to_the_end(final)
     else:
         import jax
 
@@ -205,11 +208,30 @@ class _Search:
     def is_unfinished(self, trace: Trace) -> Array:
         return ~(trace.converged | trace.stalled) & (trace.iterations < self.max_iterations)
 
+    def to_the_end(self, state: _State) -> _State:
+        """The loop, on the host."""
+        while np.any(self.is_unfinished(state.trace)):
+            state = self.advance(state)
+        return state
+
+    def leaving(self, state: _State, among: Callable[[np.ndarray], Callable[..., Any]]) -> _State:
+        """The loop in lanes, on the host: those that have ended leave it."""
+        search, places = self, np.arange(state.step.shape[1])
+        whole = mapped(np.copy, state := search.advance(state))
+        while places.size:
+            going = np.flatnonzero(self.is_unfinished(state.trace))
+            if going.size <= STAY * places.size:
+                _put(whole, state, places)
+                places = places[going]
+                state = mapped(lambda own, going=going: own[..., going], state)
+                search = replace(self, expand=among(places))
+            if places.size:
+                state = search.advance(state)
+        return whole
+
     def propose(self, at: Array, point: Any) -> Step:
         """The step rule at a point."""
-        rule = eigen_step
-        if self.in_lanes:
-            rule = _careful_step if self.careful else shifted_step
+        rule = shifted_step if self.in_lanes and not self.careful else eigen_step
         hessian = point.hessian
         if self.flat is not None:
             hessian = steepened(hessian, self.flat(at))
@@ -278,11 +300,13 @@ class _Search:
         return trace._replace(at=xp.where(good, last, trace.at))
 
 
-def _careful_step(gradient: Array, hessian: Array) -> Step:
-    """`eigen_step` in lanes."""
-    import jax
+def _put(whole: Any, part: Any, places: np.ndarray) -> None:
+    """Replace some of the lanes of a tree of arrays."""
 
-    return jax.vmap(eigen_step, in_axes=-1, out_axes=-1)(gradient, hessian)
+    def put(into: np.ndarray, own: np.ndarray) -> None:
+        into[..., places] = own
+
+    mapped(put, whole, part)
 
 
 # The rules, for one function or for lanes on the last axis.
@@ -333,16 +357,17 @@ def needs_exact(decrement: Array, before: Array, least: Array | float) -> Array:
 
 
 def eigen_step(gradient: Array, hessian: Array) -> Step:
-    """Newton's step with the eigenvalues' absolute values, and the most negative direction."""
+    """Newton's step with the eigenvalues' absolute values, and the most negative direction; also in
+    lanes."""
     xp = namespace(hessian)
     values, vectors = linalg.eigh(hessian)
-    size = xp.max(abs(values))
+    size = xp.max(abs(values), axis=0)
     size = xp.where(size > 0, size, 1.0)
-    along = gradient @ vectors
+    along = xp.sum(gradient[:, None] * vectors, axis=0)
     scaled = along / xp.maximum(abs(values), FLAT * size)
     return Step(
-        -vectors @ scaled,
-        along @ scaled / 2,
+        -xp.sum(vectors * scaled, axis=1),
+        xp.sum(along * scaled, axis=0) / 2,
         ESCAPE * vectors[:, 0],
         values[0] < -NEGATIVE * size,
     )
@@ -359,7 +384,7 @@ def steepened(hessian: Array, flat: Array | None) -> Array:
 
 
 def shifted_step(gradient: Array, hessian: Array) -> Step:
-    """`eigen_step` for a batch on the trailing axis, without eigenvectors.
+    """`eigen_step` of a batch on the trailing axis, without eigenvectors.
 
     The Newton step if H + SHIFT |H| is positive definite, and else that of H shifted by
     Gershgorin's bound on its eigenvalues. There is no escape.

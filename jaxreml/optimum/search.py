@@ -139,12 +139,15 @@ def search(
     lanes = start.ndim > 1
     covariance = design.covariance
 
-    def at(chart: Array, exact: Array | bool = True) -> Point:
-        point = expand_chart(chart, design, reml=reml, exact=exact)
-        return point._replace(expansion=()) if lanes else point
+    def on(design: Design) -> Any:
+        def at(chart: Array, exact: Array | bool = True) -> Point:
+            point = expand_chart(chart, design, reml=reml, exact=exact)
+            return point._replace(expansion=()) if lanes else point
+
+        return at
 
     return newton.minimise(
-        at,
+        on(design),
         start,
         partial(covariance.snap, zero=ZERO),
         tolerance=tolerance,
@@ -153,6 +156,7 @@ def search(
         radius=radius,
         careful=careful,
         settled=partial(is_settled, covariance) if design.structure.costly else None,
+        among=(lambda places: on(design.among(places))) if lanes else None,
     )
 
 

@@ -8,13 +8,16 @@ to r of a class's n levels. What y has left in the other n - r enters through it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
+
+from jaxreml.backend.arrays import namespace
+from jaxreml.model.structures.grouped import Partition
+
+Array = Any  # NumPy's or JAX's
 
 SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
 NO_X = 1e-13  # length of a score of (orthonormal) X that is rounding error
@@ -31,37 +34,31 @@ class Collapse:
         counts: (G,), as in `Grouped`.
         scores_x: (q, p, G), scores of X.
         rotation: (r, J), orthonormal rows, block by block of the classes.
-        classes, classes_rotated: (J,) and (r,), which class a level's remainder goes to; D for
-            none.
-        n_classes: D, static.
+        classes, classes_rotated: of the J levels and of the r, by the class that a level's
+            remainder goes to, one of D, or the last for none.
     """
 
     factors: Array
     counts: Array
     scores_x: Array
     rotation: Array
-    classes: Array
-    classes_rotated: Array
-    n_classes: int = field(metadata={"static": True})
+    classes: Partition
+    classes_rotated: Partition
 
     def scores(self, scores: Array) -> Array:
         """Scores of responses, (q, J, B) to (q, G, B)."""
-        q = scores.shape[0]
-        rotated = jnp.einsum("rJ,qJB->qrB", self.rotation, scores)
-        if not self.n_classes:
+        q, xp = scores.shape[0], namespace(scores, self.rotation)
+        rotated = xp.matmul(self.rotation, scores)
+        if self.classes.n_levels == 1:
             return rotated
         pairs = {
-            (i, k): self._by_class(scores[i] * scores[k], self.classes)
-            - self._by_class(rotated[i] * rotated[k], self.classes_rotated)
+            (i, k): self.classes.sums(scores[i] * scores[k])[:-1]
+            - self.classes_rotated.sums(rotated[i] * rotated[k])[:-1]
             for i in range(q)
             for k in range(i + 1)
         }
         columns = _root(pairs, q)  # q columns of (q, D, B)
-        return jnp.concatenate([rotated, *columns], axis=1)
-
-    def _by_class(self, values: Array, classes: Array) -> Array:
-        """Sums over the levels of each class, (D, B)."""
-        return jax.ops.segment_sum(values, classes, self.n_classes + 1)[:-1]
+        return xp.concatenate([rotated, *columns], axis=1)
 
 
 def _root(pairs: dict[tuple[int, int], Array], q: int) -> list[Array]:
@@ -71,17 +68,18 @@ def _root(pairs: dict[tuple[int, int], Array], q: int) -> list[Array]:
     remainder that lies in fewer than q directions neither fails nor divides by noise.
     """
     factor: dict[tuple[int, int], Array] = {}
-    zero = jnp.zeros_like(pairs[0, 0])
+    xp = namespace(pairs[0, 0])
+    zero = xp.zeros_like(pairs[0, 0])
     for k in range(q):
         pivot = pairs[k, k] - sum((factor[k, j] ** 2 for j in range(k)), zero)
-        root = jnp.sqrt(jnp.maximum(pivot, 1e-15 * jnp.abs(pairs[k, k])))
+        root = xp.sqrt(xp.maximum(pivot, 1e-15 * xp.abs(pairs[k, k])))
         factor[k, k] = root
         for i in range(k + 1, q):
             rest = pairs[i, k] - sum((factor[i, j] * factor[k, j] for j in range(k)), zero)
-            most = jnp.sqrt(jnp.maximum(pairs[i, i], 0.0))
-            entry = jnp.clip(rest / jnp.where(root > 0, root, 1.0), -most, most)
-            factor[i, k] = jnp.where(root > 0, entry, 0.0)
-    return [jnp.stack([factor.get((i, k), zero) for i in range(q)]) for k in range(q)]
+            most = xp.sqrt(xp.maximum(pairs[i, i], 0.0))
+            entry = xp.clip(rest / xp.where(root > 0, root, 1.0), -most, most)
+            factor[i, k] = xp.where(root > 0, entry, 0.0)
+    return [xp.stack([factor.get((i, k), zero) for i in range(q)]) for k in range(q)]
 
 
 def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
@@ -137,9 +135,8 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
             [scores_x @ rotation.T, np.zeros((q, p, q * len(collapsed)))], axis=2
         ),
         rotation=rotation,
-        classes=home,
-        classes_rotated=home[first],
-        n_classes=len(collapsed),
+        classes=Partition(home, len(collapsed) + 1),
+        classes_rotated=Partition(home[first], len(collapsed) + 1),
     )
 
 

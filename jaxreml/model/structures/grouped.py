@@ -64,6 +64,19 @@ class Levels(Explicit):
         m = natural.count_theta(self.sizes)
         return traces.reshape(m, m, *flat.shape[1:])
 
+    def spread(self: Any, projection: Projection, matrix: Array) -> Array:
+        chosen = self.combine(projection.cross, matrix)
+        xp, basis = namespace(chosen), natural.symmetric_basis(self.sizes).astype(chosen.dtype)
+        moved = xp.einsum("iab,bkJ...->aikJ...", basis, chosen)
+        flat = moved.reshape(len(moved), -1, *moved.shape[3:])
+        images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
+        return xp.einsum("aikJ...,ajlJ...->ikjl...", moved, images)
+
+    def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
+        modes = linalg.matmul(self._omega(omega), cross)[:, 0]
+        parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
+        return tuple(part.swapaxes(0, 1) for part in parts)
+
 
 class Products(NamedTuple):
     """Cross-products of traced effects with what they meet: all that the criterion depends on.
@@ -186,14 +199,6 @@ class Grouped(OfColumns, Levels):
             forms.append(product if a == b else product + linalg.transpose(product))
         return namespace(cross).stack(forms)
 
-    def spread(self, projection: Projection, matrix: Array) -> Array:
-        chosen = self.combine(projection.cross, matrix)
-        xp, basis = namespace(chosen), natural.symmetric_basis(self.sizes).astype(chosen.dtype)
-        moved = xp.einsum("iab,bkJ->aikJ", basis, chosen)
-        flat = moved.reshape(len(moved), -1, moved.shape[-1])
-        images = linalg.matmul(projection.inner, flat).reshape(moved.shape)
-        return xp.einsum("aikJ,ajlJ->ikjl", moved, images)
-
     def padded(self, n_levels: int) -> Grouped:
         """With levels without rows, up to `n_levels`; on the host."""
         pad = [(0, 0), (0, 0), (0, n_levels - self.factors.shape[-1])]
@@ -216,11 +221,6 @@ class Grouped(OfColumns, Levels):
         columns = jnp.concatenate([columns[:, :p], of_effects[:, None]], axis=1)
         rest = linalg.border(products[:p, :p], of_x, rest)
         return replace(found, products=Products(effects, columns, rest))
-
-    def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
-        modes = linalg.matmul(self._omega(omega), cross)[:, 0]
-        parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
-        return tuple(part.swapaxes(0, 1) for part in parts)
 
     def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
         return linalg.conditional_variance(self.factors, linalg.block_diagonal(list(factors)))
@@ -270,26 +270,31 @@ class Partition:
     n_levels: int = field(metadata={"static": True})
 
     @cached_property
-    def _sorted(self) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """The rows in the order of the levels (None: as they are), where levels start, and which
-        have no rows."""
-        order = None
-        codes = self.codes
-        if np.any(codes[1:] < codes[:-1]):
-            order = np.argsort(codes, kind="stable")
-            codes = codes[order]
-        starts = np.searchsorted(codes, np.arange(self.n_levels))
-        empty = np.bincount(codes, minlength=self.n_levels) == 0
-        return order, np.minimum(starts, len(codes) - 1), empty
+    def _by_level(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows in the order of the levels, and where levels start and end."""
+        ends = np.append(0, np.cumsum(np.bincount(self.codes, minlength=self.n_levels)))
+        return np.argsort(self.codes, kind="stable"), ends
+
+    def spread(self, values: np.ndarray) -> Any:
+        """(n,) numbers of the rows as a sparse matrix (J, n), each in the row of its level."""
+        import scipy.sparse
+
+        order, ends = self._by_level
+        return scipy.sparse.csr_matrix((values[order], order, ends), (self.n_levels, len(order)))
+
+    @cached_property
+    def _indicators(self) -> Any:
+        return self.spread(np.ones(len(self.codes)))
 
     def sums(self, values: Any) -> Any:
         """Sums over the rows of each level, (n, ...) to (J, ...), NumPy or traced."""
         if not on_host(values, self.codes):
             return jax.ops.segment_sum(values, self.codes, self.n_levels)
-        order, starts, empty = self._sorted
-        sums = np.add.reduceat(values if order is None else values[order], starts, axis=0)
-        sums[empty] = 0
-        return sums
+        if values.ndim == 1:
+            sums = np.bincount(self.codes, values, self.n_levels)
+        else:
+            sums = self._indicators @ values
+        return sums.astype(values.dtype, copy=False)
 
 
 @jax.tree_util.register_dataclass
@@ -346,10 +351,16 @@ class GroupedBasis:
             scores.append(score.T)
         return namespace(*scores).stack(scores), rest
 
+    @cached_property
+    def _transposed(self) -> Any:
+        """Q', (J, n) for each direction, sparse. On the host."""
+        return [self.rows.spread(direction) for direction in self.directions.T]
+
     def scores(self, columns: Any) -> Any:
-        """Q'columns with the columns last, (q, J, k), traced: all that one pass over them gives."""
-        sums = [self.rows.sums(direction[:, None] * columns) for direction in self.directions.T]
-        return jnp.stack(sums)
+        """Q'columns with the columns last, (q, J, k): all that one pass over them gives."""
+        if on_host(columns):
+            return np.stack([own @ columns for own in self._transposed])
+        return jnp.stack([self.rows.sums(own[:, None] * columns) for own in self.directions.T])
 
     def products(self, columns: Any) -> Any:
         """Z'columns, (q, k, J), if Z is traced."""

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import among, namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.response import Response
 from jaxreml.model.structures.base import Marginal, Projection
 from jaxreml.model.structures.grouped import Levels
+
+Array = Any  # NumPy's or JAX's
 
 
 class Cross(NamedTuple):
@@ -72,8 +73,14 @@ class GroupedBatch(Levels):
     def respond(self, p: int, response: Response) -> GroupedBatch:
         of_y = response.remainder_xy, response.remainder_yy
         of_x = self.remainder[:p, :p, :1]
-        of_x = jnp.broadcast_to(of_x, (p, p, *np.shape(response.remainder_yy)))
+        xp = namespace(of_x, response.remainder_yy)
+        of_x = xp.broadcast_to(of_x, (p, p, *np.shape(response.remainder_yy)))
         return replace(self, scores_y=response.scores, remainder=linalg.border(of_x, *of_y))
+
+    def among(self, places: np.ndarray) -> GroupedBatch:
+        """Some of the lanes, on the host."""
+        scores, remainder = among((self.scores_y, self.remainder), places)
+        return replace(self, scores_y=scores, remainder=remainder)
 
     def silent(self) -> np.ndarray:
         q, _, levels = self.scores_x.shape
@@ -84,8 +91,8 @@ class GroupedBatch(Levels):
 
     def project(self, omega: Array) -> Projection:
         factor = self._cholesky(self._omega(omega))
-        pivots = linalg.diagonal(factor)
-        logdet = 2 * jnp.sum(self.counts * jnp.log(jnp.prod(pivots, axis=0)), axis=0)
+        pivots, xp = linalg.diagonal(factor), namespace(factor)
+        logdet = 2 * xp.sum(self.counts * xp.log(xp.prod(pivots, axis=0)), axis=0)
 
         inverse = linalg.solve_lower(factor, linalg.eye_like(factor))
         half = linalg.matmul(inverse, self.scores_y[:, None])
@@ -93,7 +100,7 @@ class GroupedBatch(Levels):
         precision = linalg.matmul(linalg.transpose(inverse), inverse)
         across = linalg.transpose(linalg.matmul(inverse, self.factors))
         gram = self.remainder + self._products(
-            precision, weighted, jnp.sum(half * half, axis=(0, 1, 2))
+            precision, weighted, xp.sum(half * half, axis=(0, 1, 2))
         )
         cross: Any = Cross(linalg.matmul(across, inverse), linalg.matmul(across, half)[:, 0])
         return Projection(logdet, gram, linalg.matmul(across, linalg.transpose(across)), cross)
@@ -107,11 +114,11 @@ class GroupedBatch(Levels):
             right: (B,).
         """
         lower = left[natural.triangle(self._q)]
-        lanes = right.shape
-        packed = jnp.tensordot(self.pairs, lower, axes=((1, 2), (0, 1)))
+        lanes, xp = right.shape, namespace(right)
+        packed = xp.tensordot(self.pairs, lower, axes=((1, 2), (0, 1)))
         of_x = packed[natural.places(self._p)]
-        of_x = jnp.broadcast_to(of_x, (*of_x.shape[:2], *lanes))
-        of_xy = jnp.tensordot(self.scores_x, middle, axes=((0, 2), (0, 1)))
+        of_x = xp.broadcast_to(of_x, (*of_x.shape[:2], *lanes))
+        of_xy = xp.tensordot(self.scores_x, middle, axes=((0, 2), (0, 1)))
         return linalg.border(of_x, of_xy, right)
 
     def repeat(self, inner: Array) -> Array:
@@ -119,12 +126,13 @@ class GroupedBatch(Levels):
 
     def form(self, cross: Any, matrix: Array) -> Array:
         left, response = cross
+        xp = namespace(response)
         forms = []
         for a, b in zip(*natural.effects_of_omega(self.sizes), strict=True):
             # E = e_a e_b' and, off the diagonal, its transpose
             inside = left[a][:, None] * left[b]
             middle = left[a] * response[b]
-            right = jnp.sum(response[a] * response[b], axis=0)
+            right = xp.sum(response[a] * response[b], axis=0)
             if a == b:
                 products = self._products(inside, middle, right)
             else:
@@ -133,19 +141,26 @@ class GroupedBatch(Levels):
                 products = self._products(inside, middle, 2 * right)
             inner = linalg.matmul(products, matrix)
             forms.append(linalg.matmul(linalg.transpose(matrix), inner))
-        return jnp.stack(forms)
+        return xp.stack(forms)
+
+    def combine(self, cross: Any, matrix: Array) -> Array:
+        """D @ matrix, (q, k, J, B), for (p + 1, k, B)."""
+        left, response = cross
+        p, xp = self._p, namespace(response)
+        of_x = xp.tensordot(self.scores_x, matrix[:p], axes=((1,), (0,))).swapaxes(1, 2)
+        return linalg.matmul(left, of_x) + response[:, None] * matrix[p, :, None]
 
     def outer(self, cross: Any, matrix: Array, weights: Array) -> Array:
         left, response = cross
-        p, q = self._p, self._q
+        p, q, xp = self._p, self._q, namespace(response)
         total = linalg.matmul(matrix * weights, linalg.transpose(matrix))
         rows, columns = natural.triangle(p)
         twice = np.where(rows == columns, 1.0, 2.0)[:, None]
-        pairs = jnp.moveaxis(self.pairs, 0, 2)
-        packed = jnp.tensordot(pairs, total[rows, columns] * twice, axes=1)
+        pairs = xp.moveaxis(self.pairs, 0, 2)
+        packed = xp.tensordot(pairs, total[rows, columns] * twice, axes=1)
         halves = np.where(np.equal(*natural.triangle(q)), 1.0, 0.5)
         inside = (packed * halves[:, None, None])[natural.places(q)]
-        of_y = jnp.tensordot(self.scores_x, total[:p, p], axes=((1,), (0,)))
+        of_y = xp.tensordot(self.scores_x, total[:p, p], axes=((1,), (0,)))
         of_y = linalg.matmul(left, of_y[:, None])[:, 0] + total[p, p] / 2 * response
         across = of_y[:, None] * response
         of_x = linalg.matmul(linalg.matmul(left, inside), linalg.transpose(left))

@@ -15,11 +15,14 @@ design, collapsed or not: those without scores of X are eigenvectors as they sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
+
+from jaxreml.backend.arrays import namespace
+
+Array = Any  # NumPy's or JAX's
 
 NULL = 1e-13  # eigenvalues below this fraction of the largest, per level, are zero
 MAX_ORDER = 2000  # of the eigenproblem
@@ -50,8 +53,8 @@ class Spectral:
         """Scores of responses, (1, G, B) to (1, L, B), and the shifts (p, B)."""
         rotated = self.rotation @ scores[0, self.mixed]
         parts = [rotated, scores[0, self.plain]]
-        parts.append(jnp.zeros((self.silent.shape[0], scores.shape[2]), scores.dtype))
-        return jnp.concatenate(parts)[None], self.shift @ rotated
+        parts.append(np.zeros((self.silent.shape[0], scores.shape[2]), scores.dtype))
+        return namespace(*parts).concatenate(parts)[None], self.shift @ rotated
 
 
 def spectral(
@@ -79,11 +82,11 @@ def spectral(
     of_values = np.ones(values.size) if reml else np.zeros(values.size)
     silent = np.zeros(0) if reml else f_mixed
     return Spectral(
-        factors=np.concatenate([np.sqrt(values), f[plain], silent])[None, None],  # pyright: ignore
-        counts=np.concatenate([of_values, counts[plain], np.ones(silent.size)]),  # pyright: ignore
-        mixed=mixed.astype(np.int32),  # pyright: ignore
-        plain=plain.astype(np.int32),  # pyright: ignore
-        rotation=rotation,  # pyright: ignore
-        shift=cx @ rotation.T,  # pyright: ignore
-        silent=np.zeros(silent.size),  # pyright: ignore
+        factors=np.concatenate([np.sqrt(values), f[plain], silent])[None, None],
+        counts=np.concatenate([of_values, counts[plain], np.ones(silent.size)]),
+        mixed=mixed.astype(np.int32),
+        plain=plain.astype(np.int32),
+        rotation=rotation,
+        shift=cx @ rotation.T,
+        silent=np.zeros(silent.size),
     )
