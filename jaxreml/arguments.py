@@ -81,3 +81,9 @@ def numbers(values: Any, what: str) -> np.ndarray:
     if not np.all(np.isfinite(array)):
         raise ValueError(f"{what} has values that are not finite")
     return array
+
+
+def check_engine(engine: str | None) -> None:
+    """Raise ValueError for an engine that there is none of."""
+    if engine not in (None, "numpy", "jax"):
+        raise ValueError(f'engine must be "numpy" or "jax", not {engine!r}')

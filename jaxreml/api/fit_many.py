@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -62,6 +62,7 @@ def fit_many(
     max_iterations: int = 100,
     batch_size: int | None = None,
     devices: Any = None,
+    engine: Literal["numpy", "jax"] | None = None,
     output: None = None,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -97,6 +98,7 @@ def fit_many(
     max_iterations: int = 100,
     batch_size: int | None = None,
     devices: Any = None,
+    engine: Literal["numpy", "jax"] | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -127,6 +129,10 @@ def fit_many(
         batch_size: responses to read, fit and write at a time; chosen by memory if left out.
         devices: JAX devices to share the responses between, or "cpu" or "gpu" for all of a kind;
             this process's if left out.
+        engine: "numpy" or "jax" to force one, as for `fit`. If left out, NumPy works for one
+            grouping factor on the CPU, in as many threads as there are cores, and JAX for all else:
+            for GPUs (JAX's default device is one, or `devices`), crossed factors, more than four
+            effects.
         output: a .parquet file to write the results to, block by block, in bounded memory. A run
             that was interrupted goes on when it is started again with the same arguments: blocks
             fitted are kept in the folder ``<output>.parts`` until all are.
@@ -177,8 +183,9 @@ def fit_many(
         contrasts=rows,
         max_iterations=max_iterations,
         devices=devices,
+        engine=engine,
     )
-    crew = Crew(jax.process_index(), jax.process_count())
+    crew = Crew.present()
     template = fitter.fit(np.empty((len(frame.X), 0)))
     job = Job(fitter, source, _model(frame, fitter, contrasts or {}), template, crew)
     size = batch_size or _block_size(frame, template, source.names, crew)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -35,6 +36,20 @@ def local_devices(devices: Any = None) -> list[Any]:
     if not found or not all(isinstance(device, jax.Device) for device in found):
         raise ValueError(f"devices must be JAX devices, such as jax.devices(), not {devices!r}")
     return found
+
+
+def has_accelerator() -> bool:
+    """Whether JAX works on something else than the CPU unless told. JAX is only asked where it has
+    started, or can have more."""
+    asked = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
+    if asked:
+        return asked != "cpu"
+    plugins = importlib.util.find_spec("jax_plugins")  # a namespace for what supports devices
+    if plugins is None:
+        return False
+    import jax
+
+    return jax.default_backend() != "cpu"
 
 
 def _none(kind: str | None, reason: str) -> DataError:

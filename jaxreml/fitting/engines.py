@@ -22,12 +22,6 @@ from jaxreml.optimum.report import Estimate
 FEW = 300  # random effects of several factors up to which they take one matrix
 
 
-def check_engine(engine: str | None) -> None:
-    """Raise ValueError for an engine that there is none of."""
-    if engine not in (None, "numpy", "jax"):
-        raise ValueError(f'engine must be "numpy" or "jax", not {engine!r}')
-
-
 def suited_structure(frame: ModelFrame, asked: str | None, engine: str | None) -> str | None:
     """The structure asked for, or one that NumPy can work with; None to have it chosen."""
     several = len({term.name for term in frame.terms}) > 1

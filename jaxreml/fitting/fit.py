@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.arguments import is_reml
+from jaxreml.arguments import check_engine, is_reml
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.fitting.engines import check_engine, engine_for, optimum, suited_structure
+from jaxreml.fitting.engines import engine_for, optimum, suited_structure
 from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
 from jaxreml.model.design import with_spare_levels
 from jaxreml.optimum.certificate import is_certified

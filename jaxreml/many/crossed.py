@@ -4,7 +4,6 @@ and `estimate` is mapped over what that leaves of them.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from jax import Array
 
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
+from jaxreml.backend.threads import cores
 from jaxreml.many.base import Known, Options
 from jaxreml.many.numbers import Table
 from jaxreml.many.steps import pack, tests_of
@@ -43,7 +43,7 @@ class CrossedEngine:
         numbers = of_x.rest.size + sum(own.tail.size + own.matrix.size for own in of_x.stages)
         self.lanes = options.lanes or min(max(NUMBERS // numbers, 1), LANES)
         # Large factorisations take all cores each.
-        self.threads = (os.cpu_count() or 1) if self.lanes == LANES else 1
+        self.threads = cores() if self.lanes == LANES else 1
 
     def fit(
         self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: Table

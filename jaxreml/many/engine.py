@@ -6,19 +6,22 @@ Responses with the same rows missing go together, through the engine of the desi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from jaxreml.arguments import check_df, is_reml
+from jaxreml.arguments import check_df, check_engine, is_reml
 from jaxreml.backend.compilation import spare_memory_maps
-from jaxreml.backend.devices import local_devices
+from jaxreml.backend.devices import has_accelerator, local_devices
 from jaxreml.backend.runtime import neutral, require_own_threads
 from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
 from jaxreml.many.base import Engine, Known, Options
 from jaxreml.many.crossed import CrossedEngine
+from jaxreml.many.host import HostEngine
+from jaxreml.many.lanes import Lanes
 from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.passes import LaneEngine
 from jaxreml.model.arrays import Effects
@@ -27,7 +30,7 @@ from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import placeholders
 from jaxreml.status import Status
 
-ENGINES = {"grouped": LaneEngine, "dense": LaneEngine, "crossed": CrossedEngine}
+ENGINES = {"grouped": LaneEngine, "dense": LaneEngine, "crossed": CrossedEngine}  # on JAX
 
 
 class BatchFitter:
@@ -42,10 +45,12 @@ class BatchFitter:
         contrasts: (k, p), more linear functions of the fixed effects to give.
         max_iterations: as in `estimate`.
         lanes: responses in a chunk, for each device; chosen by the size of caches if left out.
-        devices: as in `local_devices`, to spread chunks over.
+        devices: as in `local_devices`, to spread chunks over; NumPy does without.
+        engine: "numpy" or "jax"; chosen if left out: NumPy for grouped designs on the CPU.
 
     Raises:
         DataError: as `fit`, and `local_devices`.
+        ValueError: another engine, or one that cannot.
     """
 
     def __init__(
@@ -60,9 +65,8 @@ class BatchFitter:
         max_iterations: int = 100,
         lanes: int | None = None,
         devices: Any = None,
+        engine: str | None = None,
     ):
-        require_own_threads()
-        spare_memory_maps()
         check_df(df, method)
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
@@ -74,10 +78,15 @@ class BatchFitter:
             max_iterations=max_iterations,
             modes=modes,
             lanes=lanes,
-            devices=local_devices(devices),
+            devices=[],
         )
         self.basis = self._basis(np.arange(p))
         self.structure = self.basis.kind
+        self.engine_name = _engine_for(self.basis, devices, engine)
+        if self.engine_name == "jax":
+            require_own_threads()
+            spare_memory_maps()
+            self.options = self.options._replace(devices=local_devices(devices))
         estimable = np.ones(p + len(self.options.contrasts), bool)
         self.engine = self._engine(self.basis, frame.X, Known(np.arange(p), estimable))
 
@@ -104,7 +113,8 @@ class BatchFitter:
 
     def _engine(self, basis: Basis, X: np.ndarray, known: Known) -> Engine:
         contrasts = self.options.contrasts[:, known.coefficients]
-        return ENGINES[basis.kind](basis, X, known, self.options._replace(contrasts=contrasts))
+        kind: Any = HostEngine if self.engine_name == "numpy" else ENGINES[basis.kind]
+        return kind(basis, X, known, self.options._replace(contrasts=contrasts))
 
     def _in_rows(self, kept: np.ndarray) -> Engine:
         """The engine of the rows `kept`."""
@@ -121,7 +131,7 @@ class BatchFitter:
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
-        with neutral():
+        with self._settings():
             return self._fit(values)
 
     def _fit(self, values: np.ndarray) -> Fits:
@@ -165,8 +175,27 @@ class BatchFitter:
 
     def gradients(self, parameters: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Gradients (b, m + 1) of the objective at `parameters` for complete (n, b) `values`."""
-        with neutral():
+        with self._settings():
             return self.engine.gradients(parameters, values)
+
+    def _settings(self) -> AbstractContextManager[Any]:
+        return neutral() if self.engine_name == "jax" else nullcontext()
+
+
+def _engine_for(basis: Basis, devices: Any, asked: str | None) -> str:
+    check_engine(asked)
+    able = Lanes.in_step(basis)
+    if asked == "numpy":
+        if devices is not None:
+            raise ValueError('devices are JAX\'s: leave them out with engine="numpy"')
+        if not able:
+            raise ValueError(
+                'engine="numpy" fits many responses with one grouping factor and up to four '
+                "effects only: leave engine out"
+            )
+        return "numpy"
+    on_cpu = devices is None and not has_accelerator()
+    return "numpy" if asked is None and able and on_cpu else "jax"
 
 
 def _patterns(values: np.ndarray, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

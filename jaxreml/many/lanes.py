@@ -63,18 +63,24 @@ class Lanes:
         of_x = basis.structure
         whole = basis.n == len(basis.rows)
         plan = eigen = pairs = None
-        if basis.kind == "grouped":
-            factors, scores = of_x.factors, of_x.scores
-            (q, p, levels), counts = scores.shape, np.ones(scores.shape[2])
-            size = p * (p + 1) // 2 * (q * (q + 1) // 2) * levels
-            if q <= MOST_EFFECTS and size <= MOST_PAIRS:
-                plan = collapse(factors, scores) if whole else None
-                if plan is not None:
-                    factors, scores, counts = plan.factors, plan.scores_x, plan.counts
-                if q == 1 and whole:
-                    eigen = spectral(factors, counts, scores, reml=reml)  # pyright: ignore
-                pairs = cross_products(scores)  # pyright: ignore
+        if Lanes.in_step(basis):
+            factors, scores, counts = of_x.factors, of_x.scores, np.ones(of_x.scores.shape[2])
+            plan = collapse(factors, scores) if whole else None
+            if plan is not None:
+                factors, scores, counts = plan.factors, plan.scores_x, plan.counts
+            if len(scores) == 1 and whole:
+                eigen = spectral(factors, counts, scores, reml=reml)  # pyright: ignore
+            pairs = cross_products(scores)  # pyright: ignore
         return Lanes(basis, _constant(X), plan, eigen, pairs)  # pyright: ignore
+
+    @staticmethod
+    def in_step(basis: Basis) -> bool:
+        """Whether batches are a `GroupedBatch`, all lanes in one."""
+        if basis.kind != "grouped":
+            return False
+        (q, p, levels) = basis.structure.scores.shape
+        size = p * (p + 1) // 2 * (q * (q + 1) // 2) * levels
+        return q <= MOST_EFFECTS and size <= MOST_PAIRS
 
     @property
     def p(self) -> int:
@@ -101,7 +107,10 @@ class Lanes:
 
     def plain(self) -> Lanes:
         """Without plans: no level is collapsed."""
-        return replace(self, collapse=None, spectral=None)
+        pairs = self.pairs
+        if self.collapse is not None:
+            pairs = cross_products(self.basis.structure.scores)
+        return replace(self, collapse=None, spectral=None, pairs=pairs)
 
     def reduce(self, values: Array, shift: Array | float = 0.0, *, exact: bool) -> Response:
         """Reduce responses y = values + shift.

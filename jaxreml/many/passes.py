@@ -1,4 +1,4 @@
-"""`LaneEngine`: the engine of `fit_many` for grouped and dense designs.
+"""`LaneEngine`: the engine of `fit_many` for grouped and dense designs, on JAX.
 
 A block is cut into chunks of a fixed number of lanes, worked on by as many threads as there are
 cores, or spread over the devices. A chunk goes through the compiled `programs`. Its search stops
@@ -10,7 +10,6 @@ them, is tried again with the slower steps of `estimate`.
 from __future__ import annotations
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
+from jaxreml.backend.threads import cores
 from jaxreml.many.base import Known, Options
 from jaxreml.many.lanes import DOUBTFUL, Lanes
 from jaxreml.many.numbers import Table
 from jaxreml.many.programs import programs
-from jaxreml.many.screening import Grid, path, rises, screened
+from jaxreml.many.screening import Grid, suspects
 from jaxreml.many.steps import Plan
 from jaxreml.model.basis import Basis
 from jaxreml.model.objective import ml_objective, reml_objective
@@ -41,7 +41,7 @@ OF_A_PASS = 4  # what a response costs in another pass, besides its steps, in st
 
 
 class LaneEngine:
-    """`Engine` of grouped and dense designs."""
+    """`Engine` of grouped and dense designs on JAX."""
 
     def __init__(self, basis: Basis, X: np.ndarray, known: Known, options: Options):
         self.lanes, self.known, self.options = Lanes.of(basis, X, reml=options.reml), known, options
@@ -224,19 +224,15 @@ class Passes:
 
     def _suspects(self, compiled: Any, reduced: Response, found: Any) -> np.ndarray:
         """Which responses of a chunk may have a lower optimum than the one found."""
-        covariance = self.shared.covariance
         if self.grid is None:
             values = np.asarray(compiled.screen(self.shared, reduced))
         else:
             values = self.grid.values(reduced)
-        lower, several, minima = screened(values, np.asarray(found.value), covariance)
-        if several.any() and max(covariance.sizes) > 1:
-            omega = np.asarray(covariance.omega(found.root))
-            ways = path(minima, omega, covariance)
-            points = ways.reshape(-1, *ways.shape[2:])
-            along = np.asarray(compiled.along(self.shared, reduced, points))
-            several &= rises(along.reshape(*ways.shape[:2], -1))
-        return lower | several
+
+        def along(omegas: np.ndarray) -> Any:
+            return compiled.along(self.shared, reduced, omegas)
+
+        return suspects(values, found.root, found.value, self.shared.covariance, along)
 
     def _block(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values less shifts, (groups, n, lanes), and these, (groups, lanes)."""
@@ -308,9 +304,7 @@ def _cut(iterations: np.ndarray) -> int:
 def _threads(devices: list[Any]) -> int:
     """One per core for one CPU device; for others two, so that one can copy."""
     if len(devices) == 1 and devices[0].platform == "cpu":
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return cores()
     return 2
 
 

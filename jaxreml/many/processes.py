@@ -19,6 +19,13 @@ class Crew(NamedTuple):
     index: int
     count: int
 
+    @staticmethod
+    def present() -> Crew:
+        """Those that `jax.distributed.initialize` has brought together, or this one alone."""
+        if not jax.distributed.is_initialized():
+            return Crew(0, 1)
+        return Crew(jax.process_index(), jax.process_count())
+
     def owns(self, block: int) -> bool:
         """Whether this process fits a block."""
         return block % self.count == self.index

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.response import Response
-from jaxreml.optimum.rivals import is_lower, starts
+from jaxreml.optimum.rivals import has_one_optimum, is_lower, starts
 
 GRID = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)  # relative SDs, to two effects
 COARSE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # likewise, for three effects
@@ -131,6 +132,29 @@ def rises(along: np.ndarray) -> np.ndarray:
     return is_lower(along[:, :-1], along[:, 1:]).any(axis=(0, 1))
 
 
+def suspects(
+    values: np.ndarray,
+    root: Any,
+    value: Any,
+    covariance: Covariance,
+    along: Callable[[np.ndarray], Any],
+) -> np.ndarray:
+    """Which responses may have a lower optimum than the one found, (b,) booleans.
+
+    Args:
+        values: (G, b), the criterion on the `grid`.
+        root, value: (r, b) and (b,), the optima.
+        covariance: of the effects.
+        along: the criterion at points (k, m, b), (k, b).
+    """
+    lower, several, minima = screened(values, np.asarray(value), covariance)
+    if several.any() and max(covariance.sizes) > 1:
+        ways = path(minima, np.asarray(covariance.omega(root)), covariance)
+        criterion = np.asarray(along(ways.reshape(-1, *ways.shape[2:])))
+        several &= rises(criterion.reshape(*ways.shape[:2], -1))
+    return lower | several
+
+
 class Grid:
     """The criterion of all responses of a design on the `grid`; on the host.
 
@@ -182,3 +206,10 @@ class Grid:
         rss = of_y - np.sum(half.reshape(len(of_y), -1, b) ** 2, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.degrees * np.log(rss) + self.constants[:, None]
+
+
+def grid_of(lanes: Lanes, *, reml: bool) -> Grid | None:
+    """The grid, or None where every response has one optimum."""
+    if has_one_optimum(lanes.basis.structure, lanes.covariance, lanes.p):
+        return None
+    return Grid(lanes, reml=reml)

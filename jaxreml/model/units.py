@@ -133,6 +133,14 @@ class Units:
                 parts.append(part * (scale[rows] * scale[columns]))
         return xp.concatenate(parts), last
 
+    def of_omega(self, covariance: Covariance) -> np.ndarray:
+        """The linear map (m, m) from relative covariances in the user's units to those inside."""
+        maps = []
+        for matrix, block in zip(self.matrices, covariance.blocks, strict=True):
+            moved = matrix @ natural.symmetric_basis((block.size,)) @ matrix.T
+            maps.append(moved[:, *natural.triangle(block.size)].T)
+        return linalg.block_diagonal(maps)
+
     def jacobians(self, shown: Array, inner: Array, covariance: Covariance) -> tuple[Array, Array]:
         """Derivatives of `parameters` in those inside, (k + 1, k + 1), and the other way round.
 

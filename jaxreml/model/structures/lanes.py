@@ -167,7 +167,7 @@ class GroupedBatch(Levels):
         return of_x + across + linalg.transpose(across)
 
 
-def cross_products(scores_x: np.ndarray) -> np.ndarray:
+def cross_products(scores_x: Array) -> Array:
     """What cx' S cx, (p, p), is a linear map of: (p(p + 1)/2, q(q + 1)/2, J) for scores (q, p, J).
 
     Of the result and of the symmetric S, the lower `covariance.triangle`.
@@ -175,7 +175,6 @@ def cross_products(scores_x: np.ndarray) -> np.ndarray:
     q, p, _ = scores_x.shape
     rows, columns = natural.triangle(q)
     u, v = natural.triangle(p)
-    first = scores_x[rows][:, u] * scores_x[columns][:, v]
-    second = scores_x[columns][:, u] * scores_x[rows][:, v]
-    twice = (rows != columns)[:, None, None]
-    return np.ascontiguousarray((first + twice * second).transpose(1, 0, 2))
+    first, second = (scores_x.swapaxes(0, 1)[own] for own in (u, v))
+    twice = (rows != columns)[:, None]
+    return first[:, rows] * second[:, columns] + twice * first[:, columns] * second[:, rows]

@@ -1,0 +1,32 @@
+"""Threads: those that work on chunks of a batch, and BLAS's, which such chunks do without."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@lru_cache
+def _libraries() -> Any:
+    import numpy as np  # noqa: F401, to be seen by the controller
+    import scipy.linalg  # noqa: F401, which has a BLAS of its own
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def single_blas() -> AbstractContextManager[Any]:
+    """BLAS without threads of its own, in this process.
+
+    Waking them takes longer than small matrices do, and beside busy threads milliseconds.
+    """
+    return _libraries().limit(limits=1, user_api="blas")
