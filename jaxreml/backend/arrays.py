@@ -52,7 +52,11 @@ def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
 
 def among(tree: Any, places: np.ndarray) -> Any:
     """Some of the lanes of arrays; those of one lane, which all share, as they are."""
-    return mapped(lambda own: own if own.shape[-1] == 1 else own[..., places], tree)
+
+    def some(own: Any) -> Any:
+        return own if own is None or own.shape[-1] == 1 else own[..., places]
+
+    return mapped(some, tree)
 
 
 def still(array: Any) -> Any:

@@ -124,7 +124,7 @@ def _certified(
     """Certified status and numbers of fits as `Table.store` takes them."""
 
     def certify(own: Response, found: Estimate) -> Array:
-        value, gradient = criterion(found, shared.with_response(own), reml)
+        value, gradient = criterion(found.theta, shared.with_response(own), reml)
         again = replace(found, gradient_norm=jnp.sqrt(jnp.sum(gradient**2)))
         tests = tests_of(found, contrasts, df, shared.n - shared.p, blank)
         return pack(again, value, tests)

@@ -29,15 +29,19 @@ from jaxreml.many.numbers import Table
 from jaxreml.many.screening import Grid, grid_of, suspects
 from jaxreml.many.steps import Found, Plan
 from jaxreml.model.basis import Basis
+from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, profiled
 from jaxreml.model.response import Response
+from jaxreml.optimum.certificate import is_certified
+from jaxreml.optimum.effects import differences
 from jaxreml.optimum.rivals import starts
 from jaxreml.optimum.search import start
 from jaxreml.status import Status
 
 Array = np.ndarray
-CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
-FEW, MANY = 64, 4096  # lanes of a chunk, at least and at most
+CACHE_BYTES = 2**21  # of each of the larger arrays of a chunk
+SAMPLE, LARGE = 4, 100  # responses looked at by a third way, of at least so many; of fewer, one
+FEW, MANY = 64, 8192  # lanes of a chunk, at least and at most
 
 
 class HostEngine:
@@ -53,7 +57,15 @@ class HostEngine:
 
     def fit(self, values: Array, columns: Array, kept: Array | None, table: Table) -> None:
         """As `Engine.fit`."""
-        _Passes(self, values, kept, table).run(columns)
+        passes = _Passes(self, values, kept, table)
+        passes.run(columns)
+        converged = columns[table.status[columns] == Status.CONVERGED]
+        count = SAMPLE if converged.size >= LARGE else 1
+        sample = converged[np.linspace(0, converged.size - 1, count).astype(int)[: converged.size]]
+        if not all(map(passes.is_certified, sample)):
+            for column in converged:
+                if not passes.is_certified(column):
+                    table.blank(column, Status.NOT_CERTIFIED)
 
     def gradients(self, parameters: Array, values: Array) -> Array:
         """As `Engine.gradients`."""
@@ -155,12 +167,24 @@ class _Passes:
         if self.grid is None:
             return np.zeros(status.size, bool)
 
-        def along(omegas: Array) -> Array:
-            return np.stack([profiled(omega, searched, reml=self.options.reml) for omega in omegas])
+        def along(places: Array, omegas: Array) -> Array:
+            some = searched.among(places)
+            return np.stack([profiled(omega, some, reml=self.options.reml) for omega in omegas])
 
         values, covariance = self.grid.values(reduced), self.lanes.covariance
         suspect = suspects(values, found.root, found.value, covariance, along)
         return suspect & (status == Status.CONVERGED)
+
+    def is_certified(self, column: int) -> bool:
+        """Whether differences of the criterion of the design as `fit` has it say so of an optimum
+        in the table."""
+        with np.errstate(all="ignore"):
+            values, shift = self._block(np.array([column]))
+            basis = self.lanes.basis
+            design = Design.of(basis, basis.response(values[:, 0] + shift[0]))
+            own = self.table.of(column)
+            value, gradient = differences(own["theta"], design, self.options.reml)
+            return bool(is_certified(own["criterion"][0], value, np.linalg.norm(gradient)))
 
     def _block(self, columns: Array) -> tuple[Array, Array]:
         """Values less shifts, (n, lanes), and these."""

@@ -123,6 +123,18 @@ class Table:
                 own[columns[good]] = np.moveaxis(new[..., : columns.size], -1, 0)[good]
         return status
 
+    def of(self, column: int) -> dict[str, np.ndarray]:
+        """The numbers of one response, by field."""
+        parts = np.split(self.numbers[column], np.cumsum(self.widths)[:-1])
+        return dict(zip(self.FIELDS, parts, strict=True))
+
+    def blank(self, column: int, status: Status) -> None:
+        """Take back the numbers of a response."""
+        self.status[column] = status
+        self.numbers[column] = np.nan
+        for own in self.modes or ():
+            own[column] = np.nan
+
     def fits(self, nobs: np.ndarray, n_missing: np.ndarray) -> Fits:
         """The numbers by name."""
         parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)

@@ -229,8 +229,18 @@ class Passes:
         else:
             values = self.grid.values(reduced)
 
-        def along(omegas: np.ndarray) -> Any:
-            return compiled.along(self.shared, reduced, omegas)
+        def along(places: np.ndarray, omegas: np.ndarray) -> np.ndarray:
+            first = np.argsort(places, kind="stable")
+            turn = np.zeros(places.size, int)  # how often the place has been before
+            turn[first] = np.arange(places.size) - np.searchsorted(places[first], places[first])
+            criterion = np.empty((len(omegas), places.size))
+            for k in range(turn.max() + 1):
+                own = turn == k
+                points = np.zeros((*omegas.shape[:2], self.size))
+                points[..., places[own]] = omegas[..., own]
+                found = compiled.along(self.shared, reduced, points)
+                criterion[:, own] = np.asarray(found)[:, places[own]]
+            return criterion
 
         return suspects(values, found.root, found.value, self.shared.covariance, along)
 

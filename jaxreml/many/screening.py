@@ -29,7 +29,6 @@ COARSE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # likewise, for three effects
 CORRELATIONS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LOWEST = 4  # minima of a grid that are looked at
 STEPS = 8  # of a path
-NEGLIGIBLE = 1e-11  # singular values of the grid's maps, as fractions of the largest
 
 
 @lru_cache
@@ -102,22 +101,22 @@ def screened(values: np.ndarray, found: np.ndarray, covariance: Covariance) -> S
 
 
 def path(minima: np.ndarray, omega: np.ndarray, covariance: Covariance) -> np.ndarray:
-    """Relative covariances on the straight ways from minima of the grid to the optimum.
+    """Relative covariances on the straight ways from minima of the grid to optima, without ends.
 
     Steps of the grid are coarse where a valley is narrow and oblique, as for two correlated
     effects: half of all responses have several minima on it. If the criterion nowhere rises on the
     way, there is no other optimum there.
 
     Args:
-        minima: (LOWEST, b), as in `Screened`.
-        omega: (m, b), of the optima found.
-        sizes: effects per term.
+        minima: (c,), points of the grid.
+        omega: (m, c), of the optima found.
+        covariance: of the effects.
 
     Returns:
-        (LOWEST, STEPS + 1, m, b), with both ends.
+        (STEPS - 1, m, c).
     """
-    begins = np.moveaxis(_grid_omegas(covariance)[minima], -1, 1)[:, None]
-    share = np.linspace(0, 1, STEPS + 1)[None, :, None, None]
+    begins = _grid_omegas(covariance)[minima].T
+    share = np.linspace(0, 1, STEPS + 1)[1:-1, None, None]
     return (1 - share) * begins + share * omega
 
 
@@ -127,9 +126,9 @@ def _grid_omegas(covariance: Covariance) -> np.ndarray:
 
 
 def rises(along: np.ndarray) -> np.ndarray:
-    """Whether the criterion rises on a `path`, for its values (LOWEST, STEPS + 1, b)."""
+    """Whether the criterion rises on ways, for its values (STEPS + 1, c)."""
     along = np.where(np.isfinite(along), along, np.inf)
-    return is_lower(along[:, :-1], along[:, 1:]).any(axis=(0, 1))
+    return is_lower(along[:-1], along[1:]).any(axis=0)
 
 
 def suspects(
@@ -137,7 +136,7 @@ def suspects(
     root: Any,
     value: Any,
     covariance: Covariance,
-    along: Callable[[np.ndarray], Any],
+    along: Callable[[np.ndarray, np.ndarray], Any],
 ) -> np.ndarray:
     """Which responses may have a lower optimum than the one found, (b,) booleans.
 
@@ -145,13 +144,21 @@ def suspects(
         values: (G, b), the criterion on the `grid`.
         root, value: (r, b) and (b,), the optima.
         covariance: of the effects.
-        along: the criterion at points (k, m, b), (k, b).
+        along: the criterion of responses at the places (c,), which may repeat, at points
+            (k, m, c): (k, c).
     """
     lower, several, minima = screened(values, np.asarray(value), covariance)
-    if several.any() and max(covariance.sizes) > 1:
-        ways = path(minima, np.asarray(covariance.omega(root)), covariance)
-        criterion = np.asarray(along(ways.reshape(-1, *ways.shape[2:])))
-        several &= rises(criterion.reshape(*ways.shape[:2], -1))
+    places = np.flatnonzero(several & ~lower)
+    if places.size and max(covariance.sizes) > 1:
+        # The lowest minimum, and the others that are not one more time the last.
+        new = np.diff(minima[:, places], axis=0, prepend=-1) != 0
+        which, own = np.nonzero(new)
+        minimum, lane = minima[which, places[own]], places[own]
+        ends = values[minimum, lane], np.asarray(value)[lane]
+        ways = path(minimum, np.asarray(covariance.omega(root))[:, lane], covariance)
+        inside = along(lane, ways)
+        rise = rises(np.concatenate([ends[0][None], inside, ends[1][None]]))
+        several[places] = np.bincount(own, rise, places.size) > 0
     return lower | several
 
 
@@ -181,10 +188,7 @@ class Grid:
         half = np.linalg.inv(root)
         self.of_remainder = half.reshape(len(half) * p, p)
         of_scores = half @ across.reshape(len(half), p, scores_x.shape[2] * q)
-        across = of_scores.reshape(len(half) * p, scores_x.shape[2] * q)
-        left, size, right = np.linalg.svd(across, full_matrices=False)
-        kept = size > NEGLIGIBLE * np.max(size, initial=0.0)
-        self.left, self.right = left[:, kept] * size[kept], right[kept]
+        self.of_scores = of_scores.reshape(len(half) * p, scores_x.shape[2] * q)
         n = float(basis.n)
         self.degrees = n - p if reml else n
         logs = np.linalg.slogdet(inner)[1] @ counts
@@ -201,7 +205,7 @@ class Grid:
         b = scores.shape[-1]
         products = scores[self.rows] * scores[self.columns]
         of_y = self.of_products @ products.reshape(-1, b) + np.asarray(reduced.remainder_yy)
-        half = self.left @ (self.right @ scores.reshape(-1, b))
+        half = self.of_scores @ scores.reshape(-1, b)
         half += self.of_remainder @ np.asarray(reduced.remainder_xy)
         rss = of_y - np.sum(half.reshape(len(of_y), -1, b) ** 2, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -58,17 +58,17 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 def inspect_on_host(estimate: Estimate, design: Design, method: str) -> Inspection:
     """`inspect` of NumPy's arrays by NumPy: the gradient is by differences."""
     with np.errstate(all="ignore"):
-        return _inspection(estimate, design, is_reml(method), differences)
+        return _inspection(estimate.theta, design, is_reml(method), differences)
 
 
 @partial(jax.jit, static_argnums=2)
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    return _inspection(estimate, design, reml, criterion)
+    return _inspection(estimate.theta, design, reml, criterion)
 
 
-def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> Inspection:
-    factors = design.scaled_factors(estimate.theta)
-    value, gradient = slopes(estimate, design, reml)
+def _inspection(theta: Array, design: Design, reml: bool, slopes: Any) -> Inspection:
+    factors = design.scaled_factors(theta)
+    value, gradient = slopes(theta, design, reml)
     omega = natural.omega_from_factors(factors)
     posterior = design.structure.posterior(omega, factors)
     return Inspection(value, gradient, conditional_modes(omega, design), posterior, omega)
@@ -79,10 +79,10 @@ def relative_covariances(estimate: Estimate, design: Design) -> Array:
     return natural.omega_from_factors(design.scaled_factors(estimate.theta))
 
 
-def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
-    """The objective at an estimate and its gradient, as in `Inspection`."""
+def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
+    """The objective at `Estimate.theta` and its gradient, as in `Inspection`."""
     covariance = design.covariance
-    whole = covariance.chart(design.scaled_factors(estimate.theta))
+    whole = covariance.chart(design.scaled_factors(theta))
 
     def objective(inside: Array) -> Array:
         chart = whole.at[covariance.inside].set(inside)
@@ -91,7 +91,7 @@ def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Ar
     return jax.value_and_grad(objective)(whole[covariance.inside])
 
 
-def differences(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
+def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
     """`criterion` by values of the objective alone, at four points along each coordinate.
 
     Their error is of the fourth order in the step, STEP in the coordinate's own unit: where the
@@ -99,7 +99,7 @@ def differences(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, 
     leaves of the criterion over STEP.
     """
     covariance = design.covariance
-    whole = covariance.chart(design.scaled_factors(estimate.theta))
+    whole = covariance.chart(design.scaled_factors(theta))
     inside = covariance.inside
 
     def value(chart: Array) -> float:

@@ -226,7 +226,9 @@ def test_fit_many_has_no_batched_calls(formula, df, structure):
     rng = np.random.default_rng(0)
     data = pd.DataFrame(rng.normal(size=(60, 8)), columns=[f"x{k}" for k in range(8)])
     data["g"], data["h"] = np.arange(60) // 4, np.arange(60) % 5
-    fitter = BatchFitter(covariate_frame(formula, data), df=df, structure=structure, lanes=2)
+    fitter = BatchFitter(
+        covariate_frame(formula, data), df=df, structure=structure, lanes=2, engine="jax"
+    )
     values = rng.normal(size=(60, 4))
     pattern = Passes(fitter.engine, values, 4, None, None)
     pattern.lanes = pattern.size = 4

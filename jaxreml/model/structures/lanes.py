@@ -87,9 +87,10 @@ class GroupedBatch(Levels):
         return np.zeros((q, levels, 1), self.scores_x.dtype)
 
     def marginal(self, omega: Array) -> Marginal:
-        return Marginal(*self.project(omega)[:2])
+        return self._marginal(omega)[0]
 
-    def project(self, omega: Array) -> Projection:
+    def _marginal(self, omega: Array) -> tuple[Marginal, Array, Array]:
+        """It, L^-1 and L^-1 of the column of y, P = L L'."""
         factor = self._cholesky(self._omega(omega))
         pivots, xp = linalg.diagonal(factor), namespace(factor)
         logdet = 2 * xp.sum(self.counts * xp.log(xp.prod(pivots, axis=0)), axis=0)
@@ -98,10 +99,14 @@ class GroupedBatch(Levels):
         half = linalg.matmul(inverse, self.scores_y[:, None])
         weighted = linalg.matmul(linalg.transpose(inverse), half)[:, 0]
         precision = linalg.matmul(linalg.transpose(inverse), inverse)
-        across = linalg.transpose(linalg.matmul(inverse, self.factors))
         gram = self.remainder + self._products(
             precision, weighted, xp.sum(half * half, axis=(0, 1, 2))
         )
+        return Marginal(logdet, gram), inverse, half
+
+    def project(self, omega: Array) -> Projection:
+        (logdet, gram), inverse, half = self._marginal(omega)
+        across = linalg.transpose(linalg.matmul(inverse, self.factors))
         cross: Any = Cross(linalg.matmul(across, inverse), linalg.matmul(across, half)[:, 0])
         return Projection(logdet, gram, linalg.matmul(across, linalg.transpose(across)), cross)
 
