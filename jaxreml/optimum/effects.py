@@ -18,11 +18,10 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.base import Rows
+from jaxreml.optimum.certificate import slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
 Array = Any  # NumPy's or JAX's
-NEAR = 1e-3  # a distance that shows how fast the criterion rises in a coordinate
-STEP = 0.02  # of differences, in units of a coordinate
 
 
 class Inspection(NamedTuple):
@@ -92,31 +91,14 @@ def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
 
 
 def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
-    """`criterion` by values of the objective alone, at four points along each coordinate.
-
-    Their error is of the fourth order in the step, STEP in the coordinate's own unit: where the
-    criterion has risen by STEP squared over two. Rounding leaves of a slope, in that unit, what it
-    leaves of the criterion over STEP.
-    """
+    """`criterion` by values of the objective alone."""
     covariance = design.covariance
-    whole = covariance.chart(design.scaled_factors(theta))
-    inside = covariance.inside
 
     def value(chart: Array) -> float:
         return float(profiled(covariance.omega(chart), design, reml=reml))
 
-    here = value(whole)
-    slopes = []
-    for place in inside:
-        unit = np.zeros_like(whole)
-        unit[place] = 1.0
-        rise = value(whole + NEAR * unit) + value(whole - NEAR * unit) - 2 * here
-        step = STEP / np.sqrt(max(rise / NEAR**2, 1.0))
-        near, far = (
-            value(whole + k * step * unit) - value(whole - k * step * unit) for k in (1, 2)
-        )
-        slopes.append((8 * near - far) / (12 * step))
-    return here, np.array(slopes)
+    whole = covariance.chart(design.scaled_factors(theta))
+    return slopes_by_differences(value, whole, np.eye(whole.size)[covariance.inside])
 
 
 def conditional_variances(

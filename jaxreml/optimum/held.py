@@ -19,11 +19,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
@@ -31,9 +29,10 @@ from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.optimum import newton
-from jaxreml.optimum.certificate import is_certified
+from jaxreml.optimum.certificate import is_certified, slopes_by_differences
 from jaxreml.optimum.search import ZERO
 
+Array = Any  # NumPy's or JAX's
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
 MAX_ITERATIONS = 100
 LANES = 32  # optima sought together
@@ -79,7 +78,7 @@ class Optimum(NamedTuple):
         gradient: (m + 2,), of the criterion in x, what is held included.
         hessian: (m + 2, m + 2), without the last entry of x.
         beta: (p,), all fixed effects.
-        certified: (), whether the search ended and a separately compiled gradient agrees.
+        certified: (), whether the search ended and the gradient by another route agrees.
     """
 
     x: np.ndarray
@@ -95,29 +94,91 @@ class Point(NamedTuple):
 
     Attributes:
         value, gradient, hessian: (), (m + 2,) and (m + 2, m + 2), zero for what is held.
-        full: the Hessian with what is held, but for the last entry of x.
+        slope, full: gradient and Hessian with what is held, but for the last entry of x.
     """
 
     value: Array
     gradient: Array
     hessian: Array
+    slope: Array
     full: Array
+
+
+class _Triangle(NamedTuple):
+    """T and what its derivatives are made of; see `triangle`.
+
+    Attributes:
+        entries, slopes, bends: (m,), entries of T or of d, and two derivatives in their own x.
+        angles: (m,), ones for those that are angles.
+        turns: (m,), angles that entries are turned by, zero for most.
+        radii: (m,), the d of angles, zero for other entries.
+    """
+
+    entries: Any
+    slopes: Any
+    bends: Any
+    angles: Any
+    turns: Any
+    radii: Any
+
+
+def _parts(x: Any, axes: Coordinates) -> _Triangle:
+    roots, polar = axes.roots, axes.polar
+    entries = x * (1 - roots + roots * x)
+    angles, turns = polar.sum(axis=0), polar @ x
+    return _Triangle(
+        entries, 1 - roots + 2 * roots * x, 2 * roots, angles, turns, polar.T @ entries
+    )
 
 
 def triangle(x: Any, axes: Coordinates) -> Any:
     """Entries of T, (m,), at x (m,); NumPy or JAX."""
-    xp = namespace(x)
-    roots, polar = axes.roots, axes.polar
-    entries = x * (1 - roots + roots * x)
-    angles = polar.sum(axis=0)
-    return entries * (1 - angles) * xp.cos(polar @ x) + (polar.T @ entries) * xp.sin(x)
+    xp, own = namespace(x), _parts(x, axes)
+    return own.entries * (1 - own.angles) * xp.cos(own.turns) + own.radii * xp.sin(x)
+
+
+def triangle_slopes(x: Any, axes: Coordinates, weights: Any) -> tuple[Any, Any]:
+    """Derivatives of `triangle`, (m, m), and second ones of weights'T, (m, m)."""
+    xp, own, polar = namespace(x), _parts(x, axes), axes.polar
+    sin, cos = xp.sin(own.turns), xp.cos(own.turns)
+    kept = 1 - own.angles
+    first = xp.diag(own.slopes * kept * cos + own.radii * xp.cos(x))
+    first = first - (own.entries * kept * sin)[:, None] * polar
+    first = first + xp.sin(x)[:, None] * polar.T * own.slopes
+    alone = weights * (own.bends * kept * cos - own.radii * xp.sin(x))
+    alone = alone + own.bends * (polar @ (weights * xp.sin(x)))
+    across = -(weights * own.slopes * kept * sin)[:, None] * polar
+    across = across + (weights * xp.cos(x))[:, None] * polar.T * own.slopes
+    turned = polar.T @ ((weights * own.entries * kept * cos)[:, None] * polar)
+    return first, xp.diag(alone) + across + across.T - turned
 
 
 def _omega(x: Array, axes: Coordinates, covariance: Covariance) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
     entries = triangle(x[:-1], axes)
     absolute = covariance.omega(axes.order @ entries)
-    return absolute * jnp.exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
+    return absolute * namespace(x).exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
+
+
+def _omega_slopes(
+    x: Array, axes: Coordinates, covariance: Covariance, gradient: Array
+) -> tuple[Array, Array]:
+    """Derivatives of `_omega` in x, (m + 1, m + 1), and second ones, (m + 1, m + 1), of
+    gradient'(omega, log sigma2) for `gradient` (m + 1,)."""
+    xp, order = namespace(x), axes.order
+    entries, scale = triangle(x[:-1], axes), xp.exp(-2 * x[-1])
+    of_omega = gradient[:-1]
+    of_chart, bend = covariance.slopes(order @ entries, of_omega)
+    weights = (of_omega @ of_chart) @ order
+    first, inner = triangle_slopes(x[:-1], axes, weights)
+    inner = inner + first.T @ (order.T @ bend @ order) @ first
+    jacobian = scale * of_chart @ order @ first
+    omega = scale * covariance.omega(order @ entries)
+    mixed = -2 * of_omega @ jacobian
+    bends = linalg.border(scale * inner, mixed, 4 * of_omega @ omega)
+    last = xp.asarray(np.append(np.zeros(len(entries)), 2.0)[None], x.dtype)
+    whole = xp.concatenate([jacobian, -2 * omega[:, None]], axis=1)
+    return xp.concatenate([whole, last]), bends
 
 
 def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
@@ -126,37 +187,32 @@ def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
 
 def _columns(shift: Array, axes: Coordinates) -> Array:
     """The columns of `_combined`."""
-    return axes.columns.at[:-1, -1].add(shift * axes.shift)
+    moved = namespace(shift).pad(shift * axes.shift, (0, 1))
+    return axes.columns + moved[:, None] * np.eye(len(axes.columns))[-1]
 
 
 def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
     """The criterion at x (m + 2,) with its derivatives, the response of `design` moved."""
-    inner, covariance = x[:-1], design.covariance
-
-    def slopes(inner: Array) -> tuple[Array, Array]:
-        jacobian = jax.jacfwd(lambda inner: jnp.append(*_omega(inner, axes, covariance)))(inner)
-        return jacobian, jacobian
-
+    inner, covariance, xp = x[:-1], design.covariance, namespace(x)
     omega, log_sigma2 = _omega(inner, axes, covariance)
     outer = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
-    bends, jacobian = jax.jacfwd(slopes, has_aux=True)(inner)
-    bend = jnp.tensordot(outer.joint_gradient, bends, axes=1)
-    full = jnp.pad(jacobian.T @ outer.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
-    gradient = jnp.append(outer.joint_gradient @ jacobian, 0.0) * axes.free
-    return Point(outer.value, gradient, full * axes.free[:, None] * axes.free, full)
+    jacobian, bend = _omega_slopes(inner, axes, covariance, outer.joint_gradient)
+    full = xp.pad(jacobian.T @ outer.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
+    slope, free = xp.pad(outer.joint_gradient @ jacobian, (0, 1)), axes.free
+    return Point(outer.value, slope * free, full * free[:, None] * free, slope, full)
 
 
 def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton.Trace:
     """The optimum from x (m + 2,)."""
-    start = x
+    start, xp = x, namespace(x)
     held = _combined(x[-1], axes, design)
 
     def at(x: Array) -> Array:
         """Rounding must not move what is held."""
-        return jnp.where(axes.free > 0, x, start)
+        return xp.where(axes.free > 0, x, start)
 
     def snap(x: Array) -> Array:
-        return jnp.where((axes.pivots > 0) & (jnp.abs(x) < ZERO), 0.0, x)
+        return xp.where((axes.pivots > 0) & (xp.abs(x) < ZERO), 0.0, x)
 
     trace = newton.minimise(
         lambda x: expansion(at(x), axes, held, reml=reml),
@@ -168,25 +224,25 @@ def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton
     return trace._replace(at=at(trace.at))
 
 
+def _criterion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Array:
+    held = _combined(x[-1], axes, design)
+    return neg2_loglik(*_omega(x[:-1], axes, design.covariance), held, reml=reml)
+
+
 def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[Array, Array, Array]:
-    """Criterion, its gradient and the fixed effects at x, by reverse-mode autodiff."""
+    """Criterion, its gradient by reverse-mode autodiff and the fixed effects at x."""
+    criterion = partial(_criterion, axes=axes, design=design, reml=reml)
+    return *jax.value_and_grad(criterion)(x), _fixed_effects(x, axes, design)
 
-    def value(x: Array) -> Array:
-        held = _combined(x[-1], axes, design)
-        return neg2_loglik(*_omega(x[:-1], axes, design.covariance), held, reml=reml)
 
+def _fixed_effects(x: Array, axes: Coordinates, design: Design) -> Array:
+    xp, p = namespace(x), design.p
     held = _combined(x[-1], axes, design)
     omega, _ = _omega(x[:-1], axes, design.covariance)
-    gram = held.structure.marginal(omega).gram
-    p = design.p
-    factor = linalg.cholesky(gram)
+    factor = linalg.cholesky(held.structure.marginal(omega).gram)
     slopes = -linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
-    slopes = jnp.append(slopes, 1.0)
-    shift = linalg.solve_upper(
-        jnp.asarray(design.basis), (_columns(x[-1], axes) @ slopes)[:p, None]
-    )
-    beta = design.beta_ols - shift[:, 0]
-    return *jax.value_and_grad(value)(x), beta
+    moved = (_columns(x[-1], axes) @ xp.append(slopes, 1.0))[:p, None]
+    return design.beta_ols - linalg.solve_upper(xp.asarray(design.basis), moved)[:, 0]
 
 
 @remembered
@@ -220,13 +276,36 @@ def _programs(
 def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml: bool) -> Optimum:
     """The optima nearest to `starts`, (b, m + 2), each in axes of its own.
 
-    They are sought `LANES` at a time, in step; in large structures one by one. `design` is one
-    `without_names`, on the device.
+    On NumPy one by one; on JAX `LANES` at a time, in step, and in large structures one by one too.
+    `design` is one `without_names`, on the host or on the device.
     """
-    size = LANES if design.numbers < ALONE else 1
-    chunks = range(0, len(starts), size)
-    found = [_chunk(starts[k : k + size], axes[k : k + size], design, reml, size) for k in chunks]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+    if on_host(design.residual_ss):
+        found = [_alone(start, own, design, reml) for start, own in zip(starts, axes, strict=True)]
+    else:
+        size = LANES if design.numbers < ALONE else 1
+        chunks = [slice(k, k + size) for k in range(0, len(starts), size)]
+        found = [_chunk(starts[own], axes[own], design, reml, size) for own in chunks]
+    return Optimum(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def _alone(start: np.ndarray, axes: Coordinates, design: Design, reml: bool) -> Optimum:
+    """One, on the host. The certificate has differences of the criterion along
+    two ways: all coordinates together, and with signs in turns."""
+    criterion = partial(_criterion, axes=axes, design=design, reml=reml)
+    with np.errstate(all="ignore"):
+        trace = _climb(start, axes, design, reml=reml)
+        x, point = trace.at, trace.point
+        scale = axes.free / np.sqrt(1 + np.abs(point.hessian.diagonal()))
+        ways = scale * np.array([np.ones(x.size), (-1.0) ** np.arange(x.size)])
+        rises = np.einsum("ki,ij,kj->k", ways, point.hessian, ways)
+        value, slopes = slopes_by_differences(criterion, x, ways, rises)
+        gradient = point.slope
+        if axes.shift.any():
+            gradient[-1:] = slopes_by_differences(criterion, x, np.eye(x.size)[-1:])[1]
+        beta = _fixed_effects(x, axes, design)
+        certified = trace.converged & is_certified(point.value, value, np.linalg.norm(slopes))
+    found = (x, value, gradient, point.full, beta, certified)
+    return Optimum(*(np.asarray(own)[None] for own in found))
 
 
 def _chunk(

@@ -173,7 +173,7 @@ class Search:
         reml: the criterion.
 
     Attributes:
-        design: without names, on the device.
+        design: without names, on the device where JAX works.
         minimum, values, estimates: criterion, variance parameters and all parameters at the
             estimates, these in the user's units in the order of `known`.
         elsewhere: variance parameters to start from as well.
@@ -188,8 +188,10 @@ class Search:
     ):
         self.reml = reml
         self.name = "restricted likelihood" if reml else "likelihood"
-        with neutral():
-            self.design = jax.device_put(fit.design.without_names())
+        self.design = fit.design.without_names()
+        if not self.design.written_out or fit.engine == "jax":
+            with neutral():
+                self.design = jax.device_put(self.design)
         sigma = next(parameter for parameter in known if parameter.kind == "sigma")
         free = sigma.axes.free.copy()
         free[sigma.axis] = 1.0
@@ -251,7 +253,7 @@ class Search:
         found = optima(starts, axes, self.design, reml=self.reml)
         for k in np.flatnonzero(found.certified):
             track, at, _ = asked[k]
-            point = self._point(track, at, jax.tree.map(lambda leaf: leaf[k], found))  # noqa: B023
+            point = self._point(track, at, Optimum(*(leaf[k] for leaf in found)))
             if at not in track.points or point.criterion < track.points[at].criterion:
                 track.points[at] = point
 

@@ -257,17 +257,21 @@ class Covariance:
         """(r, ...) to (m, ...)."""
         return _joined([block.omega(own) for block, own in self.charts(chart)])
 
-    def chain(self, chart: Array, gradient: Array, hessian: Array) -> tuple[Array, Array]:
-        """Gradient (r, ...) and Hessian (r, r, ...) in the chart of those in omega."""
+    def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
+        """Derivatives of omega in the chart, (m, r, ...), and second ones of gradient' omega,
+        (r, r, ...)."""
         slopes, bends = [], []
         pairs = zip(self.charts(chart), self.parts(gradient), strict=True)
         for (block, own), (_, slope) in pairs:
             slopes.append(block.jacobian(own))
             bends.append(block.curvature(own, slope))
-        jacobian = linalg.block_diagonal(slopes)
+        return linalg.block_diagonal(slopes), linalg.block_diagonal(bends)
+
+    def chain(self, chart: Array, gradient: Array, hessian: Array) -> tuple[Array, Array]:
+        """Gradient (r, ...) and Hessian (r, r, ...) in the chart of those in omega."""
+        jacobian, bend = self.slopes(chart, gradient)
         across = linalg.transpose(jacobian)
-        inner = linalg.matmul(across, linalg.matmul(hessian, jacobian))
-        inner = inner + linalg.block_diagonal(bends)
+        inner = linalg.matmul(across, linalg.matmul(hessian, jacobian)) + bend
         first = linalg.matmul(across, gradient[:, None])[:, 0]
         return first, (inner + linalg.transpose(inner)) / 2
 
