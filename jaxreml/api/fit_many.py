@@ -12,11 +12,11 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-import jax
 import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import is_reml, refuse_arguments
+from jaxreml.backend.arrays import mapped
 from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.responses import Responses
@@ -230,7 +230,7 @@ def _fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fit
             if job.crew.owns(k):
                 pieces.append(job.fitter.fit(block.read()))
                 advance(pieces[-1].status)
-    fits = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pieces)
+    fits = mapped(lambda *arrays: np.concatenate(arrays), *pieces)
     if job.crew.count > 1:
         fits = gather(fits, [len(block) for block in names], job.crew)
     known = job.responses.names

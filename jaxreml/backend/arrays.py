@@ -6,7 +6,9 @@ scattering, trees of arrays. JAX is imported only where an array of its own is m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,8 +44,32 @@ def chosen(which: Any, first: Any, second: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), first, second)
 
 
+def leaves(tree: Any) -> Iterator[Any]:
+    """The arrays of a tree of records, (named) tuples and None."""
+    if is_dataclass(tree):
+        tree = tuple(getattr(tree, name) for name in _dynamic(type(tree)))
+    if isinstance(tree, tuple):
+        for part in tree:
+            yield from leaves(part)
+    elif tree is not None:
+        yield tree
+
+
+@lru_cache
+def _dynamic(record: Any) -> tuple[str, ...]:
+    return tuple(own.name for own in fields(record) if not own.metadata.get("static"))
+
+
 def mapped(function: Callable[..., Any], first: Any, *others: Any) -> Any:
-    """A function of the leaves of trees of (named) tuples."""
+    """A function of the leaves of trees of records, (named) tuples and None."""
+    if first is None:
+        return None
+    if is_dataclass(first):
+        parts = {
+            name: mapped(function, *(getattr(tree, name) for tree in (first, *others)))
+            for name in _dynamic(type(first))
+        }
+        return replace(first, **parts)  # pyright: ignore
     if not isinstance(first, tuple):
         return function(first, *others)
     parts = [mapped(function, *parts) for parts in zip(first, *others, strict=True)]
@@ -54,7 +80,7 @@ def among(tree: Any, places: np.ndarray) -> Any:
     """Some of the lanes of arrays; those of one lane, which all share, as they are."""
 
     def some(own: Any) -> Any:
-        return own if own is None or own.shape[-1] == 1 else own[..., places]
+        return own if own.shape[-1] == 1 else own[..., places]
 
     return mapped(some, tree)
 

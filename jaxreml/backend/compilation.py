@@ -85,14 +85,15 @@ def evaluated(function: Callable[..., Any], *arrays: Any, on_host: bool) -> Any:
     Raises:
         RuntimeError: where JAX is needed, as `require_own_threads`.
     """
-    import jax
     import numpy as np
-
-    from jaxreml.backend.runtime import neutral
 
     if on_host:
         with np.errstate(all="ignore"):
             return function(*arrays)
+    import jax
+
+    from jaxreml.backend.runtime import neutral
+
     with neutral():
         return jax.device_get(_jitted(function)(*arrays))
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import jax
-from jax._src import xla_bridge
+from jaxreml.backend.lazy import jax
 
 _is_dead_copy = False  # of a process whose threads ran JAX
 
 
 def _after_fork() -> None:
     global _is_dead_copy
-    _is_dead_copy = xla_bridge.backends_are_initialized()
+    if "jax" in sys.modules:
+        from jax._src import xla_bridge
+
+        _is_dead_copy = xla_bridge.backends_are_initialized()
 
 
 if hasattr(os, "register_at_fork"):

@@ -16,6 +16,7 @@ import narwhals.stable.v2 as nw
 import numpy as np
 import pandas as pd
 
+from jaxreml.backend.lazy import is_of_jax
 from jaxreml.data.labels import arrow_index, from_arrow, ids_of, row_labels, shown
 from jaxreml.data.tables import column_names, to_pandas
 from jaxreml.errors import DataError
@@ -196,9 +197,7 @@ def open_source(responses: Any, id: str | None) -> Source | None:
     if isinstance(responses, Mapping | pd.DataFrame) or _is_table(responses):
         return Table(responses, id)
     if hasattr(responses, "__array__"):
-        import jax
-
-        return Array(np.asarray(responses) if isinstance(responses, jax.Array) else responses)
+        return Array(np.asarray(responses) if is_of_jax(responses) else responses)
     if isinstance(responses, Iterable):
         return None
     raise DataError(f"responses must be {KINDS}, not {type(responses).__name__}")

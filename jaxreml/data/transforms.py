@@ -9,7 +9,6 @@ import pandas as pd
 from formulaic.materializers.types import FactorValues
 from formulaic.transforms import TRANSFORMS
 from formulaic.utils.stateful_transforms import stateful_transform
-from scipy.interpolate import BSpline
 from scipy.linalg import qr
 
 
@@ -57,6 +56,8 @@ def ns(
         _state["knots"] = [ends[0]] * 4 + inner.tolist() + [ends[1]] * 4
     t = np.array(_state["knots"])
     low, high = t[0], t[-1]
+    from scipy.interpolate import BSpline  # takes half a second to import
+
     splines = BSpline(t, np.eye(len(t) - 4), 3)
     basis = splines(np.clip(x, low, high))
     slopes = splines.derivative()

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
+from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
 from jaxreml.data.frame import ModelFrame
 from jaxreml.model.design import Design

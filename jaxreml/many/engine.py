@@ -19,18 +19,14 @@ from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
 from jaxreml.many.base import Engine, Known, Options
-from jaxreml.many.crossed import CrossedEngine
 from jaxreml.many.host import HostEngine
 from jaxreml.many.lanes import Lanes
 from jaxreml.many.numbers import Fits, Table
-from jaxreml.many.passes import LaneEngine
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import placeholders
 from jaxreml.status import Status
-
-ENGINES = {"grouped": LaneEngine, "dense": LaneEngine, "crossed": CrossedEngine}  # on JAX
 
 
 class BatchFitter:
@@ -113,8 +109,9 @@ class BatchFitter:
 
     def _engine(self, basis: Basis, X: np.ndarray, known: Known) -> Engine:
         contrasts = self.options.contrasts[:, known.coefficients]
-        kind: Any = HostEngine if self.engine_name == "numpy" else ENGINES[basis.kind]
-        return kind(basis, X, known, self.options._replace(contrasts=contrasts))
+        return _kind(basis.kind, self.engine_name)(
+            basis, X, known, self.options._replace(contrasts=contrasts)
+        )
 
     def _in_rows(self, kept: np.ndarray) -> Engine:
         """The engine of the rows `kept`."""
@@ -180,6 +177,18 @@ class BatchFitter:
 
     def _settings(self) -> AbstractContextManager[Any]:
         return neutral() if self.engine_name == "jax" else nullcontext()
+
+
+def _kind(structure: str, engine: str) -> Any:
+    if engine == "numpy":
+        return HostEngine
+    if structure == "crossed":
+        from jaxreml.many.crossed import CrossedEngine
+
+        return CrossedEngine
+    from jaxreml.many.passes import LaneEngine
+
+    return LaneEngine
 
 
 def _engine_for(basis: Basis, devices: Any, asked: str | None) -> str:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import mapped, namespace
+from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.base import Covariance
@@ -33,7 +33,7 @@ MOST_EFFECTS = 4  # and
 MOST_PAIRS = 5 * 10**6  # of `Lanes.pairs`; above, responses go through `estimate` singly
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Lanes:
     """A grouped or dense basis, prepared for blocks of responses: a pytree of arrays.
@@ -183,7 +183,7 @@ class Lanes:
     def _shared(self) -> Design:
         """A design without structure or response, in one lane."""
         blank: Any = replace(self.blank(), structure=None)  # pyright: ignore
-        return jax.tree.map(lambda leaf: namespace(leaf).asarray(leaf)[..., None], blank)
+        return mapped(lambda leaf: namespace(leaf).asarray(leaf)[..., None], blank)
 
     def each(self, response: Response) -> Design:
         """The design of one response, for `vmap` over the lanes; levels are not collapsed."""

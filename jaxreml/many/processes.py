@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from jaxreml.backend.arrays import leaves
+from jaxreml.backend.lazy import jax
 from jaxreml.errors import JaxremlError
 from jaxreml.many.numbers import Fits
 
@@ -22,7 +24,7 @@ class Crew(NamedTuple):
     @staticmethod
     def present() -> Crew:
         """Those that `jax.distributed.initialize` has brought together, or this one alone."""
-        if not jax.distributed.is_initialized():
+        if "jax" not in sys.modules or not jax.distributed.is_initialized():
             return Crew(0, 1)
         return Crew(jax.process_index(), jax.process_count())
 
@@ -55,7 +57,7 @@ class Crew(NamedTuple):
 
 def widths(fits: Fits) -> list[int]:
     """Numbers per response of each array."""
-    return [int(np.prod(array.shape[1:])) for array in jax.tree.leaves(fits)]
+    return [int(np.prod(array.shape[1:])) for array in leaves(fits)]
 
 
 def gather(fits: Fits, sizes: list[int], crew: Crew) -> Fits:

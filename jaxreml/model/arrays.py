@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from jaxreml.backend.lazy import jax, jnp
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.unstructured import Unstructured
@@ -41,7 +40,7 @@ class Term:
 
 def is_traced(value: Any) -> bool:
     """Whether JAX knows the shape only."""
-    return isinstance(value, Tracer)
+    return "jax" in sys.modules and isinstance(value, jax.core.Tracer)  # pyright: ignore
 
 
 def floating_type(values: list[Any], asked: Any) -> np.dtype:

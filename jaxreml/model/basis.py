@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import mapped, namespace
+from jaxreml.backend.lazy import jnp, record
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
@@ -37,7 +36,7 @@ ROUNDING = 100  # both are at least as many units of rounding: in single precisi
 KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Basis:
     """The rows of a model, prepared once for any number of responses.
@@ -118,7 +117,7 @@ class Basis:
         products = projector.products(rows)
         remainder = rest.T @ rest
         absent = triangle.diagonal() == 0
-        if namespace(triangle) is jnp:  # ones in the place of absent columns, as in `combined`
+        if namespace(triangle) is not np:  # ones in the place of absent columns, as in `combined`
             remainder = remainder + jnp.diag(absent.astype(kind))
         sizes = covariance.sizes
         return Basis(
@@ -165,7 +164,7 @@ class Basis:
     def response(self, y: Any) -> Response:
         """What a response (n,) says, or many (n, B), NumPy or traced; zero in rows left out."""
         if y.ndim == 1:
-            return jax.tree.map(lambda leaf: leaf[..., 0], self.response(y[:, None]))
+            return mapped(lambda leaf: leaf[..., 0], self.response(y[:, None]))
         infinite: Any = np.zeros(y.shape[1], bool)
         if is_traced(y):
             good = jnp.isfinite(y)
@@ -185,7 +184,7 @@ class Basis:
         if products is not None:
             products = _lanes_last(products), self.rows.T @ residual, residual_ss
         return Response(
-            scores=jax.tree.map(_lanes_last, scores),
+            scores=mapped(_lanes_last, scores),
             remainder_xy=self.rest.T @ rest,
             remainder_yy=xp.sum(rest * rest, axis=0),
             beta_ols=solve(self.triangle, projection + again),
@@ -228,7 +227,7 @@ def _check_terms(
 ) -> None:
     """Refuse weighted columns (rows, q) that can take the place of the residual."""
     for own, weighted in zip(terms, columns, strict=True):
-        if namespace(weighted) is jnp:
+        if namespace(weighted) is not np:
             continue
         codes = own.codes
         if used is not None:
@@ -247,20 +246,20 @@ def _projector(effects: Terms, structure: str | None, n: int, like: Any) -> Proj
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'
         )
-    if xp is jnp and structure == "crossed":
+    if xp is not np and structure == "crossed":
         raise DataError(
             'the crossed structure needs concrete effects and weights: use "dense", whose '
             "derivatives are right where columns tie"
         )
     if structure is None:
-        structure = "grouped" if one_factor else "dense" if xp is jnp else "crossed"
+        structure = "grouped" if one_factor else "dense" if xp is not np else "crossed"
     if structure == "grouped":
         columns = xp.concatenate([columns for _, columns, _ in effects], axis=1)
         return GroupedBasis.of(effects[0][0], columns, effects[0][2])
     if structure == "crossed":
         return CrossedBasis(effects, like)
     total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
-    order = n if xp is jnp else min(n, total)
+    order = n if xp is not np else min(n, total)
     size = 8 * (3 * n * total + total * total + 4 * order * order)  # Z, Q and LAPACK's copy
     if size > MAX_DENSE_BYTES:
         raise DataError(
@@ -276,7 +275,7 @@ def _orthonormal(rows: Any, n: int) -> tuple[Any, Any]:
     p = rows.shape[1]
     if p >= n:
         raise DataError(f"X has {p} columns and only {n} rows")
-    if namespace(rows) is jnp:
+    if namespace(rows) is not np:
         return linalg.independent_columns(rows, dependent_share(rows.dtype))
     basis, triangle = orthonormal(rows)
     lengths = np.linalg.norm(rows, axis=0)

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxreml.backend.arrays import among, namespace
+from jaxreml.backend.arrays import among, leaves, namespace
+from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.backend.runtime import require_own_threads
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.model import linalg
@@ -32,6 +30,8 @@ from jaxreml.model.structures import Full, Grouped
 from jaxreml.model.units import Units
 from jaxreml.status import Status
 
+Array = Any  # NumPy's or JAX's
+
 # What can be the matter with data that cannot be refused, the worst first.
 TROUBLES = (
     Status.BAD_WEIGHTS,
@@ -42,7 +42,7 @@ TROUBLES = (
 )
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Design:
     """One data set and one model: a pytree, an argument of every objective and of `estimate`.
@@ -104,7 +104,7 @@ class Design:
     @property
     def numbers(self) -> int:
         """How many numbers the structure holds, which evaluations cost by."""
-        return sum(np.size(leaf) for leaf in jax.tree.leaves(self.structure))
+        return sum(np.size(leaf) for leaf in leaves(self.structure))
 
     @property
     def absent(self) -> Array:
@@ -231,7 +231,7 @@ class Design:
         """The design of one response on a basis."""
         trouble = worse(basis.trouble, response.trouble)
         log_weights = basis.log_weights
-        if namespace(trouble) is jnp:
+        if namespace(trouble) is not np:
             log_weights = jnp.where(trouble == Status.NOT_FINITE, jnp.nan, log_weights)
         return Design(
             structure=basis.structure.respond(basis.p, response),

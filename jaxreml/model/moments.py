@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, still
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
@@ -33,6 +30,8 @@ from jaxreml.model.response import Response
 from jaxreml.model.structures.grouped import Grouped, Products
 from jaxreml.model.units import Units
 from jaxreml.status import Status
+
+Array = Any  # NumPy's or JAX's
 
 SYMMETRIC = 1e-10  # asymmetry that rounding explains, relative to the lengths of the columns
 Names = Sequence[tuple[str, Sequence[str]]]
@@ -90,7 +89,7 @@ def of_moments(
     left = xp.where(some[:, None] & some, left, 0.0)
     remainder = left[:p, :p] + xp.diag(xp.where(absent, xp.ones(p, kind), 0.0))
     products = of_y = None
-    if xp is jnp:
+    if xp is not np:
         products = Products(zz, columns[:, :p], present)
         of_y = columns[:, p], rest[:p, p], rest[p, p]
     sizes = tuple(len(effects) for _, effects in terms)
@@ -173,7 +172,7 @@ def _scores(factors: Any, columns: Any) -> Any:
 
 def _fixed(array: Any) -> Any:
     """Without derivatives."""
-    return jax.lax.stop_gradient(array) if isinstance(array, Array) else array
+    return still(array)
 
 
 def _named(names: Names | None, q: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -212,7 +211,7 @@ def _check(arrays: dict[str, Any], terms: tuple[Any, ...], n: Any) -> None:
     if counted and n <= len(xx):
         raise DataError(f"X has {len(xx)} columns and only {n} rows")
     for name, matrix in (("zz", zz), ("xx", xx), ("yy", yy.reshape(1, 1))):
-        if namespace(matrix) is jnp:
+        if namespace(matrix) is not np:
             continue
         squares = matrix[..., np.arange(matrix.shape[-1]), np.arange(matrix.shape[-1])]
         if np.any(squares < 0):

@@ -19,16 +19,16 @@ import math
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxreml.backend.arrays import namespace
+from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
 from jaxreml.model.design import Design, require_precision
 from jaxreml.model.structures import Marginal
+
+Array = Any  # NumPy's or JAX's
 
 
 def reml_objective(parameters: Array, design: Design, *, harville: bool = False) -> Array:
@@ -90,7 +90,7 @@ def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
     return _compiled_objective(parameters.astype(design.dtype), design.without_names(), reml)
 
 
-@partial(jax.jit, static_argnums=2)
+@deferred(lambda: partial(jax.jit, static_argnums=2))
 def _compiled_objective(parameters: Array, design: Design, reml: bool) -> Array:
     with usual_promotion():
         omega, log_sigma2 = design.units.omega(parameters, design.covariance)

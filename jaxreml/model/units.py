@@ -14,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
@@ -30,7 +29,7 @@ NEAR = 1e-2  # share of a column that those before it leave, below which the bas
 DEPENDENT = 1e-10  # and above which it is, as for columns of X
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Units:
     """Bases of the terms' effects; may have the axis of lanes, of length 1, at the end.
@@ -207,7 +206,7 @@ def _matrix(columns: Any, n: int) -> tuple[Any, bool]:
     xp = namespace(columns)
     scale = xp.sqrt(xp.sum(columns * columns, axis=0) / n)
     scale = xp.where(scale > 0, scale, 1.0)
-    if xp is jnp:  # a unit, which the likelihood does not depend on
+    if xp is not np:  # a unit, which the likelihood does not depend on
         return jnp.diag(jax.lax.stop_gradient(scale)), False
     if columns.shape[1] > 1:
         triangle = np.linalg.qr(columns / scale, mode="r") / np.sqrt(n)

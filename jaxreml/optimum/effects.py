@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import evaluated
+from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
@@ -60,7 +59,7 @@ def inspect_on_host(estimate: Estimate, design: Design, method: str) -> Inspecti
         return _inspection(estimate.theta, design, is_reml(method), differences)
 
 
-@partial(jax.jit, static_argnums=2)
+@deferred(lambda: partial(jax.jit, static_argnums=2))
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
     return _inspection(estimate.theta, design, reml, criterion)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxreml.arguments import is_reml
+from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model.design import Design, require_precision
 from jaxreml.optimum import newton
@@ -18,6 +16,8 @@ from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.optimum.report import report
 from jaxreml.optimum.search import Point, expand_chart, found, outcome
 from jaxreml.status import Status as Status
+
+Array = Any  # NumPy's or JAX's
 
 
 def estimate(
@@ -67,7 +67,7 @@ def estimate_on_host(
         return report(trace.at, trace.point, trace, design, status)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
+@deferred(lambda: partial(jax.jit, static_argnums=(1, 2, 3)))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
     with usual_promotion():
         fixed = jax.lax.stop_gradient(design)
@@ -75,7 +75,7 @@ def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float)
         status = outcome(trace.at, trace.point, trace, fixed)
         is_optimum = status == Status.CONVERGED
         design = _still_unless(is_optimum, design)
-        chart, point = _optimum(reml, design, trace.at, trace.point)
+        chart, point = _differentiable()(reml, design, trace.at, trace.point)
         return _still_unless(is_optimum, report(chart, point, trace, design, status))
 
 
@@ -88,7 +88,13 @@ def _still_unless(condition: Array, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@lru_cache
+def _differentiable() -> Any:
+    rule = jax.custom_jvp(_optimum, nondiff_argnums=(0,))
+    rule.defjvp(_optimum_jvp)
+    return rule
+
+
 def _optimum(reml: bool, design: Design, chart: Array, point: Point) -> tuple[Array, Point]:
     """The optimum found, with the derivatives that it has as a function of the design.
 
@@ -98,10 +104,9 @@ def _optimum(reml: bool, design: Design, chart: Array, point: Point) -> tuple[Ar
     return chart, point
 
 
-@_optimum.defjvp
-@usual_promotion()
+@deferred(usual_promotion)
 def _optimum_jvp(reml, primals, tangents):
-    chart, point = _optimum(reml, *primals)
+    chart, point = _differentiable()(reml, *primals)
     design, design_dot = primals[0], tangents[0]
     at = partial(expand_chart, reml=reml)
     _, gradient_dot = jax.jvp(lambda design: at(chart, design).gradient, (design,), (design_dot,))

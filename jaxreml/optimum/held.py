@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import quick_compilation, remembered
+from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Covariance

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxreml.backend.arrays import namespace
+from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
@@ -18,7 +17,7 @@ from jaxreml.optimum.search import Point, inner_hessian
 Array = Any  # NumPy's or JAX's
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Estimate:
     """The optimum and what follows from it: a pytree of arrays, m variance parameters.

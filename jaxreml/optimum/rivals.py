@@ -17,11 +17,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxreml.backend.arrays import chosen, namespace, on_host
+from jaxreml.backend.lazy import jax, jnp
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import scipy
-from scipy.optimize import brentq
 from scipy.special import chdtrc, fdtrc, ndtri, stdtr, stdtrit
 
 ADJUSTMENTS = ("none", "tukey", "dunnettx", "mvt", "bonferroni", "holm", "sidak", "BH")
@@ -177,6 +176,8 @@ def _by_df(function: Callable[[float], float], df: np.ndarray) -> np.ndarray:
 
 def _solved(p_value: Callable, level: float, df: float, tests: int) -> float:
     """The t whose p-value is 1 - level: beyond that of a single test, within Bonferroni's."""
+    from scipy.optimize import brentq  # takes a third of a second to import
+
     single, bonferroni = -stdtrit(df, (1 - level) / np.array([2, 2 * tests]))
     within = single * 0.99, bonferroni * 1.01
     root: Any = brentq(lambda t: p_value(t) - (1 - level), *within, xtol=1e-8)

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxreml.arguments import is_reml
+from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import JaxremlError
 from jaxreml.inference.likelihood.charts import (

@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.experimental import checkify
-from jax.scipy.linalg import block_diag
 
+from jaxreml.backend.arrays import namespace
+from jaxreml.backend.lazy import jax, jnp, when_imported
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
+from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 
+Array = Any  # NumPy's or JAX's
+
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel
 
-Components = dict[str, Array]
+Components = dict[str, Any]
 Function = Callable[[Array, Components], Array]
 Groups = tuple[tuple[str, int], ...]  # per term the grouping factor and the number of effects
 
@@ -41,15 +41,19 @@ class _Named(dict):
         raise DataError(f"components has no {key!r}; this model's are {known}")
 
 
-jax.tree_util.register_pytree_node(
-    _Named,
-    lambda named: (tuple(named.values()), tuple(named)),
-    lambda keys, values: _Named(zip(keys, values, strict=True)),
+when_imported(
+    lambda: jax.tree_util.register_pytree_node(
+        _Named,
+        lambda named: (tuple(named.values()), tuple(named)),
+        lambda keys, values: _Named(zip(keys, values, strict=True)),
+    )
 )
 
 
 def require_entries(g: Function, fit: FittedModel) -> None:
     """Raise DataError if g asks for entries that there are none of: JAX would give it others."""
+    from jax.experimental import checkify
+
     groups = fit.term_sizes
 
     def at(beta: Array, theta: Array, sigma: Array) -> Any:
@@ -71,16 +75,17 @@ def covariance_of(groups: Groups) -> Covariance:
 
 
 def of_theta(theta: Array, sigma: Array, groups: Groups) -> Components:
-    """Components at relative Cholesky factors (m,) and a residual standard deviation."""
+    """Components at relative Cholesky factors (m, ...) and residual standard deviations."""
     factors = natural.split_triangles(theta, covariance_of(groups).sizes)
-    return _named([sigma**2 * factor @ factor.T for factor in factors], sigma**2, groups)
+    squares = [linalg.matmul(factor, linalg.transpose(factor)) for factor in factors]
+    return _named([sigma**2 * square for square in squares], sigma**2, groups)
 
 
 def of_parameters(parameters: Array, groups: Groups) -> Components:
     """Components at `Estimate.parameters` (m + 1,), which `inside` has made finite."""
     covariance = covariance_of(groups)
     omega, log_sigma2 = covariance.natural(parameters)
-    sigma2 = jnp.exp(log_sigma2)
+    sigma2 = namespace(parameters).exp(log_sigma2)
     matrices = natural.symmetric_matrices(omega, covariance.sizes)
     return _named([sigma2 * matrix for matrix in matrices], sigma2, groups)
 
@@ -88,21 +93,20 @@ def of_parameters(parameters: Array, groups: Groups) -> Components:
 def inside(parameters: Array, groups: Groups) -> Array:
     """Finite numbers for `parameters` on the boundary, where nothing changes with them."""
     covariance = covariance_of(groups)
-    of_variances, of_correlations = covariance.positions, covariance.others
-    variances = jnp.maximum(parameters[of_variances], parameters[-1] + LOG_ZERO)
-    correlations = jnp.nan_to_num(jnp.clip(parameters[of_correlations], -FAR, FAR))
-    return parameters.at[of_variances].set(variances).at[of_correlations].set(correlations)
+    xp = namespace(parameters)
+    is_variance = np.isin(np.arange(len(parameters)), covariance.positions)
+    correlations = xp.nan_to_num(xp.clip(parameters, -FAR, FAR))
+    return xp.where(is_variance, xp.maximum(parameters, parameters[-1] + LOG_ZERO), correlations)
 
 
 def finite(fit: FittedModel) -> np.ndarray:
     """The parameters (m + 1,) of a fit as `inside` makes them."""
-    with neutral():
-        return np.asarray(inside(jnp.asarray(fit.parameters), fit.term_sizes))
+    return inside(fit.parameters, fit.term_sizes)
 
 
 def _named(matrices: list[Array], sigma2: Array, groups: Groups) -> Components:
     of_factor: dict[str, list[Array]] = {}
     for (name, _), matrix in zip(groups, matrices, strict=True):
         of_factor.setdefault(name, []).append(matrix)
-    named = {name: block_diag(*parts) for name, parts in of_factor.items()}
+    named = {name: linalg.block_diagonal(parts) for name, parts in of_factor.items()}
     return _Named({**named, RESIDUAL: sigma2})

@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax import Array
 from scipy.special import expit, logit, ndtri
 
 from jaxreml.arguments import check_conf_level
 from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import components
 from jaxreml.model.covariance import natural
+
+Array = Any  # NumPy's or JAX's
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel

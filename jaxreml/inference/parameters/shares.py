@@ -11,18 +11,19 @@ definitions. Intervals are made on the logit scale.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax import Array
 
 from jaxreml.backend.compilation import remembered
+from jaxreml.backend.lazy import jnp
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import components
 from jaxreml.inference.parameters.delta import Program, linearise, program, wald
+
+Array = Any  # NumPy's or JAX's
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel

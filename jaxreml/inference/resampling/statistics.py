@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.backend.compilation import remembered
+from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -21,6 +21,8 @@ from jaxreml.inference.parameters import components
 from jaxreml.inference.parameters.components import Components, Groups
 from jaxreml.many.numbers import Fits
 from jaxreml.model.covariance.unstructured import unstructured
+
+Array = Any  # NumPy's or JAX's
 
 Statistic = Callable[[Array, Components], Any]
 TOGETHER = 1024  # refits that a statistic is computed of at a time
@@ -41,39 +43,47 @@ def fits_of(fit: FittedModel) -> Fits:
 
 
 def default(fit: FittedModel) -> Statistic:
-    """The default statistics, one function for all fits of the same labels."""
-    return _default_statistics(fit.fixed_names, fit.groups)
+    """The default statistics, equal for all fits of the same labels."""
+    return Default(fit.fixed_names, fit.groups)
 
 
-@lru_cache
-def _default_statistics(
-    fixed: tuple[str, ...], terms: tuple[tuple[str, tuple[str, ...]], ...]
-) -> Statistic:
-    """Fixed effects, sigma, SDs, correlations within terms and log-variances, by name."""
+@dataclass(frozen=True)
+class Default:
+    """Fixed effects, sigma, SDs, correlations within terms and log-variances, by name.
 
-    def statistics(beta: Array, components: Components) -> dict[str, Array]:
-        found = {f"beta[{name}]": beta[k] for k, name in enumerate(fixed)}
-        found["sigma"] = jnp.sqrt(components[RESIDUAL])
+    Of one fit, or of many on the last axis.
+
+    Attributes:
+        fixed: names of the fixed effects.
+        terms: per term the grouping factor and the names of its effects.
+    """
+
+    fixed: tuple[str, ...]
+    terms: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __call__(self, beta: Array, components: Components) -> dict[str, Array]:
+        """As any statistic."""
+        xp = namespace(beta)
+        found = {f"beta[{name}]": beta[k] for k, name in enumerate(self.fixed)}
+        found["sigma"] = xp.sqrt(components[RESIDUAL])
         starts = dict.fromkeys(components, 0)
         correlations, logs = {}, {}
-        for group, effects in terms:
+        for group, effects in self.terms:
             start = starts[group]
             starts[group] += len(effects)
             places = range(start, starts[group])
             matrix = components[group]
             for k, effect in zip(places, effects, strict=True):
-                found[f"sd[{group}, {effect}]"] = jnp.sqrt(matrix[k, k])
-                logs[f"log_variance[{group}, {effect}]"] = jnp.log(matrix[k, k])
+                found[f"sd[{group}, {effect}]"] = xp.sqrt(matrix[k, k])
+                logs[f"log_variance[{group}, {effect}]"] = xp.log(matrix[k, k])
             labelled = zip(places, effects, strict=True)
             for (j, first), (i, second) in combinations(labelled, 2):
-                scale = jnp.sqrt(matrix[i, i]) * jnp.sqrt(matrix[j, j])
-                correlations[f"correlation[{group}, {first}, {second}]"] = jnp.clip(
+                scale = xp.sqrt(matrix[i, i]) * xp.sqrt(matrix[j, j])
+                correlations[f"correlation[{group}, {first}, {second}]"] = xp.clip(
                     matrix[i, j] / scale, -1.0, 1.0
                 )
-        logs[f"log_variance[{RESIDUAL}]"] = jnp.log(components[RESIDUAL])
+        logs[f"log_variance[{RESIDUAL}]"] = xp.log(components[RESIDUAL])
         return found | correlations | logs
-
-    return statistics
 
 
 def standard_errors(fits: Fits, groups: Groups) -> np.ndarray:
@@ -100,6 +110,10 @@ def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str
     Raises:
         ValueError: the function gives something else than numbers, arrays or a dict of them.
     """
+    if isinstance(function, Default):
+        with np.errstate(all="ignore"):
+            found = function(fits.beta.T, components.of_theta(fits.theta.T, fits.sigma, groups))
+        return tuple(found), np.stack(list(found.values()), axis=1)
     b, p = fits.beta.shape
     size = min(TOGETHER, b)
     rows = []

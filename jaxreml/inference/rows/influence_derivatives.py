@@ -18,13 +18,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.scipy.linalg import block_diag
 
 from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -35,6 +32,8 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.structures.layout import Layout
 from jaxreml.optimum.effects import from_basis, scaled_rows, whitened
+
+Array = Any  # NumPy's or JAX's
 
 LEFT = 1e-10  # share of a coefficient's information, or of a row, that a group must leave
 BLOCK = 10**7  # numbers of rows by random effects at a time
@@ -305,7 +304,7 @@ def _parts(
     beta = design.beta_ols + to_beta @ factor[p, :p]
 
     # In columns of which [X y]' V0^-1 [X y] is the identity: [X y] and V0^-1 [X y]
-    loaded = Z @ block_diag(*natural.symmetric_matrices(omega, design.sizes))
+    loaded = Z @ linalg.block_diagonal(list(natural.symmetric_matrices(omega, design.sizes)))
     cross = structure.combine(projection.cross, to_white)[:, :, levels]
     white = columns @ to_white
     solved = white - jnp.einsum("na,aun->nu", loaded, cross)

@@ -9,16 +9,18 @@ zero without a correlation for any number.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from jaxreml.backend.lazy import jnp
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Report
 from jaxreml.model.covariance.factors import lower_factor
 from jaxreml.model.covariance.natural import places, triangle
+
+Array = Any  # NumPy's or JAX's
 
 
 @dataclass(frozen=True)

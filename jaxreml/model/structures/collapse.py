@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
+from jaxreml.backend.lazy import record
 from jaxreml.model.structures.grouped import Partition
 
 Array = Any  # NumPy's or JAX's
@@ -24,7 +24,7 @@ NO_X = 1e-13  # length of a score of (orthonormal) X that is rounding error
 MAX_ROTATION = 2 * 10**7  # entries of the rotation; above it levels stay as they are
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Collapse:
     """How J levels become G, r of them rotated and q for each of D classes.

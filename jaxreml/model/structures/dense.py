@@ -10,12 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.backend.lazy import jnp, record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import (
@@ -28,10 +26,12 @@ from jaxreml.model.structures.base import (
 )
 from jaxreml.model.structures.layout import Layout
 
+Array = Any  # NumPy's or JAX's
+
 ROW_ENTRIES = 10**7  # of rows by random effects at a time
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Dense(OfColumns, Explicit):
     """Cross-products of any random terms, Q random effects altogether.
@@ -134,7 +134,7 @@ class Dense(OfColumns, Explicit):
         return np.concatenate(parts)
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class DenseBasis:
     """The orthogonal factorisation Z = Q F of all random effects.
@@ -154,7 +154,7 @@ class DenseBasis:
     def of(effects: Terms) -> DenseBasis:
         """Factorise the columns of all terms, scaled."""
         n = effects[0][0].size
-        traced = any(isinstance(columns, Array) for _, columns, _ in effects)
+        traced = not on_host(*(columns for _, columns, _ in effects))
         blocks = []
         for codes, columns, n_levels in effects:
             q = columns.shape[1]

@@ -12,16 +12,16 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jaxreml.backend.arrays import namespace, on_host, still
+from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.response import Response
 from jaxreml.model.structures.base import Explicit, Marginal, OfColumns, Projection, Rows
+
+Array = Any  # NumPy's or JAX's
 
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
@@ -92,7 +92,13 @@ class Products(NamedTuple):
     rest: Array
 
 
-@jax.custom_jvp
+@lru_cache
+def _differentiable() -> Any:
+    rule = jax.custom_jvp(_projection)
+    rule.defjvp(_projection_jvp)
+    return rule
+
+
 def _projection(
     omega: Array, factors: Array, scores: Array, remainder: Array, products: Products
 ) -> Projection:
@@ -105,11 +111,10 @@ def _projection(
     return Grouped(factors, scores, remainder, (len(omega),))._of_matrix(omega)
 
 
-@_projection.defjvp
 def _projection_jvp(primals, tangents):
     """With B and D the projection's, A and C the products and M = (I + A Omega)^-1 = I - B Omega:
     B = M A, D = M C, log|V| = log|I + A Omega| and gram = [X y]'[X y] - C'Omega D."""
-    found = _projection(*primals)
+    found = _differentiable()(*primals)
     omega, omega_dot = primals[0], tangents[0]
     dot = tangents[4]
     inner, cross = found.inner, found.cross
@@ -134,7 +139,7 @@ def _projection_jvp(primals, tangents):
     )
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Grouped(OfColumns, Levels):
     """Cross-products of one grouping factor with J levels.
@@ -175,7 +180,7 @@ class Grouped(OfColumns, Levels):
         matrix = self._omega(omega)
         if self.products is None:
             return self._of_matrix(matrix)
-        return _projection(matrix, self.factors, self.scores, self.remainder, self.products)
+        return _differentiable()(matrix, self.factors, self.scores, self.remainder, self.products)
 
     def _of_matrix(self, omega: Array) -> Projection:
         """`project` at Omega, (q, q, 1)."""
@@ -256,7 +261,7 @@ def pairing(sizes: tuple[int, ...]) -> np.ndarray:
     return traces.reshape(m * m, t * t)
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Partition:
     """Rows by the levels of a factor.
@@ -297,7 +302,7 @@ class Partition:
         return sums.astype(values.dtype, copy=False)
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class GroupedBasis:
     """The within-level orthogonal factorisation Z = Q F.
@@ -318,7 +323,7 @@ class GroupedBasis:
     @staticmethod
     def of(codes: np.ndarray, effects: Any, n_levels: int) -> GroupedBasis:
         """Factorise columns (n, q), scaled, NumPy or traced, in levels 0..J-1 of the rows."""
-        traced = isinstance(effects, Array)
+        traced = not on_host(effects)
         by_level = Partition(codes.astype(natural.INDEX), n_levels)
         xp: Any = jnp if traced else np
         directions: list[Any] = []

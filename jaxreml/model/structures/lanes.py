@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxreml.backend.arrays import among, namespace
+from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.response import Response
@@ -36,7 +36,7 @@ class Cross(NamedTuple):
     response: Array
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class GroupedBatch(Levels):
     """Cross-products of one grouping factor with J levels and B responses.

@@ -17,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
+from jaxreml.backend.lazy import record
 
 Array = Any  # NumPy's or JAX's
 
@@ -28,7 +28,7 @@ NULL = 1e-13  # eigenvalues below this fraction of the largest, per level, are z
 MAX_ORDER = 2000  # of the eigenproblem
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Spectral:
     """The rotation of G levels, `mixed` of which have scores of X, into L.
