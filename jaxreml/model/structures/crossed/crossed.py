@@ -150,8 +150,11 @@ class Crossed(OfColumns):
         _, C, form = self._reduced(done)
         if not self.levels:
             return Marginal(done.logdet, form)
-        solution = self._solve(tail, done.A, C)
-        return Marginal(done.logdet + solution.logdet, form - solution.form)
+        if on_host(omega, C):
+            logdet, explained = schur.reduce(self.layout, tail, done.A, C)
+        else:  # which leaves out what it does not need
+            logdet, _, _, explained = self._solve(tail, done.A, C)
+        return Marginal(done.logdet + logdet, form - explained)
 
     def project(self, omega: Array) -> Projection:
         chain, tail = self._split(omega)

@@ -62,7 +62,7 @@ class Weighted:
             shared = weights[:, :, self.leaders][natural.triangle(q)]
             parts = sum(w[self.classes] * v for w, v in zip(shared, self.values, strict=True))
             lower = sums_by(parts, self.cells, total * total).reshape(total, total)
-            result = result + lower + lower.T
+            result = linalg.mirrored(lower)
         if self.full.size:
             scaled = linalg.matmul(weights[:, :, self.full, None], self.rows[:, None])
             result = result + self.rows.reshape(-1, total).T @ scaled.reshape(-1, total)
@@ -106,7 +106,7 @@ class Products:
         """As in `Weighted`; `weighted` is W_j S_j, (q, couplings)."""
         parts = self._halves * (weighted[:, self.left] * tail[:, self.right]).sum(axis=0)
         lower = sums_by(parts, self.cells, self.total**2).reshape(self.total, self.total)
-        return lower + lower.T
+        return linalg.mirrored(lower)
 
     def pulled(self, tail: Array, R: Array) -> Array:
         """S_j R of couplings (r, k), where they are, for symmetric R (Q, Q)."""

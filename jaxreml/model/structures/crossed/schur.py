@@ -46,10 +46,6 @@ def _roots(layout: Layout, omega: Array) -> tuple[Array, ...]:
     return tuple(factor_semidefinite(matrix, 0.0)[0] for matrix in matrices)
 
 
-def _flip(matrices: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(matrix.T for matrix in matrices)
-
-
 def solve(layout: Layout, omega: Array, A: Array, C: Array) -> Solution:
     """Factorise and solve.
 
@@ -59,18 +55,33 @@ def solve(layout: Layout, omega: Array, A: Array, C: Array) -> Solution:
         A: (Q, Q), symmetric.
         C: (Q, k).
     """
-    roots = _roots(layout, omega)
-    xp = namespace(A)
-    identity = xp.eye(len(A), dtype=A.dtype)
-    across = _flip(roots)
-    inside = identity + layout.times(layout.times(A, roots).T, roots)
-    factor = linalg.cholesky(inside)
-    half = linalg.solve_lower(factor, layout.times(C.T, roots).T)
+    roots, factor, half = _factorise(layout, omega, A, C)
+    across = tuple(root.T for root in roots)
     modes = layout.times(linalg.solve_lower(factor, half, transposed=True).T, across).T
-    inverse = linalg.solve_lower(factor, linalg.solve_lower(factor, identity), transposed=True)
+    inverse = linalg.inverse_of_factor(factor)
     inverse = layout.times(layout.times(inverse, across).T, across)
-    logdet = 2 * xp.sum(xp.log(xp.diagonal(factor)))
-    return Solution(logdet, inverse, modes, half.T @ half)
+    return Solution(_logdet(factor), inverse, modes, half.T @ half)
+
+
+def reduce(layout: Layout, omega: Array, A: Array, C: Array) -> tuple[Array, Array]:
+    """`Solution.logdet` and `form` alone."""
+    _, factor, half = _factorise(layout, omega, A, C)
+    return _logdet(factor), half.T @ half
+
+
+def _factorise(
+    layout: Layout, omega: Array, A: Array, C: Array
+) -> tuple[tuple[Array, ...], Array, Array]:
+    """Lambda_k, the Cholesky factor L of S, and L^-1 Lambda'C."""
+    roots = _roots(layout, omega)
+    inside = layout.times(layout.times(A, roots).T, roots)
+    factor = linalg.cholesky(linalg.plus_identity(inside))
+    return roots, factor, linalg.solve_lower(factor, layout.times(C.T, roots).T)
+
+
+def _logdet(factor: Array) -> Array:
+    xp = namespace(factor)
+    return 2 * xp.sum(xp.log(xp.diagonal(factor)))
 
 
 def complements(layout: Layout, omega: Array, A: Array, R: Array) -> tuple[Array, Array]:
