@@ -71,15 +71,3 @@ def sums_by(values: Any, index: Any, count: int) -> Any:
     if not front:
         return segment_sum(values, index, count)
     return segment_sum(rows.T, index, count).T.reshape(*front, count)
-
-
-def filled(shape: tuple[int, ...], places: tuple[Any, ...], values: Any) -> Any:
-    """Zeros (q, *shape) with values (q, k) at `places`, an index array for each axis of `shape`."""
-    if on_host(values, *places):
-        found = np.zeros((len(values), *shape), values.dtype)
-        found[(slice(None), *places)] = values
-        return found
-    import jax.numpy as jnp
-
-    empty = jnp.zeros((len(values), *shape), values.dtype)
-    return empty.at[(slice(None), *places)].set(values, unique_indices=True)

@@ -14,11 +14,15 @@ before, K_j = Omega (I + A_j Omega)^-1 takes its part away.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
 
-from jaxreml.backend.arrays import filled, namespace, sums_by
+from jaxreml.backend.arrays import namespace, on_host, sums_by
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 
@@ -54,15 +58,28 @@ class Weighted:
     full: Array
     rows: Array
 
+    @cached_property
+    def _matrix(self) -> Any:
+        """`values`, sparse on the host: by cells and, for each row in turn, classes."""
+        t, count = self.values.shape
+        columns = np.arange(t)[:, None] * len(self.leaders) + self.classes
+        places = np.broadcast_to(self.cells, (t, count)).ravel(), columns.ravel()
+        shape = self.rows.shape[2] ** 2, t * len(self.leaders)
+        return sp.coo_matrix((self.values.ravel(), places), shape).tocsr()
+
     def assemble(self, weights: Array, weighted: Array, tail: Array) -> Array:
         """Sum of S_j' W_j S_j, (Q, Q), over levels j with couplings S_j and weights (q, q, J)."""
         q, _, total = self.rows.shape
         result = namespace(weights).zeros((total, total), weights.dtype)
         if self.cells.size:
             shared = weights[:, :, self.leaders][natural.triangle(q)]
-            parts = sum(w[self.classes] * v for w, v in zip(shared, self.values, strict=True))
-            lower = sums_by(parts, self.cells, total * total).reshape(total, total)
-            result = linalg.mirrored(lower)
+            if on_host(shared):
+                lower = self._matrix @ shared.reshape(-1)
+            else:
+                pairs = zip(shared, self.values, strict=True)
+                parts = sum(weight[self.classes] * own for weight, own in pairs)
+                lower = sums_by(parts, self.cells, total * total)
+            result = linalg.mirrored(lower.reshape(total, total))
         if self.full.size:
             scaled = linalg.matmul(weights[:, :, self.full, None], self.rows[:, None])
             result = result + self.rows.reshape(-1, total).T @ scaled.reshape(-1, total)
@@ -74,9 +91,13 @@ class Weighted:
         q, _, total = self.rows.shape
         found = namespace(R).zeros((q, q, n_levels), R.dtype)
         if self.cells.size:
-            inside = self.values * R.reshape(-1)[self.cells]
-            twice = sums_by(inside, self.classes, len(self.leaders))[natural.places(q)]
-            own = twice * (1 + linalg.eye_like(twice))
+            if on_host(R):
+                halves = (self._matrix.T @ R.reshape(-1)).reshape(len(self.values), -1)
+            else:
+                inside = self.values * R.reshape(-1)[self.cells]
+                halves = sums_by(inside, self.classes, len(self.leaders))
+            own = halves[natural.places(q)]
+            own = own * (1 + linalg.eye_like(own))
             found = found + sums_by(own, self.leaders, n_levels)
         if self.full.size:
             images = (self.rows.reshape(-1, total) @ R).reshape(self.rows.shape)
@@ -162,18 +183,18 @@ class Stage:
 
     def to_tail(self, tail: Array, columns: Array, total: int) -> Array:
         """Sums over levels of couplings (q, k) times columns (q, u, J), (Q, u)."""
-        if self._is_dense(total, columns.shape[1]):
+        if on_host(tail, columns) or self._is_dense(total, columns.shape[1]):
             pairs = zip(self._matrices(tail, total), columns, strict=True)
-            return sum(matrix.T @ own.T for matrix, own in pairs)
+            return sum(matrix.T @ own.T for matrix, own in pairs)  # pyright: ignore
         products = (tail[:, None] * columns[:, :, self.level]).sum(axis=0)
         return sums_by(products, self.effect, total).T
 
     def from_tail(self, values: Array, tail: Array) -> Array:
         """Sums over the tail of couplings (q, k) times values (Q, u), (q, u, J)."""
         xp = namespace(values, tail)
-        if self._is_dense(*values.shape):
+        if on_host(values, tail) or self._is_dense(*values.shape):
             matrices = self._matrices(tail, len(values))
-            return xp.stack([values.T @ matrix.T for matrix in matrices])
+            return xp.stack([(matrix @ values).T for matrix in matrices])
         own = values.T[:, self.effect]
         return xp.stack([sums_by(row * own, self.level, self.n_levels) for row in tail])
 
@@ -182,9 +203,18 @@ class Stage:
         cells = self.n_levels * total
         return cells < DENSE and cells * (1 + columns / GEMM) < SUM * self.level.size * columns
 
-    def _matrices(self, tail: Array, total: int) -> Array:
-        """Couplings (q, k) as matrices, (q, J, Q)."""
-        return filled((self.n_levels, total), (self.level, self.effect), tail)
+    def _matrices(self, tail: Array, total: int) -> Any:
+        """Couplings (q, k) as q matrices (J, Q), sparse on the host."""
+        if on_host(tail):
+            shape = self.n_levels, total
+            return [sp.csr_matrix((row, self.effect, self._ends), shape) for row in tail]
+        empty = jnp.zeros((len(tail), self.n_levels, total), tail.dtype)
+        return empty.at[:, self.level, self.effect].set(tail, unique_indices=True)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """(J + 1,), where the couplings of the levels start and end."""
+        return np.searchsorted(self.level, np.arange(self.n_levels + 1)).astype(natural.INDEX)
 
 
 class Couplings(NamedTuple):
