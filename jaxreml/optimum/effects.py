@@ -21,7 +21,6 @@ from jaxreml.model.structures.base import Rows
 from jaxreml.optimum.report import Estimate
 
 Array = Any  # NumPy's or JAX's
-NEAR = 1e-3  # a distance that shows how fast the criterion rises in a coordinate
 STEP = 0.02  # of differences, in units of a coordinate
 
 
@@ -94,9 +93,10 @@ def criterion(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Ar
 def differences(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, Array]:
     """`criterion` by values of the objective alone, at four points along each coordinate.
 
-    Their error is of the fourth order in the step, STEP in the coordinate's own unit: where the
-    criterion has risen by STEP squared over two. Rounding leaves of a slope, in that unit, what it
-    leaves of the criterion over STEP.
+    Two of them are STEP / sqrt(n) away, as the criterion curves by a few n at most. They show the
+    coordinate's own unit, in which the criterion rises by half: the other two are STEP of it away,
+    but twice as far as the first at least. The error of the slope is of the fourth order in these
+    distances. Rounding leaves in it what it leaves of the criterion, times sqrt(n) / STEP at most.
     """
     covariance = design.covariance
     whole = covariance.chart(design.scaled_factors(estimate.theta))
@@ -106,16 +106,17 @@ def differences(estimate: Estimate, design: Design, reml: bool) -> tuple[Array, 
         return float(profiled(covariance.omega(chart), design, reml=reml))
 
     here = value(whole)
+    near = STEP / np.sqrt(design.n)
     slopes = []
     for place in inside:
         unit = np.zeros_like(whole)
         unit[place] = 1.0
-        rise = value(whole + NEAR * unit) + value(whole - NEAR * unit) - 2 * here
-        step = STEP / np.sqrt(max(rise / NEAR**2, 1.0))
-        near, far = (
-            value(whole + k * step * unit) - value(whole - k * step * unit) for k in (1, 2)
-        )
-        slopes.append((8 * near - far) / (12 * step))
+        above, below = value(whole + near * unit), value(whole - near * unit)
+        curving = (above + below - 2 * here) / near**2
+        far = max(STEP / np.sqrt(max(curving, 1.0)), 2 * near)
+        by_far = (value(whole + far * unit) - value(whole - far * unit)) / far
+        by_near = (above - below) / near
+        slopes.append((far**2 * by_near - near**2 * by_far) / (far**2 - near**2) / 2)
     return here, np.array(slopes)
 
 
