@@ -6,6 +6,7 @@ scattering, trees of arrays. JAX is imported only where an array of its own is m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
@@ -92,3 +93,18 @@ def still(array: Any) -> Any:
     import jax
 
     return jax.lax.stop_gradient(array)
+
+
+def sums_by(values: Any, index: Any, count: int) -> Any:
+    """Sums of (..., k) over equal entries of `index`, (k,) integers: (..., count)."""
+    *front, k = values.shape
+    rows = values.reshape(math.prod(front), k)
+    if on_host(values, index):
+        index = index.astype(np.intp, copy=False)
+        sums = [np.bincount(index, row, count) for row in rows]
+        return np.array(sums, values.dtype).reshape(*front, count)
+    from jax.ops import segment_sum
+
+    if not front:
+        return segment_sum(values, index, count)
+    return segment_sum(rows.T, index, count).T.reshape(*front, count)

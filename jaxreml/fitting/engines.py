@@ -1,7 +1,7 @@
 """Which library works on a fit: NumPy, where nothing has to be compiled, or JAX.
 
-They run the same source. NumPy needs derivatives that are written out: those of the crossed
-structure are JAX's, so few effects of several factors take one matrix on NumPy instead.
+They run the same source. NumPy needs derivatives that are written out: a covariance of one's own
+may have none. Few effects of several factors take one matrix on NumPy, which is quicker there.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ def engine_for(design: Design, asked: str | None) -> str:
     if design.written_out:
         return asked or "numpy"
     if asked == "numpy":
-        raise ValueError(
-            'engine="numpy" has no derivatives of this structure: leave engine out, or ask for '
-            'structure="dense" too'
-        )
+        raise ValueError('engine="numpy" has no derivatives of this covariance: leave engine out')
     return "jax"
 
 

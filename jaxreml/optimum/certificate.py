@@ -14,8 +14,7 @@ import numpy as np
 
 GRADIENT = 1e-6  # This much of a gradient, per unit of the criterion, can be left by rounding.
 CRITERION = 1e-9  # The two programs' criteria may differ by this, per unit of the criterion.
-NEAR = 1e-3  # A distance that shows how fast the criterion rises in a coordinate.
-STEP = 0.02  # Of differences, in units of a coordinate.
+STEP = 0.02  # Of differences, in units of a direction.
 
 
 def is_certified(value: Any, again: Any, gradient_norm: Any) -> Any:
@@ -31,31 +30,22 @@ def is_certified(value: Any, again: Any, gradient_norm: Any) -> Any:
 
 
 def slopes_by_differences(
-    value: Callable[[np.ndarray], float],
-    at: np.ndarray,
-    directions: np.ndarray,
-    rises: np.ndarray | None = None,
+    value: Callable[[np.ndarray], float], at: np.ndarray, directions: np.ndarray, near: float
 ) -> tuple[float, np.ndarray]:
     """Value of a function at a point, and slopes along (k, m) directions from four values each.
 
-    Their error is of the fourth order in the step, STEP in the direction's own unit: where the
-    function has risen by STEP squared over two. Rounding leaves of a slope, in that unit, what it
-    leaves of the function over STEP.
-
-    Args:
-        value: the function.
-        at: (m,).
-        directions: (k, m).
-        rises: (k,), second derivatives along them; from two more values each if left out.
+    Two of them are `near`. They show the direction's own unit, in which the function rises by half:
+    the other two are STEP of it away, but twice as far as the first at least. The error of the
+    slope is of the fourth order in these distances. Rounding leaves in it what it leaves of the
+    function, over `near` at most.
     """
     here = value(at)
     slopes = []
-    for k, way in enumerate(directions):
-        if rises is None:
-            rise = (value(at + NEAR * way) + value(at - NEAR * way) - 2 * here) / NEAR**2
-        else:
-            rise = rises[k]
-        step = STEP / np.sqrt(max(rise, 1.0))
-        near, far = (value(at + k * step * way) - value(at - k * step * way) for k in (1, 2))
-        slopes.append((8 * near - far) / (12 * step))
+    for way in directions:
+        above, below = value(at + near * way), value(at - near * way)
+        curving = (above + below - 2 * here) / near**2
+        far = max(STEP / np.sqrt(max(curving, 1.0)), 2 * near)
+        by_far = (value(at + far * way) - value(at - far * way)) / far
+        by_near = (above - below) / near
+        slopes.append((far**2 * by_near - near**2 * by_far) / (far**2 - near**2) / 2)
     return here, np.array(slopes)

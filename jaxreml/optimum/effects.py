@@ -17,7 +17,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.base import Rows
-from jaxreml.optimum.certificate import slopes_by_differences
+from jaxreml.optimum.certificate import STEP, slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
 Array = Any  # NumPy's or JAX's
@@ -90,14 +90,15 @@ def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
 
 
 def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
-    """`criterion` by values of the objective alone."""
+    """`criterion` by values of the objective alone, which curves by a few n at most."""
     covariance = design.covariance
 
     def value(chart: Array) -> float:
         return float(profiled(covariance.omega(chart), design, reml=reml))
 
     whole = covariance.chart(design.scaled_factors(theta))
-    return slopes_by_differences(value, whole, np.eye(whole.size)[covariance.inside])
+    ways = np.eye(whole.size)[covariance.inside]
+    return slopes_by_differences(value, whole, ways, STEP / np.sqrt(design.n))
 
 
 def conditional_variances(

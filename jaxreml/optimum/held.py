@@ -29,7 +29,7 @@ from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.optimum import newton
-from jaxreml.optimum.certificate import is_certified, slopes_by_differences
+from jaxreml.optimum.certificate import STEP, is_certified, slopes_by_differences
 from jaxreml.optimum.search import ZERO
 
 Array = Any  # NumPy's or JAX's
@@ -297,11 +297,10 @@ def _alone(start: np.ndarray, axes: Coordinates, design: Design, reml: bool) -> 
         x, point = trace.at, trace.point
         scale = axes.free / np.sqrt(1 + np.abs(point.hessian.diagonal()))
         ways = scale * np.array([np.ones(x.size), (-1.0) ** np.arange(x.size)])
-        rises = np.einsum("ki,ij,kj->k", ways, point.hessian, ways)
-        value, slopes = slopes_by_differences(criterion, x, ways, rises)
+        value, slopes = slopes_by_differences(criterion, x, ways, STEP / 2)
         gradient = point.slope
         if axes.shift.any():
-            gradient[-1:] = slopes_by_differences(criterion, x, np.eye(x.size)[-1:])[1]
+            gradient[-1:] = slopes_by_differences(criterion, x, np.eye(x.size)[-1:], STEP / 2)[1]
         beta = _fixed_effects(x, axes, design)
         certified = trace.converged & is_certified(point.value, value, np.linalg.norm(slopes))
     found = (x, value, gradient, point.full, beta, certified)

@@ -351,8 +351,10 @@ def predicted_gain(point: Any, step: Array) -> Array:
 
 def needs_exact(decrement: Array, before: Array, least: Array | float) -> Array:
     """Whether an approximate Hessian is no longer good enough: another step at the rate of the
-    last one would end the search, or the rate is slow near the optimum."""
-    rate = namespace(decrement).minimum(decrement / before, 1.0)
+    last one would end the search, or the rate is slow near the optimum. After the first expansion,
+    with an infinite decrement before it, there is none to go by."""
+    xp = namespace(decrement)
+    rate = xp.where(xp.isfinite(before), xp.minimum(decrement / before, 1.0), 1.0)
     return (decrement * rate <= least) | ((decrement < NEAR) & (rate > SLOW))
 
 

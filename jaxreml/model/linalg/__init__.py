@@ -39,8 +39,11 @@ __all__ = [
     "flat_inverse",
     "independent_columns",
     "inverse",
+    "inverse_of_factor",
     "lower",
     "matmul",
+    "mirrored",
+    "plus_identity",
     "qr",
     "row_products",
     "solve_lower",
@@ -80,6 +83,21 @@ def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
     Symmetric positive `definite`, by Cholesky factors, or not, by elimination with pivots.
     """
     return _of(matrix).inverse(matrix, definite)
+
+
+def inverse_of_factor(factor: Array) -> Array:
+    """(L L')^-1 for lower-triangular L, (k, k)."""
+    return _of(factor).inverse_of_factor(factor)
+
+
+def mirrored(triangle: Array) -> Array:
+    """L + L' for lower-triangular L, (k, k), which may be overwritten."""
+    return _of(triangle).mirrored(triangle)
+
+
+def plus_identity(matrix: Array) -> Array:
+    """M + I of (k, k), which may be overwritten."""
+    return _of(matrix).plus_identity(matrix)
 
 
 def eigh(matrix: Array) -> tuple[Array, Array]:

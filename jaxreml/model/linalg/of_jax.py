@@ -94,6 +94,22 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     )
 
 
+def inverse_of_factor(factor: Array) -> Array:
+    """As `linalg.inverse_of_factor`."""
+    half = solve_lower(factor, jnp.eye(len(factor), dtype=factor.dtype))
+    return solve_lower(factor, half, transposed=True)
+
+
+def mirrored(triangle: Array) -> Array:
+    """As `linalg.mirrored`."""
+    return triangle + triangle.T
+
+
+def plus_identity(matrix: Array) -> Array:
+    """As `linalg.plus_identity`."""
+    return matrix + jnp.eye(len(matrix), dtype=matrix.dtype)
+
+
 def _substitute(factor: Array, right: Array, transposed: bool) -> Array:
     """`solve_lower` for right with all lanes, without derivatives."""
     k = len(factor)

@@ -19,6 +19,7 @@ from jaxreml.model.linalg.plain import (
 
 Array = np.ndarray
 lapack: Any = scipy.linalg.lapack
+BLOCK = 128  # rows of a matrix that are transposed at a time, to stay in the cache
 
 
 def _lanes_first(matrix: Array) -> Array:
@@ -38,8 +39,9 @@ def cholesky(matrix: Array) -> Array:
     if matrix.ndim > 2:
         each = [cholesky(own) for own in _lanes_first(matrix)]
         return _lanes_last(np.stack(each), matrix.shape[2:])
-    factor, failed = lapack.dpotrf(matrix, lower=1, clean=1)
-    return np.full_like(factor, np.nan) if failed else factor
+    # LAPACK's matrices are the transposes of NumPy's.
+    factor, failed = lapack.dpotrf(matrix.T, lower=0, clean=1)
+    return np.full_like(matrix, np.nan) if failed else factor.T
 
 
 def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
@@ -53,12 +55,42 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
         return unrolled_solve(factor, right, transposed)
     if factor.size == k * k:  # the same in all lanes
         flat = right.reshape(k, -1)
-        solved, failed = lapack.dtrtrs(factor.reshape(k, k), flat, lower=1, trans=int(transposed))
+        upper = factor.reshape(k, k).T
+        solved, failed = lapack.dtrtrs(upper, flat, lower=0, trans=int(not transposed))
         return np.full_like(right, np.nan) if failed else solved.reshape(right.shape)
     full = (np.broadcast_to(own, (*own.shape[:2], *lanes)) for own in (factor, right))
     pairs = zip(*map(_lanes_first, full), strict=True)
     each = [solve_lower(left, own, transposed) for left, own in pairs]
     return _lanes_last(np.stack(each), lanes)
+
+
+def inverse_of_factor(factor: Array) -> Array:
+    """As `linalg.inverse_of_factor`."""
+    if len(factor) <= UNROLLED_ORDER:
+        half = solve_lower(factor, np.eye(len(factor)))
+        return half.T @ half
+    inverted, failed = lapack.dpotri(factor.T, lower=0)
+    if failed:
+        return np.full_like(factor, np.nan)
+    inverted = inverted.T
+    np.einsum("ii->i", inverted)[:] /= 2
+    return mirrored(inverted)
+
+
+def mirrored(triangle: Array) -> Array:
+    """As `linalg.mirrored`, in place."""
+    for start in range(0, len(triangle), BLOCK):
+        stop = start + BLOCK
+        corner = np.tril(triangle[start:stop, start:stop])
+        triangle[start:stop, start:stop] = corner + corner.T
+        triangle[start:stop, stop:] = triangle[stop:, start:stop].T
+    return triangle
+
+
+def plus_identity(matrix: Array) -> Array:
+    """As `linalg.plus_identity`, in place."""
+    np.einsum("ii->i", matrix)[:] += 1
+    return matrix
 
 
 def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:

@@ -45,6 +45,10 @@ class Layout:
 
     def times(self, array: Array, matrices: tuple[Array, ...]) -> Array:
         """array @ M for (., Q) and M block-diagonal, one (q, q) matrix per term for its levels."""
+        if max(self.sizes) == 1:
+            xp = namespace(array, *matrices)
+            scales = xp.stack([matrix[0, 0] for matrix in matrices])
+            return array * xp.repeat(scales, np.array(self.levels))
         columns = []
         for part, matrix, q in zip(self.split(array, axis=1), matrices, self.sizes, strict=True):
             for b in range(q):

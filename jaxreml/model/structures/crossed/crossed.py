@@ -13,27 +13,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax import Array
 
+from jaxreml.backend.arrays import namespace, on_host, sums_by
+from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Marginal, OfColumns, Projection, Rows
-from jaxreml.model.structures.crossed import schur
+from jaxreml.model.structures.crossed import derivatives, schur
 from jaxreml.model.structures.crossed.elimination import (
     Eliminated,
     Stage,
-    collect,
     eliminate,
+    gram,
+    reduce,
     substitute,
 )
 from jaxreml.model.structures.crossed.posterior import Posterior, row_variances, variances
 from jaxreml.model.structures.layout import Layout
+
+Array = Any  # NumPy's or JAX's
 
 
 class Inner(NamedTuple):
@@ -43,13 +46,11 @@ class Inner(NamedTuple):
         omegas: of the stages, and the tail's.
         done: the elimination at them.
         inverse: R, (Q, Q).
-        modes: R C, (Q, p + 1).
     """
 
     omegas: tuple[tuple[Array, ...], Array]
     done: Eliminated
     inverse: Array
-    modes: Array
 
 
 class Moments(NamedTuple):
@@ -70,7 +71,7 @@ class Moments(NamedTuple):
     n: Array
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Crossed(OfColumns):
     """Cross-products of any number of grouping factors, nested or crossed.
@@ -120,169 +121,163 @@ class Crossed(OfColumns):
         """Omega of the stages and of the tail."""
         inside = omega[self._positions]
         counts = [natural.count_theta(stage.sizes) for stage in self.stages]
-        *parts, tail = jnp.split(inside, np.cumsum(counts))
-        return tuple(parts), tail
+        parts = [inside[slice(*ends)] for ends in pairwise(accumulate([0, *counts]))]
+        return tuple(parts), inside[sum(counts) :]
 
     def _outside(self, array: Array, *axes: int) -> Array:
         """Parameters along `axes` from the order of the stages and tail to that of omega."""
         back = np.argsort(self._positions)
         for axis in axes:
-            array = jnp.take(array, back, axis=axis)
+            array = array[(slice(None),) * axis + (back,)]
         return array
 
-    def _eliminate(self, omegas: tuple[Array, ...]) -> Eliminated:
-        return eliminate(self.stages, omegas, self.rest, self.tail, self.remainder)
+    def _solve(self, omega: Array, A: Array, C: Array) -> schur.Solution:
+        if on_host(omega, A, C):
+            return schur.solve(self.layout, omega, A, C)
+        from jaxreml.model.structures.crossed import of_jax
+
+        return of_jax.solve(self.layout, omega, A, C)
+
+    def _reduced(self, done: Eliminated) -> tuple[tuple[Array, ...], Array, Array]:
+        """Of X and y: the columns of the stages and of the tail, and the gram matrix."""
+        *of_chain, tail = self.columns
+        columns, C = reduce(self.stages, done, tuple(of_chain), tail)
+        return columns, C, gram(done, columns, self.remainder)
 
     def marginal(self, omega: Array) -> Marginal:
         chain, tail = self._split(omega)
-        done = self._eliminate(chain)
+        done = eliminate(self.stages, chain, self.rest)
+        _, C, form = self._reduced(done)
         if not self.levels:
-            return Marginal(done.logdet, done.T)
-        solution = schur.solve(self.layout, tail, done.A, done.C)
-        return Marginal(done.logdet + solution.logdet, done.T - solution.form)
+            return Marginal(done.logdet, form)
+        if on_host(omega, C):
+            logdet, explained = schur.reduce(self.layout, tail, done.A, C)
+        else:  # which leaves out what it does not need
+            logdet, _, _, explained = self._solve(tail, done.A, C)
+        return Marginal(done.logdet + logdet, form - explained)
 
     def project(self, omega: Array) -> Projection:
         chain, tail = self._split(omega)
-        done = self._eliminate(chain)
-        logdet, gram = done.logdet, done.T
-        inverse, modes, cross = self.rest, self.tail, self.tail
+        done = eliminate(self.stages, chain, self.rest)
+        columns, C, form = self._reduced(done)
+        logdet, inverse, modes, cross = done.logdet, self.rest, C, C
         if self.levels:
-            solution = schur.solve(self.layout, tail, done.A, done.C)
-            logdet, gram = logdet + solution.logdet, gram - solution.form
+            solution = self._solve(tail, done.A, C)
+            logdet, form = logdet + solution.logdet, form - solution.form
             inverse, modes = solution.inverse, solution.modes
-            cross = done.C - done.A @ modes
-        crosses = substitute(self.stages, chain, done, modes)
-        inner: Any = Inner((chain, tail), done, inverse, modes)
-        return Projection(logdet, gram, inner, (*crosses, cross))  # pyright: ignore
-
-    @property
-    def written_out(self) -> bool:
-        return False
+            cross = C - done.A @ modes
+        crosses = substitute(self.stages, chain, done, columns, modes)
+        inner: Any = Inner((chain, tail), done, inverse)
+        return Projection(logdet, form, inner, (*crosses, cross))
 
     @property
     def costly(self) -> bool:
         return bool(self.levels)
 
+    @property
+    def written_out(self) -> bool:
+        return True
+
     def slope(self, projection: Projection) -> Array:
-        (chain, tail), done, R, _ = projection.inner
-
-        def direct(chain: tuple[Array, ...]) -> Array:
-            eliminated = self._eliminate(chain)
-            return (
-                eliminated.logdet + jnp.sum(R * eliminated.A) if self.levels else eliminated.logdet
-            )
-
-        slopes = list(jax.grad(direct)(chain))
+        (_, tail), done, R = projection.inner
+        later = derivatives.given_later(self.stages, done, R)
+        blocks = derivatives.own_blocks(self.stages, done, R, later)
+        slopes = [
+            derivatives.trace(stage, inner - around)
+            for stage, (inner, around) in zip(self.stages, blocks, strict=True)
+        ]
         if self.levels:
-            blocks = schur.inner_blocks(self.layout, tail, done.A, R)
-            slopes.append(self.layout.trace_blocks(blocks))
-        return self._outside(jnp.concatenate(slopes), 0)
+            of_tail = schur.inner_blocks(self.layout, tail, done.A, R)
+            slopes.append(self.layout.trace_blocks(of_tail))
+        return self._outside(namespace(*slopes).concatenate(slopes), 0)
 
     def curvature(self, projection: Projection, matrix: Array, weights: Array) -> Array:
-        (chain, tail), done, R, modes = projection.inner
-        weight = (matrix * weights) @ matrix.T
-        layout = self.layout
-        half = modes @ weight
+        m = natural.count_theta(self.sizes)
+        of_gram: Any = 0.0
+        for left, right in zip(*self._images(projection, matrix), strict=True):
+            shape = left.shape[0], m, weights.size, *left.shape[2:]
+            left = left.reshape(shape) * weights.reshape(-1, *[1] * (left.ndim - 2))
+            of_gram = of_gram + _by_parameter(left, right.reshape(shape))
+        return self._of_logdet(projection) + self._outside(of_gram + of_gram.T, 0, 1)
 
-        def direct(chain: tuple[Array, ...]) -> Array:
-            """Has all second derivatives in the chain but for those through R."""
-            eliminated = self._eliminate(chain)
-            value = eliminated.logdet + jnp.sum(weight * eliminated.T)
-            if self.levels:
-                value = value + jnp.sum((R + half @ modes.T) * eliminated.A)
-                value = value - 2 * jnp.sum(half * eliminated.C)
-            return value
-
-        def left(chain: tuple[Array, ...]) -> tuple[Array, Array]:
-            """What the tail sees of the chain."""
-            eliminated = self._eliminate(chain)
-            return eliminated.A, eliminated.C
-
-        flat = jnp.concatenate(chain)
-        parts = np.cumsum([omega.size for omega in chain])[:-1]
-        units = linalg.alike(jnp.eye(flat.size, dtype=flat.dtype), flat)
-
-        def derivatives(function: Any) -> Any:
-            """Derivatives in the parameters of the chain, on the first axis."""
-            _, push = jax.linearize(lambda flat: function(tuple(jnp.split(flat, parts))), flat)
-            return jax.vmap(push)(units)
-
-        block = jnp.concatenate(derivatives(jax.grad(direct)), axis=1)
+    def _of_logdet(self, projection: Projection) -> Array:
+        """Second derivatives of log|V0|, (m, m)."""
+        (_, tail), done, R = projection.inner
+        stages, layout = self.stages, self.layout
+        later = derivatives.given_later(stages, done, R)
+        blocks = derivatives.own_blocks(stages, done, R, later)
+        moves = derivatives.moved(stages, done)
+        block = derivatives.second(stages, done, R, later, blocks, moves)
         if not self.levels:
             return self._outside(block, 0, 1)
-
         W, B = schur.complements(layout, tail, done.A, R)
-        cross = projection.cross[-1]
-        products, steps, mixed = [], [], []
-        for A_dot, C_dot in zip(*derivatives(left), strict=True):
-            step = C_dot - A_dot @ modes
-            product = A_dot @ R
-            through = schur.times_complement(layout, tail, done.A, product, A_dot)
-            by_tail = layout.trace_blocks(layout.diagonal_blocks(W.T, through))
-            moved = layout.form(W.T @ step, cross)
-            mixed.append(by_tail - 2 * jnp.einsum("muv,uv->m", moved, weight))
+        xp = namespace(B)
+        mixed, products = [], []
+        for move in moves:
+            product = move.A @ R
+            through = schur.times_complement(layout, tail, done.A, product, move.A)
+            mixed.append(layout.trace_blocks(layout.diagonal_blocks(W.T, through)))
             products.append(product)
-            steps.append(step)
-        solved = [R @ step for step in steps]
-        through_R = [
+        across = xp.stack(mixed)
+        block = block - xp.stack(
+            [xp.stack([xp.sum(product * other.T) for other in products]) for product in products]
+        )
+        corner = -layout.pair_trace(B, B)
+        whole = xp.concatenate(
             [
-                jnp.sum(product * other.T) + 2 * jnp.sum(weight * (step.T @ solution))
-                for other, solution in zip(products, solved, strict=True)
+                xp.concatenate([block, across], axis=1),
+                xp.concatenate([across.T, corner], axis=1),
             ]
-            for product, step in zip(products, steps, strict=True)
-        ]
-        block = block - jnp.array(through_R)
-        corner = layout.pair_trace(B, (cross @ weight) @ cross.T - B / 2)
-        across = jnp.stack(mixed)
-        whole = jnp.block([[block, across], [across.T, corner + corner.T]])
+        )
         return self._outside((whole + whole.T) / 2, 0, 1)
 
     def spread(self, projection: Projection, matrix: Array) -> Array:
-        (chain, _), done, R, _ = projection.inner
-        k = matrix.shape[1]
-        vectors = self._moved(self.combine(projection.cross, matrix))
-        # B v = Z' V0^-1 Z v: the columns of Z v take the place of X and y.
-        other = self._of_effects(vectors)
-        eliminated = other._eliminate(chain)
-        modes, tail = R, R
-        if self.levels:
-            modes = R @ eliminated.C
-            tail = eliminated.C - done.A @ modes
-        images = (*substitute(self.stages, chain, eliminated, modes), tail)
-        m = natural.count_theta(self.sizes)
-        spread = jnp.zeros((m * k, m * k), matrix.dtype)
-        for left, right in zip(vectors[:-1], images[:-1], strict=True):
-            spread = spread + jnp.einsum("aiJ,ajJ->ij", left, right)
-        if self.levels:
-            spread = spread + vectors[-1].T @ tail
+        k, m = matrix.shape[1], natural.count_theta(self.sizes)
+        spread: Any = 0.0
+        for left, right in zip(*self._images(projection, matrix), strict=True):
+            spread = spread + _inner(left, right)
         spread = ((spread + spread.T) / 2).reshape(m, k, m, k)
         return self._outside(spread, 0, 2)
+
+    def _images(self, projection: Projection, matrix: Array) -> tuple[Any, Any]:
+        """E_j d and B E_j d for each parameter j and columns d of D `matrix`, as `_moved`."""
+        (chain, _), done, R = projection.inner
+        moved = self._moved(self.combine(projection.cross, matrix))
+        # B v = Z' V0^-1 Z v: the columns of Z v take the place of X and y.
+        of_chain, of_tail = self._of_effects(moved)
+        columns, C = reduce(self.stages, done, of_chain, of_tail)
+        modes, tail = C, C
+        if self.levels:
+            modes = R @ C
+            tail = C - done.A @ modes
+        return moved, (*substitute(self.stages, chain, done, columns, modes), tail)
 
     def _moved(self, vectors: tuple[Array, ...]) -> tuple[Array, ...]:
         """E_j v for each parameter j and each of k vectors: per stage (q, m k, J), and (Q, m k)."""
         total = natural.count_theta(self.sizes)
+        xp = namespace(*vectors)
         moved = []
         start = 0
         for stage, part in zip(self.stages, vectors, strict=False):
-            basis = jnp.asarray(natural.symmetric_basis(stage.sizes), part.dtype)
-            own = jnp.einsum("jab,bkJ->ajkJ", basis, part)
+            basis = natural.symmetric_basis(stage.sizes).astype(part.dtype)
+            own = xp.einsum("jab,bkJ->ajkJ", basis, part)
             after = total - start - len(basis)
-            own = jnp.pad(own, [(0, 0), (start, after), (0, 0), (0, 0)])
+            own = xp.pad(own, [(0, 0), (start, after), (0, 0), (0, 0)])
             moved.append(own.reshape(len(own), -1, stage.n_levels))
             start += len(basis)
         tail = vectors[-1]
         if self.levels:
-            tail = jnp.pad(self.layout.moved(tail), [(0, 0), (start, 0), (0, 0)])
+            tail = xp.pad(self.layout.moved(tail), [(0, 0), (start, 0), (0, 0)])
         return (*moved, tail.reshape(len(tail), total * vectors[-1].shape[1]))
 
-    def _of_effects(self, vectors: tuple[Array, ...]) -> Crossed:
-        """This structure with the columns of Z v, k of them, in the place of X and y."""
+    def _of_effects(self, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+        """`columns` of Z v for k vectors v, in the place of X and y: of the stages and the tail."""
         *of_chain, of_tail = vectors
-        k = of_chain[0].shape[1]
-        columns = [linalg.matmul(self.stages[0].matrix, of_chain[0])]
-        for stage, vector in zip(self.stages[1:], of_chain[1:], strict=True):
-            columns.append(linalg.matmul(stage.matrix, vector))
-        tail = self.rest @ of_tail if self.levels else jnp.zeros((0, k), self.rest.dtype)
+        columns = [
+            linalg.matmul(stage.matrix, vector)
+            for stage, vector in zip(self.stages, of_chain, strict=True)
+        ]
+        tail = self.rest @ of_tail
         for i, stage in enumerate(self.stages):
             for j, (across, up) in enumerate(zip(stage.chain, stage.up, strict=True)):
                 later = i + 1 + j
@@ -290,12 +285,12 @@ class Crossed(OfColumns):
                 if i:  # what the first factor leaves is symmetric
                     back = linalg.matmul(linalg.transpose(across), of_chain[i])
                     count = self.stages[later].n_levels
-                    columns[later] = columns[later] + collect(back, up, count)
+                    columns[later] = columns[later] + sums_by(back, up, count)
             if self.levels:
-                columns[i] = columns[i] + stage.from_tail(of_tail)
+                columns[i] = columns[i] + stage.from_tail(of_tail, stage.tail)
                 if i:
                     tail = tail + stage.to_tail(stage.tail, of_chain[i], len(tail))
-        return self.with_columns((*columns, tail), jnp.zeros((k, k), self.remainder.dtype))
+        return tuple(columns), tail
 
     def start(self) -> Array:
         """Moment estimates of omega, (m,).
@@ -304,24 +299,27 @@ class Crossed(OfColumns):
         taken for uncorrelated, have sums of squares of Z'y / (1 + Z'Z); their expectations are
         linear in the variances.
         """
-        zeros = [np.zeros(natural.count_theta(stage.sizes)) for stage in self.stages]
-        done = self._eliminate(tuple(jnp.asarray(zero, self.remainder.dtype) for zero in zeros))
+        xp = namespace(self.remainder)
+        zeros = [natural.count_theta(stage.sizes) * [0.0] for stage in self.stages]
+        kind = self.remainder.dtype
+        nothing = tuple(xp.asarray(zero, dtype=kind) for zero in zeros)
+        columns, C, form = self._reduced(eliminate(self.stages, nothing, self.rest))
         sums: list[Array] = []
-        for k, (stage, couplings) in enumerate(zip(self.stages, done.couplings, strict=True)):
-            whole = couplings.columns[:, -1]
+        for k, (stage, own) in enumerate(zip(self.stages, columns, strict=True)):
+            whole = own[:, -1]
             if k == 0:
-                whole = jnp.einsum("abJ,aJ->bJ", stage.matrix, whole)
-            sums += jnp.split(whole, np.cumsum(stage.sizes)[:-1])
+                whole = linalg.matmul(linalg.transpose(stage.matrix), own[:, -1:])[:, 0]
+            sums += xp.split(whole, np.cumsum(stage.sizes)[:-1])
         if self.levels:
-            sums += self.layout.split(done.C[:, -1])
+            sums += self.layout.split(C[:, -1])
         moments = self.moments
         terms = zip(sums, moments.bases, moments.shrinkage, strict=True)
         forms = [
-            jnp.sum((basis.T @ part * shrinkage) ** 2, axis=1) for part, basis, shrinkage in terms
+            xp.sum((basis.T @ part * shrinkage) ** 2, axis=1) for part, basis, shrinkage in terms
         ]
-        mean = done.T[-1, -1] / moments.n
-        solution = moments.inverse @ jnp.concatenate([*forms, mean[None]])
-        relative = jnp.maximum(solution[:-1], 0.0) / jnp.maximum(solution[-1], 0.1 * mean)
+        mean = form[-1, -1] / moments.n
+        solution = moments.inverse @ xp.concatenate([*forms, mean[None]])
+        relative = xp.maximum(solution[:-1], 0.0) / xp.maximum(solution[-1], 0.1 * mean)
         omegas = []
         first = 0
         for basis in moments.bases:
@@ -329,31 +327,27 @@ class Crossed(OfColumns):
             matrix = (basis * relative[first : first + q]) @ basis.T
             omegas.append(matrix[natural.triangle(q)])
             first += q
-        return self._outside(jnp.concatenate(omegas), 0)
-
-    def _forms(self, cross: tuple[Array, ...], matrix: Array) -> Array:
-        """matrix' D' E_i D matrix in the order of the stages and the tail."""
-        forms = []
-        for stage, part in zip(self.stages, cross, strict=False):
-            part = jnp.einsum("auJ,uv->avJ", part, matrix)
-            q, k, _ = part.shape
-            products = jnp.einsum("auJ,bvJ->abuv", part, part).reshape(q * q, k * k)
-            basis = natural.symmetric_basis(stage.sizes).reshape(-1, q * q)
-            forms.append((jnp.asarray(basis, part.dtype) @ products).reshape(-1, k, k))
-        if self.levels:
-            tail = cross[-1] @ matrix
-            forms.append(self.layout.form(tail, tail))
-        return jnp.concatenate(forms)
+        return self._outside(xp.concatenate(omegas), 0)
 
     def form(self, cross: tuple[Array, ...], matrix: Array) -> Array:
-        return self._outside(self._forms(cross, matrix), 0)
+        forms = []
+        *of_chain, tail = self.combine(cross, matrix)
+        for stage, part in zip(self.stages, of_chain, strict=True):
+            q, k, _ = part.shape
+            flat = part.reshape(q * k, -1)
+            products = (flat @ flat.T).reshape(q, k, q, k).transpose(0, 2, 1, 3).reshape(q * q, -1)
+            basis = natural.symmetric_basis(stage.sizes).reshape(-1, q * q).astype(part.dtype)
+            forms.append((basis @ products).reshape(-1, k, k))
+        if self.levels:
+            forms.append(self.layout.form(tail, tail))
+        return self._outside(namespace(*forms).concatenate(forms), 0)
 
     def modes(self, omega: Array, cross: tuple[Array, ...]) -> tuple[Array, ...]:
         chain, tail = self._split(omega)
         found: list[Array] = []
         for stage, vector, part in zip(self.stages, chain, cross, strict=False):
             whole = linalg.matmul(stage.omega(vector), part)[:, 0]
-            pieces = jnp.split(whole, np.cumsum(stage.sizes)[:-1])
+            pieces = namespace(whole).split(whole, np.cumsum(stage.sizes)[:-1])
             found += [piece.T for piece in pieces]
         if self.levels:
             found += self.layout.modes(tail, cross[-1][:, 0])
@@ -361,26 +355,16 @@ class Crossed(OfColumns):
 
     def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Posterior:
         chain, tail = self._split(omega)
-        done = self._eliminate(chain)
-        gains, own = [], []
-        first = 0
-        for k, (stage, vector) in enumerate(zip(self.stages, chain, strict=True)):
-            omega_k = stage.omega(vector)
-            terms = self.order[first : first + len(stage.sizes)]
-            first += len(stage.sizes)
-            gain = linalg.matmul(omega_k, done.solved[k])
-            gains.append(gain)
-            if k == 0:
-                roots = jax.scipy.linalg.block_diag(*(factors[term] for term in terms))
-                own.append(linalg.conditional_variance(stage.matrix, roots))
-            else:
-                own.append((gain + linalg.transpose(gain)) / 2)
+        done = eliminate(self.stages, chain, self.rest)
+        first = self.stages[0]
+        roots = linalg.block_diagonal([factors[term] for term in self.order[: len(first.sizes)]])
+        own = linalg.conditional_variance(first.matrix, roots)
+        gain = linalg.matmul(first.omega(chain[0]), done.solved[0])
+        gains = tuple(-weights for weights in done.weights[1:])
         R = self.rest
         if self.levels:
-            R = schur.solve(self.layout, tail, done.A, done.C).inverse
-        chains = tuple(couplings.chain for couplings in done.couplings)
-        tails = tuple(couplings.tail for couplings in done.couplings)
-        return Posterior(tuple(gains), tuple(own), chains, tails, R)
+            R = self._solve(tail, done.A, self.tail).inverse
+        return Posterior((gain, *gains), (own, *gains), done.couplings, R)
 
     def variances(self, posterior: Posterior) -> tuple[np.ndarray, ...]:
         found: list[np.ndarray] = []
@@ -413,3 +397,21 @@ def _gathered(counts: list[int], order: tuple[int, ...]) -> np.ndarray:
     starts = np.cumsum([0, *counts])
     places = [np.arange(starts[k], starts[k + 1]) for k in order]
     return np.concatenate(places).astype(natural.INDEX)
+
+
+def _inner(left: Array, right: Array) -> Array:
+    """Inner products of (q, k, J) and (q, l, J), or (Q, k) and (Q, l), over effects: (k, l)."""
+    if left.ndim == 2:
+        return left.T @ right
+    return sum(linalg.row_products(*pair) for pair in zip(left, right, strict=True))  # pyright: ignore
+
+
+def _by_parameter(left: Array, right: Array) -> Array:
+    """The same of (q, m, k, J) or (Q, m, k), summed over k: (m, m)."""
+    if left.ndim == 3:
+        return sum(left[:, :, u].T @ right[:, :, u] for u in range(left.shape[2]))
+    m = left.shape[1]
+    return sum(
+        linalg.row_products(a.reshape(m, -1), b.reshape(m, -1))
+        for a, b in zip(left, right, strict=True)
+    )

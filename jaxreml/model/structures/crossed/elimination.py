@@ -13,23 +13,26 @@ before, K_j = Omega (I + A_j Omega)^-1 takes its part away.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import Array
+import numpy as np
+import scipy.sparse as sp
 
+from jaxreml.backend.arrays import namespace, on_host, sums_by
+from jaxreml.backend.lazy import jnp, record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
+
+Array = Any  # NumPy's or JAX's
 
 DENSE = 5 * 10**7  # most entries of a matrix of couplings
 SUM = 8  # how many entries can be written in the time of one scattered sum, and
 GEMM = 40  # multiplied in the time that one is written
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Weighted:
     """The tail's cross-products within the levels of the first factor, of constant values.
@@ -54,23 +57,55 @@ class Weighted:
     full: Array
     rows: Array
 
+    @cached_property
+    def _matrix(self) -> Any:
+        """`values`, sparse on the host: by cells and, for each row in turn, classes."""
+        t, count = self.values.shape
+        columns = np.arange(t)[:, None] * len(self.leaders) + self.classes
+        places = np.broadcast_to(self.cells, (t, count)).ravel(), columns.ravel()
+        shape = self.rows.shape[2] ** 2, t * len(self.leaders)
+        return sp.coo_matrix((self.values.ravel(), places), shape).tocsr()
+
     def assemble(self, weights: Array, weighted: Array, tail: Array) -> Array:
         """Sum of S_j' W_j S_j, (Q, Q), over levels j with couplings S_j and weights (q, q, J)."""
         q, _, total = self.rows.shape
-        result = jnp.zeros((total, total), weights.dtype)
+        result = namespace(weights).zeros((total, total), weights.dtype)
         if self.cells.size:
             shared = weights[:, :, self.leaders][natural.triangle(q)]
-            parts = sum(w[self.classes] * v for w, v in zip(shared, self.values, strict=True))
-            lower = jax.ops.segment_sum(parts, self.cells, total * total).reshape(total, total)
-            result = lower + lower.T
+            if on_host(shared):
+                lower = self._matrix @ shared.reshape(-1)
+            else:
+                pairs = zip(shared, self.values, strict=True)
+                parts = sum(weight[self.classes] * own for weight, own in pairs)
+                lower = sums_by(parts, self.cells, total * total)
+            result = linalg.mirrored(lower.reshape(total, total))
         if self.full.size:
-            own = weights[:, :, self.full]
-            scaled = jnp.einsum("abh,bhQ->ahQ", own, self.rows)
+            scaled = linalg.matmul(weights[:, :, self.full, None], self.rows[:, None])
             result = result + self.rows.reshape(-1, total).T @ scaled.reshape(-1, total)
         return result
 
+    def around(self, R: Array, n_levels: int) -> Array:
+        """S_j R S_j', (q, q, J), for symmetric R (Q, Q); the sum over levels of one class at one of
+        them."""
+        q, _, total = self.rows.shape
+        found = namespace(R).zeros((q, q, n_levels), R.dtype)
+        if self.cells.size:
+            if on_host(R):
+                halves = (self._matrix.T @ R.reshape(-1)).reshape(len(self.values), -1)
+            else:
+                inside = self.values * R.reshape(-1)[self.cells]
+                halves = sums_by(inside, self.classes, len(self.leaders))
+            own = halves[natural.places(q)]
+            own = own * (1 + linalg.eye_like(own))
+            found = found + sums_by(own, self.leaders, n_levels)
+        if self.full.size:
+            images = (self.rows.reshape(-1, total) @ R).reshape(self.rows.shape)
+            own = (self.rows[:, None] * images[None]).sum(axis=3)
+            found = found + sums_by(own, self.full, n_levels)
+        return found
 
-@jax.tree_util.register_dataclass
+
+@record
 @dataclass(frozen=True)
 class Products:
     """The same within the levels of a later factor, where the couplings change with Omega.
@@ -89,14 +124,23 @@ class Products:
 
     def assemble(self, weights: Array, weighted: Array, tail: Array) -> Array:
         """As in `Weighted`; `weighted` is W_j S_j, (q, couplings)."""
-        half = jnp.where(self.left == self.right, 0.5, 1.0)
-        parts = half * jnp.sum(weighted[:, self.left] * tail[:, self.right], axis=0)
-        lower = jax.ops.segment_sum(parts, self.cells, self.total**2)
-        lower = lower.reshape(self.total, self.total)
-        return lower + lower.T
+        parts = self._halves * (weighted[:, self.left] * tail[:, self.right]).sum(axis=0)
+        lower = sums_by(parts, self.cells, self.total**2).reshape(self.total, self.total)
+        return linalg.mirrored(lower)
+
+    def pulled(self, tail: Array, R: Array) -> Array:
+        """S_j R of couplings (r, k), where they are, for symmetric R (Q, Q)."""
+        between = self._halves * R.reshape(-1)[self.cells]
+        count = tail.shape[1]
+        ahead = sums_by(between * tail[:, self.left], self.right, count)
+        return ahead + sums_by(between * tail[:, self.right], self.left, count)
+
+    @property
+    def _halves(self) -> Array:
+        return namespace(self.left).where(self.left == self.right, 0.5, 1.0)
 
 
-@jax.tree_util.register_dataclass
+@record
 @dataclass(frozen=True)
 class Stage:
     """One factor of the chain: J levels, q effects.
@@ -134,46 +178,51 @@ class Stage:
         """Omega, (q, q, 1)."""
         q = sum(self.sizes)
         basis = natural.symmetric_basis(self.sizes).reshape(-1, q * q)
-        return (jnp.asarray(basis.T, omega.dtype) @ omega).reshape(q, q, 1)
+        return (basis.T.astype(omega.dtype) @ omega).reshape(q, q, 1)
 
     def to_tail(self, tail: Array, columns: Array, total: int) -> Array:
         """Sums over levels of couplings (q, k) times columns (q, u, J), (Q, u)."""
-        if self._is_dense(total, columns.shape[1]):
-            matrices = self._matrices(tail, total)
-            return jnp.einsum("aJQ,auJ->Qu", matrices, columns)
-        products = jnp.einsum("ak,auk->ku", tail, columns[:, :, self.level])
-        return jax.ops.segment_sum(products, self.effect, total)
+        if on_host(tail, columns) or self._is_dense(total, columns.shape[1]):
+            pairs = zip(self._matrices(tail, total), columns, strict=True)
+            return sum(matrix.T @ own.T for matrix, own in pairs)  # pyright: ignore
+        products = (tail[:, None] * columns[:, :, self.level]).sum(axis=0)
+        return sums_by(products, self.effect, total).T
 
-    def from_tail(self, values: Array, tail: Array | None = None) -> Array:
-        """Sums over the tail of couplings (q, k), the own ones if left out, times values (Q, u),
-        (q, u, J)."""
-        tail = self.tail if tail is None else tail
-        if self._is_dense(*values.shape):
-            return jnp.einsum("aJQ,Qu->auJ", self._matrices(tail, len(values)), values)
-        own = values[self.effect]
-        rows = [
-            jax.ops.segment_sum(row[:, None] * own, self.level, self.n_levels).T for row in tail
-        ]
-        return jnp.stack(rows)
+    def from_tail(self, values: Array, tail: Array) -> Array:
+        """Sums over the tail of couplings (q, k) times values (Q, u), (q, u, J)."""
+        xp = namespace(values, tail)
+        if on_host(values, tail) or self._is_dense(*values.shape):
+            matrices = self._matrices(tail, len(values))
+            return xp.stack([(matrix @ values).T for matrix in matrices])
+        own = values.T[:, self.effect]
+        return xp.stack([sums_by(row * own, self.level, self.n_levels) for row in tail])
 
     def _is_dense(self, total: int, columns: int) -> bool:
         """Whether products of the couplings, filled up to a matrix, take less time than sums."""
         cells = self.n_levels * total
         return cells < DENSE and cells * (1 + columns / GEMM) < SUM * self.level.size * columns
 
-    def _matrices(self, tail: Array, total: int) -> Array:
-        """Couplings (q, k) as matrices, (q, J, Q)."""
+    def _matrices(self, tail: Array, total: int) -> Any:
+        """Couplings (q, k) as q matrices (J, Q), sparse on the host."""
+        if on_host(tail):
+            shape = self.n_levels, total
+            return [sp.csr_matrix((row, self.effect, self._ends), shape) for row in tail]
         empty = jnp.zeros((len(tail), self.n_levels, total), tail.dtype)
         return empty.at[:, self.level, self.effect].set(tail, unique_indices=True)
 
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """(J + 1,), where the couplings of the levels start and end."""
+        return np.searchsorted(self.level, np.arange(self.n_levels + 1)).astype(natural.INDEX)
+
 
 class Couplings(NamedTuple):
-    """Of one stage at the time when it is eliminated; as in `Stage`, later ones changed."""
+    """Of one stage, as in `Stage`: what is left of them when it is eliminated, or what a stage
+    before it takes away."""
 
     matrix: Array
     chain: tuple[Array, ...]
     tail: Array
-    columns: Array
 
 
 class Eliminated(NamedTuple):
@@ -182,89 +231,137 @@ class Eliminated(NamedTuple):
     Attributes:
         logdet: log|V_E|.
         A: (Q, Q), Z_D' V_E^-1 Z_D of the tail.
-        C: (Q, p + 1), Z_D' V_E^-1 [X y].
-        T: (p + 1, p + 1), [X y]' V_E^-1 [X y].
         couplings: per stage.
-        solved: per stage (q, q, J), what takes a stage's couplings to Z' V^-1: F' P^-1 or
+        weights: per stage (q, q, J), W: couplings G of a stage add G'W G to what is left of the
+            others. P^-1 for the first one, -K for a later one.
+        solved: per stage (q, q, J), U, which takes a stage's couplings to Z' V^-1: F' P^-1 or
             (I + A Omega)^-1.
     """
 
     logdet: Array
     A: Array
-    C: Array
-    T: Array
     couplings: tuple[Couplings, ...]
+    weights: tuple[Array, ...]
     solved: tuple[Array, ...]
 
 
-def eliminate(
-    stages: tuple[Stage, ...], omegas: tuple[Array, ...], A: Array, C: Array, T: Array
-) -> Eliminated:
+def eliminate(stages: tuple[Stage, ...], omegas: tuple[Array, ...], A: Array) -> Eliminated:
     """Eliminate the chain.
 
     Args:
         stages: finest factor first.
         omegas: per stage the lower triangles of its Omega, (m_k,).
-        A, C, T: what the first factor's Q leaves of the cross-products, as in `Eliminated`.
+        A: what the first factor's Q leaves of it, as in `Eliminated`.
     """
-    state = [Couplings(s.matrix, s.chain, s.tail, s.columns) for s in stages]
-    solved = []
-    logdet = jnp.zeros((), T.dtype)
+    state = [Couplings(stage.matrix, stage.chain, stage.tail) for stage in stages]
+    all_weights, solved = [], []
+    logdet: Any = 0.0
     for k, (stage, vector) in enumerate(zip(stages, omegas, strict=True)):
-        here = state[k]
+        matrix = state[k].matrix
         omega = stage.omega(vector)
         if k == 0:
-            inner = linalg.matmul(linalg.matmul(here.matrix, omega), linalg.transpose(here.matrix))
+            across = linalg.transpose(matrix)
+            inner = linalg.matmul(linalg.matmul(matrix, omega), across)
             weights, log_determinants = linalg.inverse(inner + linalg.eye_like(inner), True)
-            solved.append(linalg.matmul(linalg.transpose(here.matrix), weights))
+            solved.append(linalg.matmul(across, weights))
         else:
-            product = linalg.matmul(here.matrix, omega)
+            product = linalg.matmul(matrix, omega)
             inverse, log_determinants = linalg.inverse(product + linalg.eye_like(product), False)
             weights = -linalg.matmul(omega, inverse)
             weights = (weights + linalg.transpose(weights)) / 2
             solved.append(inverse)
-        logdet = logdet + jnp.sum(log_determinants)
-        weighted = _per_coupling(weights, here.tail, stage.level)
-        weighted_columns = linalg.matmul(weights, here.columns)
+        all_weights.append(weights)
+        logdet = logdet + log_determinants.sum()
+        A = add_passed(stages, k, weights, state[k].chain, state[k].tail, state, A)
+    return Eliminated(logdet, A, tuple(state), tuple(all_weights), tuple(solved))
+
+
+def add_passed(
+    stages: tuple[Stage, ...],
+    k: int,
+    weights: Array,
+    chain: tuple[Array, ...],
+    tail: Array,
+    state: list[Couplings],
+    A: Array,
+) -> Array:
+    """Add G'W G of stage k to what is left of the later stages, in place, and of the tail.
+
+    Args:
+        stages, k: which stage.
+        weights: W (r, r, J), symmetric.
+        chain, tail: G, as in `Stage` but for r in the place of q.
+        state: per stage, those before the k-th not looked at.
+        A: as in `Eliminated`; returned with what is added.
+    """
+    stage = stages[k]
+    weighted = per_coupling(weights, tail, stage.level)
+    for i, (across, up) in enumerate(zip(chain, stage.up, strict=True)):
+        later = k + 1 + i
+        old, count = state[later], stages[later].n_levels
+        left = linalg.matmul(linalg.transpose(across), weights)
+        of_tail = (across[:, :, stage.level] * weighted[:, None]).sum(axis=0)
+        state[later] = Couplings(
+            old.matrix + sums_by(linalg.matmul(left, across), up, count),
+            tuple(
+                kept + sums_by(linalg.matmul(left, further), up, count)
+                for kept, further in zip(old.chain, chain[i + 1 :], strict=True)
+            ),
+            old.tail + sums_by(of_tail, stage.tail_up[i], old.tail.shape[1]),
+        )
+    return A + stage.pairs.assemble(weights, weighted, tail) if len(A) else A
+
+
+def reduce(
+    stages: tuple[Stage, ...], done: Eliminated, columns: tuple[Array, ...], C: Array
+) -> tuple[tuple[Array, ...], Array]:
+    """What elimination leaves of the couplings with columns such as X and y.
+
+    Args:
+        stages, done: the elimination.
+        columns: per stage (q, u, J), as in `Stage`.
+        C: (Q, u), what the first factor's Q leaves of Z_D' of the columns.
+
+    Returns:
+        `columns`, per stage when it is eliminated, and C, of which Z_D' V_E^-1 is left.
+    """
+    left = list(columns)
+    for k, (stage, here) in enumerate(zip(stages, done.couplings, strict=True)):
+        weighted = linalg.matmul(done.weights[k], left[k])
         for i, (across, up) in enumerate(zip(here.chain, stage.up, strict=True)):
             later = k + 1 + i
-            count = stages[later].n_levels
-            left = linalg.matmul(linalg.transpose(across), weights)
-            old = state[later]
-            state[later] = Couplings(
-                old.matrix + collect(linalg.matmul(left, across), up, count),
-                tuple(
-                    kept + collect(linalg.matmul(left, further), up, count)
-                    for kept, further in zip(old.chain, here.chain[i + 1 :], strict=True)
-                ),
-                old.tail
-                + collect(
-                    jnp.sum(across[:, :, stage.level] * weighted[:, None], axis=0),
-                    stage.tail_up[i],
-                    old.tail.shape[1],
-                ),
-                old.columns + collect(linalg.matmul(left, here.columns), up, count),
-            )
-        if len(A):
-            A = A + stage.pairs.assemble(weights, weighted, here.tail)
-            C = C + stage.to_tail(weighted, here.columns, len(A))
-        T = T + jnp.einsum("auJ,avJ->uv", weighted_columns, here.columns)
-    return Eliminated(logdet, A, C, T, tuple(state), tuple(solved))
+            passed = linalg.matmul(linalg.transpose(across), weighted)
+            left[later] = left[later] + sums_by(passed, up, stages[later].n_levels)
+        if len(C):
+            C = C + stage.to_tail(here.tail, weighted, len(C))
+    return tuple(left), C
+
+
+def gram(done: Eliminated, columns: tuple[Array, ...], T: Array) -> Array:
+    """[X y]' V_E^-1 [X y], (p + 1, p + 1), from `reduce`'s columns and what the first factor's Q
+    leaves of [X y]'[X y]."""
+    for weights, own in zip(done.weights, columns, strict=True):
+        weighted = linalg.matmul(weights, own)
+        T = T + sum(linalg.row_products(*pair) for pair in zip(weighted, own, strict=True))
+    return T
 
 
 def substitute(
-    stages: tuple[Stage, ...], omegas: tuple[Array, ...], done: Eliminated, modes: Array
+    stages: tuple[Stage, ...],
+    omegas: tuple[Array, ...],
+    done: Eliminated,
+    columns: tuple[Array, ...],
+    modes: Array,
 ) -> tuple[Array, ...]:
-    """Z' V^-1 [X y] of the chain's effects, per stage (q, p + 1, J), given the tail's modes.
+    """Z' V^-1 of columns for the chain's effects, per stage (q, u, J), given the tail's modes.
 
-    The way back of the elimination: every stage's couplings less what the modes of the later
+    The way back of `reduce`, of whose `columns` every stage's are less what the modes of the later
     factors and of the tail explain.
     """
     crosses: list[Array] = []
     chain_modes: list[Array] = []
     for k in range(len(stages) - 1, -1, -1):
-        stage, here = stages[k], done.couplings[k]
-        left = here.columns
+        stage, here, left = stages[k], done.couplings[k], columns[k]
         for across, up, explained in zip(here.chain, stage.up, chain_modes, strict=True):
             left = left - linalg.matmul(across, explained[:, :, up])
         if len(modes):
@@ -275,13 +372,6 @@ def substitute(
     return tuple(crosses)
 
 
-def _per_coupling(weights: Array, tail: Array, level: Array) -> Array:
-    """W_j s for each coupling s of a level j, (q, k)."""
-    return jnp.sum(weights[:, :, level] * tail[None], axis=1)
-
-
-def collect(values: Array, index: Array, count: int) -> Array:
-    """Sums of (..., J) over the levels of each of `count` parents, (..., count)."""
-    *front, length = values.shape
-    flat = values.reshape(math.prod(front), length).T
-    return jax.ops.segment_sum(flat, index, count).T.reshape(*front, count)
+def per_coupling(weights: Array, tail: Array, level: Array) -> Array:
+    """W_j s for each coupling s (r, k) of a level j, (s, k), W (s, r, J)."""
+    return (weights[:, :, level] * tail[None]).sum(axis=1)

@@ -7,12 +7,10 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax import Array
 
+from jaxreml.backend.lazy import is_of_jax, jax, jnp
 from jaxreml.model.covariance.unstructured import INDEX
 from jaxreml.model.structures.base import Terms
 
@@ -132,7 +130,7 @@ class Tail:
 
     def sums(self, columns: Any) -> Any:
         """Z' columns for (n, k), NumPy or traced."""
-        if not isinstance(columns, Array):
+        if not is_of_jax(columns):
             return self.rows.T @ columns
         if not self.factors:
             return jnp.zeros((0, columns.shape[1]), columns.dtype)

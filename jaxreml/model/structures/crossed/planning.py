@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
-from jax import Array
 
+from jaxreml.backend.arrays import mapped
+from jaxreml.backend.lazy import is_of_jax, jax, jnp
 from jaxreml.errors import DataError
 from jaxreml.model.covariance.unstructured import INDEX, triangle
 from jaxreml.model.structures.base import Terms
@@ -25,6 +24,7 @@ from jaxreml.model.structures.grouped import GroupedBasis
 PAIR = 1000  # multiplications of a matrix product that take as long as one pair of couplings
 MOST_PAIRS = 5 * 10**7  # in a later factor of the chain; above, it goes to the tail
 CHUNK = 10**7  # pairs listed at a time
+MOST_COUNTED = 10**4  # effects of the tail up to which equal pairs of equal levels are summed
 MEMORY_SHARE = 0.8  # of the machine's memory that one evaluation may take
 NOISE = 1e-13  # share of a cross-product that rounding leaves where nothing is left of it
 
@@ -199,7 +199,7 @@ class CrossedBasis:
         stages = tuple(replace(stage, columns=part) for stage, part in pairs)
         order = [k for factor in (*self.chain, *self.tail.factors) for k in factor.terms]
         fields: Any = (stages, self.rest, scores[-1], remainder, self.moments)
-        fields = jax.tree.map(partial(_to_type, kind=remainder.dtype), fields)
+        fields = mapped(partial(_to_type, kind=remainder.dtype), fields)
         levels = tuple(factor.n_levels for factor in self.tail.factors for _ in factor.terms)
         return Crossed(*fields, sizes=sizes, order=tuple(order), levels=levels)
 
@@ -248,7 +248,7 @@ def _weighted(
     cells = np.concatenate([np.zeros(0, np.int64), *(cell for cell, *_ in parts)])
     classes = np.concatenate([np.zeros(0, INDEX), *(k for _, k, _ in parts)])
     products = np.concatenate([np.zeros((n_values, 0)), *(v for *_, v in parts)], axis=1)
-    used, classes = np.unique(classes, return_inverse=True)
+    used, classes = _numbered(classes, plan.light.size)
     leaders = np.zeros(plan.light.size, INDEX)
     leaders[plan.classes[::-1]] = np.arange(plan.classes.size - 1, -1, -1)
     rows = np.zeros((q, plan.full.size, total))
@@ -262,7 +262,7 @@ def _weighted(
     for row in rows:
         explained += row.T @ row
     kind = INDEX if total**2 < 2**31 else np.int64
-    fields: Any = (cells.astype(kind), classes.ravel().astype(INDEX), products)
+    fields: Any = (cells.astype(kind), classes.astype(INDEX), products)
     fields += (leaders[used], plan.full, rows)
     return Weighted(*fields), explained
 
@@ -282,21 +282,24 @@ def _collapsed(
             for a, b in zip(*triangle(len(values)), strict=True)
         ]
     )
-    high, low = meetings.effect[right], meetings.effect[left]
-    used, local = np.unique(classes, return_inverse=True)
-    local = local.ravel()
-    if used.size == levels.size or used.size * total > 10**8:
-        return high.astype(np.int64) * total + low, classes.astype(INDEX), products
+    cells = meetings.effect[right].astype(np.int64) * total + meetings.effect[left]
+    used, local = _numbered(classes, plan.light.size)
+    if used.size == levels.size or total > MOST_COUNTED:
+        return cells, classes.astype(INDEX), products
     sums = []
-    shape = (total * used.size, total)
     for row in products:
-        matrix = sp.coo_matrix((row, (high * np.int64(used.size) + local, low)), shape).tocsr()
+        matrix = sp.coo_matrix((row, (cells, local)), (total * total, used.size)).tocsr()
         matrix.sum_duplicates()
         sums.append(matrix)
     matrix = sums[0]
-    rows = np.repeat(np.arange(shape[0]), np.diff(matrix.indptr))
-    cells = rows // used.size * np.int64(total) + matrix.indices
-    return cells, used[rows % used.size].astype(INDEX), np.array([s.data for s in sums])
+    cells = np.repeat(np.arange(total * total), np.diff(matrix.indptr))
+    return cells, used[matrix.indices].astype(INDEX), np.array([s.data for s in sums])
+
+
+def _numbered(classes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` classes occur, and where each of (k,) is among them."""
+    occurs = np.bincount(classes, minlength=count) > 0
+    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[classes]
 
 
 def _products_of(meetings: Meetings, total: int) -> Products:
@@ -347,7 +350,7 @@ def _cleaned(whole: np.ndarray, explained: np.ndarray) -> np.ndarray:
 
 def _sums(columns: np.ndarray, codes: np.ndarray, n_levels: int, rows: Any) -> Any:
     """Sums of columns times rows by level, (q, k, J), NumPy or traced."""
-    if isinstance(rows, Array):
+    if is_of_jax(rows):
         return jnp.stack(
             [jax.ops.segment_sum(c[:, None] * rows, codes, n_levels).T for c in columns.T]
         )

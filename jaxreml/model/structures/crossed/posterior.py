@@ -3,7 +3,7 @@
 Given y and the parameters, the tail's effects b_D have covariance R and those of a stage
 b_k = -G_k w_k + e_k, with w_k what its couplings make of b_D and of the effects of its later
 factors, and e_k of variance E_k, independent of them. The covariances are carried from the last
-stage to the first, only where a stage has couplings.
+stage to the first, only where a stage has couplings (`derivatives`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+
+from jaxreml.backend.arrays import mapped
+from jaxreml.model.structures.crossed.derivatives import Given, given
+from jaxreml.model.structures.crossed.elimination import Couplings
 
 CHUNK = 10**8  # entries of a dense product at a time
 ROW_ENTRIES = 2 * 10**7  # of rows by effects of the tail at a time
@@ -23,59 +27,26 @@ class Posterior(NamedTuple):
     Attributes:
         gains: per stage G (q, q, J).
         own: per stage E (q, q, J).
-        chains: per stage its couplings with the later stages, (q, q_k, J) each.
-        tails: per stage its couplings with the tail, (q, k).
+        couplings: per stage when it is eliminated.
         inverse: R, (Q, Q).
     """
 
     gains: tuple[Any, ...]
     own: tuple[Any, ...]
-    chains: tuple[tuple[Any, ...], ...]
-    tails: tuple[Any, ...]
+    couplings: tuple[Couplings, ...]
     inverse: Any
 
 
-def variances(stages: Any, given: Posterior) -> list[np.ndarray]:
+def variances(stages: Any, posterior: Posterior) -> list[np.ndarray]:
     """Per stage (q, q, J), in units of the residual variance."""
-    count = len(stages)
-    R = np.asarray(given.inverse)
-    found: list[Any] = [None] * count
-    with_tail: list[Any] = [None] * count  # Cov(b_k, b_D) where there are couplings, (q, k)
-    between: dict[tuple[int, int], np.ndarray] = {}  # Cov(b_k, b_i) of nested levels, (q, q_i, J)
-    for k in reversed(range(count)):
-        stage = stages[k]
-        gain, tail = np.asarray(given.gains[k]), np.asarray(given.tails[k])
-        chain = [np.asarray(part) for part in given.chains[k]]
-        level, effect = np.asarray(stage.level), np.asarray(stage.effect)
-        up = [np.asarray(part) for part in stage.up]
-        later = range(k + 1, count)
-        pulled = _at_couplings(tail, level, effect, stage.n_levels, R)  # Cov(w, b_D)
-        for i, across, places in zip(later, chain, stage.tail_up, strict=True):
-            own = with_tail[i][:, np.asarray(places)]
-            pulled += np.einsum("abk,bk->ak", across[:, :, level], own)
-        with_tail[k] = -np.einsum("abk,bk->ak", gain[:, :, level], pulled)
-        spread = _by_level(pulled, tail, level, stage.n_levels)  # Var(w)
-        for i, across, places in zip(later, chain, stage.tail_up, strict=True):
-            own = with_tail[i][:, np.asarray(places)]
-            joint = _by_level(tail, own, level, stage.n_levels)  # Cov(w, b_i)
-            for j, other in zip(later, chain, strict=True):
-                if j == i:
-                    pair = found[i][:, :, up[i - k - 1]]
-                elif j < i:
-                    pair = between[j, i][:, :, up[j - k - 1]]
-                else:
-                    pair = between[i, j][:, :, up[i - k - 1]].swapaxes(0, 1)
-                joint += np.einsum("abJ,bcJ->acJ", other, pair)
-            between[k, i] = -np.einsum("abJ,bcJ->acJ", gain, joint)
-            spread += np.einsum("abJ,cbJ->acJ", joint, across)
-        found[k] = np.asarray(given.own[k]) + np.einsum("abJ,bcJ,dcJ->adJ", gain, spread, gain)
-    return found
-
-
-def _by_level(left: np.ndarray, right: np.ndarray, level: np.ndarray, count: int) -> np.ndarray:
-    """Sums over the couplings of each level of left (q, k) times right (s, k), (q, s, J)."""
-    sums = [[np.bincount(level, a * b, count) for b in right] for a in left]
-    return np.array(sums, float).reshape(len(left), len(right), count)
+    R = np.asarray(posterior.inverse)
+    found: list[Given] = []
+    for k in reversed(range(len(stages))):
+        stage, here = stages[k], mapped(np.asarray, posterior.couplings[k])
+        gain, own = np.asarray(posterior.gains[k]), np.asarray(posterior.own[k])
+        pulled = _at_couplings(here.tail, stage.level, stage.effect, stage.n_levels, R)
+        found.insert(0, given(stage, here, gain, own, found, pulled))
+    return [one.own for one in found]
 
 
 def _at_couplings(
@@ -97,7 +68,9 @@ def _at_couplings(
     return result
 
 
-def row_variances(stages: Any, given: Posterior, of_stages: list[Any], of_tail: Any) -> np.ndarray:
+def row_variances(
+    stages: Any, posterior: Posterior, of_stages: list[Any], of_tail: Any
+) -> np.ndarray:
     """Var(z b) of rows z, (k,), in units of the residual variance.
 
     Substituting b_k = -G_k w_k + e_k from the first stage to the last turns z b into a sum of
@@ -106,22 +79,22 @@ def row_variances(stages: Any, given: Posterior, of_stages: list[Any], of_tail: 
 
     Args:
         stages: the chain.
-        given: what is known of it.
+        posterior: what is known of it.
         of_stages: per stage the rows' effects, sparse (k, q J), effect by effect.
         of_tail: likewise of the tail, (k, Q).
     """
-    R = np.asarray(given.inverse)
+    R = np.asarray(posterior.inverse)
     k = of_tail.shape[0]
     gains, owns, chains, tails = [], [], [], []
     for number, stage in enumerate(stages):
         here = np.arange(stage.n_levels)
-        gains.append(_sparse(given.gains[number], here, stage.n_levels))
-        owns.append(_sparse(given.own[number], here, stage.n_levels))
-        later = zip(given.chains[number], stage.up, stages[number + 1 :], strict=True)
+        gains.append(_sparse(posterior.gains[number], here, stage.n_levels))
+        owns.append(_sparse(posterior.own[number], here, stage.n_levels))
+        later = zip(posterior.couplings[number].chain, stage.up, stages[number + 1 :], strict=True)
         chains.append(
             [_sparse(across, np.asarray(up), other.n_levels) for across, up, other in later]
         )
-        tails.append(_couplings(given.tails[number], stage, len(R)))
+        tails.append(_couplings(posterior.couplings[number].tail, stage, len(R)))
     order = np.argsort(of_stages[0].indices[of_stages[0].indptr[:-1]], kind="stable")
     found = np.zeros(k)
     step = max(1, ROW_ENTRIES // max(len(R), 1))
