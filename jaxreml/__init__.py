@@ -32,6 +32,9 @@ def __getattr__(name: str) -> Any:
         if name in vars(home)
         else importlib.import_module(f"{_HOMES[name]}.{name}")
     )
+    if _HOMES[name].startswith(("jaxreml.model.", "jaxreml.optimum.")):  # under JAX
+        importlib.import_module("jax")
+        importlib.import_module("jaxreml.backend.lazy").known_to_jax()
     globals()[name] = value
     return value
 

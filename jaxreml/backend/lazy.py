@@ -55,12 +55,18 @@ def record(cls: Class) -> Class:
 
     @functools.wraps(initialise)
     def with_registration(self: Any, *args: Any, **named: Any) -> None:
-        if _waiting and "jax" in sys.modules:
-            _call_waiting()
+        known_to_jax()
         initialise(self, *args, **named)
 
     cls.__init__ = with_registration  # type: ignore[misc]
     return cls
+
+
+def known_to_jax(value: Any = None) -> Any:
+    """The value, all records known to JAX if that has been imported."""
+    if _waiting and "jax" in sys.modules:
+        _call_waiting()
+    return value
 
 
 def _call_waiting() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import block_diag
 
+from jaxreml.backend.lazy import known_to_jax
 from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
@@ -135,7 +136,7 @@ class FittedModel:
         A grouped design may have some levels more, without rows, which change nothing.
         """
         if self.made_from:
-            return self.made_from[1]
+            return known_to_jax(self.made_from[1])
         return with_spare_levels(self.frame.design(self.structure))
 
     @cached_property

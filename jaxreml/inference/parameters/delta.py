@@ -9,7 +9,7 @@ A the two covariance matrices. Variance parameters on the boundary of their spac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.special import expit, logit, ndtri
 
 from jaxreml.arguments import check_conf_level
-from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.compilation import quick_jit
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
@@ -74,15 +74,17 @@ class Linearised(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled function of the parameters.
+    """A function of the parameters, compiled or with derivatives that are written out.
 
     Attributes:
         values: its values at (beta, theta, sigma), where variances may be zero.
         slopes: its derivatives in (beta, params), and its values there.
+        settings: to run it under.
     """
 
     values: Callable[..., Any]
     slopes: Callable[..., Any]
+    settings: Callable[[], AbstractContextManager[Any]] = neutral
 
 
 def delta(
@@ -163,7 +165,7 @@ def linearise(fit: FittedModel, program: Program, *data: Any) -> Linearised:
     """
     fit.require_optimum("give standard errors")
     inside = np.isfinite(fit.parameters)
-    with neutral():
+    with program.settings():
         try:
             slopes, values = program.slopes(fit.beta, fit.parameters, *data)
             interior = slopes
@@ -173,9 +175,8 @@ def linearise(fit: FittedModel, program: Program, *data: Any) -> Linearised:
         except jax.errors.JAXTypeError as error:
             first = str(error).splitlines()[0]
             raise ValueError(f"{NO_DERIVATIVE}. JAX says: {first}") from error
-    estimate, slopes, interior = jax.device_get((values, slopes, interior))
-    slope = np.concatenate(slopes, axis=1)
-    return _propagate(fit, inside, estimate, slope, np.concatenate(interior, axis=1))
+    slope, within = (np.concatenate([*map(np.asarray, own)], axis=1) for own in (slopes, interior))
+    return _propagate(fit, inside, np.asarray(values), slope, within)
 
 
 def _on_boundary(fit: FittedModel) -> str:
@@ -368,9 +369,37 @@ def _logarithmic(fit: FittedModel) -> Linearised:
     return Linearised(fit.parameters, fit.parameters_vcov_array, notes)
 
 
-@remembered
 def _parameter_program(scale: str, groups: components.Groups) -> Program:
-    return program(partial(_entries, scale, groups), groups)
+    """That of `_entries`, with derivatives written out."""
+    covariance = components.covariance_of(groups)
+    m = natural.count_theta(covariance.sizes)
+    first, second = natural.effects_of_omega(covariance.sizes)
+    diagonal = np.flatnonzero(first == second)  # of the effects, in their order
+
+    def values(beta: Array, theta: Array, sigma: Array) -> Array:
+        return _entries(scale, groups, beta, components.of_theta(theta, sigma, groups))
+
+    def slopes(beta: Array, params: Array) -> tuple[tuple[Array, Array], Array]:
+        inside = components.inside(params, groups)
+        found = _entries(scale, groups, beta, components.of_parameters(inside, groups))
+        moved, _ = covariance.in_parameters(inside, np.zeros(m + 1), np.zeros((m + 1, m + 1)))
+        omega, log_sigma2 = covariance.natural(inside)
+        sigma2 = np.exp(log_sigma2)
+        slope = sigma2 * moved
+        slope[:-1] += sigma2 * omega[:, None] * moved[-1]
+        if scale == "sd":
+            with np.errstate(invalid="ignore", divide="ignore"):
+                relative = slope[diagonal] / (2 * sigma2 * omega[diagonal, None])
+            sds = np.sqrt(sigma2 * omega[diagonal])
+            of_pair = slope[:-1] / (sds[first] * sds[second])[:, None]
+            mixed = relative[first] + relative[second]
+            slope[:-1] = of_pair - found[:-1, None] * mixed
+            slope[diagonal] = sds[:, None] * relative
+            slope[-1] /= 2 * found[-1]
+        slope = slope * np.isfinite(params)
+        return (np.zeros((m + 1, len(beta))), slope), found
+
+    return Program(values, slopes, lambda: np.errstate(all="ignore"))
 
 
 def _entries(
@@ -384,9 +413,9 @@ def _entries(
         starts[name] = start + q
         matrix = named[name][start : start + q, start : start + q]
         if scale == "sd":
-            sd = jnp.sqrt(jnp.diagonal(matrix))
-            matrix = jnp.where(np.eye(q, dtype=bool), jnp.diag(sd), matrix / jnp.outer(sd, sd))
+            sd = np.sqrt(np.diagonal(matrix))
+            matrix = np.where(np.eye(q, dtype=bool), np.diag(sd), matrix / np.outer(sd, sd))
         values.append(matrix[natural.triangle(q)])
     residual = named[RESIDUAL]
-    last = jnp.sqrt(residual) if scale == "sd" else residual
-    return jnp.concatenate([*values, last[None]])
+    last = np.sqrt(residual) if scale == "sd" else residual
+    return np.append(np.concatenate(values), last)
