@@ -309,6 +309,7 @@ def _model(frame: ModelFrame, fitter: BatchFitter, contrasts: Mapping[str, Any])
         frame.n_dropped,
         fitter.df,
         tuple(map(str, contrasts)),
+        fitter.engine_name,
     )
 
 

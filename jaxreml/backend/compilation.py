@@ -61,9 +61,16 @@ def quick_compilation(platform: str) -> dict[str, bool] | None:
 
 
 def quick_jit(function: Callable[..., Any]) -> Any:
-    """`jax.jit` of a function of arrays, by `quick_compilation` for the default device."""
+    """`jax.jit` of a function of arrays, by `quick_compilation` for the default device.
+
+    Raises:
+        RuntimeError: as `require_own_threads`.
+    """
     import jax
 
+    from jaxreml.backend.runtime import require_own_threads
+
+    require_own_threads()
     return jax.jit(function, compiler_options=quick_compilation(jax.default_backend()))
 
 

@@ -35,6 +35,7 @@ class BatchModel:
         n_dropped: rows left out because of missing values in the data (not in a response).
         df: degrees of freedom of the tests, as in `LMMResults.test`.
         contrasts: names of the contrasts asked for.
+        engine: "numpy" or "jax", as in `LMMResults`.
     """
 
     formula: str
@@ -47,6 +48,7 @@ class BatchModel:
     n_dropped: int
     df: str = "satterthwaite"
     contrasts: tuple[str, ...] = ()
+    engine: str = ""
 
     @property
     def sizes(self) -> tuple[int, ...]:

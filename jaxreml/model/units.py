@@ -155,15 +155,16 @@ class Units:
             back = jax.jacfwd(lambda p: own._changed(p, own.inner_factor, covariance))(shown)
             return out, back
 
-        if on_host(shown):
-            with neutral():
-                out, back = both(shown, inner, self.matrices)
-                return np.asarray(out), np.asarray(back)
-        if shown.ndim == 1:
-            return both(shown, inner, self.matrices)
-        matrices = tuple(own[..., 0] for own in self.matrices)
-        mapped = jax.vmap(lambda a, b: both(a, b, matrices), in_axes=-1, out_axes=-1)
-        return mapped(shown, inner)
+        function: Any = both
+        matrices = self.matrices
+        if shown.ndim > 1:
+            matrices = tuple(own[..., 0] for own in matrices)
+            function = jax.vmap(both, in_axes=(-1, -1, None), out_axes=-1)
+        if not on_host(shown):
+            return function(shown, inner, matrices)
+        with neutral():
+            out, back = function(shown, inner, matrices)
+            return np.asarray(out), np.asarray(back)
 
     def _changed(self, parameters: Array, change: Any, covariance: Covariance) -> Array:
         """Finite parameters of the changed factors of what is rotated, the others as they are:

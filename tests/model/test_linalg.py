@@ -267,7 +267,8 @@ def test_crossed_refits_have_no_batched_calls():
 
 def test_profiles_have_no_batched_calls(monkeypatch):
     data = jaxreml.datasets.load("penicillin")
-    fit = jaxreml.fit("diameter ~ 1 + (1 | plate) + (1 | sample)", data)
+    formula = "diameter ~ 1 + (1 | plate) + (1 | sample)"
+    fit = jaxreml.fit(formula, data, structure="dense", engine="jax")
     found = []
 
     class Lowered(Exception):
