@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 
 Array = Any  # NumPy's or JAX's
 FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
@@ -35,6 +35,9 @@ def row_products(left: Array, right: Array) -> Array:
     """Inner products of the rows of (a, k, ...) and (b, k, ...), (a, b, ...)."""
     if left.ndim == right.ndim == 2:
         return left @ right.T
+    if on_host(left, right):  # no array of all products
+        pairs = [[np.einsum("k...,k...->...", own, other) for other in right] for own in left]
+        return np.array(pairs)
     return (left[:, None] * right[None]).sum(axis=2)
 
 
