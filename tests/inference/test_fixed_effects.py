@@ -17,6 +17,7 @@ import jaxreml
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import ConvergenceWarning, DataError, FormulaError
 from jaxreml.inference.fixed.wald import KenwardRoger, Satterthwaite
+from jaxreml.model.kenward_roger import Adjustment
 from jaxreml.model.satterthwaite import Spread
 
 MODELS = ["cake_factor", "machines", "machines_s", "sleep_corr", "pastes", "crossed_nested"]
@@ -259,7 +260,8 @@ def test_joint_satterthwaite_is_fai_and_cornelius():
 
 
 def test_without_correction_kenward_roger_is_a_chi_square():
-    method = KenwardRoger(np.eye(2), np.eye(2), np.zeros((1, 2, 2)), np.ones((1, 1)))
+    nothing = Adjustment(np.eye(2), np.eye(2), np.zeros((1, 2, 2)), np.ones((1, 1)), True)
+    method = KenwardRoger(nothing)
     assert method.several(np.eye(2), 2) == (np.inf, 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
