@@ -112,7 +112,7 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:
-    """Denominator degrees of freedom (k,) of the t tests of (k, p) `rows`; NaN for zeros."""
+    """Denominator degrees of freedom (k,) of the t tests of (k, p) `rows`."""
     xp = namespace(rows, adjustment.root)
     half = rows @ adjustment.root
     half = half / xp.sqrt(xp.sum(half**2, axis=1, keepdims=True))

@@ -221,7 +221,7 @@ def test_offsets():
     none = inside.emmeans("a", at={"o": 0}, contrast="pairwise")
     np.testing.assert_allclose(none.table["estimate"] + table["o"].mean(), expected, rtol=1e-9)
     np.testing.assert_allclose(
-        none.contrasts["estimate"], inside.contrasts("a")["estimate"], rtol=1e-9
+        none.contrasts["estimate"], inside.contrast("a")["estimate"], rtol=1e-9
     )
 
 
@@ -245,8 +245,8 @@ def test_numbers_as_factors_and_booleans():
 def test_contrasts_of_ones_own():
     fit = fitted("cake_factor")
     ends = {"last - first": [-1, 0, 0, 0, 0, 1]}
-    own = fit.contrasts("temperature", ends, by="recipe", df="kenward-roger", conf_level=0.9)
-    pairs = fit.contrasts(
+    own = fit.contrast("temperature", ends, by="recipe", df="kenward-roger", conf_level=0.9)
+    pairs = fit.contrast(
         "temperature", "trt.vs.ctrl", by="recipe", df="kenward-roger", conf_level=0.9, adjust="none"
     )
     pairs = pairs[pairs["contrast"] == "temperature225 - temperature175"].reset_index(drop=True)

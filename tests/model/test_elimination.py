@@ -1,4 +1,4 @@
-"""Elimination of nested factors against V written out."""
+"""Elimination of nested factors, with and without a tail, against V written out."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pytest
 from jaxreml import Design
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures import Crossed
-from jaxreml.model.structures.crossed.elimination import eliminate, substitute
 
 N = 40
 FINE = np.random.default_rng(0).permutation(np.arange(N) % 12)
 OTHER = np.random.default_rng(1).permutation(np.arange(N) % 5)
-CASES = {  # codes and numbers of effects of the chain, finest first, and of the tail
-    "nested": ([(FINE, 1), (FINE // 3, 1)], None),
-    "chain and tail": ([(FINE, 2), (FINE // 2, 1), (FINE // 6, 1)], (OTHER, 2)),
+CASES = {  # codes and numbers of effects, the chain's finest first; how many are the chain's
+    "nested": ([(FINE, 1), (FINE // 3, 1)], 2),
+    "chain and tail": ([(FINE, 2), (FINE // 2, 1), (FINE // 6, 1), (OTHER, 2)], 3),
 }
 
 
@@ -26,46 +25,41 @@ def columns_of(codes: np.ndarray, effects: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_chain_by_definition(name):
-    chain, tail = CASES[name]
+def test_projection_by_definition(name):
+    groups, chain = CASES[name]
     rng = np.random.default_rng(2)
-    terms = []
-    for codes, q in [*chain, tail] if tail else chain:
+    terms, triangles = [], []
+    for codes, q in groups:
         effects = rng.normal(size=(N, q))
         effects /= np.sqrt(np.mean(effects**2, axis=0))  # the unit inside a design
         terms.append((codes, effects))
+        root = np.tril(rng.normal(size=(q, q)))
+        triangles.append(natural.join_triangles((root @ root.T,)))
     X, y = np.column_stack([np.ones(N), rng.normal(size=N)]), rng.normal(size=N)
     structure = Design.from_arrays(y, X, terms, structure="crossed").structure
-    assert isinstance(structure, Crossed) and len(structure.stages) == len(chain)
-    U, _ = np.linalg.qr(X)  # up to signs the basis inside a design
-    columns = np.column_stack([U, y - U @ (U.T @ y)])
+    assert isinstance(structure, Crossed) and len(structure.stages) == chain
+    omega = np.concatenate(triangles)
+    found = structure.project(omega)
 
+    basis = np.linalg.qr(X)[0]  # up to signs that of the design; y's column is known
+    columns = np.column_stack([basis, y - basis @ (basis.T @ y)])
+    V, directions = np.eye(N), []
     Z = [columns_of(*term) for term in terms]
-    omegas, V = [], np.eye(N)
-    for (_, q), own in zip(chain, Z, strict=False):
-        root = np.tril(rng.normal(size=(q, q)))
-        omegas.append(natural.join_triangles((root @ root.T,)))
-        V = V + own @ np.kron(root @ root.T, np.eye(own.shape[1] // q)) @ own.T
+    for own, triangle, (_, q) in zip(Z, triangles, groups, strict=True):
+        for value, unit in zip(triangle, natural.symmetric_basis((q,)), strict=True):
+            directions.append(own @ np.kron(unit, np.eye(own.shape[1] // q)) @ own.T)
+            V = V + value * directions[-1]
     inverse = np.linalg.inv(V)
-    done = eliminate(
-        structure.stages, tuple(omegas), structure.rest, structure.tail, structure.remainder
-    )
 
-    def same(ours, expected, signs=True):
-        ours = np.asarray(ours)
-        if not signs:
-            ours, expected = abs(ours), abs(expected)
-        np.testing.assert_allclose(ours, expected, atol=1e-10 * (1 + abs(expected).max()))
+    def same(ours, expected):
+        expected = np.asarray(expected)
+        atol = 1e-10 * (1 + abs(expected).max())
+        np.testing.assert_allclose(np.asarray(ours), expected, atol=atol)
 
-    same(done.logdet, np.linalg.slogdet(V)[1])
-    same(done.T, columns.T @ inverse @ columns, signs=False)
-    modes = np.zeros((0, 3))
-    if tail:
-        same(done.A, Z[-1].T @ inverse @ Z[-1])
-        same(done.C, Z[-1].T @ inverse @ columns, signs=False)
-        modes = rng.normal(size=(len(done.A), 3))
-        modes[:, :2] = 0.0  # y's alone, whose sign is known
-    left = inverse @ (columns[:, 2] - (Z[-1] @ modes[:, 2] if tail else 0.0))
-    crosses = substitute(structure.stages, tuple(omegas), done, modes)
-    for own, (_, q), cross in zip(Z, chain, crosses, strict=False):
-        same(np.asarray(cross)[:, 2], (own.T @ left).reshape(q, -1))
+    same(found.logdet, np.linalg.slogdet(V)[1])
+    same(abs(np.asarray(found.gram)), abs(columns.T @ inverse @ columns))
+    same(structure.slope(found), [np.sum(inverse * own) for own in directions])
+    for own, (_, q), cross in zip(Z[:chain], groups, found.cross, strict=False):
+        same(np.asarray(cross)[:, 2], (own.T @ inverse @ columns[:, 2]).reshape(q, -1))
+    if chain < len(Z):
+        same(np.asarray(found.cross[-1])[:, 2], Z[-1].T @ inverse @ columns[:, 2])

@@ -338,7 +338,7 @@ def emtrends(
     return _summarised(fit, grid, L, offset, specs, by, asked, noise)
 
 
-def contrasts(
+def contrast(
     fit: FittedModel,
     specs: str | Sequence[str],
     contrast: str | Mapping[str, Any] = "pairwise",

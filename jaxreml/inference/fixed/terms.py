@@ -26,12 +26,14 @@ class FixedTerms:
         offset_encodings: how each ``offset()`` of the formula is made.
         table: the rows used, without weights and offset given as arguments.
         kept: (p,), the columns of X that have coefficients.
+        row_space: of X; None if all columns have.
     """
 
     encoding: Encoding
     offset_encodings: tuple[Encoding, ...]
     table: pd.DataFrame
     kept: np.ndarray
+    row_space: RowSpace | None
 
     @property
     def spec(self) -> Any:
@@ -131,11 +133,7 @@ class FixedTerms:
 
     def estimable(self, L: np.ndarray) -> np.ndarray:
         """Which rows of (m, P) `L` are in the row space of X, booleans."""
-        return self._row_space.contains(L)
-
-    @cached_property
-    def _row_space(self) -> RowSpace:
-        return RowSpace(self.full, self.kept)
+        return np.ones(len(L), bool) if self.row_space is None else self.row_space.contains(L)
 
 
 def fixed_terms(fit: FittedModel) -> FixedTerms:
@@ -146,10 +144,10 @@ def fixed_terms(fit: FittedModel) -> FixedTerms:
     """
     fit.require_optimum("test fixed effects")
     frame = fit.frame
-    encoding = frame.fixed_encoding
     table, _ = split_extras(fit.table)
-    kept = np.array([encoding.names.index(name) for name in fit.fixed_names], dtype=int)
-    return FixedTerms(encoding, frame.offset_encodings, table, kept)
+    return FixedTerms(
+        frame.fixed_encoding, frame.offset_encodings, table, frame.kept, frame.row_space
+    )
 
 
 def _is_categorical(spec: Any, expression: str) -> bool:

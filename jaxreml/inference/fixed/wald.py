@@ -32,6 +32,7 @@ from jaxreml.backend.compilation import evaluated
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.fixed.adjustments import f_tail
 from jaxreml.inference.likelihood.profile import Profile
 from jaxreml.model import satterthwaite
 from jaxreml.model.kenward_roger import Adjustment, adjust, joint_degrees, single_degrees
@@ -213,8 +214,6 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
     Raises:
         ValueError: rows that contradict each other, or are all zero.
     """
-    from scipy.stats import f
-
     stated, values, _ = hypotheses(fit.fixed_names, L, rhs)
     rows, values = _independent(stated, values, fit.bse.to_numpy())
     method = approximation(fit, df)
@@ -222,14 +221,9 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
     q = len(rows)
     degrees, factor = method.several(stated, q)
     statistic = factor * float(gap @ np.linalg.solve(rows @ method.vcov @ rows.T, gap)) / q
-    p_value = float(f.sf(statistic, q, degrees))
-    if np.isposinf(degrees):  # scipy's F has no such limit
-        from scipy.stats import chi2
-
-        p_value = float(chi2.sf(q * statistic, q))
-    return pd.DataFrame(
-        {"statistic": [statistic], "num_df": [q], "den_df": [degrees], "p_value": [p_value]}
-    )
+    p_value = f_tail(statistic, q, degrees)
+    row = {"statistic": statistic, "num_df": q, "den_df": degrees, "p_value": p_value}
+    return pd.DataFrame([row])
 
 
 def _independent(

@@ -253,9 +253,8 @@ def _new_rows(
     codes = [np.zeros(k, int) for _ in frame.terms]
     total_offset, prior = _extras(table)
     if k:
-        places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
         full = frame.fixed_encoding.matrix(table)
-        X = full[:, places]
+        X = full[:, frame.kept]
         if frame.row_space is not None:
             estimable = frame.row_space.contains(full)
         for encoding in frame.offset_encodings:
