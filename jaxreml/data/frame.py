@@ -78,7 +78,7 @@ class ModelFrame:
         """Rows left out because a column used has a missing value there."""
         return int(np.sum(~self.rows))
 
-    @property
+    @cached_property
     def kept(self) -> np.ndarray:
         """(p,), the columns of `fixed_encoding` that have coefficients."""
         names = self.fixed_encoding.names
@@ -90,6 +90,14 @@ class ModelFrame:
         if not self.aliased:
             return None
         return RowSpace(self.fixed_encoding.matrix(self.table), self.kept)
+
+    def estimable(self, L: np.ndarray) -> np.ndarray:
+        """Which rows of (m, P) `L`, in the columns of `fixed_encoding`, are in the row space."""
+        return np.ones(len(L), bool) if self.row_space is None else self.row_space.contains(L)
+
+    def offsets(self, table: pd.DataFrame) -> np.ndarray:
+        """(m,), the sum of the formula's offsets at the values in `table`."""
+        return sum((own.matrix(table)[:, 0] for own in self.offset_encodings), np.zeros(len(table)))
 
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""

@@ -150,15 +150,16 @@ def _test(fit: FittedModel, terms: FixedTerms, L: np.ndarray, df: str) -> dict[s
     rows = np.where(np.abs(L) < ZERO, 0.0, L)
     rows = rows[rows.any(axis=1)]
     reason = ""
-    if terms.row_space is not None and not terms.row_space.contains(rows).all():
+    space = terms.frame.row_space
+    if space is not None and not space.contains(rows).all():
         reason = NOT_ALL
-        rows = null_space((rows @ terms.row_space.null_space).T).T @ rows
+        rows = null_space((rows @ space.null_space).T).T @ rows
     rows = _orthonormal(rows)
     q = len(rows)
     result = dict.fromkeys(COLUMNS, np.nan) | {"num_df": q, "reason": reason, "rows": rows}
     if not q:
         return result
-    kept = rows[:, terms.kept]
+    kept = rows[:, terms.frame.kept]
     method = approximation(fit, df)
     estimate = kept @ fit.beta
     F = float(estimate @ np.linalg.solve(kept @ method.vcov @ kept.T, estimate)) / q

@@ -255,10 +255,8 @@ def _new_rows(
     if k:
         full = frame.fixed_encoding.matrix(table)
         X = full[:, frame.kept]
-        if frame.row_space is not None:
-            estimable = frame.row_space.contains(full)
-        for encoding in frame.offset_encodings:
-            total_offset = total_offset + encoding.matrix(table)[:, 0]
+        estimable = frame.estimable(full)
+        total_offset = total_offset + frame.offsets(table)
         for i, (term, keep, need) in enumerate(zip(frame.terms, used, needed, strict=True)):
             if need:
                 effects[i] = term.encoding.matrix(table)
