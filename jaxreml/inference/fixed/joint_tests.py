@@ -66,7 +66,7 @@ def joint_tests(
     factors = [name for name, v in grid.levels.items() if len(v) > 1 and name not in within]
     if not factors:
         raise DataError("the model has no variables of several values to test")
-    X = grid.terms.rows(grid.table)
+    X = grid.terms.encoding.matrix(grid.table)
     found: list[dict[str, Any]] = []
     tested: dict[tuple[Any, ...], list[np.ndarray]] = {}
     for names in _sets(grid, factors):

@@ -289,7 +289,10 @@ def emmeans(
     """
     options = Options(contrast, adjust, df, weights, conf_level).checked()
     grid = reference_grid(fit, at)
-    L, offset = grid.terms.rows(grid.table), grid.terms.frame.offsets(grid.table) + grid.constant
+    L, offset = (
+        grid.terms.encoding.matrix(grid.table),
+        grid.terms.frame.offsets(grid.table) + grid.constant,
+    )
     return _summarised(fit, grid, L, offset, specs, by, options)
 
 
@@ -333,7 +336,7 @@ def emtrends(
     )
     L, offset = (
         (function(ahead) - function(behind)) / (2 * step)
-        for function in (grid.terms.rows, grid.terms.frame.offsets)
+        for function in (grid.terms.encoding.matrix, grid.terms.frame.offsets)
     )
     return _summarised(fit, grid, L, offset, specs, by, asked, noise)
 

@@ -85,14 +85,6 @@ class FixedTerms:
         with np.errstate(all="ignore"):
             return model_matrix(None, text, table, context, ensure_full_rank=False)
 
-    def rows(self, table: pd.DataFrame) -> np.ndarray:
-        """Rows (m, P) of X, aliased columns too, at the values in `table`.
-
-        Raises:
-            DataError: values at which the formula cannot be computed.
-        """
-        return self.encoding.matrix(table)
-
     @property
     def variables(self) -> list[str]:
         """Columns of the table that the fixed effects and the offsets use, in order."""
