@@ -13,8 +13,14 @@ import os
 import shutil
 import tempfile
 
-import jaxlib
 import pytest
+
+# A worker for each core: threads of BLAS would wait for each other, forty times as long as one of
+# them takes for a matrix of order 200. Before NumPy and SciPy load it.
+for library in ("OPENBLAS", "OMP", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+import jaxlib  # noqa: E402
 
 # This halves the time once more, as in `fit` and `fit_many` themselves
 # (`jaxreml.cache.quick_compilation`). XLA_FLAGS= pytest runs with XLA's defaults.

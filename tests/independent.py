@@ -97,3 +97,40 @@ def simulate(seed: int, n: int = 150, n_groups: int = 12, q: int = 2, p: int = 2
     b = rng.normal(size=(n_groups, q)) @ root.T
     y = X @ rng.normal(size=p) + np.sum(Z * b[codes], axis=1) + rng.normal(size=n)
     return y, X, codes, Z
+
+
+def directions(terms, weights, n) -> list[np.ndarray]:
+    """Derivatives of V in the residual variance and the entries of the terms' covariances."""
+    found = [np.diag(1 / (np.ones(n) if weights is None else weights))]
+    for codes, Z in terms:
+        same = codes[:, None] == codes
+        for b, a in zip(*np.triu_indices(Z.shape[1]), strict=True):
+            outer = np.outer(Z[:, a], Z[:, b])
+            found.append(same * (outer if a == b else outer + outer.T))
+    return found
+
+
+def kenward_roger(X: np.ndarray, V: np.ndarray, terms, weights):
+    """Kenward and Roger (1997, Biometrics 53:983), in variances and covariances.
+
+    The adjusted covariance; and the degrees of freedom of t tests, a function of rows of L.
+    """
+    moves = directions(terms, weights, len(X))
+    inverse = np.linalg.inv(V)
+    phi = np.linalg.inv(X.T @ inverse @ X)
+    P = inverse - inverse @ X @ phi @ X.T @ inverse
+    moved = [P @ D for D in moves]
+    information = np.array([[np.sum(A * B.T) / 2 for B in moved] for A in moved])
+    W = np.linalg.inv(information)
+    left = [X.T @ inverse @ D @ inverse for D in moves]
+    first = [own @ X for own in left]  # -P_i
+    total = np.zeros_like(phi)
+    for i, j in np.ndindex(W.shape):
+        total += W[i, j] * (left[i] @ moves[j] @ inverse @ X - first[i] @ phi @ first[j])
+
+    def degrees(row: np.ndarray) -> float:
+        theta = np.outer(row, row) / (row @ phi @ row)
+        parts = [np.trace(theta @ phi @ own @ phi) for own in first]
+        return 2 / (parts @ W @ parts)
+
+    return phi + 2 * phi @ total @ phi, degrees

@@ -7,12 +7,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from jaxreml import datasets
 
 HERE = Path(__file__).parent / "reference"
 NAMES = sorted(path.stem for path in HERE.glob("*.json"))
+
+
+def table(name: str) -> pd.DataFrame:
+    """A data set of `inference/` or of the package, with the factors of the figures."""
+    path = HERE / "inference" / f"{name}.csv.gz"
+    if path.exists():
+        return pd.read_csv(path)
+    if name == "empty":  # a cell is
+        frame = table("unbalanced")
+        return frame[(frame["a"] != "a3") | (frame["b"] != "b2")]
+    frame = datasets.load(name.lower())
+    if name == "cake":
+        frame["temperature"] = frame["temperature"].cat.as_unordered()
+    if name == "Dyestuff2":  # of the comparisons
+        frame["x"] = np.tile(np.arange(1.0, 6.0), 6)
+    return frame
 
 
 @functools.cache

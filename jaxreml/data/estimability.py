@@ -1,4 +1,4 @@
-"""Which linear functions of the fixed effects the data determine: those in the row space of X.
+"""Columns that depend on others, and which functions of the fixed effects the data determine.
 
 With columns of X that depend on others, coefficients are those of one choice of columns, and only
 functions in the row space are the same for every choice (Searle 1971, Linear Models, ch. 5.4).
@@ -12,6 +12,20 @@ import numpy as np
 
 ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
 ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
+
+
+def independent_columns(X: np.ndarray) -> np.ndarray:
+    """Which columns do not depend linearly on columns before them, as R chooses them."""
+    kept = np.arange(X.shape[1])
+    lengths = np.linalg.norm(X, axis=0)
+    while kept.size:
+        diagonal = np.abs(np.diagonal(np.linalg.qr(X[:, kept], mode="r")))
+        diagonal = np.pad(diagonal, (0, kept.size - diagonal.size))  # more columns than rows
+        dependent = diagonal <= ALIASED * lengths[kept]
+        if not dependent.any():
+            break
+        kept = np.delete(kept, int(np.argmax(dependent)))
+    return kept
 
 
 class RowSpace:
@@ -38,6 +52,11 @@ class RowSpace:
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
         """What `of_parts` makes it of again."""
         return self._lengths, self._null_space
+
+    @property
+    def null_space(self) -> np.ndarray:
+        """(P, d), orthonormal combinations of the columns that are zero."""
+        return np.linalg.qr(self._null_space / self._lengths[:, None])[0]
 
     @classmethod
     def of_parts(cls, lengths: np.ndarray, null_space: np.ndarray) -> RowSpace:

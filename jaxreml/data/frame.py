@@ -24,7 +24,7 @@ from jaxreml.data.columns import (
     require_no_stray,
 )
 from jaxreml.data.encoding import Encoding, encode
-from jaxreml.data.estimability import ALIASED, RowSpace
+from jaxreml.data.estimability import RowSpace, independent_columns
 from jaxreml.data.formula import (
     ParsedFormula,
     dotted_names,
@@ -79,13 +79,25 @@ class ModelFrame:
         return int(np.sum(~self.rows))
 
     @cached_property
+    def kept(self) -> np.ndarray:
+        """(p,), the columns of `fixed_encoding` that have coefficients."""
+        names = self.fixed_encoding.names
+        return np.array([names.index(name) for name in self.fixed_names], int)
+
+    @cached_property
     def row_space(self) -> RowSpace | None:
         """Of X with its aliased columns, for estimability; None if no column is aliased."""
         if not self.aliased:
             return None
-        names = self.fixed_encoding.names
-        kept = np.array([names.index(name) for name in self.fixed_names], int)
-        return RowSpace(self.fixed_encoding.matrix(self.table), kept)
+        return RowSpace(self.fixed_encoding.matrix(self.table), self.kept)
+
+    def estimable(self, L: np.ndarray) -> np.ndarray:
+        """Which rows of (m, P) `L`, in the columns of `fixed_encoding`, are in the row space."""
+        return np.ones(len(L), bool) if self.row_space is None else self.row_space.contains(L)
+
+    def offsets(self, table: pd.DataFrame) -> np.ndarray:
+        """(m,), the sum of the formula's offsets at the values in `table`."""
+        return sum((own.matrix(table)[:, 0] for own in self.offset_encodings), np.zeros(len(table)))
 
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""
@@ -359,14 +371,6 @@ def drop_aliased(
     X: np.ndarray, names: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Leave out columns that depend linearly on columns before them, as R does."""
-    kept = np.arange(X.shape[1])
-    lengths = np.linalg.norm(X, axis=0)
-    while kept.size:
-        diagonal = np.abs(np.diagonal(np.linalg.qr(X[:, kept], mode="r")))
-        diagonal = np.pad(diagonal, (0, kept.size - diagonal.size))  # more columns than rows
-        dependent = diagonal <= ALIASED * lengths[kept]
-        if not dependent.any():
-            break
-        kept = np.delete(kept, int(np.argmax(dependent)))
+    kept = independent_columns(X)
     aliased = tuple(names[k] for k in range(len(names)) if k not in kept)
     return X[:, kept], tuple(names[k] for k in kept), aliased

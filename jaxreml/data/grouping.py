@@ -12,7 +12,7 @@ import pandas as pd
 from formulaic.errors import FormulaicError
 
 from jaxreml.data.encoding import Encoding, encode
-from jaxreml.data.estimability import ALIASED
+from jaxreml.data.estimability import independent_columns
 from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
 from jaxreml.errors import DataError, FormulaError
@@ -140,8 +140,7 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
 
 def _dependent(columns: np.ndarray) -> int | None:
     """The first column that is a linear combination of those before it."""
-    triangle = np.linalg.qr(columns / np.linalg.norm(columns, axis=0), mode="r")
-    found = np.flatnonzero(np.abs(np.diagonal(triangle)) <= ALIASED)
+    found = np.setdiff1d(np.arange(columns.shape[1]), independent_columns(columns))
     return int(found[0]) if found.size else None
 
 

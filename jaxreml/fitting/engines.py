@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from jaxreml.arguments import is_reml
 from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
 from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
@@ -19,6 +20,7 @@ from jaxreml.model.design import Design
 from jaxreml.optimum.effects import Inspection, inspect, inspect_on_host
 from jaxreml.optimum.estimate import estimate, estimate_on_host
 from jaxreml.optimum.report import Estimate
+from jaxreml.optimum.rivals import is_proved
 
 SMALL = 2**17  # numbers of a structure up to which BLAS is quicker alone
 FEW = 300  # random effects of several factors up to which they take one matrix
@@ -48,17 +50,18 @@ def engine_for(design: Design, asked: str | None) -> str:
 
 def optimum(
     design: Design, method: str, max_iterations: int, engine: str
-) -> tuple[Estimate, Inspection]:
-    """Estimate and inspection of a design without names, as NumPy arrays."""
+) -> tuple[Estimate, Inspection, bool]:
+    """Estimate and inspection of a design without names, as NumPy arrays, and if it `is_proved`."""
     if engine == "numpy":
         with single_blas() if design.numbers <= SMALL else nullcontext():
-            estimated = estimate_on_host(design, method, max_iterations=max_iterations)
-            return estimated, inspect_on_host(estimated, design, method)
+            estimated, proved = estimate_on_host(design, method, max_iterations=max_iterations)
+            return estimated, inspect_on_host(estimated, design, method), proved
     spare_memory_maps()
     with neutral():
         estimated = _compiled(estimate, method, max_iterations=max_iterations)(design)
         inspection = _compiled(inspect, method)(estimated, design)
-        return jax.device_get((estimated, inspection))
+        estimated, inspection = jax.device_get((estimated, inspection))
+    return estimated, inspection, is_proved(design, inspection.omega, reml=is_reml(method))
 
 
 @remembered

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.arguments import check_engine, is_reml
+from jaxreml.arguments import check_engine
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.fitting.engines import engine_for, optimum, suited_structure
@@ -35,7 +35,7 @@ def fit_frame(
     with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
         design = with_spare_levels(frame.design(structure))
     engine = engine_for(design, engine)
-    estimated, inspection = optimum(design.without_names(), method, max_iterations, engine)
+    estimated, inspection, proved = optimum(design.without_names(), method, max_iterations, engine)
     status = Status(int(estimated.status))
     if status in NO_FIT:
         raise DataError(status.sentence)
@@ -47,11 +47,9 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     variances = conditional_variances(estimated, inspection, design)
     effects = list(zip(inspection.modes, variances, strict=True))
-    certainty = optimality(design, inspection.omega, reml=is_reml(method))
+    known = optimality(design, proved)
     return kind(
-        **_fields(
-            frame, design, method, estimated, effects, status, gradient_norm, context, certainty
-        ),
+        **_fields(frame, design, method, estimated, effects, status, gradient_norm, context, known),
         engine=engine,
     )
 

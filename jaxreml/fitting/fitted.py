@@ -19,6 +19,7 @@ from jaxreml.fitting.random_terms import (
     Groups,
     correlation_labels,
     correlations_of,
+    frames_by_group,
     unpack,
     variance_labels,
 )
@@ -254,15 +255,8 @@ class FittedModel:
 
     def _by_level(self, values: list[np.ndarray]) -> dict[str, pd.DataFrame]:
         """Frames of (levels, effects) arrays, one per grouping factor."""
-        frames: dict[str, list[pd.DataFrame]] = {}
-        for grouping, part in zip(self.groupings, values, strict=True):
-            index = pd.Index(grouping.levels, name=grouping.name)
-            frame = pd.DataFrame(part, index, list(grouping.effects))
-            frames.setdefault(grouping.name, []).append(frame)
-        return {
-            name: parts[0] if len(parts) == 1 else pd.concat(parts, axis=1)
-            for name, parts in frames.items()
-        }
+        levels = [pd.Index(grouping.levels, name=grouping.name) for grouping in self.groupings]
+        return frames_by_group(self.groups, levels, values)
 
     # Fit statistics
 

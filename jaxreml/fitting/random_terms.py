@@ -5,9 +5,11 @@ Of one fit or of many: arrays have the fits on leading axes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 
 from jaxreml.data.formula import RESIDUAL as RESIDUAL
 from jaxreml.model.covariance import natural
@@ -43,6 +45,20 @@ def variance_labels(groups: Groups) -> list[tuple[str, str]]:
 def correlation_labels(groups: Groups) -> list[tuple[str, str, str]]:
     """Group and the two terms of each correlation."""
     return [(group, *pair) for group, effects in groups for pair in combinations(effects, 2)]
+
+
+def frames_by_group(
+    groups: Groups, indices: Iterable[pd.Index], values: Iterable[np.ndarray]
+) -> dict[str, pd.DataFrame]:
+    """Per grouping factor a frame with a column per effect, of all its terms, given per term the
+    index (k,) and the values (k, q)."""
+    frames: dict[str, list[pd.DataFrame]] = {}
+    for (group, effects), index, part in zip(groups, indices, values, strict=True):
+        frames.setdefault(group, []).append(pd.DataFrame(part, index, list(effects)))
+    return {
+        group: parts[0] if len(parts) == 1 else pd.concat(parts, axis=1)
+        for group, parts in frames.items()
+    }
 
 
 def theta_labels(groups: Groups) -> list[tuple[str, ...]]:

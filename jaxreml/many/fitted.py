@@ -14,6 +14,7 @@ from jaxreml.fitting.random_terms import (
     Groups,
     correlation_labels,
     correlations_of,
+    frames_by_group,
     unpack,
     variance_labels,
 )
@@ -308,21 +309,23 @@ class FittedBatch:
 
     # Random effects
 
-    def random_effects(self, i: int) -> dict[str, pd.DataFrame]:
-        """Conditional modes of response number `i`, as `LMMResults.random_effects`.
+    @cached_property
+    def random_effects(self) -> dict[str, pd.DataFrame]:
+        """Conditional modes per grouping factor: a row per response and level, a column per effect;
+        ``random_effects[group].loc[response]`` is `LMMResults.random_effects` of one.
 
         Raises:
             DataError: `fit_many` was not asked for them.
         """
         if self.fits.modes is None:
             raise DataError("the conditional modes were not kept: call fit_many(..., modes=True)")
-        frames: dict[str, list[pd.DataFrame]] = {}
-        for (group, effects), levels, modes in zip(
-            self.model.groups, self.model.levels, self.fits.modes, strict=True
-        ):
-            frame = pd.DataFrame(modes[i], pd.Index(levels, name=group), list(effects))
-            frames.setdefault(group, []).append(frame)
-        return {name: pd.concat(parts, axis=1) for name, parts in frames.items()}
+        groups, responses = self.model.groups, self.responses.rename("response")
+        levels = [
+            pd.MultiIndex.from_product([responses, pd.Index(own, name=group)])
+            for (group, _), own in zip(groups, self.model.levels, strict=True)
+        ]
+        values = [modes.reshape(-1, modes.shape[-1]) for modes in self.fits.modes]
+        return frames_by_group(groups, levels, values)
 
     def position(self, i: int | str) -> int:
         """Position of a response given by position or name; DataError if there is none."""

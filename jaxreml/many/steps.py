@@ -150,8 +150,9 @@ def satterthwaite_tests(estimate: Estimate, rows: Array) -> Tests:
 
 def _forms(rows: Array, matrices: Array) -> Array:
     """row' matrix row of (k, p) rows, (k, ...), for matrices (p, p, ...)."""
-    flat = matrices.reshape(-1, *matrices.shape[2:])
-    squares = (rows[:, :, None] * rows[:, None]).reshape(len(rows), -1)
+    p = rows.shape[1]
+    flat = matrices.reshape(p * p, *matrices.shape[2:])
+    squares = (rows[:, :, None] * rows[:, None]).reshape(len(rows), p * p)
     return namespace(squares, flat).tensordot(squares, flat, axes=1)
 
 

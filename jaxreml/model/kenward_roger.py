@@ -1,4 +1,4 @@
-"""Kenward and Roger's adjusted covariance of the fixed effects, in arrays.
+"""Kenward and Roger's adjusted covariance of the fixed effects and degrees of freedom, in arrays.
 
 Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear: with P_i and
 Q_ij the first and halves of the second derivatives of X'V^-1 X in variances and covariances, W the
@@ -26,6 +26,9 @@ from jaxreml.model.objective import degrees_of_freedom, expand
 Array = Any  # NumPy's or JAX's
 SINGULAR = 1e-12  # pivots of the information, relative to the size of V_i, that are zero
 UNMOVED = 1e-10  # squared change along a flat direction, relative, that is rounding error
+NONE = 1e-14  # pbkrtest: 0 / 0 is 1 there
+VANISHING = 1e-10  # pbkrtest: factors of the scale this small are zero
+NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
 
 
 class Adjustment(NamedTuple):
@@ -124,3 +127,34 @@ def single_degrees(adjustment: Adjustment, rows: Array) -> Array:
     half = half / xp.sqrt(xp.sum(half**2, axis=1, keepdims=True))
     inner = xp.einsum("kp...,mpq...,kq...->mk...", half, adjustment.slopes, half)
     return 2 / xp.einsum("mn...,mk...,nk...->k...", adjustment.spread, inner, inner)
+
+
+def joint_degrees(adjustment: Adjustment, rows: np.ndarray, q: int) -> tuple[float, float]:
+    """Denominator degrees of freedom and the factor of F of the joint test of (k, p) `rows`, of
+    which `q` are linearly independent; on the host.
+
+    The formulae of pbkrtest (Halekoh and Hojsgaard 2014, J. Stat. Softw. 59(9), section 4.2).
+    """
+    half = np.linalg.svd((rows @ adjustment.root).T)[0][:, :q]  # its projection is Theta Phi
+    inner = np.einsum("pa,mpq,qb->mab", half, adjustment.slopes, half)
+    traces = np.einsum("maa->m", inner)
+    a1 = float(traces @ adjustment.spread @ traces)
+    a2 = float(np.einsum("mn,mab,nba->", adjustment.spread, inner, inner))
+    if not (np.isfinite(a1) and a2 > 0):
+        return (np.inf, 1.0) if a2 == 0 else (np.nan, np.nan)
+    if q == 1:
+        return 2 / a2, 1.0  # what the rest comes to
+    b = (a1 + 6 * a2) / (2 * q)
+    g = ((q + 1) * a1 - (q + 4) * a2) / ((q + 2) * a2)
+    scale = 3 * q + 2 * (1 - g)
+    c1, c2, c3 = g / scale, (q - g) / scale, (q + 2 - g) / scale
+    v0, v1, v2 = (
+        np.where(abs(v) < VANISHING, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
+    )
+    rest = 1 - a2 / q
+    ratio = 1.0 if max(abs(rest), abs(v1)) < NONE else rest / v1
+    with np.errstate(divide="ignore"):
+        rho = ratio**2 * v0 / v2 / q
+    df = 4 + (q + 2) / (q * rho - 1)
+    factor = 1.0 if abs(df - 2) < NEAR_TWO else df * (1 - a2 / q) / (df - 2)
+    return float(df), float(factor)

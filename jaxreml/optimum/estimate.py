@@ -59,19 +59,22 @@ def estimate(
 
 def estimate_on_host(
     design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
-) -> Estimate:
-    """`estimate` of a design of NumPy arrays by NumPy, without derivatives: nothing is compiled."""
+) -> tuple[Estimate, bool]:
+    """`estimate` of a design of NumPy arrays by NumPy, without derivatives: nothing is compiled.
+
+    Beside it, whether the optimum `is_proved` to be the lowest.
+    """
     with np.errstate(all="ignore"):
-        trace = found(design, is_reml(method), max_iterations, tolerance)
+        trace, proved = found(design, is_reml(method), max_iterations, tolerance)
         status = outcome(trace.at, trace.point, trace, design)
-        return report(trace.at, trace.point, trace, design, status)
+        return report(trace.at, trace.point, trace, design, status), proved
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=(1, 2, 3)))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
     with usual_promotion():
         fixed = jax.lax.stop_gradient(design)
-        trace = jax.lax.stop_gradient(found(fixed, reml, max_iterations, tolerance))
+        trace = jax.lax.stop_gradient(found(fixed, reml, max_iterations, tolerance)[0])
         status = outcome(trace.at, trace.point, trace, fixed)
         is_optimum = status == Status.CONVERGED
         design = _still_unless(is_optimum, design)

@@ -67,9 +67,9 @@ def best_of(
     max_iterations: int,
     *,
     cheap: bool,
-    proved: Callable[[Trace], bool] | None = None,
-) -> Trace:
-    """The lowest optimum that searches from `start` and its rivals lead to.
+    proved: Callable[[Trace], bool],
+) -> tuple[Trace, bool]:
+    """The lowest optimum that searches from `start` and its rivals lead to, and if it is `proved`.
 
     The searches are one loop around one program, so that rivals cost no compilation.
 
@@ -81,7 +81,7 @@ def best_of(
         max_iterations: of each search.
         cheap: whether to search from all `starts`, or from the lowest of the `faces` of the optimum
             if it is below it.
-        proved: whether there can be none lower than what a search found; asked on the host.
+        proved: whether there can be none lower than what a search found; asked on the host only.
     """
     points: Any = starts(covariance).astype(start.dtype)
     if on_host(start):
@@ -112,7 +112,7 @@ def best_of(
     rounds = 1 + (len(rivals) if cheap else 1)
     first = (linalg.alike(nothing, start), start, limit)
     (best, _, _), _ = jax.lax.scan(look, first, jnp.arange(rounds))
-    return best
+    return best, False
 
 
 def _best_in_turn(
@@ -123,12 +123,12 @@ def _best_in_turn(
     covariance: Covariance,
     max_iterations: int,
     cheap: bool,
-    proved: Callable[[Trace], bool] | None,
-) -> Trace:
+    proved: Callable[[Trace], bool],
+) -> tuple[Trace, bool]:
     """`best_of` on the host."""
-    best = search(start, max_iterations)
-    if best.converged and proved is not None and proved(best):
-        return best
+    best = first = search(start, max_iterations)
+    if best.converged and proved(best):
+        return best, True
     if not cheap:
         nearby = best.at * covariance.faces
         values = np.array([criterion(point) for point in nearby])
@@ -139,18 +139,12 @@ def _best_in_turn(
         found = search(point, max_iterations)
         if found.converged and is_lower(found.point.value, best.point.value):
             best = found
-    return best
+    return best, best is not first and proved(best)
 
 
-def optimality(design: Design, omega: np.ndarray, *, reml: bool) -> str:
-    """How it is known that an optimum is the lowest, in words.
-
-    Args:
-        design: on the host.
-        omega: (m,), in units of scaled effects.
-        reml: the criterion.
-    """
-    if is_proved(design, omega, reml=reml):
+def optimality(design: Design, proved: bool) -> str:
+    """How it is known that an optimum is the lowest, in words; `proved` as `is_proved` says."""
+    if proved:
         return "proved to be the lowest"
     if is_cheap(design):
         return f"the lowest of {1 + len(starts(design.covariance))} searches"

@@ -39,8 +39,10 @@ class Point(NamedTuple):
     expansion: Any
 
 
-def found(design: Design, reml: bool, max_iterations: int, tolerance: float) -> newton.Trace:
-    """The lowest optimum of a design that searches lead to."""
+def found(
+    design: Design, reml: bool, max_iterations: int, tolerance: float
+) -> tuple[newton.Trace, bool]:
+    """The lowest optimum of a design that searches lead to, and on the host if it `is_proved`."""
     return best_of(
         lambda chart, limit: search(design, chart, reml, tolerance, limit),
         lambda chart: profiled(design.covariance.omega(chart), design, reml=reml),

@@ -12,7 +12,7 @@ from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.fixed.anova import anova
 from jaxreml.inference.fixed.joint_tests import joint_tests
-from jaxreml.inference.fixed.means import contrasts, emmeans, emtrends
+from jaxreml.inference.fixed.means import contrast, emmeans, emtrends
 from jaxreml.inference.likelihood.profile import profile
 from jaxreml.inference.parameters import shares
 from jaxreml.inference.parameters.delta import delta, parameters_vcov, variance_parameters
@@ -43,7 +43,7 @@ class LMMResults(FittedModel):
     anova = anova
     joint_tests = joint_tests
     emmeans = emmeans
-    contrasts = contrasts
+    contrast = contrasts = contrast  # the second by its former name
     emtrends = emtrends
     df_satterthwaite = property(wald.df_satterthwaite)
     pvalues = property(wald.pvalues)

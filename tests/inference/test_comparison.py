@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
 import references
+from fits import fitted_to
 from scipy.stats import chi2
 
 import jaxreml
@@ -22,18 +22,8 @@ CHAINS = json.loads((references.HERE / "inference" / "comparison.json").read_tex
 SLEEP = "Reaction ~ Days + "
 
 
-def data(name: str) -> pd.DataFrame:
-    frame = jaxreml.datasets.load(name.lower())
-    if name == "cake":
-        frame["temperature"] = frame["temperature"].cat.as_unordered()
-    if name == "Dyestuff2":
-        frame["x"] = np.tile(np.arange(1.0, 6.0), 6)
-    return frame
-
-
-@cache
 def fitted(formula: str, dataset: str = "sleepstudy", method: str = "ML") -> LMMResults:
-    return jaxreml.fit(formula, data(dataset), method)
+    return fitted_to(dataset, formula, method)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -123,7 +113,7 @@ def test_where_the_mixture_does_not_apply():
 
 
 def test_a_variance_estimated_at_zero_has_p_value_one():
-    frame = data("sleepstudy")
+    frame = references.table("sleepstudy")
     frame["half"] = np.random.default_rng(0).permutation(np.tile(["a", "b", "c"], 60))
     small = jaxreml.fit(SLEEP + "(1 | Subject)", frame, "ML")
     large = jaxreml.fit(SLEEP + "(1 | Subject) + (1 | half)", frame, "ML")
@@ -160,7 +150,7 @@ NESTED = [
 
 @pytest.mark.parametrize(("dataset", "small", "large", "on_boundary", "one_effect"), NESTED)
 def test_nested_models(dataset, small, large, on_boundary, one_effect):
-    first, second = (model_frame(formula, data(dataset)) for formula in (small, large))
+    first, second = (model_frame(formula, references.table(dataset)) for formula in (small, large))
     assert nesting.mean_obstacle(first, second) == ""
     assert nesting.random_obstacle(first, second) == ""
     assert nesting.step(first, second) == (on_boundary, one_effect)
@@ -231,7 +221,7 @@ def test_a_piece_missing_is_not_nested():
     ],
 )  # fmt: skip
 def test_models_that_are_not_nested(dataset, small, large, reason):
-    first, second = (model_frame(formula, data(dataset)) for formula in (small, large))
+    first, second = (model_frame(formula, references.table(dataset)) for formula in (small, large))
     obstacle = nesting.mean_obstacle(first, second) or nesting.random_obstacle(first, second)
     assert re.search(reason, obstacle)
 
@@ -257,16 +247,20 @@ def test_models_that_are_not_nested_have_information_criteria_only():
 
 def test_different_data_are_refused():
     first = fitted(SLEEP + "(1 | Subject)")
-    frame = data("sleepstudy")
+    frame = references.table("sleepstudy")
     frame.loc[4, "Reaction"] = np.nan
     fewer = jaxreml.fit(SLEEP + "(1 | Subject)", frame, "ML")
     with pytest.raises(DataError, match=r"different rows, 180 and 179 \(0 and 1 dropped"):
         jaxreml.compare(first, fewer)
-    log = jaxreml.fit("np.log(Reaction) ~ Days + (1 | Subject)", data("sleepstudy"), "ML")
+    log = jaxreml.fit(
+        "np.log(Reaction) ~ Days + (1 | Subject)", references.table("sleepstudy"), "ML"
+    )
     with pytest.raises(DataError, match=r"fit 1 and log have different responses, 249.56 and 5\.5"):
         jaxreml.compare(first, log, names=["fit 1", "log"])
     weights = np.linspace(1, 2, 180)
-    weighted = jaxreml.fit(SLEEP + "(1 | Subject)", data("sleepstudy"), "ML", weights=weights)
+    weighted = jaxreml.fit(
+        SLEEP + "(1 | Subject)", references.table("sleepstudy"), "ML", weights=weights
+    )
     with pytest.raises(DataError, match="different weights"):
         jaxreml.compare(first, weighted)
 
@@ -282,7 +276,9 @@ def test_arguments():
     with pytest.raises(ValueError, match='one of "chi2", "mixture", "bootstrap", not \'lrt\''):
         jaxreml.compare(fit, fit, method="lrt")
     with pytest.warns(ConvergenceWarning):
-        stopped = jaxreml.fit(SLEEP + "(1 | Subject)", data("sleepstudy"), "ML", max_iterations=1)
+        stopped = jaxreml.fit(
+            SLEEP + "(1 | Subject)", references.table("sleepstudy"), "ML", max_iterations=1
+        )
     with pytest.raises(DataError, match=r"compare fit 2, .*has no optimum .the iteration limit"):
         jaxreml.compare(fit, stopped)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
-from references import HERE
+from fits import fitted_to
+from references import HERE, table
 
 import jaxreml
-from jaxreml import DataError, LMMResults
+from jaxreml import DataError
 from jaxreml.inference.fixed.nested import find_nesting
 from jaxreml.inference.selection.reduction import model_of
 from jaxreml.results.tables import abbreviated
@@ -23,24 +23,6 @@ RATIO = {"npar": "npar", "logLik": "logLik", "AIC": "AIC", "chisq": "LRT", "df":
          "p_value": "Pr(>Chisq)"}  # fmt: skip
 F = {"sum_sq": "Sum Sq", "mean_sq": "Mean Sq", "num_df": "NumDF", "den_df": "DenDF",
      "statistic": "F value", "p_value": "Pr(>F)"}  # fmt: skip
-
-
-@cache
-def data(name: str) -> pd.DataFrame:
-    if name in ("ham", "carrots", "nested", "unbalanced"):
-        return pd.read_csv(HERE / "inference" / f"{name}.csv.gz")
-    if name == "empty":
-        table = data("unbalanced")
-        return table[(table["a"] != "a3") | (table["b"] != "b2")]
-    table = jaxreml.datasets.load(name)
-    if name == "cake":
-        table["temperature"] = table["temperature"].cat.as_unordered()
-    return table
-
-
-@cache
-def fitted(name: str, formula: str) -> LMMResults:
-    return jaxreml.fit(formula, data(name))
 
 
 def same(ours: pd.DataFrame, rows: list, columns: dict[str, str], rtol: float = 2e-4) -> None:
@@ -70,14 +52,14 @@ CASES = [f"{case['data']}: {case['formula']}" for case in DELETION]
 
 @pytest.mark.parametrize("case", DELETION, ids=CASES)
 def test_drop1_is_lmertests(case):
-    fit = fitted(case["data"], case["formula"])
+    fit = fitted_to(case["data"], case["formula"])
     same(fit.drop1(), case["F"], F)
     same(fit.drop1(df="kenward-roger"), case["kenward_roger"], F)
 
 
 @pytest.mark.parametrize("case", DELETION, ids=CASES)
 def test_ranova_is_lmertests(case):
-    fit = fitted(case["data"], case["formula"])
+    fit = fitted_to(case["data"], case["formula"])
     same(fit.ranova(), case["ranova"], RATIO)
     same(fit.ranova(reduce_terms=False), case["whole"], RATIO)
 
@@ -86,7 +68,7 @@ def test_ranova_is_lmertests(case):
     "case", [c for c in DELETION if c["chi2"] and c["F"]], ids=lambda c: c["formula"]
 )
 def test_likelihood_ratios_of_fixed_effects_are_lme4s(case):
-    fit = fitted(case["data"], case["formula"])
+    fit = fitted_to(case["data"], case["formula"])
     ours, theirs = fit.drop1(test="chi2"), pd.DataFrame(case["chi2"])
     assert list(ours.index) == [term.replace("^", " ** ") for term in theirs["term"]]
     np.testing.assert_allclose(ours["AIC"], theirs["AIC"], rtol=1e-6)
@@ -98,7 +80,7 @@ def test_likelihood_ratios_of_fixed_effects_are_lme4s(case):
 
 @pytest.mark.parametrize("case", [c for c in DELETION if c["step"]], ids=lambda c: c["formula"])
 def test_step_is_lmertests(case):
-    found = fitted(case["data"], case["formula"]).step()
+    found = fitted_to(case["data"], case["formula"]).step()
     expected = case["step"]
     same(found.random, expected["random"], {"eliminated": "Eliminated", **RATIO})
     least_squares = "|" not in expected["formula"]
@@ -111,7 +93,7 @@ def test_step_is_lmertests(case):
 
 
 def test_a_formula_taken_apart_is_the_same_model():
-    frame = data("sleepstudy").rename(columns={"Days": "days awake"})
+    frame = table("sleepstudy").rename(columns={"Days": "days awake"})
     frame["z"] = np.linspace(0, 1, 180) ** 2
     fit = jaxreml.fit(
         "np.log(Reaction) ~ `days awake` * z + offset(z / 10) + (`days awake` | Subject)"
@@ -130,7 +112,7 @@ def test_a_formula_taken_apart_is_the_same_model():
 
 
 def test_scope_and_arguments():
-    fit = fitted("orthodont", "distance ~ age * Sex + (age | Subject)")
+    fit = fitted_to("orthodont", "distance ~ age * Sex + (age | Subject)")
     with pytest.raises(DataError, match="'age' cannot be dropped: other terms contain it"):
         fit.drop1("age")
     with pytest.raises(DataError, match="no such term; terms that can be are: age:Sex"):
@@ -155,7 +137,7 @@ def test_scope_and_arguments():
 def test_joint_tests_are_emmeans(case):
     formula = case["formula"].replace("country/region", "country + country:region")
     df = {"asymptotic": "inf"}.get(case["ddf"], case["ddf"])
-    ours = fitted(case["data"], formula).joint_tests(case["by"], df=df)
+    ours = fitted_to(case["data"], formula).joint_tests(case["by"], df=df)
     theirs = pd.DataFrame(case["table"])
     if case["by"]:  # emmeans has each level's rows together
         ours = ours.sort_values(case["by"], kind="stable")
@@ -172,7 +154,7 @@ def test_joint_tests_are_emmeans(case):
 
 
 def test_joint_tests_refuse():
-    fit = fitted("machines", "score ~ Machine + (1 | Worker)")
+    fit = fitted_to("machines", "score ~ Machine + (1 | Worker)")
     with pytest.raises(DataError, match=r"by='machine' is not a variable.*'Machine'"):
         fit.joint_tests("machine")
     with pytest.raises(DataError, match="no variables of several values"):
@@ -187,7 +169,7 @@ def test_joint_tests_refuse():
 )
 def test_means_of_nested_factors_are_emmeans(case):
     formula = case["formula"].replace("country/region", "country + country:region")
-    fit = fitted("nested", formula)
+    fit = fitted_to("nested", formula)
     specs, by = case["specs"], (case["by"] or [None])[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -208,7 +190,7 @@ def test_means_of_nested_factors_are_emmeans(case):
 
 
 def test_which_factors_are_nested():
-    cells = data("nested")[["state", "country", "region", "t"]].drop_duplicates()
+    cells = table("nested")[["state", "country", "region", "t"]].drop_duplicates()
     effects = {frozenset(), frozenset({"country"}), frozenset({"state"}), frozenset({"t"})}
     main = effects | {frozenset({"region"})}
     assert find_nesting(cells, main) == {"state": ("country",)}
@@ -222,7 +204,7 @@ def test_which_factors_are_nested():
 
 
 def test_notes_of_means():
-    fit = fitted("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
+    fit = fitted_to("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
     with pytest.warns(UserWarning, match="misleading due to involvement in interactions: recipe:t"):
         means = fit.emmeans("recipe", contrast="pairwise", df="kenward-roger", conf_level=0.9)
     text = str(means)
@@ -251,12 +233,12 @@ def test_short_names_are_distinct():
         "(Intr)", "r[T.B]", "r[T.C]", "t[T.185]", "t[T.195]", "r[T.B]:t[T.185]", "msrm_o", "msrm_t"
     ]  # fmt: skip
     assert len(set(abbreviated([f"x{k:03d}_long" for k in range(200)], 6))) == 200
-    fit = fitted("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
+    fit = fitted_to("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
     header = fit.summary().split("Correlation of Fixed Effects:\n")[1].splitlines()[0].split()
     assert len(set(header)) == len(header) == 17
 
 
 def test_a_fit_is_loaded_from_the_top(tmp_path):
-    fit = fitted("machines", "score ~ Machine + (1 | Worker)")
+    fit = fitted_to("machines", "score ~ Machine + (1 | Worker)")
     fit.save(tmp_path / "fit.json")
     assert jaxreml.load(tmp_path / "fit.json").params.equals(fit.params)

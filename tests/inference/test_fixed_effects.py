@@ -9,13 +9,15 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
-from fits import fitted
+from fits import fitted, fitted_to
+from independent import directions, kenward_roger
 from references import HERE, data, reference
 
 import jaxreml
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import ConvergenceWarning, DataError, FormulaError
 from jaxreml.inference.fixed.wald import KenwardRoger, Satterthwaite
+from jaxreml.model.kenward_roger import Adjustment
 from jaxreml.model.satterthwaite import Spread
 
 MODELS = ["cake_factor", "machines", "machines_s", "sleep_corr", "pastes", "crossed_nested"]
@@ -45,8 +47,7 @@ def test_coefficients_match_lmertest_and_pbkrtest(name):
 @pytest.mark.parametrize("name", ["cake_factor", "machines", "orthodont", "unbalanced"])
 def test_several_hypotheses_match_lmertest_and_pbkrtest(name):
     figures = json.loads((HERE / "inference" / f"{name}.json").read_text())
-    csv = HERE / "inference" / f"{name}.csv.gz"
-    fit = jaxreml.fit(figures["formula"], pd.read_csv(csv) if csv.exists() else data(name))
+    fit = fitted_to("unbalanced", figures["formula"]) if name == "unbalanced" else fitted(name)
     for contest in figures["contests"]:
         for df in ("satterthwaite", "kenward_roger"):
             (theirs,) = contest[df]["joint"]
@@ -61,33 +62,13 @@ def test_several_hypotheses_match_lmertest_and_pbkrtest(name):
 
 
 def by_definition(fit):
-    """Kenward and Roger's covariance and W with n x n matrices, in variances and covariances."""
+    """Kenward and Roger's covariance with n x n matrices, in variances and covariances."""
     frame = fit.frame
-    n = len(frame.y)
-    R = np.eye(n) if frame.weights is None else np.diag(1 / frame.weights)
-    directions = [R]
-    V = fit.sigma**2 * R
-    for term, grouping, cov in zip(frame.terms, fit.groupings, fit.cov_re_arrays, strict=True):
-        same = term.codes[:, None] == term.codes
-        V = V + same * (term.effects @ cov @ term.effects.T)
-        q = len(grouping.effects)
-        for b in range(q):
-            for a in range(b, q):
-                outer = np.outer(term.effects[:, a], term.effects[:, b])
-                directions.append(same * (outer if a == b else outer + outer.T))
-    inverse, X = np.linalg.inv(V), frame.X
-    phi = np.linalg.inv(X.T @ inverse @ X)
-    P = inverse - inverse @ X @ phi @ X.T @ inverse
-    moved = [P @ D for D in directions]
-    information = np.array([[np.sum(A * B.T) / 2 for B in moved] for A in moved])
-    W = np.linalg.inv(information)
-    left = [X.T @ inverse @ D @ inverse for D in directions]
-    total = np.zeros_like(phi)
-    for i, first in enumerate(left):
-        for j, second in enumerate(left):
-            Q = first @ directions[j] @ inverse @ X
-            total += W[i, j] * (Q - first @ X @ phi @ second @ X)
-    return phi + 2 * phi @ total @ phi
+    terms = [(term.codes, term.effects) for term in frame.terms]
+    V = fit.sigma**2 * directions(terms, frame.weights, len(frame.y))[0]
+    for (codes, Z), cov in zip(terms, fit.cov_re_arrays, strict=True):
+        V = V + (codes[:, None] == codes) * (Z @ cov @ Z.T)
+    return kenward_roger(frame.X, V, terms, frame.weights)[0]
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +259,8 @@ def test_joint_satterthwaite_is_fai_and_cornelius():
 
 
 def test_without_correction_kenward_roger_is_a_chi_square():
-    method = KenwardRoger(np.eye(2), np.eye(2), np.zeros((1, 2, 2)), np.ones((1, 1)))
+    nothing = Adjustment(np.eye(2), np.eye(2), np.zeros((1, 2, 2)), np.ones((1, 1)), True)
+    method = KenwardRoger(nothing)
     assert method.several(np.eye(2), 2) == (np.inf, 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

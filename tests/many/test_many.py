@@ -404,7 +404,9 @@ def test_crossed_and_nested_factors_are_single_fits(formula):
         np.testing.assert_allclose(results.fits.contrast[i], test["estimate"], rtol=1e-6)
         np.testing.assert_allclose(results.fits.contrast_se[i], test["std_error"], rtol=1e-6)
         for name, modes in single.random_effects.items():
-            np.testing.assert_allclose(results.random_effects(i)[name], modes, atol=1e-8)
+            np.testing.assert_allclose(
+                results.random_effects[name].loc[results.responses[i]], modes, atol=1e-8
+            )
 
 
 @pytest.mark.long

@@ -215,11 +215,11 @@ def test_modes_are_those_of_single_fits(results, singles):
     for i, fit in singles.items():
         expected = fit.random_effects["donor id"]
         tolerance = 1e-6 * np.abs(expected.to_numpy()).max()
-        modes = results.random_effects(i)["donor id"]
+        modes = results.random_effects["donor id"].loc[NAMES[i]]
         pd.testing.assert_frame_equal(modes, expected, rtol=1e-6, atol=tolerance)
         np.testing.assert_array_equal(cube[i].to_pandas(), modes)
         assert cube["level_donor id"].values.tolist() == list(modes.index)
-    assert results.random_effects(FLAT)["donor id"].isna().all(axis=None)
+    assert results.random_effects["donor id"].loc[NAMES[FLAT]].isna().all(axis=None)
 
 
 def test_labels_of_many_terms(many_terms):
@@ -277,7 +277,7 @@ def test_labels_of_many_terms(many_terms):
     np.testing.assert_array_equal(cube["modes_g"], joined)
     assert cube["effect_g"].values.tolist() == [*effects, "d"]
     pd.testing.assert_frame_equal(
-        many_terms.random_effects(2)["g"],
+        many_terms.random_effects["g"].loc[many_terms.responses[2]],
         pd.DataFrame(joined[2], pd.RangeIndex(12, name="g"), [*effects, "d"]),
         check_index_type=False,
     )
@@ -300,7 +300,7 @@ def test_one_effect_and_no_modes(many_terms):
     assert not [name for name in cube if name.startswith("modes")]
     assert from_table(to_table(results)).fits.modes is None
     with pytest.raises(DataError, match=r"fit_many\(\.\.\., modes=True\)"):
-        results.random_effects(0)
+        results.random_effects  # noqa: B018
 
 
 def test_labels_that_coincide_are_refused(many_terms):
@@ -336,7 +336,9 @@ def test_parquet_holds_the_frame_for_other_readers(results, tmp_path):
     frame = results.to_frame()
     pd.testing.assert_frame_equal(found[frame.columns], frame, check_categorical=False)
     modes = found["modes[donor id, time, days]"]
-    np.testing.assert_array_equal(modes[0], results.random_effects(0)["donor id"]["time, days"])
+    np.testing.assert_array_equal(
+        modes[0], results.random_effects["donor id"].loc[NAMES[0], "time, days"]
+    )
 
 
 def test_tables_may_be_cut_and_joined(many_terms):

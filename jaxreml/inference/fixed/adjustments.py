@@ -30,6 +30,13 @@ def check_adjustment(adjust: str, pairs: bool) -> None:
         )
 
 
+def f_tail(F: Any, num_df: float, den_df: float) -> Any:
+    """Probability beyond F; of a chi-square over its degrees of freedom where `den_df` is inf."""
+    if np.isposinf(den_df):
+        return chdtrc(num_df, num_df * F)
+    return fdtrc(num_df, den_df, np.maximum(F, 0.0))
+
+
 def p_values(
     statistic: np.ndarray,
     df: np.ndarray,
@@ -125,7 +132,7 @@ def _joint(t: float, df: float, lengths: np.ndarray, rank: int) -> float:
     correlations, such as those of pairwise differences.
     """
     squared = (t / lengths) ** 2
-    beyond = chdtrc(rank, squared) if np.isinf(df) else fdtrc(rank, df, squared / rank)
+    beyond = f_tail(squared / rank, rank, df)
     return float(beyond.mean())
 
 

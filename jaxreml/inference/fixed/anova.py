@@ -74,7 +74,7 @@ def hypotheses(terms: FixedTerms, kind: int) -> dict[str, np.ndarray]:
     Satterthwaite's joint test depend on them: unit triangular ones for types I and II, and for all
     types if there is one term; those of the identity for terms that no others contain.
     """
-    X = terms.full[:, terms.kept]
+    X = terms.full[:, terms.frame.kept]
     columns = terms.columns
     if kind == 1 or len(columns) == 1:
         triangle = _unit_triangle(X)

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import null_space, qr
+from scipy.linalg import null_space
 
 from jaxreml.data.tables import nearest
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.fixed.adjustments import f_tail
 from jaxreml.inference.fixed.grid import ReferenceGrid, reference_grid
 from jaxreml.inference.fixed.nested import with_outer
 from jaxreml.inference.fixed.terms import FixedTerms
@@ -65,7 +66,7 @@ def joint_tests(
     factors = [name for name, v in grid.levels.items() if len(v) > 1 and name not in within]
     if not factors:
         raise DataError("the model has no variables of several values to test")
-    X = grid.terms.rows(grid.table)
+    X = grid.terms.encoding.matrix(grid.table)
     found: list[dict[str, Any]] = []
     tested: dict[tuple[Any, ...], list[np.ndarray]] = {}
     for names in _sets(grid, factors):
@@ -146,34 +147,30 @@ def _groups(labels: pd.DataFrame, names: Sequence[str]) -> dict[tuple[Any, ...],
 
 def _test(fit: FittedModel, terms: FixedTerms, L: np.ndarray, df: str) -> dict[str, Any]:
     """The joint test of what is estimable of (k, P) `L`; "rows" are orthonormal ones, (r, P)."""
-    from scipy.special import chdtrc, fdtrc
-
     rows = np.where(np.abs(L) < ZERO, 0.0, L)
     rows = rows[rows.any(axis=1)]
     reason = ""
-    if len(rows) and not terms.estimable(rows).all():
+    space = terms.frame.row_space
+    if space is not None and not space.contains(rows).all():
         reason = NOT_ALL
-        rows = null_space((rows @ _null_space(terms)).T).T @ rows
+        rows = null_space((rows @ space.null_space).T).T @ rows
     rows = _orthonormal(rows)
     q = len(rows)
     result = dict.fromkeys(COLUMNS, np.nan) | {"num_df": q, "reason": reason, "rows": rows}
     if not q:
         return result
-    kept = rows[:, terms.kept]
+    kept = rows[:, terms.frame.kept]
     method = approximation(fit, df)
     estimate = kept @ fit.beta
     F = float(estimate @ np.linalg.solve(kept @ method.vcov @ kept.T, estimate)) / q
     degrees = float(np.min(method.single(kept)))
-    p_value = chdtrc(q, q * F) if np.isposinf(degrees) else fdtrc(q, degrees, F)
-    return result | {"den_df": degrees, "statistic": F, "p_value": float(p_value)}
+    return result | {"den_df": degrees, "statistic": F, "p_value": float(f_tail(F, q, degrees))}
 
 
 def _beyond(
     fit: FittedModel, terms: FixedTerms, L: np.ndarray, tested: np.ndarray, df: str
 ) -> dict[str, Any]:
     """What a joint test of `L` has beyond that of `tested`."""
-    from scipy.special import chdtrc, fdtrc
-
     whole, part = (_test(fit, terms, rows, df) for rows in (L, tested))
     q = whole["num_df"] - part["num_df"]
     if q <= 0:
@@ -181,7 +178,7 @@ def _beyond(
     both = [test["num_df"] * test["statistic"] for test in (whole, part) if test["num_df"]]
     F = (both[0] - sum(both[1:])) / q
     degrees = whole["den_df"]
-    p_value = chdtrc(q, q * F) if np.isposinf(degrees) else fdtrc(q, degrees, F)
+    p_value = float(f_tail(F, q, degrees))
     return {"num_df": q, "den_df": degrees, "statistic": F, "p_value": p_value, "reason": ""}
 
 
@@ -195,12 +192,3 @@ def _orthonormal(rows: np.ndarray) -> np.ndarray:
         if length > ZERO * np.linalg.norm(row):
             kept = np.concatenate([kept, rest[None] / length])
     return kept
-
-
-def _null_space(terms: FixedTerms) -> np.ndarray:
-    """(P, d), orthonormal combinations of the columns of X that are zero."""
-    lengths = np.linalg.norm(terms.full, axis=0)
-    unit = terms.full / np.where(lengths > 0, lengths, 1.0)
-    triangle: Any = qr(unit, mode="r")[0]
-    vectors = null_space(triangle, rcond=ZERO) / np.where(lengths > 0, lengths, 1.0)[:, None]
-    return np.linalg.qr(vectors)[0]

@@ -120,8 +120,8 @@ class Functions:
         """Labels, estimates, tests and intervals; p-values are adjusted within `by`, where `sizes`
         says how many means are compared."""
         check_adjustment(adjust, kind is not None and kind.pairs)
-        estimable = self.terms.estimable(self.L)
-        constant = estimable & ~self.L[:, self.terms.kept].any(axis=1)
+        estimable = self.terms.frame.estimable(self.L)
+        constant = estimable & ~self.L[:, self.terms.frame.kept].any(axis=1)
         table = self._tests(estimable & ~constant)
         table.loc[constant, "estimate"] = self.offset[constant]
         table.loc[constant, "std_error"] = 0.0
@@ -150,7 +150,7 @@ class Functions:
         columns = ["estimate", "std_error", "df", "statistic", "p_value"]
         table = pd.DataFrame(np.nan, index=range(len(self.L)), columns=columns)
         if tested.any():
-            L = self.L[tested][:, self.terms.kept]
+            L = self.L[tested][:, self.terms.frame.kept]
             offset = self.offset[tested]
             found = each(self.fit, L, rhs=-offset, df=self.df)[columns]
             found["estimate"] += offset
@@ -159,7 +159,7 @@ class Functions:
 
     def _correlation(self, rows: np.ndarray, std_error: pd.Series) -> np.ndarray:
         """Correlations of the estimates of some functions, NaN where there is none."""
-        L = self.L[rows][:, self.terms.kept]
+        L = self.L[rows][:, self.terms.frame.kept]
         scale = std_error.where(std_error > 0).to_numpy()
         return L @ approximation(self.fit, self.df).vcov @ L.T / np.outer(scale, scale)
 
@@ -289,7 +289,10 @@ def emmeans(
     """
     options = Options(contrast, adjust, df, weights, conf_level).checked()
     grid = reference_grid(fit, at)
-    L, offset = grid.terms.rows(grid.table), grid.terms.offsets(grid.table) + grid.constant
+    L, offset = (
+        grid.terms.encoding.matrix(grid.table),
+        grid.terms.frame.offsets(grid.table) + grid.constant,
+    )
     return _summarised(fit, grid, L, offset, specs, by, options)
 
 
@@ -333,12 +336,12 @@ def emtrends(
     )
     L, offset = (
         (function(ahead) - function(behind)) / (2 * step)
-        for function in (grid.terms.rows, grid.terms.offsets)
+        for function in (grid.terms.encoding.matrix, grid.terms.frame.offsets)
     )
     return _summarised(fit, grid, L, offset, specs, by, asked, noise)
 
 
-def contrasts(
+def contrast(
     fit: FittedModel,
     specs: str | Sequence[str],
     contrast: str | Mapping[str, Any] = "pairwise",

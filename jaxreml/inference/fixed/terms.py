@@ -11,9 +11,8 @@ import pandas as pd
 from formulaic.parser.types import Factor, Term
 
 from jaxreml.data.encoding import Encoding
-from jaxreml.data.estimability import RowSpace
 from jaxreml.data.evaluation import model_matrix, plain
-from jaxreml.data.frame import split_extras
+from jaxreml.data.frame import ModelFrame, split_extras
 from jaxreml.fitting.fitted import FittedModel
 
 
@@ -22,16 +21,17 @@ class FixedTerms:
     """The fixed effects of a fit by terms.
 
     Attributes:
-        encoding: how X is made, its aliased columns too.
-        offset_encodings: how each ``offset()`` of the formula is made.
+        frame: the model frame of the fit.
         table: the rows used, without weights and offset given as arguments.
-        kept: (p,), the columns of X that have coefficients.
     """
 
-    encoding: Encoding
-    offset_encodings: tuple[Encoding, ...]
+    frame: ModelFrame
     table: pd.DataFrame
-    kept: np.ndarray
+
+    @property
+    def encoding(self) -> Encoding:
+        """How X is made, its aliased columns too."""
+        return self.frame.fixed_encoding
 
     @property
     def spec(self) -> Any:
@@ -52,10 +52,10 @@ class FixedTerms:
     def columns(self) -> dict[str, np.ndarray]:
         """Per term its columns among those kept."""
         slices = {plain(term): place for term, place in self.spec.term_slices.items()}
-        found = {}
+        found, kept = {}, self.frame.kept
         for name in self.names:
             place = slices[name]
-            found[name] = np.flatnonzero((self.kept >= place.start) & (self.kept < place.stop))
+            found[name] = np.flatnonzero((kept >= place.start) & (kept < place.stop))
         return found
 
     def containing(self, name: str) -> list[str]:
@@ -85,25 +85,10 @@ class FixedTerms:
         with np.errstate(all="ignore"):
             return model_matrix(None, text, table, context, ensure_full_rank=False)
 
-    def rows(self, table: pd.DataFrame) -> np.ndarray:
-        """Rows (m, P) of X, aliased columns too, at the values in `table`.
-
-        Raises:
-            DataError: values at which the formula cannot be computed.
-        """
-        return self.encoding.matrix(table)
-
-    def offsets(self, table: pd.DataFrame) -> np.ndarray:
-        """(m,), the sum of the formula's offsets at the values in `table`."""
-        total = np.zeros(len(table))
-        for encoding in self.offset_encodings:
-            total += encoding.matrix(table)[:, 0]
-        return total
-
     @property
     def variables(self) -> list[str]:
         """Columns of the table that the fixed effects and the offsets use, in order."""
-        encodings = [self.encoding, *self.offset_encodings]
+        encodings = [self.encoding, *self.frame.offset_encodings]
         names = dict.fromkeys(name for encoding in encodings for name in encoding.variables)
         return [name for name in names if name in self.table.columns]
 
@@ -129,14 +114,6 @@ class FixedTerms:
                 found |= {plain(name) for name in names} & set(self.table.columns)
         return found
 
-    def estimable(self, L: np.ndarray) -> np.ndarray:
-        """Which rows of (m, P) `L` are in the row space of X, booleans."""
-        return self._row_space.contains(L)
-
-    @cached_property
-    def _row_space(self) -> RowSpace:
-        return RowSpace(self.full, self.kept)
-
 
 def fixed_terms(fit: FittedModel) -> FixedTerms:
     """The terms of a fit.
@@ -145,11 +122,7 @@ def fixed_terms(fit: FittedModel) -> FixedTerms:
         DataError: a fit that did not converge.
     """
     fit.require_optimum("test fixed effects")
-    frame = fit.frame
-    encoding = frame.fixed_encoding
-    table, _ = split_extras(fit.table)
-    kept = np.array([encoding.names.index(name) for name in fit.fixed_names], dtype=int)
-    return FixedTerms(encoding, frame.offset_encodings, table, kept)
+    return FixedTerms(fit.frame, split_extras(fit.table)[0])
 
 
 def _is_categorical(spec: Any, expression: str) -> bool:

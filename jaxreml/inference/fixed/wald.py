@@ -32,16 +32,14 @@ from jaxreml.backend.compilation import evaluated
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.fixed.adjustments import f_tail
 from jaxreml.inference.likelihood.profile import Profile
 from jaxreml.model import satterthwaite
-from jaxreml.model.kenward_roger import adjust
+from jaxreml.model.kenward_roger import Adjustment, adjust, joint_degrees, single_degrees
 
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
 CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
-NONE = 1e-14  # pbkrtest: 0 / 0 is 1 there
 EQUAL = 1e-8  # degrees of freedom that differ by less, relatively, are one number
-VANISHING = 1e-10  # pbkrtest: factors of the scale this small are zero
-NEAR_TWO = 1e-2  # pbkrtest: denominator degrees of freedom this near to 2 leave F unscaled
 
 
 class Approximation(Protocol):
@@ -114,54 +112,23 @@ class Satterthwaite:
 
 @dataclass(frozen=True)
 class KenwardRoger:
-    """Adjusted covariance, and what the degrees of freedom are made from.
+    """From the adjustment of a fit."""
 
-    In the basis in which the unadjusted covariance is K K':
+    adjustment: Adjustment
 
-    Attributes:
-        vcov: (p, p), adjusted.
-        root: (p, p), K.
-        slopes: (m + 1, p, p), K'P_i K for the derivatives P_i of X'V^-1 X in coordinates in which V
-            is linear.
-        spread: (m + 1, m + 1), W, the inverse of the expected information in them.
-    """
-
-    vcov: np.ndarray
-    root: np.ndarray
-    slopes: np.ndarray
-    spread: np.ndarray
+    @property
+    def vcov(self) -> np.ndarray:
+        """See `Approximation`; adjusted."""
+        return self.adjustment.vcov
 
     def single(self, rows: np.ndarray) -> np.ndarray:
         """See `Approximation`."""
-        return np.array([self.several(row[None], 1)[0] if row.any() else np.nan for row in rows])
+        with np.errstate(divide="ignore", invalid="ignore"):  # nothing to adjust, rows of zeros
+            return single_degrees(self.adjustment, rows)
 
     def several(self, rows: np.ndarray, rank: int) -> tuple[float, float]:
-        """See `Approximation`; the formulae of pbkrtest (Halekoh and Hojsgaard 2014, J. Stat.
-        Softw. 59(9), section 4.2)."""
-        half = np.linalg.svd((rows @ self.root).T)[0][:, :rank]  # its projection is Theta Phi
-        q = rank
-        inner = np.einsum("pa,mpq,qb->mab", half, self.slopes, half)
-        traces = np.einsum("maa->m", inner)
-        a1 = float(traces @ self.spread @ traces)
-        a2 = float(np.einsum("mn,mab,nba->", self.spread, inner, inner))
-        if not (np.isfinite(a1) and a2 > 0):
-            return (np.inf, 1.0) if a2 == 0 else (np.nan, np.nan)
-        if q == 1:
-            return 2 / a2, 1.0  # what the rest comes to
-        b = (a1 + 6 * a2) / (2 * q)
-        g = ((q + 1) * a1 - (q + 4) * a2) / ((q + 2) * a2)
-        scale = 3 * q + 2 * (1 - g)
-        c1, c2, c3 = g / scale, (q - g) / scale, (q + 2 - g) / scale
-        v0, v1, v2 = (
-            np.where(abs(v) < VANISHING, 0.0, v) for v in (1 + c1 * b, 1 - c2 * b, 1 - c3 * b)
-        )
-        rest = 1 - a2 / q
-        ratio = 1.0 if max(abs(rest), abs(v1)) < NONE else rest / v1
-        with np.errstate(divide="ignore"):
-            rho = ratio**2 * v0 / v2 / q
-        df = 4 + (q + 2) / (q * rho - 1)
-        factor = 1.0 if abs(df - 2) < NEAR_TWO else df * (1 - a2 / q) / (df - 2)
-        return float(df), float(factor)
+        """See `Approximation`."""
+        return joint_degrees(self.adjustment, rows, rank)
 
 
 def kenward_roger(fit: FittedModel) -> KenwardRoger:
@@ -178,7 +145,7 @@ def kenward_roger(fit: FittedModel) -> KenwardRoger:
             "which is singular here: they cannot be told apart, and the covariance of the fixed "
             "effects depends on them"
         )
-    return KenwardRoger(*found[:-1])
+    return KenwardRoger(found)
 
 
 def approximation(fit: FittedModel, df: str) -> Approximation:
@@ -247,8 +214,6 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
     Raises:
         ValueError: rows that contradict each other, or are all zero.
     """
-    from scipy.stats import f
-
     stated, values, _ = hypotheses(fit.fixed_names, L, rhs)
     rows, values = _independent(stated, values, fit.bse.to_numpy())
     method = approximation(fit, df)
@@ -256,14 +221,9 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
     q = len(rows)
     degrees, factor = method.several(stated, q)
     statistic = factor * float(gap @ np.linalg.solve(rows @ method.vcov @ rows.T, gap)) / q
-    p_value = float(f.sf(statistic, q, degrees))
-    if np.isposinf(degrees):  # scipy's F has no such limit
-        from scipy.stats import chi2
-
-        p_value = float(chi2.sf(q * statistic, q))
-    return pd.DataFrame(
-        {"statistic": [statistic], "num_df": [q], "den_df": [degrees], "p_value": [p_value]}
-    )
+    p_value = f_tail(statistic, q, degrees)
+    row = {"statistic": statistic, "num_df": q, "den_df": degrees, "p_value": p_value}
+    return pd.DataFrame([row])
 
 
 def _independent(

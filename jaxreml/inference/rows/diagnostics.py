@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxreml.data.frame import ALIASED, ModelFrame
+from jaxreml.data.estimability import RowSpace, independent_columns
+from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.rows import influence_derivatives
@@ -236,10 +237,8 @@ def _blank_lost(
     frame = fit.frame
     for k in np.flatnonzero(refits["converged"] & np.isnan(beta).any(axis=1)):
         columns = frame.X[codes != k]
-        lengths = np.linalg.norm(columns, axis=0)
-        triangle = np.linalg.qr(columns / np.where(lengths > 0, lengths, 1.0), mode="r")
-        _, sizes, directions = np.linalg.svd(triangle)  # of X itself U would be rows by rows
-        lost = np.any(np.abs(directions[np.sum(sizes > ALIASED * sizes[0]) :]) > ALIASED, axis=0)
+        space = RowSpace(columns, independent_columns(columns))
+        lost = ~space.contains(np.eye(len(frame.fixed_names)))
         beta[k, lost] = np.nan
         names = [name for name, out in zip(frame.fixed_names, lost, strict=True) if out]
         refits["message"][k] += f"; cannot be estimated without these rows: {', '.join(names)}"

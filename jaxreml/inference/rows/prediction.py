@@ -253,13 +253,10 @@ def _new_rows(
     codes = [np.zeros(k, int) for _ in frame.terms]
     total_offset, prior = _extras(table)
     if k:
-        places = [frame.fixed_encoding.names.index(name) for name in frame.fixed_names]
         full = frame.fixed_encoding.matrix(table)
-        X = full[:, places]
-        if frame.row_space is not None:
-            estimable = frame.row_space.contains(full)
-        for encoding in frame.offset_encodings:
-            total_offset = total_offset + encoding.matrix(table)[:, 0]
+        X = full[:, frame.kept]
+        estimable = frame.estimable(full)
+        total_offset = total_offset + frame.offsets(table)
         for i, (term, keep, need) in enumerate(zip(frame.terms, used, needed, strict=True)):
             if need:
                 effects[i] = term.encoding.matrix(table)

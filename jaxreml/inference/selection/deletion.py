@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.special import chdtrc, fdtrc
+from scipy.special import chdtrc
 
 from jaxreml.arguments import check_df
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.fixed.adjustments import f_tail
 from jaxreml.inference.fixed.anova import COLUMNS, hypotheses, term_test
 from jaxreml.inference.fixed.terms import fixed_terms
 from jaxreml.inference.selection.reduction import Bar, LeastSquares, Model, model_of, refit
@@ -296,7 +297,7 @@ def _least_squares_drop1(fit: FittedModel, model: Model) -> pd.DataFrame:
         gap = L @ whole.beta
         F = float(gap @ np.linalg.solve(L @ whole.vcov @ L.T, gap)) / len(L)
         mean_sq = F * whole.sigma2
-        p_value = float(fdtrc(len(L), whole.df, F))
+        p_value = float(f_tail(F, len(L), whole.df))
         numbers = [mean_sq * len(L), mean_sq, len(L), whole.df, F, p_value]
         rows.append(dict(zip(COLUMNS, numbers, strict=True)))
     return _table(rows, model.droppable, COLUMNS)
