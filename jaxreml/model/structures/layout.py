@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate, pairwise
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -45,15 +47,14 @@ class Layout:
 
     def times(self, array: Array, matrices: tuple[Array, ...]) -> Array:
         """array @ M for (., Q) and M block-diagonal, one (q, q) matrix per term for its levels."""
-        if max(self.sizes) == 1:
-            xp = namespace(array, *matrices)
-            scales = xp.stack([matrix[0, 0] for matrix in matrices])
-            return array * xp.repeat(scales, np.array(self.levels))
-        columns = []
-        for part, matrix, q in zip(self.split(array, axis=1), matrices, self.sizes, strict=True):
-            for b in range(q):
-                columns.append(sum(part[:, a] * matrix[a, b] for a in range(q)))
-        return namespace(*columns).concatenate(columns, axis=1)
+        xp = namespace(array, *matrices)
+        parts = self.split(array, axis=1)
+        columns = [
+            reduce(add, [part[:, a] * matrix[a, b] for a in range(q)])
+            for part, matrix, q in zip(parts, matrices, self.sizes, strict=True)
+            for b in range(q)
+        ]
+        return xp.concatenate(columns, axis=1)
 
     def diagonal_blocks(self, left: Array, right: Array) -> list[Array]:
         """Diagonal blocks of left @ right for (Q, k) and (k, Q): per term (q, q, levels)."""

@@ -18,7 +18,7 @@ from jaxreml.model.covariance.unstructured import INDEX, triangle
 from jaxreml.model.structures.base import Terms
 from jaxreml.model.structures.collapse import equal_levels
 from jaxreml.model.structures.crossed.crossed import Crossed, Moments
-from jaxreml.model.structures.crossed.elimination import Products, Stage, Weighted
+from jaxreml.model.structures.crossed.elimination import DENSE, Products, Stage, Weighted
 from jaxreml.model.structures.crossed.meetings import Factor, Meetings, Tail, factors_of
 from jaxreml.model.structures.grouped import GroupedBasis
 
@@ -303,9 +303,12 @@ def _numbered(classes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[classes]
 
 
-def _products_of(meetings: Meetings, total: int) -> Products:
-    """Which couplings of a later factor are multiplied."""
-    left, right = meetings.pairs(np.arange(meetings.ends.size - 1))
+def _products_of(meetings: Meetings, total: int) -> Products | None:
+    """Which couplings of a later factor are multiplied; None if matrix products are cheaper."""
+    levels = meetings.ends.size - 1
+    if levels * 2.0 * total**2 < PAIR * meetings.n_pairs and levels * total < DENSE:
+        return None
+    left, right = meetings.pairs(np.arange(levels))
     cells = meetings.effect[right].astype(np.int64) * total + meetings.effect[left]
     order = np.argsort(cells, kind="stable")
     kind = INDEX if total**2 < 2**31 else np.int64
