@@ -37,6 +37,7 @@ from jaxreml.model.structures.crossed.posterior import Posterior, row_variances,
 from jaxreml.model.structures.layout import Layout
 
 Array = Any  # NumPy's or JAX's
+LIGHT = 10**5  # numbers of the tail up to which calls cost more than what they do with them
 
 
 class Inner(NamedTuple):
@@ -172,7 +173,8 @@ class Crossed(OfColumns):
 
     @property
     def costly(self) -> bool:
-        return bool(self.levels)
+        couplings = sum(stage.level.shape[0] for stage in self.stages)
+        return len(self.rest) ** 2 + couplings > LIGHT
 
     @property
     def written_out(self) -> bool:
