@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model.covariance import natural
 
 
@@ -20,6 +20,19 @@ def _basis(q: int, kind: Any) -> np.ndarray:
 
 
 Array = Any  # NumPy's or JAX's
+
+
+def _combined(columns: list[list[tuple[np.ndarray, float]]], found: np.ndarray) -> np.ndarray:
+    """Linear combinations (., J) side by side, each written where it stays."""
+    start = 0
+    for column in columns:
+        place = found[:, start : start + column[0][0].shape[1]]
+        start += place.shape[1]
+        used = [pair for pair in column if pair[1] != 0] or column[:1]
+        np.multiply(*used[0], out=place)
+        for part, factor in used[1:]:
+            place += part * factor
+    return found
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,17 @@ class Layout:
 
     def times(self, array: Array, matrices: tuple[Array, ...]) -> Array:
         """array @ M for (., Q) and M block-diagonal, one (q, q) matrix per term for its levels."""
-        xp = namespace(array, *matrices)
         parts = self.split(array, axis=1)
         columns = [
-            reduce(add, [part[:, a] * matrix[a, b] for a in range(q)])
+            [(part[:, a], matrix[a, b]) for a in range(q)]
             for part, matrix, q in zip(parts, matrices, self.sizes, strict=True)
             for b in range(q)
         ]
-        return xp.concatenate(columns, axis=1)
+        if on_host(array, *matrices):
+            return _combined(columns, np.empty(array.shape, array.dtype))
+        xp = namespace(array, *matrices)
+        sums = [reduce(add, [part * factor for part, factor in column]) for column in columns]
+        return xp.concatenate(sums, axis=1)
 
     def diagonal_blocks(self, left: Array, right: Array) -> list[Array]:
         """Diagonal blocks of left @ right for (Q, k) and (k, Q): per term (q, q, levels)."""

@@ -22,7 +22,7 @@ from jaxreml.model.structures.crossed.elimination import DENSE, Products, Stage,
 from jaxreml.model.structures.crossed.meetings import Factor, Meetings, Tail, factors_of
 from jaxreml.model.structures.grouped import GroupedBasis
 
-PAIR = 1000  # multiplications of a matrix product that take as long as one pair of couplings
+PAIR = 300  # multiplications of a matrix product that take as long as one pair of couplings
 MOST_PAIRS = 5 * 10**7  # in a later factor of the chain; above, it goes to the tail
 CHUNK = 10**7  # pairs listed at a time
 MOST_COUNTED = 10**4  # effects of the tail up to which equal pairs of equal levels are summed
