@@ -202,7 +202,7 @@ class Stage:
     def to_tail(self, tail: Array, columns: Array, total: int) -> Array:
         """Sums over levels of couplings (q, k) times columns (q, u, J), (Q, u)."""
         if on_host(tail, columns) or self._is_dense(total, columns.shape[1]):
-            pairs = zip(self._matrices(tail, total), columns, strict=True)
+            pairs = zip(self._matrices(tail, total, columns), columns, strict=True)
             return sum(matrix.T @ own.T for matrix, own in pairs)  # pyright: ignore
         products = (tail[:, None] * columns[:, :, self.level]).sum(axis=0)
         return sums_by(products, self.effect, total).T
@@ -211,7 +211,7 @@ class Stage:
         """Sums over the tail of couplings (q, k) times values (Q, u), (q, u, J)."""
         xp = namespace(values, tail)
         if on_host(values, tail) or self._is_dense(*values.shape):
-            matrices = self._matrices(tail, len(values))
+            matrices = self._matrices(tail, len(values), values)
             return xp.stack([(matrix @ values).T for matrix in matrices])
         own = values.T[:, self.effect]
         return xp.stack([sums_by(row * own, self.level, self.n_levels) for row in tail])
@@ -221,9 +221,9 @@ class Stage:
         cells = self.n_levels * total
         return cells < DENSE and cells * (1 + columns / GEMM) < SUM * self.level.size * columns
 
-    def _matrices(self, tail: Array, total: int) -> Any:
-        """Couplings (q, k) as q matrices (J, Q), sparse on the host."""
-        if on_host(tail):
+    def _matrices(self, tail: Array, total: int, others: Array) -> Any:
+        """Couplings (q, k) as q matrices (J, Q), sparse if they and `others` are on the host."""
+        if on_host(tail, others):
             shape = self.n_levels, total
             return [sp.csr_matrix((row, self.effect, self._ends), shape) for row in tail]
         empty = jnp.zeros((len(tail), self.n_levels, total), tail.dtype)
@@ -231,7 +231,7 @@ class Stage:
 
     def _dense(self, tail: Array, total: int) -> Array:
         """Couplings (r, k) as a matrix, (r J, Q)."""
-        matrices = self._matrices(tail, total)
+        matrices = self._matrices(tail, total, tail)
         if on_host(tail):
             return np.concatenate([matrix.toarray() for matrix in matrices])
         return matrices.reshape(-1, total)
