@@ -24,7 +24,7 @@ MODELS = {
     "boundary": ("dyestuff2", "Yield ~ 1 + (1 | Batch)", None),
     "three effects": ("machines", "score ~ Machine + (Machine | Worker)", None),
     "dense": ("penicillin", "diameter ~ 1 + (1 | plate) + (1 | sample)", "dense"),
-    "crossed": ("penicillin", "diameter ~ 1 + (1 | plate) + (1 | sample)", "crossed"),
+    "crossed": ("pastes", "strength ~ 1 + (1 | sample) + (1 | batch) + (1 | cask)", "crossed"),
 }
 REPORTED = (
     "criterion",
