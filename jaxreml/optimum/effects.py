@@ -17,7 +17,7 @@ from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
-from jaxreml.model.structures.base import Rows
+from jaxreml.model.structures.base import Projection, Rows
 from jaxreml.optimum.report import Estimate
 
 Array = Any  # NumPy's or JAX's
@@ -69,8 +69,9 @@ def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> 
     factors = design.scaled_factors(estimate.theta)
     value, gradient = slopes(estimate, design, reml)
     omega = natural.omega_from_factors(factors)
-    posterior = design.structure.posterior(omega, factors)
-    return Inspection(value, gradient, conditional_modes(omega, design), posterior, omega)
+    projection = design.structure.project(omega)
+    posterior = design.structure.posterior(projection, factors)
+    return Inspection(value, gradient, _modes(projection, omega, design), posterior, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
@@ -133,8 +134,11 @@ def conditional_variances(
 
 def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     """Per term (levels, effects), Omega Z' V0^-1 (y - X beta) at relative covariances `omega`."""
+    return _modes(design.structure.project(omega), omega, design)
+
+
+def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
     p = design.p
-    projection = design.structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     # In the orthonormal basis, on top of what `beta_ols` explains
     beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
@@ -186,7 +190,7 @@ def _henderson(theta: Array, design: Design) -> Henderson:
     else:
         shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(jnp.asarray(units))
     return Henderson(
-        structure.posterior(omega, factors),
+        structure.posterior(projection, factors),
         tuple(part[..., :p] for part in shifts),
         linalg.cholesky(projection.gram[:p, :p]),
     )

@@ -222,7 +222,7 @@ class Grouped(OfColumns, Levels):
         parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
         return tuple(part.swapaxes(0, 1) for part in parts)
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+    def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Array:
         return linalg.conditional_variance(self.factors, linalg.block_diagonal(list(factors)))
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:

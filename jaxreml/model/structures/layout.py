@@ -72,6 +72,17 @@ class Layout:
         sums = [reduce(add, [part * factor for part, factor in column]) for column in columns]
         return xp.concatenate(sums, axis=1)
 
+    def plus(self, array: np.ndarray, matrices: tuple[np.ndarray, ...]) -> np.ndarray:
+        """array + M for NumPy's (Q, Q), M as in `times`."""
+        found = array.copy()
+        start = 0
+        for matrix, q, n_levels in zip(matrices, self.sizes, self.levels, strict=True):
+            stop = start + q * n_levels
+            block = found[start:stop, start:stop].reshape(q, n_levels, q, n_levels)
+            np.einsum("ajbj->abj", block)[:] += matrix[:, :, None]
+            start = stop
+        return found
+
     def diagonal_blocks(self, left: Array, right: Array) -> list[Array]:
         """Diagonal blocks of left @ right for (Q, k) and (k, Q): per term (q, q, levels)."""
         return [

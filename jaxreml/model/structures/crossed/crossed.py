@@ -355,17 +355,13 @@ class Crossed(OfColumns):
             found += self.layout.modes(tail, cross[-1][:, 0])
         return tuple(found[self.order.index(k)] for k in range(len(self.order)))
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Posterior:
-        chain, tail = self._split(omega)
-        done = eliminate(self.stages, chain, self.rest)
+    def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Posterior:
+        (chain, _), done, R = projection.inner
         first = self.stages[0]
         roots = linalg.block_diagonal([factors[term] for term in self.order[: len(first.sizes)]])
         own = linalg.conditional_variance(first.matrix, roots)
         gain = linalg.matmul(first.omega(chain[0]), done.solved[0])
         gains = tuple(-weights for weights in done.weights[1:])
-        R = self.rest
-        if self.levels:
-            R = self._solve(tail, done.A, self.tail).inverse
         return Posterior((gain, *gains), (own, *gains), done.couplings, R)
 
     def variances(self, posterior: Posterior) -> tuple[np.ndarray, ...]:
