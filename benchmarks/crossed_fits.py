@@ -210,7 +210,9 @@ def work(design: Design) -> float:
     """Operations per evaluation in theory, up to a factor: sums over couplings and over pairs of
     them, and the factorisation of the tail, whose operations take a 40th of the time."""
     structure = design.structure
-    sums = [stage.pairs.cells.shape[0] + stage.level.size for stage in structure.stages]
+    listed = [stage.pairs for stage in structure.stages if stage.pairs is not None]
+    sums = [stage.level.size for stage in structure.stages]
+    sums += [pairs.cells.shape[0] for pairs in listed]
     levels = [stage.n_levels for stage in structure.stages]
     return sum(sums) + 10 * sum(levels) + len(structure.rest) ** 3 / 40
 

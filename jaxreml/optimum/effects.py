@@ -16,7 +16,7 @@ from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
-from jaxreml.model.structures.base import Rows
+from jaxreml.model.structures.base import Projection, Rows
 from jaxreml.optimum.certificate import STEP, slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
@@ -68,8 +68,9 @@ def _inspection(theta: Array, design: Design, reml: bool, slopes: Any) -> Inspec
     factors = design.scaled_factors(theta)
     value, gradient = slopes(theta, design, reml)
     omega = natural.omega_from_factors(factors)
-    posterior = design.structure.posterior(omega, factors)
-    return Inspection(value, gradient, conditional_modes(omega, design), posterior, omega)
+    projection = design.structure.project(omega)
+    posterior = design.structure.posterior(projection, factors)
+    return Inspection(value, gradient, _modes(projection, omega, design), posterior, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
@@ -114,8 +115,11 @@ def conditional_variances(
 
 def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     """Per term (levels, effects, ...), Omega Z' V0^-1 (y - X beta) at relative covariances."""
+    return _modes(design.structure.project(omega), omega, design)
+
+
+def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
     p = design.p
-    projection = design.structure.project(omega)
     factor = linalg.cholesky(projection.gram)
     # In the orthonormal basis, on top of what `beta_ols` explains
     beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
@@ -168,7 +172,7 @@ def _henderson(theta: Array, design: Design) -> Henderson:
     else:
         shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(jnp.asarray(units))
     return Henderson(
-        structure.posterior(omega, factors),
+        structure.posterior(projection, factors),
         tuple(part[..., :p] for part in shifts),
         linalg.cholesky(projection.gram[:p, :p]),
     )

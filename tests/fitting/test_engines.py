@@ -13,7 +13,7 @@ import jaxreml
 from jaxreml import ConvergenceWarning, DataError, Design, Term, datasets
 from jaxreml.fitting.engines import engine_for
 from jaxreml.model.covariance.compound_symmetry import CompoundSymmetry
-from jaxreml.model.structures import Grouped
+from jaxreml.model.structures import Crossed, Grouped
 from jaxreml.optimum.effects import inspect_on_host
 from jaxreml.optimum.estimate import estimate, estimate_on_host
 from jaxreml.status import Status
@@ -24,7 +24,7 @@ MODELS = {
     "boundary": ("dyestuff2", "Yield ~ 1 + (1 | Batch)", None),
     "three effects": ("machines", "score ~ Machine + (Machine | Worker)", None),
     "dense": ("penicillin", "diameter ~ 1 + (1 | plate) + (1 | sample)", "dense"),
-    "crossed": ("penicillin", "diameter ~ 1 + (1 | plate) + (1 | sample)", "crossed"),
+    "crossed": ("pastes", "strength ~ 1 + (1 | sample) + (1 | batch) + (1 | cask)", "crossed"),
 }
 REPORTED = (
     "criterion",
@@ -101,42 +101,51 @@ def test_engines_agree_on_random_designs(method):
     assert 0 < singular < len(designs)
 
 
-def wrong_slope(monkeypatch):
+def wrong_slope(monkeypatch, structure):
     """A sign, in one of the derivatives."""
-    slope = Grouped.slope
-    monkeypatch.setattr(Grouped, "slope", lambda self, p: slope(self, p) * np.array([1, -1, 1.0]))
+    slope = structure.slope
+    monkeypatch.setattr(structure, "slope", lambda self, p: slope(self, p) * np.array([1, -1, 1.0]))
 
 
-def stale_factor(monkeypatch):
+def stale_factor(monkeypatch, structure):
     """The projection of the first point, for all the others."""
     kept: list = []
-    project = Grouped.project
+    project = structure.project
 
     def first(self, omega):
         kept.append(project(self, omega))
         return kept[0]
 
-    monkeypatch.setattr(Grouped, "project", first)
+    monkeypatch.setattr(structure, "project", first)
 
 
-def another_criterion(monkeypatch):
+def another_criterion(monkeypatch, structure):
     """What a miscompiled program is: another number for the same thing."""
-    marginal = Grouped.marginal
+    marginal = structure.marginal
 
     def wrong(self, omega):
         found = marginal(self, omega)
         return found._replace(logdet=found.logdet * (1 + 1e-6))
 
-    monkeypatch.setattr(Grouped, "marginal", wrong)
+    monkeypatch.setattr(structure, "marginal", wrong)
 
 
+FAULTY = {
+    Grouped: ("sleepstudy", "Reaction ~ Days + (Days | Subject)"),
+    Crossed: ("pastes", "strength ~ 1 + (1 | sample) + (1 | batch) + (1 | cask)"),
+}
+
+
+@pytest.mark.parametrize("structure", FAULTY)
 @pytest.mark.parametrize("fault", [wrong_slope, stale_factor, another_criterion])
-def test_the_certificate_catches(fault, monkeypatch):
-    fault(monkeypatch)
+def test_the_certificate_catches(fault, structure, monkeypatch):
+    fault(monkeypatch, structure)
+    data, formula = FAULTY[structure]
+    kind = structure.__name__.lower()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", datasets.load("sleepstudy"))
+            fit = jaxreml.fit(formula, datasets.load(data), structure=kind, engine="numpy")
         except DataError:
             return  # a status without numbers
     assert not fit.converged

@@ -294,3 +294,20 @@ def test_profiles_have_no_batched_calls(monkeypatch):
         fit.conf_int(method="profile")
     assert len(found) == 2 and "lapack_dsyevd" in found[0].as_text()  # `newton` asks for it
     assert not any(batched_calls(program) for program in found)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("k", [1, 5, 150, 300])
+def test_inverse_of_a_factor_and_symmetric_sums(xp, k):
+    rng = np.random.default_rng(k)
+    triangle = np.tril(rng.normal(size=(k, k))) / k + np.eye(k)
+    definite = triangle @ triangle.T
+    factor = linalg.cholesky(xp.asarray(definite))
+    close(factor, triangle, atol=1e-10)
+    close(linalg.inverse_of_factor(factor) @ definite, np.eye(k), atol=1e-9)
+    close(linalg.mirrored(xp.array(triangle)), triangle + triangle.T)
+    close(linalg.plus_identity(xp.array(definite)), definite + np.eye(k))
+    right = rng.normal(size=(k, 3))
+    for transposed in (False, True):
+        solved = linalg.solve_lower(factor, xp.asarray(right), transposed)
+        close((triangle.T if transposed else triangle) @ solved, right, atol=1e-9)

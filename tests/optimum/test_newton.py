@@ -244,3 +244,12 @@ class TestRules:
         hessian = jnp.array([[2.0, 2.0], [2.0, 2.0]])
         found = newton.solve_flat(hessian, jnp.array([[4.0], [4.0]]))
         np.testing.assert_allclose(found, [[1], [1]], rtol=1e-9)
+
+
+def test_when_a_hessian_must_be_exact():
+    least = 1e-12
+    first = newton.needs_exact(np.float64(9.0), np.inf, least)
+    assert not first  # there is no rate yet
+    assert newton.needs_exact(np.float64(1e-5), np.float64(1.0), 1e-9)  # the next is the last
+    assert not newton.needs_exact(np.float64(1e-2), np.float64(1.0), least)
+    assert newton.needs_exact(np.float64(1e-4), np.float64(1e-3), least)  # slow, near the optimum

@@ -209,12 +209,12 @@ class Full(Differentiable, Protocol):
         """Omega D for D of shape k = 1: per term (levels, effects), in scaled units."""
         ...
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Any:
+    def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Any:
         """What `variances` makes the conditional variances of the random effects from.
 
         Args:
-            omega: (m,).
-            factors: per term (q, q), relative Cholesky factors that have it.
+            projection: at their covariances.
+            factors: per term (q, q), relative Cholesky factors.
         """
         ...
 

@@ -106,7 +106,7 @@ class Dense(OfColumns, Explicit):
     def modes(self, omega: Array, cross: Array) -> tuple[Array, ...]:
         return self.layout.modes(omega, cross[:, 0])
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+    def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Array:
         """(Q, Q), H with Var(b | y) = H'H."""
         loadings = self.layout.times(self.factors, factors)
         inner = loadings.T @ loadings + np.eye(loadings.shape[1], dtype=loadings.dtype)

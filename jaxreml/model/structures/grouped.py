@@ -227,7 +227,7 @@ class Grouped(OfColumns, Levels):
         rest = linalg.border(products[:p, :p], of_x, rest)
         return replace(found, products=Products(effects, columns, rest))
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Array:
+    def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Array:
         return linalg.conditional_variance(self.factors, linalg.block_diagonal(list(factors)))
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:

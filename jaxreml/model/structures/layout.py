@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate, pairwise
+from operator import add
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model.covariance import natural
 
 
@@ -18,6 +20,19 @@ def _basis(q: int, kind: Any) -> np.ndarray:
 
 
 Array = Any  # NumPy's or JAX's
+
+
+def _combined(columns: list[list[tuple[np.ndarray, float]]], found: np.ndarray) -> np.ndarray:
+    """Linear combinations (., J) side by side, each written where it stays."""
+    start = 0
+    for column in columns:
+        place = found[:, start : start + column[0][0].shape[1]]
+        start += place.shape[1]
+        used = [pair for pair in column if pair[1] != 0] or column[:1]
+        np.multiply(*used[0], out=place)
+        for part, factor in used[1:]:
+            place += part * factor
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,15 +60,28 @@ class Layout:
 
     def times(self, array: Array, matrices: tuple[Array, ...]) -> Array:
         """array @ M for (., Q) and M block-diagonal, one (q, q) matrix per term for its levels."""
-        if max(self.sizes) == 1:
-            xp = namespace(array, *matrices)
-            scales = xp.stack([matrix[0, 0] for matrix in matrices])
-            return array * xp.repeat(scales, np.array(self.levels))
-        columns = []
-        for part, matrix, q in zip(self.split(array, axis=1), matrices, self.sizes, strict=True):
-            for b in range(q):
-                columns.append(sum(part[:, a] * matrix[a, b] for a in range(q)))
-        return namespace(*columns).concatenate(columns, axis=1)
+        parts = self.split(array, axis=1)
+        columns = [
+            [(part[:, a], matrix[a, b]) for a in range(q)]
+            for part, matrix, q in zip(parts, matrices, self.sizes, strict=True)
+            for b in range(q)
+        ]
+        if on_host(array, *matrices):
+            return _combined(columns, np.empty(array.shape, array.dtype))
+        xp = namespace(array, *matrices)
+        sums = [reduce(add, [part * factor for part, factor in column]) for column in columns]
+        return xp.concatenate(sums, axis=1)
+
+    def plus(self, array: np.ndarray, matrices: tuple[np.ndarray, ...]) -> np.ndarray:
+        """array + M for NumPy's (Q, Q), M as in `times`."""
+        found = array.copy()
+        start = 0
+        for matrix, q, n_levels in zip(matrices, self.sizes, self.levels, strict=True):
+            stop = start + q * n_levels
+            block = found[start:stop, start:stop].reshape(q, n_levels, q, n_levels)
+            np.einsum("ajbj->abj", block)[:] += matrix[:, :, None]
+            start = stop
+        return found
 
     def diagonal_blocks(self, left: Array, right: Array) -> list[Array]:
         """Diagonal blocks of left @ right for (Q, k) and (k, Q): per term (q, q, levels)."""

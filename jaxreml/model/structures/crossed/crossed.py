@@ -37,6 +37,7 @@ from jaxreml.model.structures.crossed.posterior import Posterior, row_variances,
 from jaxreml.model.structures.layout import Layout
 
 Array = Any  # NumPy's or JAX's
+LIGHT = 10**5  # numbers of the tail up to which calls cost more than what they do with them
 
 
 class Inner(NamedTuple):
@@ -172,7 +173,8 @@ class Crossed(OfColumns):
 
     @property
     def costly(self) -> bool:
-        return bool(self.levels)
+        couplings = sum(stage.level.shape[0] for stage in self.stages)
+        return len(self.rest) ** 2 + couplings > LIGHT
 
     @property
     def written_out(self) -> bool:
@@ -353,17 +355,13 @@ class Crossed(OfColumns):
             found += self.layout.modes(tail, cross[-1][:, 0])
         return tuple(found[self.order.index(k)] for k in range(len(self.order)))
 
-    def posterior(self, omega: Array, factors: tuple[Array, ...]) -> Posterior:
-        chain, tail = self._split(omega)
-        done = eliminate(self.stages, chain, self.rest)
+    def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Posterior:
+        (chain, _), done, R = projection.inner
         first = self.stages[0]
         roots = linalg.block_diagonal([factors[term] for term in self.order[: len(first.sizes)]])
         own = linalg.conditional_variance(first.matrix, roots)
         gain = linalg.matmul(first.omega(chain[0]), done.solved[0])
         gains = tuple(-weights for weights in done.weights[1:])
-        R = self.rest
-        if self.levels:
-            R = self._solve(tail, done.A, self.tail).inverse
         return Posterior((gain, *gains), (own, *gains), done.couplings, R)
 
     def variances(self, posterior: Posterior) -> tuple[np.ndarray, ...]:

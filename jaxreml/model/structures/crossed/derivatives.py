@@ -107,14 +107,9 @@ def given_later(stages: tuple[Stage, ...], done: Eliminated, R: Array) -> list[G
     found: list[Given] = []
     for k in range(len(stages) - 1, 0, -1):
         here, gain = done.couplings[k], -done.weights[k]
-        pulled = pulled_of(stages[k], here.tail, R)
+        pulled = stages[k].pulled(here.tail, R)
         found.insert(0, given(stages[k], here, gain, gain, found, pulled))
     return found
-
-
-def pulled_of(stage: Stage, tail: Array, R: Array) -> Array:
-    """Couplings (r, k) of a later stage times R, where they are."""
-    return stage.pairs.pulled(tail, R) if len(R) else tail
 
 
 def own_blocks(
@@ -130,7 +125,7 @@ def own_blocks(
         if k == 0 and len(R):
             variance = stage.pairs.around(R, stage.n_levels)
         if k or here.chain:
-            pulled = pulled_of(stage, tail, R) if k else namespace(tail).zeros_like(tail)
+            pulled = stage.pulled(tail, R) if k else namespace(tail).zeros_like(tail)
             variance = variance + explained(stage, here.chain, tail, later[k:], pulled)[2]
         around = linalg.matmul(linalg.matmul(U, variance), linalg.transpose(U))
         found.append((inner, around))
@@ -239,7 +234,7 @@ def _of_earlier(
         tails.append(dot.tail + per_coupling(gain, here.tail, stage.level))
     chain = tuple(xp.concatenate(parts) for parts in zip(*chains, strict=True))
     tail = xp.concatenate(tails)
-    *_, variance = explained(stage, chain, tail, later, pulled_of(stage, tail, R))
+    *_, variance = explained(stage, chain, tail, later, stage.pulled(tail, R))
     variance = variance.reshape(1 + count, q, 1 + count, q, -1)
     mixed, scaled = [], []
     for x, dot in enumerate(dots, 1):

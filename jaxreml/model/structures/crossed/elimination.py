@@ -66,7 +66,7 @@ class Weighted:
         shape = self.rows.shape[2] ** 2, t * len(self.leaders)
         return sp.coo_matrix((self.values.ravel(), places), shape).tocsr()
 
-    def assemble(self, weights: Array, weighted: Array, tail: Array) -> Array:
+    def assemble(self, weights: Array) -> Array:
         """Sum of S_j' W_j S_j, (Q, Q), over levels j with couplings S_j and weights (q, q, J)."""
         q, _, total = self.rows.shape
         result = namespace(weights).zeros((total, total), weights.dtype)
@@ -108,7 +108,7 @@ class Weighted:
 @record
 @dataclass(frozen=True)
 class Products:
-    """The same within the levels of a later factor, where the couplings change with Omega.
+    """Pairs of couplings within the levels of a later factor, where these change with Omega.
 
     Attributes:
         left, right: (k,), which two couplings to multiply, the right one not before the left in
@@ -122,14 +122,14 @@ class Products:
     cells: Array
     total: int = field(metadata={"static": True})
 
-    def assemble(self, weights: Array, weighted: Array, tail: Array) -> Array:
-        """As in `Weighted`; `weighted` is W_j S_j, (q, couplings)."""
+    def assemble(self, weighted: Array, tail: Array) -> Array:
+        """As in `Weighted`, for couplings S (r, k) and W_j S_j."""
         parts = self._halves * (weighted[:, self.left] * tail[:, self.right]).sum(axis=0)
         lower = sums_by(parts, self.cells, self.total**2).reshape(self.total, self.total)
         return linalg.mirrored(lower)
 
     def pulled(self, tail: Array, R: Array) -> Array:
-        """S_j R of couplings (r, k), where they are, for symmetric R (Q, Q)."""
+        """As in `Stage`."""
         between = self._halves * R.reshape(-1)[self.cells]
         count = tail.shape[1]
         ahead = sums_by(between * tail[:, self.left], self.right, count)
@@ -154,7 +154,8 @@ class Stage:
         up: per later factor (J,), the levels that contain these.
         level, effect: (k,), whose couplings `tail` has.
         tail_up: per later factor (k,), where these couplings go there.
-        pairs: `Weighted` for the first factor, `Products` for a later one.
+        pairs: `Weighted` for the first factor; for a later one `Products`, or None where most
+            effects of the tail occur with most levels.
         sizes: effects per term of this factor, static.
     """
 
@@ -180,10 +181,27 @@ class Stage:
         basis = natural.symmetric_basis(self.sizes).reshape(-1, q * q)
         return (basis.T.astype(omega.dtype) @ omega).reshape(q, q, 1)
 
+    def assemble(self, weights: Array, tail: Array, total: int) -> Array:
+        """Sum of S_j' W_j S_j, (Q, Q), over levels j with couplings S (r, k), for the first factor
+        its own, and symmetric weights (r, r, J)."""
+        if isinstance(self.pairs, Weighted):
+            return self.pairs.assemble(weights)
+        weighted = per_coupling(weights, tail, self.level)
+        if self.pairs is None:
+            return self._dense(weighted, total).T @ self._dense(tail, total)
+        return self.pairs.assemble(weighted, tail)
+
+    def pulled(self, tail: Array, R: Array) -> Array:
+        """S_j R of couplings (r, k) of a later factor, where they are, for symmetric R (Q, Q)."""
+        if self.pairs is not None:
+            return self.pairs.pulled(tail, R)
+        images = self._dense(tail, len(R)) @ R
+        return images.reshape(len(tail), self.n_levels, len(R))[:, self.level, self.effect]
+
     def to_tail(self, tail: Array, columns: Array, total: int) -> Array:
         """Sums over levels of couplings (q, k) times columns (q, u, J), (Q, u)."""
         if on_host(tail, columns) or self._is_dense(total, columns.shape[1]):
-            pairs = zip(self._matrices(tail, total), columns, strict=True)
+            pairs = zip(self._matrices(tail, total, columns), columns, strict=True)
             return sum(matrix.T @ own.T for matrix, own in pairs)  # pyright: ignore
         products = (tail[:, None] * columns[:, :, self.level]).sum(axis=0)
         return sums_by(products, self.effect, total).T
@@ -192,7 +210,7 @@ class Stage:
         """Sums over the tail of couplings (q, k) times values (Q, u), (q, u, J)."""
         xp = namespace(values, tail)
         if on_host(values, tail) or self._is_dense(*values.shape):
-            matrices = self._matrices(tail, len(values))
+            matrices = self._matrices(tail, len(values), values)
             return xp.stack([(matrix @ values).T for matrix in matrices])
         own = values.T[:, self.effect]
         return xp.stack([sums_by(row * own, self.level, self.n_levels) for row in tail])
@@ -202,13 +220,20 @@ class Stage:
         cells = self.n_levels * total
         return cells < DENSE and cells * (1 + columns / GEMM) < SUM * self.level.size * columns
 
-    def _matrices(self, tail: Array, total: int) -> Any:
-        """Couplings (q, k) as q matrices (J, Q), sparse on the host."""
-        if on_host(tail):
+    def _matrices(self, tail: Array, total: int, others: Array) -> Any:
+        """Couplings (q, k) as q matrices (J, Q), sparse if they and `others` are on the host."""
+        if on_host(tail, others):
             shape = self.n_levels, total
             return [sp.csr_matrix((row, self.effect, self._ends), shape) for row in tail]
         empty = jnp.zeros((len(tail), self.n_levels, total), tail.dtype)
         return empty.at[:, self.level, self.effect].set(tail, unique_indices=True)
+
+    def _dense(self, tail: Array, total: int) -> Array:
+        """Couplings (r, k) as a matrix, (r J, Q)."""
+        matrices = self._matrices(tail, total, tail)
+        if on_host(tail):
+            return np.concatenate([matrix.toarray() for matrix in matrices])
+        return matrices.reshape(-1, total)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -295,7 +320,7 @@ def add_passed(
         A: as in `Eliminated`; returned with what is added.
     """
     stage = stages[k]
-    weighted = per_coupling(weights, tail, stage.level)
+    weighted = per_coupling(weights, tail, stage.level) if chain else tail
     for i, (across, up) in enumerate(zip(chain, stage.up, strict=True)):
         later = k + 1 + i
         old, count = state[later], stages[later].n_levels
@@ -309,7 +334,7 @@ def add_passed(
             ),
             old.tail + sums_by(of_tail, stage.tail_up[i], old.tail.shape[1]),
         )
-    return A + stage.pairs.assemble(weights, weighted, tail) if len(A) else A
+    return A + stage.assemble(weights, tail, len(A)) if len(A) else A
 
 
 def reduce(

@@ -17,11 +17,11 @@ from jaxreml.model.covariance.unstructured import INDEX, triangle
 from jaxreml.model.structures.base import Terms
 from jaxreml.model.structures.collapse import equal_levels
 from jaxreml.model.structures.crossed.crossed import Crossed, Moments
-from jaxreml.model.structures.crossed.elimination import Products, Stage, Weighted
+from jaxreml.model.structures.crossed.elimination import DENSE, Products, Stage, Weighted
 from jaxreml.model.structures.crossed.meetings import Factor, Meetings, Tail, factors_of
 from jaxreml.model.structures.grouped import GroupedBasis
 
-PAIR = 1000  # multiplications of a matrix product that take as long as one pair of couplings
+PAIR = 300  # multiplications of a matrix product that take as long as one pair of couplings
 MOST_PAIRS = 5 * 10**7  # in a later factor of the chain; above, it goes to the tail
 CHUNK = 10**7  # pairs listed at a time
 MOST_COUNTED = 10**4  # effects of the tail up to which equal pairs of equal levels are summed
@@ -302,9 +302,12 @@ def _numbered(classes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[classes]
 
 
-def _products_of(meetings: Meetings, total: int) -> Products:
-    """Which couplings of a later factor are multiplied."""
-    left, right = meetings.pairs(np.arange(meetings.ends.size - 1))
+def _products_of(meetings: Meetings, total: int) -> Products | None:
+    """Which couplings of a later factor are multiplied; None if matrix products are cheaper."""
+    levels = meetings.ends.size - 1
+    if levels * 2.0 * total**2 < PAIR * meetings.n_pairs and levels * total < DENSE:
+        return None
+    left, right = meetings.pairs(np.arange(levels))
     cells = meetings.effect[right].astype(np.int64) * total + meetings.effect[left]
     order = np.argsort(cells, kind="stable")
     kind = INDEX if total**2 < 2**31 else np.int64

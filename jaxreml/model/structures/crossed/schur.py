@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.factors import factor_semidefinite
@@ -55,28 +55,44 @@ def solve(layout: Layout, omega: Array, A: Array, C: Array) -> Solution:
         A: (Q, Q), symmetric.
         C: (Q, k).
     """
-    roots, factor, half = _factorise(layout, omega, A, C)
-    across = tuple(root.T for root in roots)
-    modes = layout.times(linalg.solve_lower(factor, half, transposed=True).T, across).T
+    roots, factor, half, logdet = _factorise(layout, omega, A, C)
+    modes = linalg.solve_lower(factor, half, transposed=True)
     inverse = linalg.inverse_of_factor(factor)
-    inverse = layout.times(layout.times(inverse, across).T, across)
-    return Solution(_logdet(factor), inverse, modes, half.T @ half)
+    if roots is not None:
+        across = tuple(root.T for root in roots)
+        modes = layout.times(modes.T, across).T
+        inverse = layout.times(layout.times(inverse, across).T, across)
+    return Solution(logdet, inverse, modes, half.T @ half)
 
 
 def reduce(layout: Layout, omega: Array, A: Array, C: Array) -> tuple[Array, Array]:
     """`Solution.logdet` and `form` alone."""
-    _, factor, half = _factorise(layout, omega, A, C)
-    return _logdet(factor), half.T @ half
+    _, _, half, logdet = _factorise(layout, omega, A, C)
+    return logdet, half.T @ half
 
 
 def _factorise(
     layout: Layout, omega: Array, A: Array, C: Array
-) -> tuple[tuple[Array, ...], Array, Array]:
-    """Lambda_k, the Cholesky factor L of S, and L^-1 Lambda'C."""
+) -> tuple[tuple[Array, ...] | None, Array, Array, Array]:
+    """Lambda_k, the Cholesky factor L of S, L^-1 Lambda'C and the log-determinant.
+
+    On the host with Omega^-1 + A in the place of S and the identity in that of Lambda, which is
+    None then, where that is safe: passes over A take longer there than they do compiled.
+    """
+    if on_host(omega, A, C):
+        inverses, regular = _inverses(layout, omega)
+        if regular:
+            factor = linalg.cholesky(layout.plus(A, inverses))
+            logdet = _logdet(factor)
+            matrices = natural.symmetric_matrices(omega, layout.sizes)
+            for matrix, count in zip(matrices, layout.levels, strict=True):
+                logdet = logdet + count * _logdet(linalg.cholesky(matrix))
+            return None, factor, linalg.solve_lower(factor, C), logdet
     roots = _roots(layout, omega)
     inside = layout.times(layout.times(A, roots).T, roots)
     factor = linalg.cholesky(linalg.plus_identity(inside))
-    return roots, factor, linalg.solve_lower(factor, layout.times(C.T, roots).T)
+    half = linalg.solve_lower(factor, layout.times(C.T, roots).T)
+    return roots, factor, half, _logdet(factor)
 
 
 def _logdet(factor: Array) -> Array:
