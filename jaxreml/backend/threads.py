@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +13,9 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+SMALL = 2**17  # numbers that are worked on up to which BLAS is quicker alone
 
 
 @lru_cache
@@ -30,3 +33,8 @@ def single_blas() -> AbstractContextManager[Any]:
     Waking them takes longer than small matrices do, and beside busy threads milliseconds.
     """
     return _libraries().limit(limits=1, user_api="blas")
+
+
+def suited_blas(numbers: int) -> AbstractContextManager[Any]:
+    """BLAS with threads for work on many numbers, without for few."""
+    return single_blas() if numbers <= SMALL else nullcontext()

@@ -7,14 +7,13 @@ may have none. Few effects of several factors take one matrix on NumPy, which is
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.compilation import quick_jit, remembered, spare_memory_maps
 from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
-from jaxreml.backend.threads import single_blas
+from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.model.design import Design
 from jaxreml.optimum.effects import Inspection, inspect, inspect_on_host
@@ -22,7 +21,6 @@ from jaxreml.optimum.estimate import estimate, estimate_on_host
 from jaxreml.optimum.report import Estimate
 from jaxreml.optimum.rivals import is_proved
 
-SMALL = 2**17  # numbers of a structure up to which BLAS is quicker alone
 FEW = 300  # random effects of several factors up to which they take one matrix
 
 
@@ -53,7 +51,7 @@ def optimum(
 ) -> tuple[Estimate, Inspection, bool]:
     """Estimate and inspection of a design without names, as NumPy arrays, and if it `is_proved`."""
     if engine == "numpy":
-        with single_blas() if design.numbers <= SMALL else nullcontext():
+        with suited_blas(design.numbers):
             estimated, proved = estimate_on_host(design, method, max_iterations=max_iterations)
             return estimated, inspect_on_host(estimated, design, method), proved
     spare_memory_maps()

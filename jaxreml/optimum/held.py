@@ -24,6 +24,7 @@ from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
+from jaxreml.backend.threads import suited_blas
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
@@ -280,7 +281,9 @@ def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml:
     `design` is one `without_names`, on the host or on the device.
     """
     if on_host(design.residual_ss):
-        found = [_alone(start, own, design, reml) for start, own in zip(starts, axes, strict=True)]
+        pairs = zip(starts, axes, strict=True)
+        with suited_blas(design.numbers):
+            found = [_alone(start, own, design, reml) for start, own in pairs]
     else:
         size = LANES if design.numbers < ALONE else 1
         chunks = [slice(k, k + size) for k in range(0, len(starts), size)]
