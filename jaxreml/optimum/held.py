@@ -188,8 +188,8 @@ def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
 
 def _columns(shift: Array, axes: Coordinates) -> Array:
     """The columns of `_combined`."""
-    moved = namespace(shift).pad(shift * axes.shift, (0, 1))
-    return axes.columns + moved[:, None] * np.eye(len(axes.columns))[-1]
+    place = np.eye(len(axes.columns))
+    return axes.columns + (place[:, :-1] @ (shift * axes.shift))[:, None] * place[-1]
 
 
 def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
@@ -198,8 +198,10 @@ def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Poi
     omega, log_sigma2 = _omega(inner, axes, covariance)
     outer = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
     jacobian, bend = _omega_slopes(inner, axes, covariance, outer.joint_gradient)
-    full = xp.pad(jacobian.T @ outer.joint_hessian @ jacobian + bend, [(0, 1), (0, 1)])
-    slope, free = xp.pad(outer.joint_gradient @ jacobian, (0, 1)), axes.free
+    free, none = axes.free, xp.zeros_like(x[:1])
+    slope = xp.concatenate([outer.joint_gradient @ jacobian, none])
+    inside = jacobian.T @ outer.joint_hessian @ jacobian + bend
+    full = linalg.border(inside, xp.zeros_like(inner), none[0])
     return Point(outer.value, slope * free, full * free[:, None] * free, slope, full)
 
 
@@ -225,8 +227,12 @@ def _climb(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> newton
     return trace._replace(at=at(trace.at))
 
 
-def _criterion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Array:
-    held = _combined(x[-1], axes, design)
+def _criterion(
+    x: Array, axes: Coordinates, design: Design, *, reml: bool, held: Design | None = None
+) -> Array:
+    """At x; `held` is the design that no x moves, if it is known."""
+    if held is None:
+        held = _combined(x[-1], axes, design)
     return neg2_loglik(*_omega(x[:-1], axes, design.covariance), held, reml=reml)
 
 
@@ -294,7 +300,9 @@ def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml:
 def _alone(start: np.ndarray, axes: Coordinates, design: Design, reml: bool) -> Optimum:
     """One, on the host. The certificate has differences of the criterion along
     two ways: all coordinates together, and with signs in turns."""
-    criterion = partial(_criterion, axes=axes, design=design, reml=reml)
+    moves = bool(axes.shift.any())
+    held = None if moves else _combined(start[-1], axes, design)
+    criterion = partial(_criterion, axes=axes, design=design, reml=reml, held=held)
     with np.errstate(all="ignore"):
         trace = _climb(start, axes, design, reml=reml)
         x, point = trace.at, trace.point
@@ -302,7 +310,7 @@ def _alone(start: np.ndarray, axes: Coordinates, design: Design, reml: bool) -> 
         ways = scale * np.array([np.ones(x.size), (-1.0) ** np.arange(x.size)])
         value, slopes = slopes_by_differences(criterion, x, ways, STEP / 2)
         gradient = point.slope
-        if axes.shift.any():
+        if moves:
             gradient[-1:] = slopes_by_differences(criterion, x, np.eye(x.size)[-1:], STEP / 2)[1]
         beta = _fixed_effects(x, axes, design)
         certified = trace.converged & is_certified(point.value, value, np.linalg.norm(slopes))
