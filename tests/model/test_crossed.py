@@ -238,6 +238,17 @@ def test_variance_of_zero_at_scale():
     np.testing.assert_allclose(whole.log_variance_se.dropna(), part.log_variance_se, rtol=1e-5)
 
 
+def test_variances_where_a_level_meets_few_effects_of_a_large_tail():
+    rng = np.random.default_rng(2)
+    a, b, x = rng.integers(0, 150, 600), rng.integers(0, 120, 600), rng.normal(size=600)
+    y = rng.normal(size=150)[a] * (1 + x) + rng.normal(size=120)[b] + rng.normal(size=600)
+    data = {"y": y, "x": x, "a": a, "b": b}
+    formula = "y ~ x + (x | a) + (1 | b)"
+    ours, theirs = (jaxreml.fit(formula, data, structure=s) for s in ("crossed", "dense"))
+    for mine, other in zip(ours.groupings, theirs.groupings, strict=True):
+        np.testing.assert_allclose(mine.modes_vcov, other.modes_vcov, rtol=1e-6, atol=1e-9)
+
+
 def test_purely_nested_has_no_tail():
     codes = np.repeat(np.arange(3000), 4)
     rng = np.random.default_rng(3)

@@ -6,7 +6,9 @@ the tail. They enter through one Cholesky factorisation (`schur`):
 
     log|V0| = log|V_E| + log|I + Omega_D A|,   gram = T - C'RC,   R = (Omega_D^-1 + A)^-1.
 
-Memory and cost do not depend on the number of rows. `planning` prepares the arrays.
+Memory and cost do not depend on the number of rows. `planning` prepares the arrays; derivatives of
+log|V0| are made of those in `derivatives` and of products with R, those of the gram matrix of
+images B v, by elimination with the columns of Z v in the place of X and y.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class CrossedBasis:
         pairs = light + sum(meetings.n_pairs for meetings in self.meetings[1:])
         couplings = sum(meetings.level.size for meetings in self.meetings)
         full = int(self.plan.full.size) * self.chain[0].q * total
-        size = 8 * (total**2 * (8 + 3 * m) + pairs * (4 + m) + couplings * 20 + 3 * full)
+        size = 8 * (total**2 * (8 + 3 * m) + pairs * (4 + 2 * m) + couplings * 20 + 3 * full)
         limit = MEMORY_SHARE * _memory()
         if size > limit:
             raise DataError(

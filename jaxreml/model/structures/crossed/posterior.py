@@ -17,7 +17,8 @@ from jaxreml.backend.arrays import mapped
 from jaxreml.model.structures.crossed.derivatives import Given, given
 from jaxreml.model.structures.crossed.elimination import Couplings
 
-CHUNK = 10**8  # entries of a dense product at a time
+CHUNK = 10**7  # entries of a product at a time
+PICKED = 16  # entries of a row that can be added in the time that one is picked
 ROW_ENTRIES = 2 * 10**7  # of rows by effects of the tail at a time
 
 
@@ -54,17 +55,23 @@ def _at_couplings(
 ) -> np.ndarray:
     """Row by level of the couplings times R, where that level has couplings: (q, k)."""
     result = np.zeros(tail.shape)
-    if not level.size:
-        return result
-    ends = np.searchsorted(level, np.arange(n_levels + 1))
-    step = max(1, CHUNK // len(R))
-    for start in range(0, n_levels, step):
-        stop = min(start + step, n_levels)
-        inside = slice(ends[start], ends[stop])
-        rows, columns = level[inside] - start, effect[inside]
-        for a, values in enumerate(tail):
-            sparse = sp.csr_matrix((values[inside], (rows, columns)), (stop - start, len(R)))
-            result[a, inside] = np.asarray(sparse @ R)[rows, columns]
+    counts = np.bincount(level, minlength=n_levels)
+    starts = np.cumsum(counts) - counts
+    for count in np.unique(counts[counts > 0]):
+        firsts = starts[counts == count]
+        step = max(1, CHUNK // (count * min(PICKED * count, len(R))))
+        for start in range(0, firsts.size, step):
+            places = firsts[start : start + step, None] + np.arange(count)
+            own = effect[places]
+            if PICKED * count < len(R):
+                between = R[own[:, :, None], own[:, None]]
+                result[:, places] = np.einsum("nij,anj->ani", between, tail[:, places])
+                continue
+            rows, ends = np.arange(len(own))[:, None], np.arange(0, own.size + 1, count)
+            for a, values in enumerate(tail):
+                shape = len(own), len(R)
+                sparse = sp.csr_matrix((values[places].ravel(), own.ravel(), ends), shape)
+                result[a, places] = np.asarray(sparse @ R)[rows, own]
     return result
 
 
