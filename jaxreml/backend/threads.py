@@ -15,7 +15,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-SMALL = 2**17  # numbers that are worked on up to which BLAS is quicker alone
+# Numbers that are worked on up to which BLAS does without threads: a matrix of order 2,000. Two of
+# them halve the time at best; on a busy machine a factorisation of order 1,142 took 25 times as long.
+SMALL = 2**22
 
 
 @lru_cache
