@@ -16,7 +16,8 @@ def cores() -> int:
 
 
 # Numbers that are worked on up to which BLAS does without threads: a matrix of order 2,000. Two of
-# them halve the time at best; on a busy machine a factorisation of order 1,142 took 25 times as long.
+# them halve the time at best; on a busy machine a factorisation of order 1,142 took 25 times as
+# long.
 SMALL = 2**22
 
 
