@@ -37,6 +37,7 @@ Array = Any  # NumPy's or JAX's
 TOLERANCE = 1e-12  # of the Newton decrement, as in `estimate`
 MAX_ITERATIONS = 100
 LANES = 32  # optima sought together
+FEW = 64  # optima up to which NumPy takes less time than compiling does: about half a second
 ALONE = 2**16  # numbers in a structure from which on they are sought one by one
 
 
@@ -280,18 +281,29 @@ def _programs(
     return climb, look
 
 
-def optima(starts: np.ndarray, axes: list[Coordinates], design: Design, *, reml: bool) -> Optimum:
+def optima(
+    starts: np.ndarray,
+    axes: list[Coordinates],
+    design: Design,
+    *,
+    reml: bool,
+    more: bool = False,
+) -> Optimum:
     """The optima nearest to `starts`, (b, m + 2), each in axes of its own.
 
-    On NumPy one by one; on JAX `LANES` at a time, in step, and in large structures one by one too.
-    `design` is one `without_names`, on the host or on the device.
+    On NumPy one by one, up to `FEW` and unless `more` follow; on JAX `LANES` at a time, in step,
+    and in large structures one by one too. `design` is one `without_names`, on the host or the
+    device.
     """
-    if on_host(design.residual_ss):
+    large = design.numbers >= ALONE
+    if on_host(design.residual_ss) and (large or not (more or len(starts) > FEW)):
         pairs = zip(starts, axes, strict=True)
         with suited_blas(design.numbers):
             found = [_alone(start, own, design, reml) for start, own in pairs]
     else:
-        size = LANES if design.numbers < ALONE else 1
+        size = 1 if large else LANES
+        with neutral():
+            design = jax.device_put(design)
         chunks = [slice(k, k + size) for k in range(0, len(starts), size)]
         found = [_chunk(starts[own], axes[own], design, reml, size) for own in chunks]
     return Optimum(*map(np.concatenate, zip(*found, strict=True)))

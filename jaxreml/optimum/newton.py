@@ -25,6 +25,7 @@ SHIFT = 1e-8  # What NEGATIVE is for the Cholesky factorisation of a batch.
 ESCAPE = 0.3  # Length of the first step away from a saddle point, in units of the coordinates.
 ROUNDING = 1e-13  # Relative change of the function that rounding alone can make.
 RESOLUTION = 1e-16  # A decrement below this fraction of the function is none.
+UNRESOLVED = 1e-11  # Likewise where no downhill step is left: the function's own rounding error.
 COLLAPSED = 1e-10  # Radius below which no downhill step is left, in units of the coordinates.
 POOR, FAITHFUL = 0.1, 0.7  # Gains over predicted ones at which the radius shrinks and grows.
 SHRINK, GROW = 1 / 4, 3.0  # Factors by which it does: of the step taken, of the radius before.
@@ -270,6 +271,9 @@ class _Search:
         converged = good if self.in_lanes else state.polish & ~(accept & saddle)
         if self.settled is not None:
             converged = converged | (good & (decrement <= nothing_left) & self.settled(at))
+        # Where rounding hides what is left to gain, there is no downhill step either.
+        hidden = (radius < COLLAPSED) & (decrement <= UNRESOLVED * abs(point.value))
+        converged = converged | (hidden & ~proposed.negative & is_exact)
         stalled = ~converged & ~xp.isfinite(point.value)
         stalled = stalled | (~converged & ~near & (radius < COLLAPSED))
         if self.in_lanes and not self.careful:

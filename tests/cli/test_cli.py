@@ -123,11 +123,15 @@ def test_help_has_examples_and_exit_codes():
 
 
 def test_no_device_exits_1():
-    """One line where JAX_PLATFORMS asks for a platform that is not there."""
+    """One line where JAX_PLATFORMS asks for a platform that is not there; one fit needs none."""
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
     code = "from jaxreml.cli.commands import app; app()"
-    command = [sys.executable, "-c", code, "fit", "sleepstudy", SLEEP]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    fit = [*command, "fit", "sleepstudy", SLEEP]
+    process = subprocess.run(fit, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0 and "numpy" in process.stdout
+    fit_many = [*command, "fit-many", "y.csv", "~ x + (1 | g)", "--data", "x.csv", "-o", "z.csv"]
+    process = subprocess.run(fit_many, env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (1, "")
     (line,) = process.stderr.splitlines()
     assert line.startswith("jaxreml: no GPU that JAX can use")

@@ -265,7 +265,7 @@ def test_purely_nested_has_no_tail():
     assert structure.order == (1, 0, 2) and not structure.levels
     largest = max(np.size(leaf) for leaf in jax.tree.leaves(structure))
     assert largest <= 2 * 3000  # X and y by level
-    assert int(estimate_on_host(design).status) == 0
+    assert int(estimate_on_host(design)[0].status) == 0
 
 
 def test_crowded_later_factor_goes_to_the_tail(monkeypatch):

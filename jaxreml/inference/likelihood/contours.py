@@ -207,6 +207,7 @@ class _Rays:
             [axes for _, axes in lanes],
             self.search.design,
             reml=self.search.reml,
+            more=True,
         )
         value = np.where(found.certified, found.value, np.nan)
         if found.certified.any():
