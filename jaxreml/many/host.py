@@ -1,9 +1,9 @@
 """`HostEngine`: the engine of `fit_many` for grouped designs on NumPy. Nothing is compiled.
 
 A block is cut into chunks, worked on by as many threads as there are cores. Lanes leave a chunk's
-search as they end, so that none waits for others. What the search cannot settle, saddle points
-among them, goes on with the slower steps of `estimate`; responses that may have a lower optimum are
-searched again from rival starts.
+search as they end. What has not ended after some steps, and what the search cannot settle, saddle
+points among them, is collected over all chunks and goes on with the slower steps of `estimate`;
+responses that may have a lower optimum are searched again from rival starts.
 
 All optima are certified by their criterion and its derivatives in the full design, where the
 search may use another form of it. Both are of one source, so some lanes are looked at by a third
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from jaxreml.status import Status
 Array = np.ndarray
 CACHE_BYTES = 2**21  # of each of the larger arrays of a chunk
 SAMPLE, LARGE = 4, 100  # responses looked at by a third way, of at least so many; of fewer, one
+LOOK = 12  # steps of a chunk, after which stragglers leave it
 FEW, MANY = 64, 8192  # lanes of a chunk, at least and at most
 
 
@@ -85,6 +86,28 @@ class HostEngine:
         )
 
 
+class _Slow(NamedTuple):
+    """Responses whose search has not ended: their columns in the block, where it is, the radius of
+    the next step and expansions so far; lanes last."""
+
+    columns: Array
+    root: Array
+    radius: Array
+    before: Array
+
+
+class _Block(NamedTuple):
+    """A chunk of responses: values less shifts, (n, lanes), what they say, and their designs, the
+    one that is searched and the full one."""
+
+    columns: Array
+    values: Array
+    shift: Array
+    reduced: Response
+    searched: Design
+    full: Design
+
+
 class _Passes:
     """The way of responses of a block that have the same rows.
 
@@ -100,80 +123,95 @@ class _Passes:
         self.options, self.values, self.kept, self.table = engine.options, values, kept, table
         self.plan = Plan(engine.options.reml, grouped=True, in_lanes=True, df=engine.options.df)
         self.careful = self.plan._replace(careful=True)
+        self.suspects: list[Array] = []  # columns that may have a lower optimum
         self.first_row = 0 if kept is None else int(np.argmax(kept))
 
     def run(self, columns: Array) -> None:
         """Fit these columns and store their numbers in the table."""
+        with single_blas(), ThreadPoolExecutor(cores()) as pool:
+            ends = list(pool.map(self._first, self._chunks(columns)))
+            slow = _Slow(*(np.concatenate(own, axis=-1) for own in zip(*ends, strict=True)))
+            places = self._chunks(np.arange(slow.columns.size))
+            list(pool.map(lambda own: self._go_on(among(slow, own)), places))
+            suspects = np.concatenate(self.suspects) if self.suspects else columns[:0]
+            for rival in starts(self.lanes.covariance) if suspects.size else ():
+                list(pool.map(partial(self._rival, rival), self._chunks(suspects)))
+
+    def _chunks(self, places: Array) -> list[Array]:
+        """These places, as many at a time as stay in the cache."""
         size = self.options.lanes or _chunk(self.lanes)
-        chunks = [columns[k : k + size] for k in range(0, columns.size, size)]
-        threads = min(cores(), len(chunks))
-        with single_blas():
-            if threads < 2:
-                for chunk in chunks:
-                    self._work(chunk)
-                return
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(self._work, chunks))
+        return [places[k : k + size] for k in range(0, max(places.size, 1), size)]
 
-    def _work(self, columns: Array) -> None:
-        """One chunk into the table."""
+    def _first(self, columns: Array) -> _Slow:
+        """A chunk from the start; what has not converged after `LOOK` steps."""
         with np.errstate(all="ignore"):
-            values, shift = self._block(columns)
-            reduced = self._reduced(values, shift)
-            searched = steps.searched(self.lanes, reduced, self.plan)
-            full = self.lanes.batch(reduced)
-            limit, width = self.options.max_iterations, columns.size
-            everyone = np.arange(width)
+            block = self._prepared(columns)
+            root = start(block.searched, self.options.reml)
+            none = np.zeros(columns.size, int)
+            limit = min(LOOK, self.options.max_iterations)
+            found, status = self._settle(block, root, np.ones(columns.size), none, limit, self.plan)
+            left = np.flatnonzero(status != Status.CONVERGED)
+            own = _Slow(columns, found.root, found.radius, found.iterations - 1)  # last once more
+            return _Slow(*(part[..., left] for part in own))
 
-            def settle(
-                places: Array, root: Array, radius: Array, before: Array, plan: Plan, rival: bool
-            ) -> tuple[Found, Array]:
-                """Search on, and store what is found; it, and statuses."""
-                some = places if places.size < width else None
-                own, whole = (
-                    design if some is None else design.among(some) for design in (searched, full)
-                )
-                found = steps.climb(own, root, radius, limit, plan)
-                residual = self.lanes.basis.n - self.lanes.p
-                contrasts = self.options.contrasts
-                packed = steps.conclude(whole, found, before, contrasts, residual, self.plan)
-                modes = None
-                if self.options.modes:
-                    modes = steps.modes_of(
-                        self.lanes, values[:, places], among(shift, places), found.root
-                    )
-                status = self.table.store(columns[places], packed, modes, *self.known, rival=rival)
-                return found, status
+    def _go_on(self, slow: _Slow) -> None:
+        """By the slower steps, from where the search was left."""
+        if not slow.columns.size:
+            return
+        with np.errstate(all="ignore"):
+            block = self._prepared(slow.columns)
+            limit = self.options.max_iterations
+            self._settle(block, slow.root, slow.radius, slow.before, limit, self.careful)
 
-            root = start(searched, self.options.reml)
-            none = np.zeros(width, int)
-            found, status = settle(everyone, root, np.ones(width), none, self.plan, False)
-            rivals = [self._suspects(searched, reduced, found, status)]
-            slow = np.flatnonzero(status != Status.CONVERGED)
-            if slow.size:
-                before = found.iterations[slow] - 1  # the last once more
-                held = found.root[:, slow], found.radius[slow]
-                found, status = settle(slow, *held, before, self.careful, False)
-                some = self._suspects(searched.among(slow), among(reduced, slow), found, status)
-                rivals.append(slow[some])
-            suspect = np.concatenate([np.flatnonzero(rivals[0]), *rivals[1:]])
-            for rival in starts(self.lanes.covariance) if suspect.size else ():
-                root = np.repeat(rival[:, None], suspect.size, axis=1)
-                none = np.zeros(suspect.size, int)
-                settle(suspect, root, np.ones(suspect.size), none, self.careful, True)
+    def _rival(self, start: Array, columns: Array) -> None:
+        """From another start; what is found counts where it is lower."""
+        with np.errstate(all="ignore"):
+            block = self._prepared(columns)
+            root = np.repeat(start[:, None], columns.size, axis=1)
+            ones, none = np.ones(columns.size), np.zeros(columns.size, int)
+            limit = self.options.max_iterations
+            self._settle(block, root, ones, none, limit, self.careful, rival=True)
 
-    def _suspects(self, searched: Any, reduced: Response, found: Found, status: Array) -> Array:
+    def _prepared(self, columns: Array) -> _Block:
+        values, shift = self._block(columns)
+        reduced = self._reduced(values, shift)
+        searched = steps.searched(self.lanes, reduced, self.plan)
+        return _Block(columns, values, shift, reduced, searched, self.lanes.batch(reduced))
+
+    def _settle(
+        self,
+        block: _Block,
+        root: Array,
+        radius: Array,
+        before: Array,
+        limit: int,
+        plan: Plan,
+        *,
+        rival: bool = False,
+    ) -> tuple[Found, Array]:
+        """Search on and store what is found; it, and statuses. Others than rivals are screened."""
+        found = steps.climb(block.searched, root, radius, limit, plan)
+        residual, contrasts = self.lanes.basis.n - self.lanes.p, self.options.contrasts
+        packed = steps.conclude(block.full, found, before, contrasts, residual, self.plan)
+        modes = None
+        if self.options.modes:
+            modes = steps.modes_of(self.lanes, block.values, block.shift, found.root)
+        status = self.table.store(block.columns, packed, modes, *self.known, rival=rival)
+        if self.grid is not None and not rival:
+            suspect = self._suspects(block, found) & (status == Status.CONVERGED)
+            self.suspects.append(block.columns[suspect])
+        return found, status
+
+    def _suspects(self, block: _Block, found: Found) -> Array:
         """Which lanes may have a lower optimum than the one found, booleans."""
-        if self.grid is None:
-            return np.zeros(status.size, bool)
 
         def along(places: Array, omegas: Array) -> Array:
-            some = searched.among(places)
+            some = block.searched.among(places)
             return np.stack([profiled(omega, some, reml=self.options.reml) for omega in omegas])
 
-        values, covariance = self.grid.values(reduced), self.lanes.covariance
-        suspect = suspects(values, found.root, found.value, covariance, along)
-        return suspect & (status == Status.CONVERGED)
+        assert self.grid is not None
+        values, covariance = self.grid.values(block.reduced), self.lanes.covariance
+        return suspects(values, found.root, found.value, covariance, along)
 
     def is_certified(self, column: int) -> bool:
         """Whether differences of the criterion of the design as `fit` has it say so of an optimum
