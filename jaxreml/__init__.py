@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     )
     if _HOMES[name].startswith(("jaxreml.model.", "jaxreml.optimum.")):  # under JAX
         importlib.import_module("jax")
-        importlib.import_module("jaxreml.backend.lazy").known_to_jax()
+        importlib.import_module("jaxreml.backend.lazy").make_records_known()
     globals()[name] = value
     return value
 

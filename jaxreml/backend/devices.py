@@ -39,8 +39,8 @@ def local_devices(devices: Any = None) -> list[Any]:
 
 
 def has_accelerator() -> bool:
-    """Whether JAX works on something else than the CPU unless told. JAX is only asked where it has
-    started, or can have more."""
+    """Whether JAX works on something else than the CPU unless told. It is asked only where a plugin
+    for other devices is installed."""
     asked = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
     if asked:
         return asked != "cpu"

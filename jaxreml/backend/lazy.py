@@ -23,8 +23,7 @@ else:
 
         def __getattr__(self, attribute: str) -> Any:
             module = importlib.import_module(self._name)
-            if _waiting:
-                _call_waiting()
+            make_records_known()
             return getattr(module, attribute)
 
     jax, jnp = _Lazy("jax"), _Lazy("jax.numpy")
@@ -55,22 +54,16 @@ def record(cls: Class) -> Class:
 
     @functools.wraps(initialise)
     def with_registration(self: Any, *args: Any, **named: Any) -> None:
-        known_to_jax()
+        make_records_known()
         initialise(self, *args, **named)
 
     cls.__init__ = with_registration  # type: ignore[misc]
     return cls
 
 
-def known_to_jax(value: Any = None) -> Any:
-    """The value, all records known to JAX if that has been imported."""
-    if _waiting and "jax" in sys.modules:
-        _call_waiting()
-    return value
-
-
-def _call_waiting() -> None:
-    while _waiting:
+def make_records_known() -> None:
+    """Make all records known to JAX, if that has been imported."""
+    while _waiting and "jax" in sys.modules:
         _waiting.pop()()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import block_diag
 
-from jaxreml.backend.lazy import known_to_jax
+from jaxreml.backend.lazy import make_records_known
 from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
@@ -137,7 +137,8 @@ class FittedModel:
         A grouped design may have some levels more, without rows, which change nothing.
         """
         if self.made_from:
-            return known_to_jax(self.made_from[1])
+            make_records_known()
+            return self.made_from[1]
         return with_spare_levels(self.frame.design(self.structure))
 
     @cached_property

@@ -13,7 +13,6 @@ agree all lanes are.
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -24,9 +23,9 @@ from jaxreml.backend.arrays import among
 from jaxreml.backend.threads import cores, single_blas
 from jaxreml.many import steps
 from jaxreml.many.base import Known, Options
-from jaxreml.many.lanes import DOUBTFUL, Lanes
+from jaxreml.many.lanes import Lanes, fitting
 from jaxreml.many.numbers import Table
-from jaxreml.many.screening import Grid, grid_of, suspects
+from jaxreml.many.screening import Grid, suspects
 from jaxreml.many.steps import Found, Plan
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
@@ -34,7 +33,7 @@ from jaxreml.model.objective import expand, profiled
 from jaxreml.model.response import Response
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import differences
-from jaxreml.optimum.rivals import starts
+from jaxreml.optimum.rivals import has_one_optimum, starts
 from jaxreml.optimum.search import start
 from jaxreml.status import Status
 
@@ -54,7 +53,10 @@ class HostEngine:
     @cached_property
     def grid(self) -> Grid | None:
         """To look for other optima with, where a response may have several."""
-        return grid_of(self.lanes, reml=self.options.reml)
+        lanes = self.lanes
+        if has_one_optimum(lanes.basis.structure, lanes.covariance, lanes.p):
+            return None
+        return Grid(lanes, reml=self.options.reml)
 
     def fit(self, values: Array, columns: Array, kept: Array | None, table: Table) -> None:
         """As `Engine.fit`."""
@@ -139,7 +141,7 @@ class _Passes:
 
     def _chunks(self, places: Array) -> list[Array]:
         """These places, as many at a time as stay in the cache."""
-        size = self.options.lanes or _chunk(self.lanes)
+        size = self.options.lanes or fitting(self.lanes.largest, CACHE_BYTES, FEW, MANY)
         return [places[k : k + size] for k in range(0, max(places.size, 1), size)]
 
     def _first(self, columns: Array) -> _Slow:
@@ -237,7 +239,7 @@ class _Passes:
 
     def _reduced(self, values: Array, shift: Array) -> Response:
         """In one pass, and again, from residuals, where that leaves too few digits."""
-        if DOUBTFUL * len(values) > 0.1:
+        if self.lanes.loses_digits:
             return self.lanes.reduce(values, shift, exact=True)
         reduced = self.lanes.reduce(values, shift, exact=False)
         doubtful = np.flatnonzero(reduced.trouble == Status.ILL_CONDITIONED)
@@ -247,10 +249,3 @@ class _Passes:
                 if whole is not None:
                     whole[..., doubtful] = part
         return reduced
-
-
-def _chunk(lanes: Lanes) -> int:
-    """How many lanes keep the larger arrays of a search in the cache."""
-    levels = lanes.levels[0].shape[-1]
-    numbers = max(levels * sum(lanes.sizes) ** 2, (lanes.p + 1) ** 2)
-    return min(max(2 ** int(math.log2(max(CACHE_BYTES // (8 * numbers), 1))), FEW), MANY)

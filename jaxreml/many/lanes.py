@@ -7,6 +7,7 @@ one compiled program.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -105,6 +106,17 @@ class Lanes:
         of_x = self.basis.structure
         return of_x.factors, of_x.scores, np.ones(of_x.factors.shape[-1])  # pyright: ignore
 
+    @property
+    def largest(self) -> int:
+        """Numbers per lane of the larger arrays of a search."""
+        return max(self.levels[0].shape[-1] * sum(self.sizes) ** 2, (self.p + 1) ** 2)
+
+    @property
+    def loses_digits(self) -> bool:
+        """Whether one pass over so many rows leaves every response doubtful."""
+        return DOUBTFUL * len(self.basis.rows) > 0.1
+
+    @cached_property
     def plain(self) -> Lanes:
         """Without plans: no level is collapsed."""
         pairs = self.pairs
@@ -220,6 +232,12 @@ class Lanes:
             n=whole.n - self.p if reml else whole.n,
             p=0,
         )
+
+
+def fitting(numbers: int, cache: int, least: int, most: int) -> int:
+    """How many lanes of so many numbers each fit into `cache` bytes, a power of two in bounds."""
+    lanes = max(cache // (8 * numbers), 1)
+    return min(max(2 ** int(math.log2(lanes)), least), most)
 
 
 def _constant(X: np.ndarray) -> np.ndarray:

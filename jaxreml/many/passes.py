@@ -9,7 +9,6 @@ them, is tried again with the slower steps of `estimate`.
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.backend.threads import cores
 from jaxreml.many.base import Known, Options
-from jaxreml.many.lanes import DOUBTFUL, Lanes
+from jaxreml.many.lanes import Lanes, fitting
 from jaxreml.many.numbers import Table
 from jaxreml.many.programs import programs
 from jaxreml.many.screening import Grid, suspects
@@ -72,7 +71,7 @@ class LaneEngine:
 
     def gradients(self, parameters: np.ndarray, values: np.ndarray) -> np.ndarray:
         """As `Engine.gradients`."""
-        return np.asarray(_gradients(self.options.reml)(self.lanes.plain(), parameters, values))
+        return np.asarray(_gradients(self.options.reml)(self.lanes.plain, parameters, values))
 
 
 @remembered
@@ -111,7 +110,7 @@ class Passes:
         self.shifts = bool(np.any(engine.lanes.constant))
         self.first_row = 0 if kept is None else int(np.argmax(kept))
         few = count <= FEW or not engine.in_step
-        self.lanes = self.options.lanes or (FEW if few else _lanes(_largest(engine.lanes)))
+        self.lanes = self.options.lanes or (FEW if few else _lanes(engine.lanes.largest))
         self.size = self.lanes * len(self.options.devices)  # of all devices
         self.suspects: list[_Part] = []  # responses that may have a lower optimum
 
@@ -119,7 +118,7 @@ class Passes:
         """Fit these columns and store their numbers in the table."""
         limit = self.options.max_iterations
         exactly = self.plan._replace(exact=True)
-        plan = exactly if DOUBTFUL * len(self.values) > 0.1 else self.plan
+        plan = exactly if self.engine.lanes.loses_digits else self.plan
         with ThreadPoolExecutor(_threads(self.options.devices)) as pool:
             left = self._pass([_Part.fresh(columns)], plan, pool)
             slow: list[_Part] = []
@@ -320,11 +319,4 @@ def _threads(devices: list[Any]) -> int:
 
 def _lanes(numbers: int) -> int:
     """How many lanes of so many numbers each stay in the cache."""
-    most = max(CACHE_BYTES // (8 * numbers), 1)
-    return min(max(2 ** int(math.log2(most)), FEW), MANY)
-
-
-def _largest(lanes: Lanes) -> int:
-    """Numbers per lane of the larger arrays of a search."""
-    levels = lanes.pairs.shape[-1]  # pyright: ignore
-    return max(levels * sum(lanes.sizes) ** 2, (lanes.p + 1) ** 2)
+    return fitting(numbers, CACHE_BYTES, FEW, MANY)

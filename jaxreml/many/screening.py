@@ -22,7 +22,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.response import Response
-from jaxreml.optimum.rivals import has_one_optimum, is_lower, starts
+from jaxreml.optimum.rivals import is_lower, starts
 
 GRID = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)  # relative SDs, to two effects
 COARSE = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # likewise, for three effects
@@ -210,10 +210,3 @@ class Grid:
         rss = of_y - np.sum(half.reshape(len(of_y), -1, b) ** 2, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.degrees * np.log(rss) + self.constants[:, None]
-
-
-def grid_of(lanes: Lanes, *, reml: bool) -> Grid | None:
-    """The grid, or None where every response has one optimum."""
-    if has_one_optimum(lanes.basis.structure, lanes.covariance, lanes.p):
-        return None
-    return Grid(lanes, reml=reml)

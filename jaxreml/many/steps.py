@@ -1,10 +1,10 @@
 """What is done with a chunk of responses, lanes last: by NumPy, or in the compiled `programs`.
 
-1. `reduce` brings the responses to cross-products, and `begin` gives each lane its start, which is
-   the optimum itself where the design is balanced.
+1. `Lanes.reduce` brings the responses to cross-products, and `search.start` gives each lane its
+   start, which is the optimum itself where the design is balanced.
 2. `climb` finds the optima, in the spectral form where there is one variance ratio, or where a
    limited number of steps leads.
-3. `screen` looks on a grid of covariances, the same for all responses, for other optima.
+3. `screening` looks on a grid of covariances, the same for all responses, for other optima.
 4. `conclude` evaluates the criterion of the full design at the roots found, with its derivatives,
    and what follows from them: the certificate and every number of a fit.
 """
@@ -192,6 +192,6 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
 
 def modes_of(lanes: Lanes, values: Array, shift: Array, root: Array) -> tuple[Array, ...]:
     """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
-    lanes = lanes.plain()
+    lanes = lanes.plain
     design = lanes.batch(lanes.reduce(values, shift, exact=True))
     return conditional_modes(design.covariance.omega(root), design)

@@ -11,7 +11,7 @@ from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model.design import Design, require_precision
-from jaxreml.optimum import newton
+from jaxreml.optimum.hessian import solve_flat
 from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.optimum.report import report
 from jaxreml.optimum.search import Point, expand_chart, found, outcome
@@ -113,6 +113,6 @@ def _optimum_jvp(reml, primals, tangents):
     design, design_dot = primals[0], tangents[0]
     at = partial(expand_chart, reml=reml)
     _, gradient_dot = jax.jvp(lambda design: at(chart, design).gradient, (design,), (design_dot,))
-    chart_dot = -newton.solve_flat(at(chart, design).hessian, gradient_dot)
+    chart_dot = -solve_flat(at(chart, design).hessian, gradient_dot)
     _, point_dot = jax.jvp(at, (chart, design), (chart_dot, design_dot))
     return (chart, point), (chart_dot, point_dot)

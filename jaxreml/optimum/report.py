@@ -12,6 +12,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import Expansion
 from jaxreml.optimum import newton
+from jaxreml.optimum.hessian import inertia
 from jaxreml.optimum.search import Point, inner_hessian
 
 Array = Any  # NumPy's or JAX's
@@ -98,7 +99,7 @@ def report(
         hessian=xp.where(both, found.hessian, xp.nan),
         n_iter=trace.iterations,
         gradient_norm=xp.sqrt(xp.sum(point.gradient**2, axis=0)),
-        inertia=newton.inertia(inner_hessian(chart, point, covariance)),
+        inertia=inertia(inner_hessian(chart, point, covariance)),
         is_singular=~xp.all(found.free, axis=0),
         status=status,
     )

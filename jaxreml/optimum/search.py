@@ -16,6 +16,7 @@ from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand, profiled
 from jaxreml.optimum import newton
+from jaxreml.optimum.hessian import is_convex, solve_flat
 from jaxreml.optimum.rivals import best_of, is_cheap, is_proved
 from jaxreml.status import Status as Status
 
@@ -118,7 +119,7 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     rss = expansion.gram_factor[p, p] ** 2
     forms = -expansion.gram_slopes[:, p, p] * rss
     forms = xp.concatenate([forms, (rss - xp.sum(omega * forms, axis=0))[None]])
-    solution = newton.solve_flat(traces, forms)  # confounded terms share what is theirs
+    solution = solve_flat(traces, forms)  # confounded terms share what is theirs
     sigma2 = xp.maximum(solution[-1], 0.1 * rss / degrees)
     return solution[:-1] / sigma2
 
@@ -180,7 +181,7 @@ def outcome(chart: Array, point: Point, trace: newton.Trace, design: Design) -> 
     hessian = inner_hessian(design.covariance.canonical(chart), point, design.covariance)
     status = xp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
     status = xp.where(trace.stalled, Status.STALLED, status)
-    status = xp.where(trace.converged & ~newton.is_convex(hessian), Status.SADDLE, status)
+    status = xp.where(trace.converged & ~is_convex(hessian), Status.SADDLE, status)
     status = xp.where(xp.isfinite(point.value), status, Status.NOT_FINITE)
     rss = point.expansion.gram_factor[design.p, design.p] ** 2
     residual_ss, total_ss = design.residual_ss, design.total_ss

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from jaxreml.optimum import hessian as hessian_rules
 from jaxreml.optimum import newton
 
 TOLERANCE = 1e-12
@@ -204,8 +205,8 @@ class TestRules:
         gradient, hessian = jnp.array([1.0, 2.0]), jnp.array([[4.0, 1.0], [1.0, 3.0]])
         expected = -np.linalg.solve(hessian, gradient)
         decrement = -float(gradient @ expected) / 2
-        one = newton.eigen_step(gradient, hessian)
-        lane = newton.shifted_step(gradient[:, None], hessian[..., None])
+        one = hessian_rules.eigen_step(gradient, hessian)
+        lane = hessian_rules.shifted_step(gradient[:, None], hessian[..., None])
         np.testing.assert_allclose(one.newton, expected, rtol=1e-12)
         np.testing.assert_allclose(lane.newton[:, 0], expected, rtol=1e-7)
         assert float(one.decrement) == pytest.approx(decrement)
@@ -214,18 +215,18 @@ class TestRules:
 
     def test_steps_go_downhill_where_it_is_not(self):
         gradient, hessian = jnp.array([1.0, 2.0]), jnp.array([[-4.0, 1.0], [1.0, 3.0]])
-        one = newton.eigen_step(gradient, hessian)
-        lane = newton.shifted_step(gradient[:, None], hessian[..., None])
+        one = hessian_rules.eigen_step(gradient, hessian)
+        lane = hessian_rules.shifted_step(gradient[:, None], hessian[..., None])
         assert one.negative and lane.negative[0]
         assert gradient @ one.newton < 0 and gradient @ lane.newton[:, 0] < 0
         assert float(one.escape @ hessian @ one.escape) < 0 and not lane.escape.any()
 
     def test_steepened(self):
         hessian = jnp.array([[3.0, 1.0], [1.0, -2.0]])
-        made = newton.steepened(hessian, jnp.array([[0.0, 0.1]]))
+        made = hessian_rules.steepened(hessian, jnp.array([[0.0, 0.1]]))
         np.testing.assert_allclose(made, [[3, 1], [1, 2]])  # |H| is at most 4, a sum of a row
-        np.testing.assert_allclose(newton.steepened(hessian, None), hessian)
-        np.testing.assert_allclose(newton.steepened(hessian, jnp.zeros((1, 2))), hessian)
+        np.testing.assert_allclose(hessian_rules.steepened(hessian, None), hessian)
+        np.testing.assert_allclose(hessian_rules.steepened(hessian, jnp.zeros((1, 2))), hessian)
 
     def test_predicted_gain_is_that_of_the_quadratic_model(self):
         point = expanded(quadratic)(jnp.array([0.3, 0.7]))
@@ -235,14 +236,14 @@ class TestRules:
 
     def test_inertia_and_convexity(self):
         hessian = jnp.diag(jnp.array([1.0, 0.0, -1e-12, -2.0]))
-        assert newton.inertia(hessian).tolist() == [1, 2, 1]
-        assert not newton.is_convex(hessian) and newton.is_convex(hessian[:3, :3])
+        assert hessian_rules.inertia(hessian).tolist() == [1, 2, 1]
+        assert not hessian_rules.is_convex(hessian) and hessian_rules.is_convex(hessian[:3, :3])
         lanes = jnp.stack([jnp.eye(2), -jnp.eye(2)], axis=-1)
-        assert newton.is_convex(lanes).tolist() == [True, False]
+        assert hessian_rules.is_convex(lanes).tolist() == [True, False]
 
     def test_solve_flat_leaves_flat_directions_out(self):
         hessian = jnp.array([[2.0, 2.0], [2.0, 2.0]])
-        found = newton.solve_flat(hessian, jnp.array([[4.0], [4.0]]))
+        found = hessian_rules.solve_flat(hessian, jnp.array([[4.0], [4.0]]))
         np.testing.assert_allclose(found, [[1], [1]], rtol=1e-9)
 
 
