@@ -129,10 +129,11 @@ def fit_many(
         batch_size: responses to read, fit and write at a time; chosen by memory if left out.
         devices: JAX devices to share the responses between, or "cpu" or "gpu" for all of a kind;
             this process's if left out.
-        engine: "numpy" or "jax" to force one, as for `fit`. If left out, NumPy works for one
-            grouping factor on the CPU, in as many threads as there are cores, and JAX for all else:
-            for GPUs (JAX's default device is one, or `devices`), crossed factors, more than four
-            effects.
+        engine: "numpy" or "jax" to force one, as for `fit`. If left out, NumPy works on the CPU for
+            one grouping factor, in as many threads as there are cores, and for up to 32 responses
+            of other designs (crossed factors, more than four effects), one after the other. JAX
+            works for all else: for more responses of these, and for GPUs (JAX's default device is
+            one, or `devices`).
         output: a .parquet file to write the results to, block by block, in bounded memory. A run
             that was interrupted goes on when it is started again with the same arguments: blocks
             fitted are kept in the folder ``<output>.parts`` until all are.
@@ -184,6 +185,7 @@ def fit_many(
         max_iterations=max_iterations,
         devices=devices,
         engine=engine,
+        count=None if source.names is None else len(source.names),
     )
     crew = Crew.present()
     template = fitter.fit(np.empty((len(frame.X), 0)))

@@ -19,7 +19,10 @@ _HOST = (np.ndarray, np.generic, float, int, bool)
 
 def on_host(*arrays: Any) -> bool:
     """Whether all of these are NumPy's, or numbers."""
-    return all(isinstance(array, _HOST) for array in arrays)
+    for array in arrays:  # noqa: SIM110, a generator takes twice as long
+        if not isinstance(array, _HOST):
+            return False
+    return True
 
 
 def namespace(*arrays: Any) -> Any:

@@ -21,7 +21,7 @@ from jaxreml.optimum.estimate import estimate, estimate_on_host
 from jaxreml.optimum.report import Estimate
 from jaxreml.optimum.rivals import is_proved
 
-FEW = 300  # random effects of several factors up to which they take one matrix
+FEW = 150  # random effects of several factors up to which they take one matrix
 
 
 def suited_structure(frame: ModelFrame, asked: str | None, engine: str | None) -> str | None:

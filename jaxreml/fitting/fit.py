@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxreml.arguments import check_engine
+from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.fitting.engines import engine_for, optimum, suited_structure
@@ -32,7 +33,8 @@ def fit_frame(
     """`fit` of a model frame with a response; as a fit of class `kind`."""
     check_engine(engine)
     structure = suited_structure(frame, structure, engine)
-    with np.errstate(over="ignore", invalid="ignore"):  # not finite then, the status says so
+    # Not finite then, the status says so.
+    with np.errstate(over="ignore", invalid="ignore"), suited_blas(frame.X.size):
         design = with_spare_levels(frame.design(structure))
     engine = engine_for(design, engine)
     estimated, inspection, proved = optimum(design.without_names(), method, max_iterations, engine)
@@ -45,7 +47,8 @@ def fit_frame(
         status = Status.NOT_CERTIFIED
     if status != Status.CONVERGED:
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
-    variances = conditional_variances(estimated, inspection, design)
+    with suited_blas(design.numbers):
+        variances = conditional_variances(estimated, inspection, design)
     effects = list(zip(inspection.modes, variances, strict=True))
     known = optimality(design, proved)
     return kind(

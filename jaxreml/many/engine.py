@@ -18,15 +18,20 @@ from jaxreml.backend.runtime import neutral, require_own_threads
 from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
+from jaxreml.fitting.engines import suited_structure
 from jaxreml.many.base import Engine, Known, Options
 from jaxreml.many.host import HostEngine
 from jaxreml.many.lanes import Lanes
 from jaxreml.many.numbers import Fits, Table
+from jaxreml.many.singles import SinglesEngine
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import placeholders
 from jaxreml.status import Status
+
+# Responses that are fitted one after the other, where programs for many had to be compiled.
+FEW = 32
 
 
 class BatchFitter:
@@ -42,11 +47,13 @@ class BatchFitter:
         max_iterations: as in `estimate`.
         lanes: responses in a chunk, for each device; chosen by the size of caches if left out.
         devices: as in `local_devices`, to spread chunks over; NumPy does without.
-        engine: "numpy" or "jax"; chosen if left out: NumPy for grouped designs on the CPU.
+        engine: "numpy" or "jax"; chosen if left out: NumPy on the CPU, for grouped designs, and for
+            others where there are `FEW` responses at most.
+        count: how many responses there will be, if that is known.
 
     Raises:
         DataError: as `fit`, and `local_devices`.
-        ValueError: another engine, or one that cannot.
+        ValueError: another engine, or devices with "numpy".
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class BatchFitter:
         lanes: int | None = None,
         devices: Any = None,
         engine: str | None = None,
+        count: int | None = None,
     ):
         check_df(df, method)
         self.frame, self.method, self.df = frame, method, df
@@ -77,8 +85,12 @@ class BatchFitter:
             devices=[],
         )
         self.basis = self._basis(np.arange(p))
+        in_step = Lanes.in_step(self.basis)
+        self.engine_name = _engine_for(in_step, count, devices, engine)
+        if self.engine_name == "numpy" and not in_step:
+            self.asked_structure = suited_structure(frame, structure, engine)
+            self.basis = self._basis(np.arange(p))
         self.structure = self.basis.kind
-        self.engine_name = _engine_for(self.basis, devices, engine)
         if self.engine_name == "jax":
             require_own_threads()
             spare_memory_maps()
@@ -109,7 +121,7 @@ class BatchFitter:
 
     def _engine(self, basis: Basis, X: np.ndarray, known: Known) -> Engine:
         contrasts = self.options.contrasts[:, known.coefficients]
-        return _kind(basis.kind, self.engine_name)(
+        return _kind(basis, self.engine_name)(
             basis, X, known, self.options._replace(contrasts=contrasts)
         )
 
@@ -179,10 +191,10 @@ class BatchFitter:
         return neutral() if self.engine_name == "jax" else nullcontext()
 
 
-def _kind(structure: str, engine: str) -> Any:
+def _kind(basis: Basis, engine: str) -> Any:
     if engine == "numpy":
-        return HostEngine
-    if structure == "crossed":
+        return HostEngine if Lanes.in_step(basis) else SinglesEngine
+    if basis.kind == "crossed":
         from jaxreml.many.crossed import CrossedEngine
 
         return CrossedEngine
@@ -191,20 +203,14 @@ def _kind(structure: str, engine: str) -> Any:
     return LaneEngine
 
 
-def _engine_for(basis: Basis, devices: Any, asked: str | None) -> str:
+def _engine_for(in_step: bool, count: int | None, devices: Any, asked: str | None) -> str:
     check_engine(asked)
-    able = Lanes.in_step(basis)
-    if asked == "numpy":
-        if devices is not None:
-            raise ValueError('devices are JAX\'s: leave them out with engine="numpy"')
-        if not able:
-            raise ValueError(
-                'engine="numpy" fits many responses with one grouping factor and up to four '
-                "effects only: leave engine out"
-            )
-        return "numpy"
+    if asked == "numpy" and devices is not None:
+        raise ValueError('devices are JAX\'s: leave them out with engine="numpy"')
+    if asked is not None:
+        return asked
     on_cpu = devices is None and not has_accelerator()
-    return "numpy" if asked is None and able and on_cpu else "jax"
+    return "numpy" if on_cpu and (in_step or (count or FEW + 1) <= FEW) else "jax"
 
 
 def _patterns(values: np.ndarray, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

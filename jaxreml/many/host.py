@@ -29,7 +29,7 @@ from jaxreml.many.screening import Grid, suspects
 from jaxreml.many.steps import Found, Plan
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
-from jaxreml.model.objective import expand, profiled
+from jaxreml.model.objective import profiled
 from jaxreml.model.response import Response
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import differences
@@ -72,20 +72,9 @@ class HostEngine:
 
     def gradients(self, parameters: Array, values: Array) -> Array:
         """As `Engine.gradients`."""
-        lanes, covariance = self.lanes, self.lanes.covariance
+        lanes, reml = self.lanes, self.options.reml
         design = lanes.batch(lanes.reduce(values, exact=True))
-        omega, log_sigma2 = lanes.basis.units.omega(parameters, covariance)
-        at = omega[:, None], log_sigma2[None]
-        found = expand(at[0], design, reml=self.options.reml, log_sigma2=at[1])
-        slopes = np.zeros(omega.size + 1)
-        jacobian, _ = covariance.in_parameters(parameters, slopes, np.diag(slopes))
-        inside = lanes.basis.units.of_omega(covariance)
-        return (
-            np.concatenate(
-                [found.joint_gradient[:-1].T @ inside, found.joint_gradient[-1:].T], axis=1
-            )
-            @ jacobian
-        )
+        return steps.objective_gradients(parameters, design, lanes.basis.units, reml=reml).T
 
 
 class _Slow(NamedTuple):

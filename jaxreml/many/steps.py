@@ -20,7 +20,9 @@ from jaxreml.many.lanes import Lanes
 from jaxreml.model import linalg, satterthwaite
 from jaxreml.model.design import Design
 from jaxreml.model.kenward_roger import adjust, single_degrees
+from jaxreml.model.objective import expand
 from jaxreml.model.response import Response
+from jaxreml.model.units import Units
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_modes
@@ -188,6 +190,21 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
             *(array[p:] for array in tests[:3]),
         ]
     )
+
+
+def objective_gradients(parameters: Array, design: Design, units: Units, *, reml: bool) -> Array:
+    """The gradient (m + 1, ...) of the objective at (m + 1,) parameters, on NumPy; lanes last.
+    `units` are the design's, which has lanes of them."""
+    covariance = design.covariance
+    lanes = [1] * design.residual_ss.ndim
+    omega, log_sigma2 = units.omega(parameters, covariance)
+    at = omega.reshape(-1, *lanes), log_sigma2.reshape(lanes)
+    slopes = expand(at[0], design, reml=reml, log_sigma2=at[1]).joint_gradient
+    zeros = np.zeros(omega.size + 1)
+    jacobian, _ = covariance.in_parameters(parameters, zeros, np.diag(zeros))
+    inside = units.of_omega(covariance)
+    in_parameters = np.concatenate([inside.T @ slopes[:-1], slopes[-1:]])
+    return jacobian.T @ in_parameters
 
 
 def modes_of(lanes: Lanes, values: Array, shift: Array, root: Array) -> tuple[Array, ...]:

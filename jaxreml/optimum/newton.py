@@ -96,6 +96,7 @@ def minimise(
     careful: bool = False,
     settled: Callable[[Array], Array] | None = None,
     among: Callable[[np.ndarray], Callable[..., Any]] | None = None,
+    ends: Callable[[Array, Any], bool] | None = None,
 ) -> Trace:
     """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
 
@@ -124,12 +125,14 @@ def minimise(
             if `snap` would not change it.
         among: `expand` of some of the lanes, by their places: on the host those that have ended
             leave.
+        ends: on the host and without lanes, whether to leave the search at an accepted point, as
+            it is known where it leads.
     """
     in_lanes = start.ndim > 1
     search = _Search(expand, snap, tolerance, max_iterations, flat, in_lanes, careful, settled)
     final = linalg.alike(search.begin(start, radius), start)
     if on_host(start):
-        final = search.leaving(final, among) if among else search.to_the_end(final)
+        final = search.leaving(final, among) if among else search.to_the_end(final, ends)
     else:
         import jax
 
@@ -190,10 +193,12 @@ class _Search:
     def is_unfinished(self, trace: Trace) -> Array:
         return ~(trace.converged | trace.stalled) & (trace.iterations < self.max_iterations)
 
-    def to_the_end(self, state: _State) -> _State:
+    def to_the_end(self, state: _State, ends: Callable[[Array, Any], bool] | None) -> _State:
         """The loop, on the host."""
         while np.any(self.is_unfinished(state.trace)):
             state = self.advance(state)
+            if ends is not None and ends(state.trace.at, state.trace.point):
+                break
         return state
 
     def leaving(self, state: _State, among: Callable[[np.ndarray], Callable[..., Any]]) -> _State:

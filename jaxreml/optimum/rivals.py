@@ -5,7 +5,8 @@ unbalanced designs with normal and heavy-tailed responses (one or two variances,
 the search from moment estimates alone ended in 0.1 to 0.9% of them above the lowest of 20 random
 starts, and the searches from `starts` beside it in none.
 
-1. `best_of` searches from `starts` too. Where a search is expensive it compares the optimum with
+1. `best_of` searches from `starts` too, on the host until it is seen that a search leads to the
+   optimum that is known (`Basin`). Where a search is expensive it compares the optimum with
    each variance at zero instead, and goes on from there if that is lower.
 2. With one variance ratio, `is_global` proves that there is nothing lower.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from jaxreml.optimum.newton import Trace
 Array = Any  # NumPy's or JAX's
 SMALL, LARGE, HUGE = 0.3, 10.0, 30.0  # relative SDs of scaled effects to start from
 CHEAP = 2**17  # numbers in a structure up to which every rival start is searched from
+NEAR = 0.5  # of the criterion: above an optimum by less, a search may be in its basin
+AGREES = 0.2  # share of that by which the quadratic model may be off there
 SAME = 1e-9  # relative differences that are none
 ROUNDS = 40  # of halving in `is_global`
 MOST_RATIOS = 5000  # that it looks at
@@ -60,7 +63,7 @@ def is_lower(value: Any, other: Any) -> Any:
 
 
 def best_of(
-    search: Callable[[Array, Array], Trace],
+    search: Callable[..., Trace],
     criterion: Callable[[Array], Array],
     start: Array,
     covariance: Covariance,
@@ -74,7 +77,8 @@ def best_of(
     The searches are one loop around one program, so that rivals cost no compilation.
 
     Args:
-        search: from a root (r,), with at most so many expansions.
+        search: from a root (r,), with at most so many expansions; on the host with `ends` as in
+            `newton.minimise`.
         criterion: at a root.
         start: (r,), the first; a rival's optimum must be lower by more than rounding.
         covariance: of the chart.
@@ -116,7 +120,7 @@ def best_of(
 
 
 def _best_in_turn(
-    search: Callable[[Array, Any], Trace],
+    search: Callable[..., Trace],
     criterion: Callable[[Array], Array],
     start: np.ndarray,
     points: Any,
@@ -136,10 +140,47 @@ def _best_in_turn(
         lower = best.converged and is_lower(values[lowest], best.point.value)
         points = nearby[lowest : lowest + 1] if lower else points[:0]
     for point in points:
-        found = search(point, max_iterations)
+        ends = Basin.of(best, covariance).holds if best.converged else None
+        found = search(point, max_iterations, ends=ends)
         if found.converged and is_lower(found.point.value, best.point.value):
             best = found
     return best, best is not first and proved(best)
+
+
+class Basin(NamedTuple):
+    """What is known of the criterion around an optimum.
+
+    A search that comes near in value, by about what the quadratic model there says of the place,
+    is on its way to the same optimum.
+
+    Attributes:
+        covariance: of the chart.
+        omega: (m,), the optimum.
+        value, gradient, hessian: of the criterion there, in omega. The gradient is not zero on the
+            boundary.
+    """
+
+    covariance: Covariance
+    omega: Array
+    value: float
+    gradient: Array
+    hessian: Array
+
+    @staticmethod
+    def of(optimum: Trace, covariance: Covariance) -> Basin:
+        """Of an optimum on the host."""
+        around = optimum.point.expansion
+        omega = covariance.omega(optimum.at)
+        return Basin(covariance, omega, around.value, around.gradient, around.hessian)
+
+    def holds(self, root: Array, point: Any) -> bool:
+        """Whether a point of the chart is in it."""
+        excess = point.value - self.value
+        if not 0 <= excess < NEAR:
+            return False
+        away = self.covariance.omega(root) - self.omega
+        foretold = self.gradient @ away + away @ self.hessian @ away / 2
+        return bool(abs(foretold - excess) <= AGREES * excess)
 
 
 def optimality(design: Design, proved: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def found(
 ) -> tuple[newton.Trace, bool]:
     """The lowest optimum of a design that searches lead to, and on the host if it `is_proved`."""
     return best_of(
-        lambda chart, limit: search(design, chart, reml, tolerance, limit),
+        lambda chart, limit, **ends: search(design, chart, reml, tolerance, limit, **ends),
         lambda chart: profiled(design.covariance.omega(chart), design, reml=reml),
         start(design, reml),
         design.covariance,
@@ -133,6 +134,7 @@ def search(
     *,
     radius: Array | None = None,
     careful: bool = False,
+    ends: Callable[[Array, Point], bool] | None = None,
 ) -> newton.Trace:
     """The optimum of the profiled criterion in the chart; also for a batch on the last axis.
 
@@ -160,6 +162,7 @@ def search(
         careful=careful,
         settled=partial(is_settled, covariance) if design.structure.costly else None,
         among=(lambda places: on(design.among(places))) if lanes else None,
+        ends=ends,
     )
 
 

@@ -12,6 +12,7 @@ from jaxreml.backend import devices
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.host import HostEngine
+from jaxreml.many.singles import SinglesEngine
 from jaxreml.model.structures import lanes
 from jaxreml.status import Status
 
@@ -123,14 +124,47 @@ def test_the_engine_is_named_and_chosen(monkeypatch):
     assert BatchFitter(one, devices="cpu").engine_name == "jax"
     with pytest.raises(ValueError, match="devices are JAX's"):
         BatchFitter(one, devices="cpu", engine="numpy")
-    with pytest.raises(ValueError, match="one grouping factor"):
-        BatchFitter(two, engine="numpy")
+    assert isinstance(BatchFitter(two, engine="numpy").engine, SinglesEngine)
+    assert [BatchFitter(two, count=count).engine_name for count in (32, 33, None)] == [
+        "numpy",
+        "jax",
+        "jax",
+    ]
     with pytest.raises(ValueError, match='engine must be "numpy" or "jax"'):
         BatchFitter(one, engine="cuda")
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert devices.has_accelerator()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert not devices.has_accelerator()
+
+
+@pytest.mark.parametrize("structure", [None, "crossed"])
+def test_few_responses_of_crossed_factors_go_one_by_one(structure):
+    data = study().assign(h=lambda own: np.arange(len(own)) % 5)
+    values = simulate(data, 6)
+    values[3:9, 1] = np.nan
+    values[:, 2] = 4.0
+    values[0, 3] = np.inf
+    frame = covariate_frame("~ x + z + (1 | g) + (1 | h)", data, weights=data["w"])
+    options = {"df": "kenward-roger", "contrasts": np.eye(3)[:1], "modes": True}
+    fitter = BatchFitter(frame, structure=structure, count=6, **options)
+    assert fitter.structure == (structure or "dense") and fitter.engine_name == "numpy"
+    ours = fitter.fit(values)
+    theirs = BatchFitter(frame, structure=structure, engine="jax", **options).fit(values)
+    assert ours.status[2:4].tolist() == [Status.CONSTANT, Status.INFINITE]
+    for what in EXACT:
+        np.testing.assert_array_equal(getattr(ours, what), getattr(theirs, what), what)
+    np.testing.assert_allclose(ours.criterion, theirs.criterion, rtol=1e-12)
+    for what in ("beta", "se", "df", "theta", "parameters_se", "contrast_se", "contrast_df"):
+        mine, other = getattr(ours, what), getattr(theirs, what)
+        np.testing.assert_allclose(mine, other, rtol=1e-7, atol=1e-9, err_msg=what)
+    for mine, other in zip(ours.modes, theirs.modes, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-8)
+    at = np.array([0.1, -0.5, 0.2])
+    few = values[:, [0, 4]]
+    slopes = fitter.gradients(at, few)
+    theirs = BatchFitter(frame, structure="crossed", engine="jax").gradients(at, few)
+    np.testing.assert_allclose(slopes, theirs, rtol=1e-9)
 
 
 def wrong_slope(monkeypatch):

@@ -245,7 +245,7 @@ def bootstrap(
     names, own = evaluate(statistic, fits_of(fit), fit.term_sizes)
     if function is not None:
         components.require_entries(function, fit)
-    engine = BatchFitter(people.frame, fit.method)
+    engine = BatchFitter(people.frame, fit.method, count=nsim)
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(nsim, seed):
         fits = engine.fit(block)

@@ -74,7 +74,7 @@ def null_distribution(
         fit.require_optimum("compare")
     _require_comparable(smaller, larger)
     people = of_fit(smaller)
-    engines = [BatchFitter(fit.frame, fit.method) for fit in (smaller, larger)]
+    engines = [BatchFitter(fit.frame, fit.method, count=nsim) for fit in (smaller, larger)]
     draws, statuses = [], []
     singular = np.zeros(2)
     for block in people.blocks(nsim, seed):

@@ -114,7 +114,7 @@ def _curve(
     size: int | None,
 ) -> list[dict[str, Any]]:
     """The rows of one sample size."""
-    engine = BatchFitter(people.frame, people.method)
+    engine = BatchFitter(people.frame, people.method, count=nsim)
     fits = [engine.fit(block) for block in people.blocks(nsim, seed)]
     beta, se, df, status, singular = (
         np.concatenate([getattr(part, field) for part in fits])

@@ -205,7 +205,7 @@ def _refits(
     fit: FittedModel, codes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """Coefficients, standard errors and variance parameters without each group, and statuses."""
-    fitter = BatchFitter(fit.frame, fit.method, lanes=1)
+    fitter = BatchFitter(fit.frame, fit.method, lanes=1, count=count)
     step = max(1, BLOCK // fit.nobs)
     blocks = []
     for start in range(0, count, step):

@@ -146,7 +146,9 @@ class Layout:
             xp = namespace(part)
             own = xp.einsum("iab,bjk->ajik", basis, part)
             own = own.reshape(-1, *own.shape[2:])
-            columns.append(xp.pad(own, [(0, 0), (start, m - start - len(basis)), (0, 0)]))
+            after = m - start - len(basis)
+            none = [xp.zeros((len(own), k, own.shape[2]), own.dtype) for k in (start, after)]
+            columns.append(xp.concatenate([none[0], own, none[1]], axis=1))
             start += len(basis)
         return namespace(*columns).concatenate(columns)
 

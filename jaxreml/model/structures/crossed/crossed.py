@@ -266,12 +266,15 @@ class Crossed(OfColumns):
             basis = natural.symmetric_basis(stage.sizes).astype(part.dtype)
             own = xp.einsum("jab,bkJ->ajkJ", basis, part)
             after = total - start - len(basis)
-            own = xp.pad(own, [(0, 0), (start, after), (0, 0), (0, 0)])
+            none = [xp.zeros((len(own), k, *own.shape[2:]), own.dtype) for k in (start, after)]
+            own = xp.concatenate([none[0], own, none[1]], axis=1)
             moved.append(own.reshape(len(own), -1, stage.n_levels))
             start += len(basis)
         tail = vectors[-1]
         if self.levels:
-            tail = xp.pad(self.layout.moved(tail), [(0, 0), (start, 0), (0, 0)])
+            tail = self.layout.moved(tail)
+            none = xp.zeros((len(tail), start, tail.shape[2]), tail.dtype)
+            tail = xp.concatenate([none, tail], axis=1)
         return (*moved, tail.reshape(len(tail), total * vectors[-1].shape[1]))
 
     def _of_effects(self, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:

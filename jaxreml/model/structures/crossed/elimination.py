@@ -223,8 +223,11 @@ class Stage:
     def _matrices(self, tail: Array, total: int, others: Array) -> Any:
         """Couplings (q, k) as q matrices (J, Q), sparse if they and `others` are on the host."""
         if on_host(tail, others):
-            shape = self.n_levels, total
-            return [sp.csr_matrix((row, self.effect, self._ends), shape) for row in tail]
+            if tail is not self.tail:
+                return self._sparse(tail, total)
+            if total not in self._kept:
+                self._kept[total] = self._sparse(tail, total)
+            return self._kept[total]
         empty = jnp.zeros((len(tail), self.n_levels, total), tail.dtype)
         return empty.at[:, self.level, self.effect].set(tail, unique_indices=True)
 
@@ -234,6 +237,15 @@ class Stage:
         if on_host(tail):
             return np.concatenate([matrix.toarray() for matrix in matrices])
         return matrices.reshape(-1, total)
+
+    @cached_property
+    def _kept(self) -> dict[int, list[Any]]:
+        """`_sparse` of the couplings as they are, which every evaluation needs, by Q."""
+        return {}
+
+    def _sparse(self, tail: Array, total: int) -> list[Any]:
+        shape = self.n_levels, total
+        return [sp.csr_matrix((row, self.effect, self._ends), shape) for row in tail]
 
     @cached_property
     def _ends(self) -> np.ndarray:
