@@ -209,7 +209,8 @@ def fit_many(
         name = _response_name(names[i], frame.formula.text)
         return _fit_alone(frame, name, y, method, structure, context, max_iterations)
 
-    return BatchResults(job.model, names, fits, refit if source.names is not None else None)
+    at_hand = refit if source.names is not None else None
+    return BatchResults(job.model, names, fits, frame, at_hand)
 
 
 class Job(NamedTuple):
