@@ -8,6 +8,7 @@ from jaxreml.api.voom import voom as voom
 from jaxreml.backend.compilation import enable_compilation_cache as enable_compilation_cache
 from jaxreml.data import counts as counts
 from jaxreml.data.frame import design as design
+from jaxreml.data.images import Images as Images
 from jaxreml.errors import ConvergenceWarning as ConvergenceWarning
 from jaxreml.errors import DataError as DataError
 from jaxreml.errors import EstimabilityWarning as EstimabilityWarning

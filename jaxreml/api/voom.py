@@ -20,8 +20,8 @@ from jaxreml.data.counts import (
 )
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.data.labels import DataRows, shown
+from jaxreml.data.matrices import Array
 from jaxreml.data.responses import Responses
-from jaxreml.data.sources import Array
 from jaxreml.data.tables import beside
 from jaxreml.errors import DataError
 from jaxreml.status import Status
@@ -66,6 +66,7 @@ def voom(
     span: float = 0.5,
     genes_in: Literal["rows", "columns"] | None = None,
     id: str | None = None,
+    layer: str | None = None,
     context: Mapping[str, Any] | None = None,
     engine: Literal["numpy", "jax"] | None = None,
     devices: Any = None,
@@ -96,6 +97,7 @@ def voom(
             the columns of a pandas frame are labels of samples, those of the rows of the data or
             the values of one of its columns; in columns otherwise.
         id: name of a column of `data` by which samples are matched, as for `fit_many`.
+        layer: of an AnnData object, the layer with the counts; its X if left out.
         context: names the formula may use besides columns.
         engine, devices, progress: as for `fit_many`.
 
@@ -123,7 +125,7 @@ def voom(
             f"{shown(labels[~frame.rows])}; leave them out, of the counts and of the data"
         )
     samples = frame.table.index
-    own = _read(counts, data, samples, genes_in, id)
+    own = _read(counts, data, samples, genes_in, id, layer)
     sizes = library_sizes(
         own, None if lib_size is None else beside("lib_size", lib_size, data, len(samples))
     )
@@ -184,7 +186,12 @@ def _import_lowess() -> Any:
 
 
 def _read(
-    counts: Any, data: Any, samples: pd.Index, genes_in: str | None, id: str | None
+    counts: Any,
+    data: Any,
+    samples: pd.Index,
+    genes_in: str | None,
+    id: str | None,
+    layer: str | None,
 ) -> Counts:
     """Checked counts on the rows of the data."""
     if genes_in is None and isinstance(counts, pd.DataFrame):
@@ -196,7 +203,7 @@ def _read(
                 f"{type(counts).__name__}: convert them, the names of the genes as the index"
             )
         counts = counts.T
-    responses = Responses(counts, data, np.ones(len(samples), bool), id)
+    responses = Responses(counts, data, np.ones(len(samples), bool), id, layer)
     if responses.names is None:
         raise DataError("counts must be one table or array, samples by genes, not an iterable")
     values = responses.read(0, len(responses.names))

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import batch_rows, batch_tables, parquet
+from jaxreml.results import annotated, batch_rows, batch_tables, parquet
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
 
@@ -32,6 +32,7 @@ class BatchResults(FittedBatch):
     to_frame = batch_tables.to_frame
     to_xarray = batch_tables.to_xarray
     to_parquet = parquet.write_parquet
+    to_anndata = annotated.to_anndata
     fitted_values = batch_rows.fitted_values
     fitted_blocks = batch_rows.fitted_blocks
 
