@@ -129,7 +129,7 @@ def voom(
     sizes = library_sizes(
         own, None if lib_size is None else beside("lib_size", lib_size, data, len(samples))
     )
-    factors = _factors(own, sizes, normalisation)
+    factors = _factors(own, sizes, normalisation, data)
     effective = sizes * factors
     values = log_cpm_of(own.values, effective)
 
@@ -210,7 +210,7 @@ def _read(
     return check_counts(Counts(values, samples, responses.names))
 
 
-def _factors(counts: Counts, sizes: np.ndarray, normalisation: Any) -> np.ndarray:
+def _factors(counts: Counts, sizes: np.ndarray, normalisation: Any, data: Any) -> np.ndarray:
     if normalisation is None or isinstance(normalisation, str):
         if normalisation not in (None, *METHODS):
             names = ", ".join(map(repr, METHODS))
@@ -218,7 +218,7 @@ def _factors(counts: Counts, sizes: np.ndarray, normalisation: Any) -> np.ndarra
                 f"normalisation must be {names}, None or a factor per sample, not {normalisation!r}"
             )
         return factors_of(counts, sizes, normalisation)
-    factors = beside("normalisation", normalisation, None, len(sizes))
+    factors = beside("normalisation", normalisation, data, len(sizes))
     if not np.all((factors > 0) & np.isfinite(factors)):
         raise DataError("normalisation factors must be positive")
     return factors

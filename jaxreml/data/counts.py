@@ -10,6 +10,7 @@ import pandas as pd
 
 from jaxreml.data.labels import shown
 from jaxreml.data.sources import open_source, refuse_not_numeric
+from jaxreml.data.tables import beside
 from jaxreml.errors import DataError
 
 METHODS = ("tmm", "upperquartile")
@@ -34,7 +35,8 @@ def normalisation_factors(counts: Any, method: str = "tmm", *, lib_size: Any = N
             abundance (5%), by precision (Robinson and Oshlack 2010, Genome Biology 11:R25);
             or "upperquartile", the upper quartile of the genes seen in any sample (Bullard et al.
             2010, BMC Bioinformatics 11:94).
-        lib_size: (n,) library sizes; the sums of the counts if left out.
+        lib_size: (n,) library sizes, a Series by its row labels; the sums of the counts if left
+            out.
 
     Returns:
         A factor per sample. Effective library sizes are library sizes times these.
@@ -153,7 +155,8 @@ def library_sizes(counts: Counts, lib_size: Any = None) -> np.ndarray:
     """(n,), as given or the sums of the counts.
 
     Raises:
-        DataError: a sample without counts; sizes of another number, or not positive.
+        DataError: a sample without counts; sizes of another number, with other row labels, or not
+            positive.
     """
     sums = counts.values.sum(axis=1)
     if not sums.all():
@@ -164,9 +167,9 @@ def library_sizes(counts: Counts, lib_size: Any = None) -> np.ndarray:
         )
     if lib_size is None:
         return sums
-    sizes = np.asarray(lib_size, float)
-    if sizes.shape != sums.shape or not np.all((sizes > 0) & np.isfinite(sizes)):
-        raise DataError(f"lib_size must be {len(sums)} positive numbers, one per sample")
+    sizes = beside("lib_size", lib_size, pd.DataFrame(index=counts.samples), len(sums))
+    if not np.all((sizes > 0) & np.isfinite(sizes)):
+        raise DataError("lib_size must be positive")
     return sizes
 
 

@@ -45,6 +45,8 @@ def test_log_cpm_are_voom_s(table):
     found = counts.log_cpm(table, table.sum(axis=1) * FIGURES["tmm"])
     np.testing.assert_allclose(found.T, FIGURES["E"], rtol=0, atol=1e-10)
     assert found.index.equals(table.index) and found.columns.equals(table.columns)
+    shuffled = (table.sum(axis=1) * FIGURES["tmm"]).iloc[::-1]
+    pd.testing.assert_frame_equal(counts.log_cpm(table, shuffled), found)
     by_sums = counts.log_cpm(table.to_numpy())
     assert by_sums.loc[0, 16] == pytest.approx(np.log2(0.5e6 / (table.iloc[0].sum() + 1)))
 
@@ -91,8 +93,10 @@ def test_what_are_no_counts_is_named(table, change, said):
 def test_arguments_are_checked(table):
     with pytest.raises(ValueError, match="one of tmm, upperquartile, not 'TMM'"):
         counts.normalisation_factors(table, "TMM")
-    with pytest.raises(DataError, match="lib_size must be 12 positive numbers"):
+    with pytest.raises(DataError, match="lib_size must be positive"):
         counts.log_cpm(table, np.arange(12))
+    with pytest.raises(DataError, match=r"lib_size must be .* 12 values, not 2"):
+        counts.log_cpm(table, [1e6, 1e6])
     with pytest.raises(DataError, match="a label per sample, 12, not 2"):
         counts.filter_by_expression(table, ["a", "b"])
 

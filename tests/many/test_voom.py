@@ -71,6 +71,11 @@ def given(kind):
         "genes in rows in another order": (shuffled.T, data, {"id": "sample"}),
         "known sizes": (GENES, SAMPLES.assign(size=GENES.sum()), {"lib_size": "size"}),
         "known factors": (GENES, SAMPLES, {"normalisation": FIGURES["tmm"]}),
+        "factors by sample": (
+            GENES,
+            SAMPLES,
+            {"normalisation": jaxreml.counts.normalisation_factors(shuffled)},
+        ),
     }[kind]
 
 
@@ -85,6 +90,7 @@ def given(kind):
         "genes in rows in another order",
         "known sizes",
         "known factors",
+        "factors by sample",
     ],
 )
 def test_ways_to_give_counts(kind):
