@@ -3,8 +3,12 @@ from jaxreml import datasets as datasets
 from jaxreml import inference as inference
 from jaxreml.api.fit import fit as fit
 from jaxreml.api.fit_many import fit_many as fit_many
+from jaxreml.api.voom import Voom as Voom
+from jaxreml.api.voom import voom as voom
 from jaxreml.backend.compilation import enable_compilation_cache as enable_compilation_cache
+from jaxreml.data import counts as counts
 from jaxreml.data.frame import design as design
+from jaxreml.data.images import Images as Images
 from jaxreml.errors import ConvergenceWarning as ConvergenceWarning
 from jaxreml.errors import DataError as DataError
 from jaxreml.errors import EstimabilityWarning as EstimabilityWarning

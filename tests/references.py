@@ -47,3 +47,12 @@ def data(name: str) -> pd.DataFrame:
     if name == "cake_factor":  # ordered in R; an unordered factor in this model
         frame["temperature"] = frame["temperature"].cat.as_unordered()
     return frame
+
+
+@functools.cache
+def sequencing() -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    """Simulated counts, genes by samples; the samples; and what R makes of them."""
+    folder = HERE / "counts"
+    counts = pd.read_csv(folder / "counts.csv.gz", index_col=0)
+    samples = pd.read_csv(folder / "samples.csv", index_col=0)
+    return counts, samples, json.loads((folder / "voom.json").read_text())

@@ -52,6 +52,7 @@ def fit_many(
     method: str = "REML",
     *,
     id: str | None = None,
+    layer: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -88,6 +89,7 @@ def fit_many(
     method: str = "REML",
     *,
     id: str | None = None,
+    layer: str | None = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
@@ -111,14 +113,18 @@ def fit_many(
         data: the covariates, as for `fit`, n rows. Rows with a missing value in a column that the
             formula uses are dropped for all responses.
         responses: a dataframe (pandas, polars, pyarrow, ...), a column per response; an (n, B)
-            array (NumPy, JAX, xarray, memory map); the path of a .parquet or .npy file; or an
-            iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows are those of `data`,
-            NaN where a value is missing.
+            array (NumPy, JAX, xarray, memory map, h5py, Zarr) or SciPy sparse matrix, made dense
+            some columns at a time; an AnnData object, a response per variable (with its ``obs`` as
+            `data`); `jaxreml.Images`; the path of a .parquet, .feather or .npy file, or of a folder
+            of parquet or feather files that hold the rows in the order of their names; a data set
+            of pyarrow; or an iterable of blocks, (names, (n, b) array) pairs or dataframes. Rows
+            are those of `data`, NaN where a value is missing.
         method: "REML" or "ML".
         id: name of a column of `data` and of the responses by which rows are matched; their order
             may then differ. It may be the name of an index, or be so in one of the two with the
             other's index holding the same values. By position if left out; tables are refused then
             whose row labels differ, or whose labels are values of a column in another order.
+        layer: of an AnnData object, the layer to fit; its X if left out.
         weights, offset, structure, context, max_iterations: as for `fit`.
         modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
         df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
@@ -159,7 +165,8 @@ def fit_many(
             linear function.
         DataError: data or responses that the model cannot be fitted to, named; an output that
             exists; an interrupted run of another model or of other data; no device of that kind.
-        ValueError: arguments out of range, such as another method or devices that are none.
+        ValueError: arguments out of range, such as another method or devices that are none, or a
+            `layer` of what has no layers.
         RuntimeError, TypeError: as `fit`.
     """
     refuse_arguments("fit_many", others)
@@ -174,7 +181,7 @@ def fit_many(
     path = None if output is None else check_output(output, overwrite)
     frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
     rows = _contrast_rows(frame, contrasts or {})
-    source = Responses(responses, data, frame.rows, id)
+    source = Responses(responses, data, frame.rows, id, layer)
     fitter = BatchFitter(
         frame,
         method,
@@ -211,7 +218,8 @@ def fit_many(
         name = _response_name(names[i], frame.formula.text)
         return _fit_alone(frame, name, y, method, structure, context, max_iterations)
 
-    return BatchResults(job.model, names, fits, refit if source.names is not None else None)
+    at_hand = refit if source.names is not None else None
+    return BatchResults(job.model, names, fits, frame, at_hand)
 
 
 class Job(NamedTuple):

@@ -45,7 +45,8 @@ def read_responses(
     responses: str, id: str | None, pattern: str | None, dialect: Dialect | None = None
 ) -> Any:
     """What `fit_many` takes for the argument RESPONSES; files that can stay on disk do."""
-    from jaxreml.data.sources import Parquet, matching
+    from jaxreml.data.names import matching
+    from jaxreml.data.sources import Parquet
     from jaxreml.errors import DataError
 
     path = Path(responses)

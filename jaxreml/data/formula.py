@@ -57,8 +57,12 @@ class ParsedFormula:
     random: tuple[RandomTerm, ...]
 
 
-def parse(formula: str) -> ParsedFormula:
+def parse(formula: str, *, need_random: bool = True) -> ParsedFormula:
     """Take a formula apart.
+
+    Args:
+        formula: its text.
+        need_random: whether one without a random term is refused.
 
     Raises:
         FormulaError: brackets that do not match, no or several ``~``, a bar outside brackets,
@@ -79,7 +83,7 @@ def parse(formula: str) -> ParsedFormula:
     offsets: list[str] = []
     random: list[RandomTerm] = []
     _collect(right, fixed, offsets, random)
-    if not random:
+    if need_random and not random:
         raise FormulaError(
             f"the formula {text!r} has no random term; add one such as (1 | group), or use least "
             "squares"

@@ -144,15 +144,16 @@ def covariate_frame(
     weights: Any = None,
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
+    need_random: bool = True,
 ) -> ModelFrame:
     """The model frame of a formula without left side, for responses that come as a block.
 
-    Arguments and errors as `model_frame`'s.
+    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s.
 
     Raises:
         FormulaError: also a formula with a left side.
     """
-    parsed = parse(formula)
+    parsed = parse(formula, need_random=need_random)
     if parsed.response:
         raise FormulaError(
             f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
@@ -177,7 +178,7 @@ def with_response(
     return _model_frame(parsed, table.assign(**{name: y}), context=context, **extras)
 
 
-def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, np.ndarray | None]]:
+def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The table of a frame as its columns of data, and its weights and offset if there are any."""
     extras = {
         role: table[name].to_numpy() if name in table else None for role, name in EXTRAS.items()

@@ -10,15 +10,9 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.data.labels import DataRows, is_count, match_ids, missing_ids, shown
-from jaxreml.data.sources import (
-    Array,
-    Source,
-    check_names,
-    open_piece,
-    open_source,
-    refuse_not_numeric,
-    refuse_repeated,
-)
+from jaxreml.data.matrices import Array
+from jaxreml.data.names import check_names, refuse_repeated
+from jaxreml.data.sources import Source, open_piece, open_source, refuse_not_numeric
 from jaxreml.data.tables import column_names
 from jaxreml.errors import DataError
 
@@ -45,6 +39,7 @@ class Responses:
         id: name of a column of `data` and of the responses, or of their index, that says which
             rows belong together; by position if left out, and then what labels there are must not
             contradict it.
+        layer: of an AnnData object.
 
     Attributes:
         names: (B,), or None for a stream, which tells them as it goes.
@@ -53,10 +48,17 @@ class Responses:
         DataError: rows that do not match, repeated names, responses that are not numbers, or none.
     """
 
-    def __init__(self, responses: Any, data: Any, rows: np.ndarray, id: str | None = None):
+    def __init__(
+        self,
+        responses: Any,
+        data: Any,
+        rows: np.ndarray,
+        id: str | None = None,
+        layer: str | None = None,
+    ):
         self._rows, self._id = rows, id
         self._data = DataRows(data)
-        self.source = open_source(responses, id)
+        self.source = open_source(responses, id, layer)
         self.names = None
         if self.source is None:
             self._stream = iter(responses)

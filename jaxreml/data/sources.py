@@ -1,14 +1,11 @@
-"""Where responses come from: arrays, memory maps, dataframes and files, as columns of float64.
+"""Where responses come from: matrices, dataframes and files, as columns of float64.
 
-None is modified, and only what is in memory already is ever whole in memory. A source has `names`,
-`n` rows and their `labels` (None without), and says which of its columns are no numbers.
+None is modified, and only what is in memory already is ever whole in memory.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +14,18 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.backend.lazy import is_of_jax
-from jaxreml.data.labels import arrow_index, from_arrow, ids_of, row_labels, shown
+from jaxreml.data.labels import arrow_index, from_arrow, ids_of, row_labels
+from jaxreml.data.matrices import Array, annotated, is_anndata, is_sparse, matrix
+from jaxreml.data.names import check_names, matching
 from jaxreml.data.tables import column_names, to_pandas
 from jaxreml.errors import DataError
 
 KINDS = (
-    "a dataframe, an (n, B) array, the path of a .parquet or .npy file, or an iterable of "
-    "(names, (n, b) array) pairs or dataframes"
+    "a dataframe, an (n, B) array or sparse matrix, an AnnData object, the path of a .parquet, "
+    ".feather or .npy file or of a folder of these, or an iterable of (names, (n, b) array) pairs "
+    "or dataframes"
 )
-
-
-class Array:
-    """Columns of an array: NumPy's, a memory map, or anything that slices like one."""
-
-    labels: pd.Index | None = None
-
-    def __init__(self, values: Any, names: Any = None):
-        if not hasattr(values, "ndim") or not hasattr(values, "dtype"):
-            values = np.asarray(values)
-        if values.ndim == 1:
-            values = values.reshape(-1, 1)
-        if values.ndim != 2:
-            raise DataError(
-                f"responses must be an (n, B) array, a column per response, not {values.shape}"
-            )
-        kind = np.dtype(values.dtype)
-        if kind.kind not in "biuf":
-            raise DataError(
-                f"the responses are an array of dtype {kind}, which is not numeric; convert it, "
-                "for example with .astype(float)"
-            )
-        self.values, self.n = values, values.shape[0]
-        self.names = pd.RangeIndex(values.shape[1]) if names is None else check_names(names)
-        if len(self.names) != values.shape[1]:
-            raise DataError(
-                f"{len(self.names)} names for {values.shape[1]} responses: a block is a pair of "
-                "names and an (n, b) array with a column per name"
-            )
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Columns start..stop-1, (n, stop - start), a copy."""
-        part = self.values[:, start:stop]
-        if isinstance(part, np.ma.MaskedArray):
-            return np.ma.filled(part.astype(float), np.nan)
-        block = np.array(part, dtype=float, order="C")
-        _let_go(self.values)
-        return block
-
-    def not_numeric(self) -> list[tuple[Any, Any]]:
-        """Columns that are not numbers, with their kinds: none."""
-        return []
-
-    def ids(self, name: str) -> pd.Series | None:
-        """Values of the id column, which an array cannot have: DataError."""
-        raise DataError(
-            f"id={name!r} needs responses in a dataframe with that column, not an array"
-        )
+ARROW = {".parquet": "parquet", ".feather": "feather", ".arrow": "ipc", ".ipc": "ipc"}
 
 
 class Table:
@@ -134,63 +87,118 @@ class Parquet:
         pattern: a glob for the columns wanted; all but `id` if left out.
     """
 
-    def __init__(self, path: str | Path, id: str | None = None, pattern: str | None = None):
-        pq = import_parquet(f"reading {str(path)!r}")
+    def __init__(self, path: Any, id: str | None = None, pattern: str | None = None):
+        import_parquet(f"reading {str(path)!r}")
         import pyarrow as pa
 
         self.path = str(path)
         try:
-            self.file = pq.ParquetFile(path)
+            self.schema, self.n = self._open(path)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self.path!r} cannot be read: {error}") from None
-        schema = self.file.schema_arrow
         # An index that pandas wrote as a column is no response.
-        index, count = arrow_index(schema)
-        names = [name for name in schema.names if name != id and name not in index]
+        index, count = arrow_index(self.schema)
+        names = [name for name in self.schema.names if name != id and name not in index]
         self.names = check_names(matching(names, pattern))
-        self.n = self.file.metadata.num_rows
-        self.labels = from_arrow(self.file.read(columns=index), index) if index else count
+        self.labels = from_arrow(self._table(index), index) if index else count
+
+    def _open(self, path: Any) -> tuple[Any, int]:
+        """The schema and the number of rows."""
+        import pyarrow.parquet as pq
+
+        self.file = pq.ParquetFile(path)
+        return self.file.schema_arrow, self.file.metadata.num_rows
+
+    def _table(self, names: list[Any]) -> Any:
+        # The file also gives columns of which a name is a prefix ("a.b" for "a"): select again.
+        return self.file.read(columns=names).select(names)
 
     def not_numeric(self) -> list[tuple[Any, Any]]:
         """Columns that are not numbers, with their kinds."""
-        empty = self.file.schema_arrow.empty_table().select(list(self.names))
+        empty = self.schema.empty_table().select(list(self.names))
         return _not_numeric(nw.from_native(empty, eager_only=True), self.names)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Columns start..stop-1, (n, stop - start)."""
         names = list(self.names[start:stop])
-        # The file also gives columns of which a name is a prefix ("a.b" for "a"): select again.
-        table = self.file.read(columns=names).select(names)
-        return _matrix(nw.from_native(table, eager_only=True), names)
+        return _matrix(nw.from_native(self._table(names), eager_only=True), names)
 
     def ids(self, name: str) -> pd.Series | None:
         """Values of the id column, or of the index of that name; None if there is neither."""
         if name in self.columns:
-            return ids_of(self.file.read(columns=[name]).select([name]), None, name)
+            return ids_of(self._table([name]), None, name)
         found = self.labels is not None and name in self.labels.names
         return pd.Series(self.labels.get_level_values(name)) if found else None  # pyright: ignore
 
     @property
     def columns(self) -> list[str]:
         """Names of all columns."""
-        return self.file.schema_arrow.names
+        return self.schema.names
+
+
+class ArrowFiles(Parquet):
+    """Columns of one table in several files, the rows of one after those of another, or of a data
+    set of pyarrow.
+
+    Args:
+        files: paths of files of one kind, in order; or a `pyarrow.dataset.Dataset`.
+        id, pattern: as of `Parquet`.
+    """
+
+    def _open(self, path: Any) -> tuple[Any, int]:
+        import pyarrow.dataset as ds
+
+        self.file = path
+        if isinstance(path, list):
+            self.path = str(path[0])
+            self.file = ds.dataset(list(map(str, path)), format=ARROW[path[0].suffix])
+        schema = self.file.schema.remove_metadata()
+        for piece in self.file.get_fragments():
+            own = piece.physical_schema
+            # Of the first file only: what it says of an index, and that need not be true of all.
+            if arrow_index(own)[0]:
+                schema = self.file.schema
+            if set(own.names) != set(schema.names):
+                raise DataError(
+                    f"{getattr(piece, 'path', 'a part')!r} has other columns than the first file: "
+                    "files of a data set hold rows of one table. If they hold responses each, pass "
+                    "an iterator of them, such as (pandas.read_parquet(path) for path in paths)"
+                )
+        return schema, self.file.count_rows()
+
+    def _table(self, names: list[Any]) -> Any:
+        return self.file.to_table(columns=names)
 
 
 Source = Array | Table | Parquet
 
 
-def open_source(responses: Any, id: str | None) -> Source | None:
+def open_source(responses: Any, id: str | None, layer: str | None = None) -> Source | None:
     """Responses that can be read in any order; None for a stream.
 
+    Args:
+        responses: see `fit_many`.
+        id: a column that is no response.
+        layer: of an AnnData object.
+
     Raises:
-        DataError: not a kind of responses, or a file that cannot be read.
+        DataError: not a kind of responses, a file that cannot be read, or no such layer.
+        ValueError: a layer of something else.
     """
+    if is_anndata(responses):
+        return annotated(responses, layer)
+    if layer is not None:
+        raise ValueError(f"layer={layer!r} needs an AnnData object as responses")
     if isinstance(responses, Source):
         return responses
+    if is_sparse(responses):
+        return matrix(responses)
     _refuse_kind(responses, "responses are")
     responses = _plain(responses)
     if isinstance(responses, str | Path):
-        return _open_file(Path(responses), id)
+        return _open_path(Path(responses), id)
+    if type(responses).__module__.startswith("pyarrow._dataset"):
+        return ArrowFiles(responses, id)
     if isinstance(responses, pd.Series):
         name = 0 if responses.name is None else responses.name
         return Table(responses.to_frame(name), id)
@@ -207,15 +215,10 @@ def _refuse_kind(value: Any, what: str) -> None:
     """DataError with the remedy for what looks like responses and holds none as it is."""
     package = type(value).__module__.partition(".")[0]
     name = type(value).__name__
-    if package == "scipy" and hasattr(value, "toarray"):
-        raise DataError(
-            f"{what} a SciPy sparse matrix: pass .toarray(), or blocks of columns made dense, "
-            "((names[k : k + 500], matrix[:, k : k + 500].toarray()) for k in range(0, B, 500))"
-        )
     if package in ("anndata", "mudata"):
         raise DataError(
-            f"{what} an {name} object: pass adata.to_df(), or adata.to_df(layer) of a layer, with "
-            "adata.obs as the data"
+            f"{what} an {name} object: pass one AnnData object (of MuData one modality) as all "
+            "responses, with its obs as the data"
         )
     if isinstance(value, list | tuple) and value and all(_is_row(row) for row in value):
         raise DataError(
@@ -252,54 +255,18 @@ def import_parquet(what: str) -> Any:
     return pq
 
 
-def check_names(names: Any) -> pd.Index:
-    """Names of responses as an index.
-
-    Raises:
-        DataError: a name that repeats; names that are neither all strings nor all integers.
-    """
-    index = names if isinstance(names, pd.RangeIndex) else pd.Index(names, tupleize_cols=False)
-    kind = pd.api.types.infer_dtype(index, skipna=False)
-    if kind not in ("string", "integer", "empty"):
-        example = next((k for k in index if not isinstance(k, str)), index[0])
+def _open_path(path: Path, id: str | None) -> Source:
+    if path.is_dir():
+        return ArrowFiles(_files(path), id)
+    if path.suffix not in (*ARROW, ".npy"):
         raise DataError(
-            f"the names of the responses must be all strings or all integers (one is {example!r}, "
-            f"they are {kind}); rename the columns"
-        )
-    if not index.is_unique:
-        refuse_repeated(list(index[index.duplicated()]))
-    return index
-
-
-def matching(names: list[str], pattern: str | None) -> list[str]:
-    """The names that match a glob, all if it is None; DataError if none does."""
-    found = [name for name in names if pattern is None or fnmatchcase(name, pattern)]
-    if names and not found:
-        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise DataError(f"no response matches the pattern {pattern!r}; the columns are: {listed}")
-    return found
-
-
-def refuse_repeated(repeated: list[Any]) -> None:
-    """DataError if there are names in `repeated`, those that occur more than once."""
-    if repeated:
-        more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
-        raise DataError(
-            f"response {shown(repeated[:1])}{more} occurs more than once; names must be unique: "
-            "rename or drop the columns"
-        )
-
-
-def _open_file(path: Path, id: str | None) -> Source:
-    if path.suffix not in (".parquet", ".npy"):
-        raise DataError(
-            f"responses {str(path)!r}: only files ending in .parquet or .npy are read; load "
-            "another into a dataframe first"
+            f"responses {str(path)!r}: only files ending in .parquet, .feather or .npy are read, "
+            "and folders of the first two; load another into a dataframe first"
         )
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}")
-    if path.suffix == ".parquet":
-        return Parquet(path, id)
+    if path.suffix != ".npy":
+        return Parquet(path, id) if path.suffix == ".parquet" else ArrowFiles([path], id)
     try:
         return Array(np.load(path, mmap_mode="r"))
     except (ValueError, EOFError) as error:
@@ -308,15 +275,25 @@ def _open_file(path: Path, id: str | None) -> Source:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from None
 
 
+def _files(folder: Path) -> list[Path]:
+    """The files of a data set, in the order of their names."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix in ARROW)
+    kinds = {path.suffix for path in found}
+    if len(kinds) != 1:
+        which = "files of several kinds" if kinds else "no .parquet or .feather files"
+        raise DataError(f"the folder {str(folder)!r} has {which}; a data set has files of one kind")
+    return found
+
+
 def open_piece(piece: Any, k: int, id: str | None) -> Array | Table:
     """Block number k of a stream."""
     values = piece[1] if isinstance(piece, tuple) and len(piece) == 2 else piece
     _refuse_kind(values, f"block {k} of the responses is")
     if isinstance(piece, tuple) and len(piece) == 2 and not isinstance(piece[0], str):
         names, values = piece
-        if np.ndim(values) != 2:
+        if np.ndim(values) != 2 and not is_sparse(values):
             raise DataError(f"block {k} of the responses: an (n, b) array, not {np.shape(values)}")
-        return Array(values, list(names))
+        return matrix(values, list(names))
     if isinstance(piece, pd.DataFrame) or _is_table(piece):
         return Table(piece, id)
     raise DataError(
@@ -369,15 +346,3 @@ def _matrix(table: nw.DataFrame, names: list[Any]) -> np.ndarray:
     """Columns as float64, (n, b), missing values as NaN."""
     columns = [table[name].cast(nw.Float64).to_numpy() for name in names]
     return np.stack(columns, axis=1)
-
-
-def _let_go(values: Any) -> None:
-    """Take the pages read of a memory map out of this process; the file keeps them.
-
-    Without this a map of 4 GB ends up as 4 GB of this process. A private map (mode "c") is left
-    alone: its pages may be the only place of changes.
-    """
-    if isinstance(values, np.memmap) and getattr(values, "mode", "c") != "c":
-        pages = getattr(values, "_mmap", None)
-        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-            pages.madvise(mmap.MADV_DONTNEED)

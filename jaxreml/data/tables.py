@@ -48,6 +48,10 @@ def column_names(data: Any) -> list[Any]:
     except TypeError:
         if hasattr(data, "collect"):
             raise DataError("data is a lazy frame; call .collect() on it first") from None
+        if hasattr(data, "obs"):
+            raise DataError(
+                "data is an AnnData object; pass its obs, the table of its rows"
+            ) from None
         raise DataError(
             "data must be a dataframe (pandas, polars, pyarrow, ...), a dict of columns or a "
             f"NumPy array of records, not {type(data).__name__}"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
     Groups,
@@ -91,11 +92,13 @@ class FittedBatch:
         model: what the responses share.
         responses: their names.
         fits: the numbers, NumPy arrays with the responses on the first axis.
+        frame: the rows of the model; None of results that were read from a file.
     """
 
     model: BatchModel
     responses: pd.Index
     fits: Fits
+    frame: ModelFrame | None = None
 
     def __len__(self) -> int:
         return len(self.responses)

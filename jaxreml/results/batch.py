@@ -10,17 +10,18 @@ import numpy as np
 
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import batch_tables, parquet
+from jaxreml.results import annotated, batch_rows, batch_tables, parquet
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchResults(FittedBatch):
-    """One model fitted to many responses: a `FittedBatch`, its tables and files.
+    """One model fitted to many responses: a `FittedBatch`, its tables and files,
+    and what it says about rows.
 
     Attributes:
-        model, responses, fits: as in `FittedBatch`.
+        model, responses, fits, frame: as in `FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
     """
 
@@ -31,6 +32,9 @@ class BatchResults(FittedBatch):
     to_frame = batch_tables.to_frame
     to_xarray = batch_tables.to_xarray
     to_parquet = parquet.write_parquet
+    to_anndata = annotated.to_anndata
+    fitted_values = batch_rows.fitted_values
+    fitted_blocks = batch_rows.fitted_blocks
 
     @classmethod
     def read_parquet(cls, path: str | Path) -> BatchResults:

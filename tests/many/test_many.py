@@ -271,17 +271,6 @@ def stream(*pieces):
     return iter(pieces)
 
 
-def sparse(table):
-    """A SciPy sparse array."""
-    import scipy.sparse
-
-    return scipy.sparse.csr_array(table.to_numpy())
-
-
-def anndata(table):
-    return pytest.importorskip("anndata").AnnData(table.set_axis(list(map(str, table.index))))
-
-
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
@@ -302,7 +291,7 @@ def anndata(table):
         (lambda t: np.zeros((2, 3, 4)), r"\(n, B\) array.*not \(2, 3, 4\)"),
         (lambda t: 7, "responses must be a dataframe.*not int"),
         (lambda t: pl.from_pandas(t).lazy(), "lazy frame; call .collect"),
-        (lambda t: "genes.csv", "only files ending in .parquet or .npy"),
+        (lambda t: "genes.csv", r"only files ending in .parquet, .feather or .npy"),
         (lambda t: "nowhere.npy", "there is no file 'nowhere.npy'"),
         (lambda t: stream(), "the iterator gave none"),
         (lambda t: stream((["a"], t.to_numpy())), "1 names for 24 responses"),
@@ -312,13 +301,6 @@ def anndata(table):
         (lambda t: stream(t, (["a"], np.zeros((9, 1)))), "180 rows and the responses 9"),
         (lambda t: t.to_numpy().tolist(), "list of lists: pass np.array\\(responses, float\\)"),
         (lambda t: t["gene_0"].tolist(), "list of floats"),
-        (
-            lambda t: sparse(t),
-            r"are a SciPy sparse matrix: pass .toarray\(\), or blocks of c",
-        ),
-        (lambda t: stream((["a"], sparse(t)[:, :1])), "block 0 .* is a SciPy sparse matrix: pass"),
-        (lambda t: stream(sparse(t)), "block 0 of the responses is a SciPy sparse matrix"),
-        (lambda t: anndata(t), r"an AnnData object: pass adata.to_df\(\)"),
         (lambda t: t.iloc[::-1], "same row labels in different orders"),
     ],
 )

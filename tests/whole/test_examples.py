@@ -139,11 +139,49 @@ def check_insteval(figures: dict, text: str) -> None:
         assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 500
 
 
+def check_voxels(figures: dict, text: str) -> None:
+    results, images, truth, table = (figures[k] for k in ("results", "images", "truth", "table"))
+    assert results.converged.all() and len(results) == truth["mask"].sum() > 20_000
+    assert results.responses.equals(table.index) and table.index[0] == images.names[0]
+
+    # Found where it is: around the hippocampi, and hardly elsewhere.
+    found, real = table["discovery"], table["true_effect"] < -0.1
+    assert figures["n_found"] == found.sum() > 100
+    assert figures["power"] == pytest.approx((found & real).sum() / real.sum()) and (
+        figures["power"] > 0.6
+    )
+    # Neighbours are alike, so that it varies more than the false discovery rate of 5% says.
+    assert figures["false_discovery_proportion"] < 0.15
+    assert 0.93 < figures["coverage"] < 0.97
+    surest = table.loc[figures["peak"]["voxel"]]
+    centre = [np.copysign(24, surest["x"]), -18, -12]
+    assert np.linalg.norm(surest[["x", "y", "z"]] - centre) < 17
+    assert figures["peak"]["difference"] < 1e-6
+    assert f"The voxel {figures['peak']['voxel']} alone:" in text
+    shares = figures["shares"]
+    assert shares["share"].corr(shares["true_share"]) > 0.9
+    assert abs((shares["share"] - shares["true_share"]).mean()) < 0.03
+
+    # The maps hold these numbers at their places, in single precision.
+    maps, place = figures["maps"], tuple(surest[["i", "j", "k"]].astype(int))
+    assert maps["faster_t"][place] == pytest.approx(surest["t"], rel=1e-6)
+    assert np.isnan(maps["faster_t"][~truth["mask"]]).all()
+    assert (maps["faster_found"][truth["mask"]] != 0).sum() == figures["n_found"]
+    np.testing.assert_allclose(maps["fixed_effects"][place], results.params.loc[surest.name], 1e-6)
+
+    image = imread(figures["plot"])[..., :3]
+    assert image.shape == (840, 1440, 3)
+    assert (np.abs(image - to_rgb("black")).max(axis=-1) < 0.2).sum() > 500  # ventricles
+    for colour in ("#440154", "#fde725"):  # the ends of the last colour bar
+        assert (np.abs(image[:, 1080:] - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 20
+
+
 CHECKS = {
     "genes": check_genes,
     "insteval": check_insteval,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
+    "voxels": check_voxels,
 }
 
 
@@ -161,7 +199,7 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    arguments = [tmp_path / f"{name}.png"] if name in ("genes", "insteval") else []
+    arguments = [tmp_path / f"{name}.png"] if name in ("genes", "insteval", "voxels") else []
     module = load(name)
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
