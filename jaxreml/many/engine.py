@@ -27,7 +27,7 @@ from jaxreml.many.singles import SinglesEngine
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import unstructured
-from jaxreml.model.design import placeholders
+from jaxreml.model.design import Design, placeholders
 from jaxreml.status import Status
 
 # Responses that are fitted one after the other, where programs for many had to be compiled.
@@ -141,25 +141,33 @@ class BatchFitter:
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
         with self._settings():
-            return self._fit(values)
+            return self.table(values).fits()
 
-    def _fit(self, values: np.ndarray) -> Fits:
+    def table(self, values: np.ndarray) -> Table:
+        """`fit` to a `Table`."""
         n, b = values.shape
         with np.errstate(invalid="ignore", over="ignore"):
             doubtful = np.flatnonzero(~np.isfinite(values.sum(axis=0)))
         some = values[:, doubtful]
-        missing = np.zeros(b, int)
+        table = Table(self.frame, b, self.modes, len(self.options.contrasts))
+        missing = table.n_missing
         missing[doubtful] = np.isnan(some).sum(axis=0)
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
-        table = Table(self.frame, b, self.modes, len(self.options.contrasts))
         table.status[missing == n] = Status.TOO_FEW_ROWS
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
         for columns, kept in _patterns(values, np.flatnonzero(todo & (missing > 0))):
             self._fit_pattern(values, columns, kept, table)
-        return table.fits(n - missing, missing)
+        return table
+
+    def design(self, y: np.ndarray) -> Design:
+        """The design of one response, (n,), NaN if missing, as `fit` has it: no column of X may
+        depend on others in its rows."""
+        kept = ~np.isnan(y)
+        basis = self.basis if kept.all() else self._basis(np.arange(self.frame.X.shape[1]), kept)
+        return Design.of(basis, basis.response(np.where(kept, y, 0.0)))
 
     def _fit_pattern(
         self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: Table

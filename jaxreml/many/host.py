@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from jaxreml.many.numbers import Table
 from jaxreml.many.screening import Grid, suspects
 from jaxreml.many.steps import Found, Plan
 from jaxreml.model.basis import Basis
+from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.response import Response
@@ -60,15 +61,9 @@ class HostEngine:
 
     def fit(self, values: Array, columns: Array, kept: Array | None, table: Table) -> None:
         """As `Engine.fit`."""
-        passes = _Passes(self, values, kept, table)
+        passes = _SharedPasses(self, values, kept, table)
         passes.run(columns)
-        converged = columns[table.status[columns] == Status.CONVERGED]
-        count = SAMPLE if converged.size >= LARGE else 1
-        sample = converged[np.linspace(0, converged.size - 1, count).astype(int)[: converged.size]]
-        if not all(map(passes.is_certified, sample)):
-            for column in converged:
-                if not passes.is_certified(column):
-                    table.blank(column, Status.NOT_CERTIFIED)
+        passes.certify(columns)
 
     def gradients(self, parameters: Array, values: Array) -> Array:
         """As `Engine.gradients`."""
@@ -87,35 +82,53 @@ class _Slow(NamedTuple):
     before: Array
 
 
-class _Block(NamedTuple):
-    """A chunk of responses: values less shifts, (n, lanes), what they say, and their designs, the
-    one that is searched and the full one."""
+class Block(NamedTuple):
+    """A chunk of responses: their columns, the designs that are searched and the full ones, lanes
+    last, degrees of freedom of their residuals, and what the passes need besides."""
 
     columns: Array
-    values: Array
-    shift: Array
-    reduced: Response
     searched: Design
     full: Design
+    residual: Any
+    detail: Any
 
 
-class _Passes:
-    """The way of responses of a block that have the same rows.
+class Passes:
+    """The way of responses of a block through the search and into the table.
+
+    What the responses have in common, and how they become designs, is said by classes of it.
 
     Args:
-        engine: of these rows.
-        values: (n, b), the block.
-        kept: (n,) booleans, the rows; None for all.
-        table: for their numbers.
+        covariance: of the random effects.
+        options, known: as of the engine.
+        table: for the numbers.
+        numbers: per lane, of the larger arrays of a search.
     """
 
-    def __init__(self, engine: HostEngine, values: Array, kept: Array | None, table: Table):
-        self.lanes, self.grid, self.known = engine.lanes, engine.grid, engine.known
-        self.options, self.values, self.kept, self.table = engine.options, values, kept, table
-        self.plan = Plan(engine.options.reml, grouped=True, in_lanes=True, df=engine.options.df)
+    def __init__(
+        self, covariance: Covariance, options: Options, known: Known, table: Table, numbers: int
+    ):
+        self.covariance, self.options, self.known, self.table = covariance, options, known, table
+        self.plan = Plan(options.reml, grouped=True, in_lanes=True, df=options.df)
         self.careful = self.plan._replace(careful=True)
-        self.suspects: list[Array] = []  # columns that may have a lower optimum
-        self.first_row = 0 if kept is None else int(np.argmax(kept))
+        self.size = options.lanes or fitting(numbers, CACHE_BYTES, FEW, MANY)
+        self.found_suspect: list[Array] = []  # columns that may have a lower optimum
+
+    def prepared(self, columns: Array) -> Block:
+        """The designs of a chunk."""
+        raise NotImplementedError
+
+    def suspects(self, block: Block, found: Found) -> Array:
+        """Which lanes may have a lower optimum than the one found, booleans."""
+        raise NotImplementedError
+
+    def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
+        """Conditional modes, per term (levels, effects, lanes)."""
+        raise NotImplementedError
+
+    def single(self, column: int) -> Design:
+        """The design of one response, as `fit` has it."""
+        raise NotImplementedError
 
     def run(self, columns: Array) -> None:
         """Fit these columns and store their numbers in the table."""
@@ -124,19 +137,28 @@ class _Passes:
             slow = _Slow(*(np.concatenate(own, axis=-1) for own in zip(*ends, strict=True)))
             places = self._chunks(np.arange(slow.columns.size))
             list(pool.map(lambda own: self._go_on(among(slow, own)), places))
-            suspects = np.concatenate(self.suspects) if self.suspects else columns[:0]
-            for rival in starts(self.lanes.covariance) if suspects.size else ():
+            suspects = np.concatenate(self.found_suspect) if self.found_suspect else columns[:0]
+            for rival in starts(self.covariance) if suspects.size else ():
                 list(pool.map(partial(self._rival, rival), self._chunks(suspects)))
+
+    def certify(self, columns: Array) -> None:
+        """Look at a sample of the optima by a third way, and at all where that does not agree."""
+        converged = columns[self.table.status[columns] == Status.CONVERGED]
+        count = SAMPLE if converged.size >= LARGE else 1
+        sample = converged[np.linspace(0, converged.size - 1, count).astype(int)[: converged.size]]
+        if not all(map(self._is_certified, sample)):
+            for column in converged:
+                if not self._is_certified(column):
+                    self.table.blank(column, Status.NOT_CERTIFIED)
 
     def _chunks(self, places: Array) -> list[Array]:
         """These places, as many at a time as stay in the cache."""
-        size = self.options.lanes or fitting(self.lanes.largest, CACHE_BYTES, FEW, MANY)
-        return [places[k : k + size] for k in range(0, max(places.size, 1), size)]
+        return [places[k : k + self.size] for k in range(0, max(places.size, 1), self.size)]
 
     def _first(self, columns: Array) -> _Slow:
         """A chunk from the start; what has not converged after `LOOK` steps."""
         with np.errstate(all="ignore"):
-            block = self._prepared(columns)
+            block = self.prepared(columns)
             root = start(block.searched, self.options.reml)
             none = np.zeros(columns.size, int)
             limit = min(LOOK, self.options.max_iterations)
@@ -150,28 +172,22 @@ class _Passes:
         if not slow.columns.size:
             return
         with np.errstate(all="ignore"):
-            block = self._prepared(slow.columns)
+            block = self.prepared(slow.columns)
             limit = self.options.max_iterations
             self._settle(block, slow.root, slow.radius, slow.before, limit, self.careful)
 
     def _rival(self, start: Array, columns: Array) -> None:
         """From another start; what is found counts where it is lower."""
         with np.errstate(all="ignore"):
-            block = self._prepared(columns)
+            block = self.prepared(columns)
             root = np.repeat(start[:, None], columns.size, axis=1)
             ones, none = np.ones(columns.size), np.zeros(columns.size, int)
             limit = self.options.max_iterations
             self._settle(block, root, ones, none, limit, self.careful, rival=True)
 
-    def _prepared(self, columns: Array) -> _Block:
-        values, shift = self._block(columns)
-        reduced = self._reduced(values, shift)
-        searched = steps.searched(self.lanes, reduced, self.plan)
-        return _Block(columns, values, shift, reduced, searched, self.lanes.batch(reduced))
-
     def _settle(
         self,
-        block: _Block,
+        block: Block,
         root: Array,
         radius: Array,
         before: Array,
@@ -182,38 +198,66 @@ class _Passes:
     ) -> tuple[Found, Array]:
         """Search on and store what is found; it, and statuses. Others than rivals are screened."""
         found = steps.climb(block.searched, root, radius, limit, plan)
-        residual, contrasts = self.lanes.basis.n - self.lanes.p, self.options.contrasts
-        packed = steps.conclude(block.full, found, before, contrasts, residual, self.plan)
-        modes = None
-        if self.options.modes:
-            modes = steps.modes_of(self.lanes, block.values, block.shift, found.root)
+        contrasts = self.options.contrasts
+        packed = steps.conclude(block.full, found, before, contrasts, block.residual, self.plan)
+        modes = self.modes(block, found.root) if self.options.modes else None
         status = self.table.store(block.columns, packed, modes, *self.known, rival=rival)
-        if self.grid is not None and not rival:
-            suspect = self._suspects(block, found) & (status == Status.CONVERGED)
-            self.suspects.append(block.columns[suspect])
+        if not rival:
+            suspect = self.suspects(block, found) & (status == Status.CONVERGED)
+            self.found_suspect.append(block.columns[suspect])
         return found, status
 
-    def _suspects(self, block: _Block, found: Found) -> Array:
-        """Which lanes may have a lower optimum than the one found, booleans."""
+    def _is_certified(self, column: int) -> bool:
+        """Whether differences of the criterion of the design as `fit` has it say so of an optimum
+        in the table."""
+        with np.errstate(all="ignore"):
+            own = self.table.of(column)
+            value, gradient = differences(own["theta"], self.single(column), self.options.reml)
+            return bool(is_certified(own["criterion"][0], value, np.linalg.norm(gradient)))
+
+
+class _SharedPasses(Passes):
+    """Of responses of one design, in the same rows.
+
+    Args:
+        engine: of these rows.
+        values: (n, b), the block.
+        kept: (n,) booleans, the rows; None for all.
+        table: for their numbers.
+    """
+
+    def __init__(self, engine: HostEngine, values: Array, kept: Array | None, table: Table):
+        lanes = engine.lanes
+        super().__init__(lanes.covariance, engine.options, engine.known, table, lanes.largest)
+        self.lanes, self.grid, self.values, self.kept = lanes, engine.grid, values, kept
+        self.first_row = 0 if kept is None else int(np.argmax(kept))
+
+    def prepared(self, columns: Array) -> Block:
+        values, shift = self._block(columns)
+        reduced = self._reduced(values, shift)
+        searched = steps.searched(self.lanes, reduced, self.plan)
+        residual = self.lanes.basis.n - self.lanes.p
+        full = self.lanes.batch(reduced)
+        return Block(columns, searched, full, residual, (values, shift, reduced))
+
+    def suspects(self, block: Block, found: Found) -> Array:
+        if self.grid is None:
+            return np.zeros(block.columns.size, bool)
 
         def along(places: Array, omegas: Array) -> Array:
             some = block.searched.among(places)
             return np.stack([profiled(omega, some, reml=self.options.reml) for omega in omegas])
 
-        assert self.grid is not None
-        values, covariance = self.grid.values(block.reduced), self.lanes.covariance
-        return suspects(values, found.root, found.value, covariance, along)
+        values = self.grid.values(block.detail[2])
+        return suspects(values, found.root, found.value, self.covariance, along)
 
-    def is_certified(self, column: int) -> bool:
-        """Whether differences of the criterion of the design as `fit` has it say so of an optimum
-        in the table."""
-        with np.errstate(all="ignore"):
-            values, shift = self._block(np.array([column]))
-            basis = self.lanes.basis
-            design = Design.of(basis, basis.response(values[:, 0] + shift[0]))
-            own = self.table.of(column)
-            value, gradient = differences(own["theta"], design, self.options.reml)
-            return bool(is_certified(own["criterion"][0], value, np.linalg.norm(gradient)))
+    def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
+        return steps.modes_of(self.lanes, *block.detail[:2], root)
+
+    def single(self, column: int) -> Design:
+        values, shift = self._block(np.array([column]))
+        basis = self.lanes.basis
+        return Design.of(basis, basis.response(values[:, 0] + shift[0]))
 
     def _block(self, columns: Array) -> tuple[Array, Array]:
         """Values less shifts, (n, lanes), and these."""

@@ -62,7 +62,7 @@ class Table:
 
     Attributes:
         status: (b,) `Status` codes.
-        rank: (b,), as in `Fits`.
+        rank, n_missing: (b,), as in `Fits`.
         numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
         widths: columns of each field.
         modes: per random term (b, levels, effects), or None.
@@ -78,6 +78,7 @@ class Table:
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)
+        self.n, self.n_missing = len(frame.X), np.zeros(b, int)
         self.modes = None
         if modes:
             self.modes = tuple(
@@ -135,7 +136,14 @@ class Table:
         for own in self.modes or ():
             own[column] = np.nan
 
-    def fits(self, nobs: np.ndarray, n_missing: np.ndarray) -> Fits:
+    def take(self, columns: np.ndarray, other: Table) -> None:
+        """Take over all numbers of a table of these columns."""
+        for name in ("status", "rank", "n_missing", "numbers"):
+            getattr(self, name)[columns] = getattr(other, name)
+        for own, new in zip(self.modes or (), other.modes or (), strict=True):
+            own[columns] = new
+
+    def fits(self) -> Fits:
         """The numbers by name."""
         parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
         named = dict(zip(self.FIELDS, parts, strict=True))
@@ -146,8 +154,8 @@ class Table:
             named["is_singular"] = np.nan_to_num(named["is_singular"]).astype(bool)
         return Fits(
             **{name: np.ascontiguousarray(part) for name, part in named.items()},
-            nobs=nobs,
-            n_missing=n_missing,
+            nobs=self.n - self.n_missing,
+            n_missing=self.n_missing,
             rank=self.rank,
             status=self.status,
             modes=self.modes,

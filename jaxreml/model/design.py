@@ -263,23 +263,17 @@ class Design:
 
     def among(self, places: np.ndarray) -> Design:
         """Some of the lanes, on the host."""
-        own = self.beta_ols, self.residual_ss, self.total_ss, self.trouble
-        beta_ols, residual_ss, total_ss, trouble = among(own, places)
         structure: Any = self.structure
-        return replace(
-            self,
-            structure=structure.among(places),
-            beta_ols=beta_ols,
-            residual_ss=residual_ss,
-            total_ss=total_ss,
-            trouble=trouble,
-        )
+        rest: Any = replace(self, structure=None)  # pyright: ignore
+        return replace(among(rest, places), structure=structure.among(places))
 
     def blank(self) -> Design:
-        """With a response of length 1 that neither X nor Z explains, in one lane."""
-        scores = self.structure.silent()
-        lanes = self.residual_ss.ndim
-        return self.with_response(Response.blank(scores, self.p, lanes, self.dtype))
+        """With a response of length 1 that neither X nor Z explains; in one lane where lanes differ
+        by the response only."""
+        structure = self.structure
+        return self.with_response(
+            Response.blank(structure.silent(), self.p, structure.lanes, self.dtype)
+        )
 
     def combined(self, matrix: Array, absent: Array) -> Design:
         """The criterion of the columns [X y] C, for what follows from it alone: see

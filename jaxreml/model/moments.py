@@ -80,13 +80,9 @@ def of_moments(
     present = xp.diag(xp.where(absent, 0.0, xp.ones(p, kind)))
     rest = linalg.border(present, xp.zeros(p, kind), xp.asarray(residual_ss))
 
-    # Z = Q F level by level; Q and F of traced effects have no derivatives, the products have
-    factors, share = semidefinite_root(_fixed(zz))
-    ill = ill | ((factors.diagonal().T > 0) & (share < close)).any()
-    scores = _scores(factors, _fixed(columns))
-    left = _fixed(rest) - xp.einsum("auJ,avJ->uv", scores, scores)
-    some = left.diagonal() > ROUNDING * np.finfo(kind).eps * _fixed(rest).diagonal()
-    left = xp.where(some[:, None] & some, left, 0.0)
+    # Q and F of traced effects have no derivatives, the products have
+    factors, scores, left, share = by_level(*map(_fixed, (zz, columns, rest)))
+    ill = ill | (share < close)
     remainder = left[:p, :p] + xp.diag(xp.where(absent, xp.ones(p, kind), 0.0))
     products = of_y = None
     if xp is not np:
@@ -131,6 +127,30 @@ def of_moments(
     return basis, response
 
 
+def by_level(zz: Any, columns: Any, rest: Any) -> tuple[Any, Any, Any, Any]:
+    """Z = Q F level by level, NumPy or traced; lanes may follow on the last axis.
+
+    Args:
+        zz: (q, q, J), Z'Z.
+        columns: (q, k, J), Z'C of columns C.
+        rest: (k, k), C'C.
+
+    Returns:
+        F, (q, q, J); scores Q'C, (q, k, J); what they leave of C'C, (k, k), zero where that is
+        rounding error; the least share of a column's square that those before it leave in a level,
+        () (of columns that are not dependent).
+    """
+    xp = namespace(zz, columns, rest)
+    factors, shares = semidefinite_root(zz)
+    shares = xp.where(linalg.diagonal(factors) > 0, shares, 1.0)
+    scores = _scores(factors, columns)
+    left = rest - sum(linalg.row_products(own, own) for own in scores)
+    sizes = linalg.diagonal(rest)
+    some = linalg.diagonal(left) > ROUNDING * np.finfo(rest.dtype).eps * sizes
+    left = xp.where(some[:, None] & some, left, 0.0)
+    return factors, scores, left, xp.min(shares, axis=(0, 1))
+
+
 def semidefinite_root(matrix: Any) -> tuple[Any, Any]:
     """R of cross-products R'R, (k, k, ...), by Cholesky; NumPy or traced.
 
@@ -158,7 +178,7 @@ def semidefinite_root(matrix: Any) -> tuple[Any, Any]:
 
 
 def _scores(factors: Any, columns: Any) -> Any:
-    """Q'C of Z'C = F'Q'C, (q, k, J), zero for the rows of F that are."""
+    """Q'C of Z'C = F'Q'C, (q, k, J, ...), zero for the rows of F that are."""
     xp = namespace(factors, columns)
     found: list[Any] = []
     for i in range(len(factors)):

@@ -33,15 +33,14 @@ class Response(NamedTuple):
     products: Any = None
 
     @staticmethod
-    def blank(scores: Any, p: int, lanes: int = 0, dtype: Any = float) -> Response:
+    def blank(scores: Any, p: int, last: tuple[int, ...] = (), dtype: Any = float) -> Response:
         """One of length 1 that neither X nor Z explains.
 
         Args:
             scores: `Structure.silent`.
             p: number of fixed effects.
-            lanes: 1 for a last axis of length 1, 0 for none.
+            last: the lanes, an axis at the end; none if empty.
             dtype: of the numbers.
         """
-        last = (1,) * lanes
         one, none = np.ones(last, dtype), np.zeros((p, *last), dtype)
         return Response(scores, none, one, none, one, one)

@@ -115,11 +115,17 @@ def inertia(hessian: Array) -> Array:
 
 
 def solve_flat(hessian: Array, right: Array) -> Array:
-    """Minimum-norm solution of ``hessian x = right``, flat directions left out."""
+    """Minimum-norm solution of ``hessian x = right``, flat directions left out.
+
+    Of one Hessian (m, m), with one right side (m,) or lanes of them, or of lanes of both.
+    """
     xp = namespace(hessian)
     values, vectors = linalg.eigh(still(hessian))
-    size = xp.max(abs(values))
+    size = xp.max(abs(values), axis=0)
     flat = xp.where(abs(values) <= FLAT * size, 1.0, 0.0)
-    onto_flat = (vectors * flat) @ vectors.T
+    onto_flat = linalg.matmul(vectors * flat, linalg.transpose(vectors))
     filled, _ = linalg.inverse(hessian + size * onto_flat, False)
-    return filled @ (right - onto_flat @ right)
+    if hessian.ndim == 2:
+        return filled @ (right - onto_flat @ right)
+    rest = right[:, None] - linalg.matmul(onto_flat, right[:, None])
+    return linalg.matmul(filled, rest)[:, 0]

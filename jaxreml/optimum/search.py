@@ -106,14 +106,16 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     at = np.concatenate([np.equal(*natural.triangle(q)) for q in sizes]).astype(design.dtype)
     xp = namespace(design.residual_ss)
     omega = xp.asarray(at.reshape(-1, *[1] * lanes))
-    # T belongs to the design: one lane, without the response, whose part has no degrees of freedom.
+    # T belongs to the design, without the response, whose part has no degrees of freedom: one lane
+    # where lanes have one design.
     blank = design.blank()
+    own = [] if blank.structure.lanes == (1,) else list(blank.structure.lanes)
     degrees = degrees_of_freedom(blank, reml=reml)
     expansion = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
-    traces = -expansion.hessian.reshape(at.size, at.size)
-    slope = expansion.gradient.reshape(-1)
-    mixed = slope - traces @ at
-    corner = xp.reshape(degrees, ()) - at @ slope - at @ mixed
+    traces = -expansion.hessian.reshape(at.size, at.size, *own)
+    slope = expansion.gradient.reshape(at.size, *own)
+    mixed = slope - xp.tensordot(at, traces, axes=1)
+    corner = xp.reshape(degrees, own) - at @ slope - at @ mixed
     traces = linalg.border(traces, mixed, corner)
 
     expansion = expand(omega, design, reml=reml)

@@ -101,6 +101,11 @@ class OfColumns:
         of_y = response.remainder_xy, response.remainder_yy
         return self.with_columns(columns, linalg.border(self.remainder[:p, :p], *of_y))
 
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Of all arrays, on a last axis; () for one data set."""
+        return self.remainder.shape[2:]
+
     def silent(self) -> Any:
         """`Response.scores` of one that Z does not explain."""
 
@@ -123,7 +128,7 @@ class OfColumns:
     def combine(self, cross: Any, matrix: Array) -> Any:
         """`cross` or `columns` times (p + 1, k)."""
         xp = namespace(matrix, *(cross if isinstance(cross, tuple) else [cross]))
-        return mapped(lambda own: xp.einsum("au...,uv->av...", own, matrix), cross)
+        return mapped(lambda own: xp.einsum("au...,uv...->av...", own, matrix), cross)
 
 
 class Structure(Protocol):
@@ -146,8 +151,14 @@ class Structure(Protocol):
         """With this response after the first `p` columns."""
         ...
 
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """What `silent` has of lanes: () without any, (1,) where they differ by the response
+        only."""
+        ...
+
     def silent(self) -> Any:
-        """`Response.scores` of one that Z does not explain, in one lane."""
+        """`Response.scores` of one that Z does not explain."""
         ...
 
 

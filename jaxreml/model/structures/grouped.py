@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace, on_host, still
+from jaxreml.backend.arrays import among, namespace, on_host, still
 from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
@@ -142,7 +142,8 @@ def _projection_jvp(primals, tangents):
 @record
 @dataclass(frozen=True)
 class Grouped(OfColumns, Levels):
-    """Cross-products of one grouping factor with J levels.
+    """Cross-products of one grouping factor with J levels; of many data sets with the lanes of all
+    arrays on a last axis.
 
     Attributes:
         factors: (q, q, J), F of each level's Z = Q F, upper triangular.
@@ -162,7 +163,7 @@ class Grouped(OfColumns, Levels):
         factor = self._cholesky(omega)
         xp = namespace(factor)
         logs = sum(xp.log(factor[i, i]) for i in range(len(factor)))
-        return factor, 2 * xp.sum(logs)
+        return factor, 2 * xp.sum(logs, axis=0)
 
     def _gram(self, scores: Array) -> Array:
         """The remainder plus the cross-products of scores (q, p + 1, J)."""
@@ -209,6 +210,11 @@ class Grouped(OfColumns, Levels):
         pad = [(0, 0), (0, 0), (0, n_levels - self.factors.shape[-1])]
         factors, scores = (np.pad(part, pad) for part in (self.factors, self.scores))
         return replace(self, factors=factors, scores=scores)  # pyright: ignore
+
+    def among(self, places: np.ndarray) -> Grouped:
+        """Some of the lanes, on the host."""
+        factors, scores, remainder = among((self.factors, self.scores, self.remainder), places)
+        return replace(self, factors=factors, scores=scores, remainder=remainder)  # pyright: ignore
 
     @property
     def columns(self) -> Array:

@@ -86,6 +86,10 @@ class GroupedBatch(Levels):
         scores, remainder = among((self.scores_y, self.remainder), places)
         return replace(self, scores_y=scores, remainder=remainder)
 
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        return (1,)
+
     def silent(self) -> np.ndarray:
         q, _, levels = self.scores_x.shape
         return np.zeros((q, levels, 1), self.scores_x.dtype)
