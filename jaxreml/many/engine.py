@@ -96,7 +96,8 @@ class BatchFitter:
             spare_memory_maps()
             self.options = self.options._replace(devices=local_devices(devices))
         estimable = np.ones(p + len(self.options.contrasts), bool)
-        self.engine = self._engine(self.basis, frame.X, Known(np.arange(p), estimable))
+        self.known = Known(np.arange(p), estimable)
+        self.engine = self._engine(self.basis, frame.X, self.known)
 
     def _basis(self, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Basis:
         """Of these columns of X in the rows `kept`; None for all."""

@@ -118,6 +118,10 @@ class Passes:
         """The designs of a chunk."""
         raise NotImplementedError
 
+    def start(self, block: Block) -> Array:
+        """Roots (r, lanes) to search from."""
+        return start(block.searched, self.options.reml)
+
     def suspects(self, block: Block, found: Found) -> Array:
         """Which lanes may have a lower optimum than the one found, booleans."""
         raise NotImplementedError
@@ -159,7 +163,7 @@ class Passes:
         """A chunk from the start; what has not converged after `LOOK` steps."""
         with np.errstate(all="ignore"):
             block = self.prepared(columns)
-            root = start(block.searched, self.options.reml)
+            root = self.start(block)
             none = np.zeros(columns.size, int)
             limit = min(LOOK, self.options.max_iterations)
             found, status = self._settle(block, root, np.ones(columns.size), none, limit, self.plan)

@@ -50,8 +50,7 @@ class WeightedFitter:
         if basis.kind == "grouped" and sum(basis.sizes) <= MOST_EFFECTS:
             inside = [basis.units.rows(k, term.effects) for k, term in enumerate(frame.terms)]
             effects = np.concatenate(inside, axis=1)
-            known = self.plain.engine.known
-            self.lanes = WeightedEngine(basis, effects, self.plain.options, known)
+            self.lanes = WeightedEngine(basis, effects, self.plain.options, self.plain.known)
 
     def fit(self, values: np.ndarray, weights: np.ndarray) -> Fits:
         """Fit each column of (n, b) `values`, NaN if missing, with that of `weights`; a weight of

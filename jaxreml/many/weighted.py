@@ -32,6 +32,7 @@ from jaxreml.model.objective import profiled
 from jaxreml.model.structures.grouped import Grouped, GroupedBasis
 from jaxreml.model.units import Units
 from jaxreml.optimum.effects import conditional_modes
+from jaxreml.optimum.search import START
 from jaxreml.status import Status
 
 Array = np.ndarray
@@ -68,9 +69,8 @@ class WeightedEngine:
 
     @property
     def numbers(self) -> int:
-        """Per lane, of the larger arrays of a search."""
-        q, levels = self.effects.shape[1], self.rows.n_levels
-        return levels * q * max(self.basis.p + 1, q)
+        """Per lane, of the larger arrays of a search: columns of X are worked on in turn."""
+        return self.rows.n_levels * self.effects.shape[1] ** 2
 
     def design(self, y: Array, weights: Array) -> Design:
         """The designs of responses less their offset, (n, b), zero weights leaving rows out."""
@@ -160,16 +160,36 @@ class WeightedPasses(Passes):
         if self.engine.basis.offset is not None:
             y = y - self.engine.basis.offset[:, None]
         design = self.engine.design(np.where(weights > 0, y, 0.0), weights)
-        return Block(columns, design, design, design.n - design.p, None)
+        values = self._on_grid(design) if sum(self.covariance.sizes) == 1 else None
+        return Block(columns, design, design, design.n - design.p, values)
+
+    def _on_grid(self, design: Design) -> Array:
+        """The criterion on the `grid`, (G, lanes)."""
+        omegas = self.covariance.omega(grid(self.covariance)[0].T).T
+        reml = self.options.reml
+        return np.stack([profiled(omega[:, None], design, reml=reml) for omega in omegas])
+
+    def start(self, block: Block) -> Array:
+        """As `Passes`: with one variance ratio the lowest point of a parabola, in log SD, through
+        the lowest of the grid and its neighbours."""
+        if block.detail is None:
+            return super().start(block)
+        values = np.where(np.isfinite(block.detail), block.detail, np.inf)
+        lowest = np.argmin(values, axis=0)
+        omega = self.covariance.omega(grid(self.covariance)[0].T)[0]
+        lanes = np.arange(lowest.size)
+        inside = np.clip(lowest, 2, len(values) - 2)  # below the first is zero, which has no log
+        before, here, after = (values[inside + k, lanes] for k in (-1, 0, 1))
+        shift = (before - after) / (2 * (before - 2 * here + after))
+        shift = np.where((inside == lowest) & (np.abs(shift) < 1), shift, 0.0)
+        relative = omega[lowest] * (omega[inside + 1] / omega[inside]) ** shift
+        return self.covariance.start(relative[None], START)
 
     def suspects(self, block: Block, found: Found) -> Array:
         """As `Passes`: by a grid with one variance ratio; with more all may have."""
-        if sum(self.covariance.sizes) > 1:
+        if block.detail is None:
             return np.ones(block.columns.size, bool)
-        omegas = self.covariance.omega(grid(self.covariance)[0].T).T
-        reml, design = self.options.reml, block.searched
-        values = np.stack([profiled(omega[:, None], design, reml=reml) for omega in omegas])
-        return suspects(values, found.root, found.value, self.covariance, _no_way)
+        return suspects(block.detail, found.root, found.value, self.covariance, _no_way)
 
     def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
         """As `Passes`."""

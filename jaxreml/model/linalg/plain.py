@@ -36,9 +36,19 @@ def row_products(left: Array, right: Array) -> Array:
     if left.ndim == right.ndim == 2:
         return left @ right.T
     if on_host(left, right):  # no array of all products
-        pairs = [[np.einsum("k...,k...->...", own, other) for other in right] for own in left]
-        return np.array(pairs)
+        if left is right:
+            pairs = {
+                (i, j): _inner(left[i], left[j]) for i in range(len(left)) for j in range(i + 1)
+            }
+            return np.array(
+                [[pairs[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
+            )
+        return np.array([[_inner(own, other) for other in right] for own in left])
     return (left[:, None] * right[None]).sum(axis=2)
+
+
+def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.einsum("k...,k...->...", left, right)
 
 
 def diagonal(matrix: Array) -> Array:

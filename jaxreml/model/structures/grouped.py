@@ -167,9 +167,7 @@ class Grouped(OfColumns, Levels):
 
     def _gram(self, scores: Array) -> Array:
         """The remainder plus the cross-products of scores (q, p + 1, J)."""
-        return self.remainder + sum(
-            linalg.row_products(scores[i], scores[i]) for i in range(len(scores))
-        )
+        return self.remainder + sum(linalg.row_products(own, own) for own in scores)
 
     def marginal(self, omega: Array) -> Marginal:
         if self.products is not None:
@@ -201,7 +199,8 @@ class Grouped(OfColumns, Levels):
         cross = self.combine(cross, matrix)
         forms = []
         for a, b in zip(*natural.effects_of_omega(self.sizes), strict=True):
-            product = linalg.row_products(cross[a], cross[b])
+            left, right = cross[a], cross[b]
+            product = linalg.row_products(left, left if a == b else right)
             forms.append(product if a == b else product + linalg.transpose(product))
         return namespace(cross).stack(forms)
 
