@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
-import pandas as pd
 
+from jaxreml.api.blocks import Job, block_size, fit_in_memory, fit_to_file, progress_bar
 from jaxreml.arguments import is_reml, refuse_arguments
-from jaxreml.backend.arrays import mapped
+from jaxreml.data.companions import Companions, Measured, of_each
 from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.responses import Responses
-from jaxreml.data.sources import import_parquet
 from jaxreml.errors import FormulaError
 from jaxreml.fitting.fit import fit_frame
-from jaxreml.many.engine import BatchFitter
 from jaxreml.many.fitted import BatchModel
-from jaxreml.many.numbers import Fits
-from jaxreml.many.processes import Crew, gather, widths
+from jaxreml.many.own_weights import fitter_for
+from jaxreml.many.processes import Crew
 from jaxreml.results.batch import BatchResults
 from jaxreml.results.results import LMMResults
 from jaxreml.results.streamed import (
@@ -34,10 +29,7 @@ from jaxreml.results.streamed import (
     StreamedResults,
     check_output,
     describe_run,
-    first_failed,
-    frequent_failures,
 )
-from jaxreml.status import Status
 
 BLOCK_BYTES = 64 << 20  # of values or results of one block, whichever is more
 
@@ -125,7 +117,12 @@ def fit_many(
             other's index holding the same values. By position if left out; tables are refused then
             whose row labels differ, or whose labels are values of a column in another order.
         layer: of an AnnData object, the layer to fit; its X if left out.
-        weights, offset, structure, context, max_iterations: as for `fit`.
+        weights, offset: as for `fit`; or of each response's own, (n, B) in any form that
+            `responses` may have, matched by name, or by position if one of the two has no names. A
+            weight of zero, or a missing one, leaves the row out for the response, as a missing
+            value does, and is counted in `n_missing`. With one grouping factor of up to four
+            effects such responses go side by side, in designs of their own; others one by one.
+        structure, context, max_iterations: as for `fit`.
         modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
         df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
             adjusted standard errors.
@@ -179,12 +176,20 @@ def fit_many(
             "out and call fit_many on a part of the responses at a time"
         )
     path = None if output is None else check_output(output, overwrite)
-    frame = covariate_frame(formula, data, weights=weights, offset=offset, context=context)
+    given = {"weights": weights, "offset": offset}
+    own = {role: value for role, value in given.items() if of_each(value, data)}
+    shared = {role: value for role, value in given.items() if role not in own}
+    frame = covariate_frame(formula, data, context=context, **shared)
     rows = _contrast_rows(frame, contrasts or {})
-    source = Responses(responses, data, frame.rows, id, layer)
-    fitter = BatchFitter(
+    source = Companions(
+        Responses(responses, data, frame.rows, id, layer),
+        frame.table,
+        **{role: Responses(value, data, frame.rows, id, role=role) for role, value in own.items()},
+    )
+    fitter = fitter_for(
         frame,
         method,
+        weighted=source.weighted,
         structure=structure,
         modes=modes,
         df=df,
@@ -195,11 +200,12 @@ def fit_many(
         count=None if source.names is None else len(source.names),
     )
     crew = Crew.present()
-    template = fitter.fit(np.empty((len(frame.X), 0)))
+    nothing = np.empty((len(frame.X), 0))
+    template = fitter.fit(*[nothing] * (1 + source.weighted))
     job = Job(fitter, source, _model(frame, fitter, contrasts or {}), template, crew)
-    size = batch_size or _block_size(frame, template, source.names, crew)
+    size = batch_size or block_size(frame, template, source, crew)
     total = None if source.names is None else len(source.names)
-    with _progress_bar(total, progress if crew.index == 0 else False) as advance:
+    with progress_bar(total, progress if crew.index == 0 else False) as advance:
         if path is not None:
             run = describe_run(
                 frame,
@@ -210,85 +216,16 @@ def fit_many(
                 size,
                 (df, list(contrasts or {}), rows),
             )
-            return _fit_to_file(job, size, Parts(path, run), overwrite, advance)
-        names, fits = _fit_in_memory(job, size, advance)
+            return fit_to_file(job, size, Parts(path, run), overwrite, advance)
+        names, fits = fit_in_memory(job, size, advance)
 
     def refit(i: int) -> LMMResults:
-        y = source.read(i, i + 1)[:, 0]
+        measured = source.read(i, i + 1)
         name = _response_name(names[i], frame.formula.text)
-        return _fit_alone(frame, name, y, method, structure, context, max_iterations)
+        return _fit_alone(frame, name, measured, method, structure, context, max_iterations)
 
     at_hand = refit if source.names is not None else None
     return BatchResults(job.model, names, fits, frame, at_hand)
-
-
-class Job(NamedTuple):
-    """What is fitted to what, by whom; `template` are the results of no responses."""
-
-    fitter: BatchFitter
-    responses: Responses
-    model: BatchModel
-    template: Fits
-    crew: Crew
-
-
-def _fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fits]:
-    names, pieces = [], [job.template]
-    with job.crew.together():
-        for k, block in enumerate(job.responses.blocks(size)):
-            names.append(block.names)
-            if job.crew.owns(k):
-                pieces.append(job.fitter.fit(block.read()))
-                advance(pieces[-1].status)
-    fits = mapped(lambda *arrays: np.concatenate(arrays), *pieces)
-    if job.crew.count > 1:
-        fits = gather(fits, [len(block) for block in names], job.crew)
-    known = job.responses.names
-    return names[0].append(names[1:]) if known is None else known, fits
-
-
-def _fit_to_file(
-    job: Job, size: int, parts: Parts, overwrite: bool, advance: Advance
-) -> StreamedResults:
-    first = job.crew.index == 0
-    with job.crew.together():
-        if not overwrite:
-            parts.check()
-        elif first:
-            parts.discard()
-        if first:
-            parts.start()
-    count = 0
-    with job.crew.together(), ThreadPoolExecutor(1) as writer:
-        written: list[Future] = []  # a block is written while the next is fitted
-        for k, block in enumerate(job.responses.blocks(size)):
-            count += 1
-            if not job.crew.owns(k):
-                continue
-            values = block.read()
-            status = parts.status(k, block.names, values)
-            if status is None:
-                fits = job.fitter.fit(values)
-                status = fits.status
-                results = BatchResults(job.model, block.names, fits)
-                _wait_for(written)
-                written = [writer.submit(parts.write, k, block.names, values, results)]
-            advance(status)
-        _wait_for(written)
-    with job.crew.together():
-        if first:
-            parts.assemble(count, job.model)
-    pq = import_parquet("output to parquet")
-    table = pq.read_table(parts.output, columns=["response", "status"])
-    names, status = (table.column(name).to_numpy() for name in table.column_names)
-    failures = frequent_failures(status), first_failed(names, status)
-    return StreamedResults(parts.output, job.model, len(status), *failures)
-
-
-def _wait_for(futures: list[Future]) -> None:
-    """Raise what they raised."""
-    for future in futures:
-        future.result()
 
 
 def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarray:
@@ -307,7 +244,7 @@ def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarra
     return rows
 
 
-def _model(frame: ModelFrame, fitter: BatchFitter, contrasts: Mapping[str, Any]) -> BatchModel:
+def _model(frame: ModelFrame, fitter: Any, contrasts: Mapping[str, Any]) -> BatchModel:
     return BatchModel(
         frame.formula.text,
         fitter.method,
@@ -321,13 +258,6 @@ def _model(frame: ModelFrame, fitter: BatchFitter, contrasts: Mapping[str, Any])
         tuple(map(str, contrasts)),
         fitter.engine_name,
     )
-
-
-def _block_size(frame: ModelFrame, template: Fits, names: pd.Index | None, crew: Crew) -> int:
-    """Responses at a time: of bounded size, and every process gets some."""
-    numbers = max(len(frame.X), sum(widths(template)))
-    size = max(1, BLOCK_BYTES // (8 * numbers))
-    return size if names is None else max(1, min(size, -(-len(names) // crew.count)))
 
 
 def _response_name(name: Any, formula: str) -> str:
@@ -344,14 +274,19 @@ def _response_name(name: Any, formula: str) -> str:
 def _fit_alone(
     frame: ModelFrame,
     name: str,
-    y: np.ndarray,
+    measured: Measured,
     method: str,
     structure: str | None,
     context: Mapping[str, Any] | None,
     max_iterations: int,
 ) -> LMMResults:
     """`fit` of one response on the columns and rows of a frame."""
-    own = with_response(frame, name, y, context)
+    y, weights, offset = (None if own is None else own[:, 0] for own in measured)
+    assert y is not None
+    if weights is not None:
+        y = np.where(weights > 0, y, np.nan)
+        weights = np.where(weights > 0, weights, 1.0)
+    own = with_response(frame, name, y, context, weights=weights, offset=offset)
     result = fit_frame(own, method, structure, context, max_iterations, kind=LMMResults)
     _warn_of_coding(frame, result, ~np.isnan(y))
     return replace(result, n_dropped=result.n_dropped + frame.n_dropped)
@@ -368,39 +303,3 @@ def _warn_of_coding(frame: ModelFrame, result: LMMResults, kept: np.ndarray) -> 
         f"{', '.join(result.fixed_names)}, are not those of `BatchResults.params`",
         stacklevel=4,
     )
-
-
-@contextmanager
-def _progress_bar(total: int | None, wanted: bool | None) -> Iterator[Advance]:
-    """A bar on stderr with responses/s and failures; gives what is to be called with status codes.
-
-    Args:
-        total: number of responses, if it is known.
-        wanted: whether to show it; None for only on a terminal.
-    """
-    if wanted is None:
-        wanted = sys.stderr is not None and sys.stderr.isatty()
-    if not wanted:
-        yield lambda status: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = [
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} responses/s, {task.fields[failed]} failed"),
-    ]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, rate=0, failed=0)
-
-        def advance(status: np.ndarray) -> None:
-            now = bar.tasks[0]
-            bar.update(
-                task,
-                advance=len(status),
-                failed=now.fields["failed"] + int(np.sum(status != Status.CONVERGED)),
-            )
-            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-9))
-
-        yield advance

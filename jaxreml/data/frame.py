@@ -163,7 +163,13 @@ def covariate_frame(
 
 
 def with_response(
-    frame: ModelFrame, name: str, y: np.ndarray, context: Mapping[str, Any] | None = None
+    frame: ModelFrame,
+    name: str,
+    y: np.ndarray,
+    context: Mapping[str, Any] | None = None,
+    *,
+    weights: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
 ) -> ModelFrame:
     """A frame without a response, coded anew from the rows where a response is not missing.
 
@@ -172,8 +178,14 @@ def with_response(
         name: what the response is called, which stands nowhere in the formula.
         y: (n,), NaN where it is missing.
         context: that of the formula.
+        weights, offset: of the response's own, (n,): in the place of the frame's weights, and
+            beside its offset.
     """
     table, extras = split_extras(frame.table)
+    if weights is not None:
+        extras["weights"] = weights
+    if offset is not None:
+        extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     return _model_frame(parsed, table.assign(**{name: y}), context=context, **extras)
 

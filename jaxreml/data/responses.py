@@ -40,6 +40,7 @@ class Responses:
             rows belong together; by position if left out, and then what labels there are must not
             contradict it.
         layer: of an AnnData object.
+        role: what they are called in messages: weights come in the same forms.
 
     Attributes:
         names: (B,), or None for a stream, which tells them as it goes.
@@ -55,8 +56,9 @@ class Responses:
         rows: np.ndarray,
         id: str | None = None,
         layer: str | None = None,
+        role: str = "responses",
     ):
-        self._rows, self._id = rows, id
+        self._rows, self._id, self._role = rows, id, role
         self._data = DataRows(data)
         self.source = open_source(responses, id, layer)
         self.names = None
@@ -123,8 +125,8 @@ class Responses:
             return order[self._rows]
         if source.n != n:
             raise DataError(
-                f"the data have {n} rows and the responses {source.n}; match them by an id column "
-                f"(id=...){self._data.difference(source.labels)}"
+                f"the data have {n} rows and the {self._role} {source.n}; match them by an id "
+                f"column (id=...){self._data.difference(source.labels)}"
             )
         self._data.check(source.labels)
         if not isinstance(source, Array):

@@ -256,7 +256,8 @@ class _SharedPasses(Passes):
         return suspects(values, found.root, found.value, self.covariance, along)
 
     def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
-        return steps.modes_of(self.lanes, *block.detail[:2], root)
+        values, shift, _ = block.detail
+        return steps.modes_of(self.lanes, values, shift, root)
 
     def single(self, column: int) -> Design:
         values, shift = self._block(np.array([column]))

@@ -172,7 +172,7 @@ class Parts:
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def status(self, k: int, names: pd.Index, values: np.ndarray) -> np.ndarray | None:
+    def status(self, k: int, names: pd.Index, *arrays: np.ndarray) -> np.ndarray | None:
         """Status codes of block `k` if an earlier run fitted it, else None.
 
         Raises:
@@ -182,16 +182,16 @@ class Parts:
         if not path.exists():
             return None
         table = self._read(k, ["status"])
-        mark = self._mark(k, names, values)
+        mark = self._mark(k, names, arrays)
         found = table.schema.metadata or {}
         if found.get(MARK) != mark:
             raise self._wrong(path, "is of another model or of other responses")
         return table.column("status").to_numpy()
 
-    def write(self, k: int, names: pd.Index, values: np.ndarray, results: BatchResults) -> None:
-        """Keep the results of block `k`."""
+    def write(self, k: int, results: BatchResults, *arrays: np.ndarray) -> None:
+        """Keep the results of block `k`, made of these values, and weights if there are any."""
         table = parquet.to_table(results, adjusted=False)
-        metadata = {**(table.schema.metadata or {}), MARK: self._mark(k, names, values)}
+        metadata = {**(table.schema.metadata or {}), MARK: self._mark(k, results.responses, arrays)}
         table = table.replace_schema_metadata(metadata)
         parquet.write_whole(
             self._path(k),
@@ -253,9 +253,12 @@ class Parts:
     def _path(self, k: int) -> Path:
         return self.folder / f"part-{k:06d}.parquet"
 
-    def _mark(self, k: int, names: pd.Index, values: np.ndarray) -> bytes:
+    def _mark(self, k: int, names: pd.Index, arrays: tuple[np.ndarray, ...]) -> bytes:
         """What a part says about itself."""
-        checksum = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        checksum = 0
+        for own in arrays:
+            flat = np.ascontiguousarray(own).reshape(-1).view(np.uint8)
+            checksum = zlib.crc32(flat.data, checksum)
         mark = {"run": self.run, "block": k, "names": _digest_names(names), "values": checksum}
         return json.dumps(mark).encode()
 
