@@ -31,7 +31,7 @@ class Job(NamedTuple):
     """What is fitted to what, by whom.
 
     Attributes:
-        fitter: a `BatchFitter` or a `WeightedFitter`.
+        fitter: a `BatchFitter` or a `OwnFitter`.
         responses, model: to fit, and what they share.
         template: the results of no responses.
         crew: the processes at work.

@@ -20,7 +20,7 @@ from jaxreml.data.responses import Responses
 from jaxreml.errors import FormulaError
 from jaxreml.fitting.fit import fit_frame
 from jaxreml.many.fitted import BatchModel
-from jaxreml.many.own_weights import fitter_for
+from jaxreml.many.own_fitter import fitter_for
 from jaxreml.many.processes import Crew
 from jaxreml.results.batch import BatchResults
 from jaxreml.results.results import LMMResults
@@ -189,7 +189,7 @@ def fit_many(
     fitter = fitter_for(
         frame,
         method,
-        weighted=source.weighted,
+        own=source.weighted,
         structure=structure,
         modes=modes,
         df=df,

@@ -1,9 +1,9 @@
-"""`WeightedEngine`: responses with weights of their own, on NumPy.
+"""`OwnDesigns`: responses with weights or a covariate of their own, on NumPy.
 
-Weights change the cross-products of X and Z from response to response: each lane of `Grouped` has
-its own. They come from matrix products of the weights with products of columns that all share. X
-enters as the orthonormal basis of its unweighted columns, y as what weighted least squares leave of
-it, from rows, so that no digits are lost to a large mean.
+They change the cross-products of X and Z from response to response: each lane of `Grouped` has its
+own. They come from matrix products of the weights with products of columns that all share. X enters
+as the orthonormal basis of its unweighted columns, a covariate as what these leave of it, y as what
+weighted least squares leave of it, from rows, so that no digits are lost to a large mean.
 
 A weight of zero leaves a row out for the response, and so does a missing value: lanes need not have
 the same rows. What cross-products cannot be trusted with (too few levels or rows left, columns of X
@@ -36,14 +36,15 @@ from jaxreml.optimum.search import START
 from jaxreml.status import Status
 
 Array = np.ndarray
+DEPENDENT = 1e-10  # share of a covariate that the others leave which is rounding error
 CLOSE = 1e-8  # share of a sum of squares below which half of its digits are gone
 
 
-class WeightedEngine:
-    """What responses with weights of their own have in common.
+class OwnDesigns:
+    """What responses with weights or a covariate of their own have in common.
 
     Args:
-        basis: of all rows, without weights; `grouped`.
+        basis: of all rows, without weights and covariate; `grouped`.
         effects: (n, q), Z inside (`Basis.units`).
         options, known: as of other engines.
     """
@@ -59,7 +60,7 @@ class WeightedEngine:
         pairs = [effects[:, i] * effects[:, k] for i, k in np.transpose(natural.triangle(q))]
         self.of_z = self._by_level(pairs)
         self.of_zx = self._by_level([z * u for z in effects.T for u in U.T])
-        self.of_zy = self._by_level(list(effects.T))
+        self.of_z_alone = self._by_level(list(effects.T))
 
     def _by_level(self, columns: list[Array]) -> Any:
         """Sums over levels of weights times columns (n,), as a sparse matrix (columns J, n)."""
@@ -72,55 +73,94 @@ class WeightedEngine:
         """Per lane, of the larger arrays of a search: columns of X are worked on in turn."""
         return self.rows.n_levels * self.effects.shape[1] ** 2
 
-    def design(self, y: Array, weights: Array) -> Design:
-        """The designs of responses less their offset, (n, b), zero weights leaving rows out."""
-        basis, p, b = self.basis, self.basis.p, y.shape[1]
+    def design(self, y: Array, weights: Array, x: Array | None = None) -> Design:
+        """The designs of responses less their offset, (n, b), zero weights leaving rows out, and of
+        a covariate each, which is the last column of X then."""
+        basis, shared, b = self.basis, self.basis.p, y.shape[1]
         q, levels = self.effects.shape[1], self.rows.n_levels
-        U = basis.rows
-        xx = (self.of_x @ weights)[natural.places(p)] if p else np.zeros((0, 0, b))
-        factor = linalg.cholesky(xx)
+        U, triangle = basis.rows, basis.triangle[..., None]
+        xx = (self.of_x @ weights)[natural.places(shared)] if shared else np.zeros((0, 0, b))
+        zx = (self.of_zx @ weights).reshape(q, shared, levels, b)
+        own, known = None, np.ones(b, bool)
+        if x is not None:
+            own, triangle, known = self._beside(x)
+            weighted = weights * own
+            xx = linalg.border(xx, U.T @ weighted, np.einsum("nb,nb->b", weighted, own))
+            zx = np.concatenate([zx, self._of_levels(weighted)], axis=1)
+        p, factor = len(xx), linalg.cholesky(xx)
 
-        def least_squares(values: Array) -> Array:
-            half = linalg.solve_lower(factor, (U.T @ (weights * values))[:, None])
-            return linalg.solve_lower(factor, half, transposed=True)[:, 0]
+        def products(values: Array) -> Array:
+            weighted = weights * values
+            found = U.T @ weighted
+            if own is None:
+                return found
+            return np.concatenate([found, np.einsum("nb,nb->b", weighted, own)[None]])
 
-        coefficients = least_squares(y)
-        residual = y - U @ coefficients
-        again = least_squares(residual)  # takes out what rounding left of a large mean
-        residual = residual - U @ again
+        def less(values: Array) -> tuple[Array, Array]:
+            """Weighted least squares coefficients, and what they leave."""
+            half = linalg.solve_lower(factor, products(values)[:, None])
+            found = linalg.solve_lower(factor, half, transposed=True)[:, 0]
+            left = values - U @ found[:shared]
+            return found, left if own is None else left - own * found[-1]
+
+        coefficients, residual = less(y)
+        again, residual = less(residual)  # takes out what rounding left of a large mean
         weighted = weights * residual
         residual_ss = np.einsum("nb,nb->b", weighted, residual)
-        rest = linalg.border(xx, U.T @ weighted, residual_ss)
+        rest = linalg.border(xx, products(residual), residual_ss)
 
         used = weights > 0
         n = used.sum(axis=0)
         log_weights = np.log(np.where(used, weights, 1.0)).sum(axis=0)
         scale = np.exp(log_weights / n)  # of the effects' squares: theirs are then near one
         zz = (self.of_z @ weights).reshape(-1, levels, b)[natural.places(q)] / scale
-        zx = (self.of_zx @ weights).reshape(q, p, levels, b)
-        zy = (self.of_zy @ weighted).reshape(q, 1, levels, b)
-        columns = np.concatenate([zx, zy], axis=1) / np.sqrt(scale)
+        columns = np.concatenate([zx, self._of_levels(weighted)], axis=1) / np.sqrt(scale)
         factors, scores, left, share = by_level(zz, columns, rest)
         sure = (left[p, p] > CLOSE * residual_ss) & (share > CLOSE)
         sure &= np.all(np.isfinite(factor), axis=(0, 1)) & (_least(factor) > CLOSE)
+        trouble = np.where(sure, Status.CONVERGED, Status.ILL_CONDITIONED)
         units = basis.units
         matrices = tuple(own[..., None] * np.sqrt(scale) for own in units.matrices)
         return Design(
             structure=Grouped(factors, scores, left, basis.sizes),
-            basis=basis.triangle[..., None],
-            beta_ols=linalg.solve_upper(basis.triangle, coefficients + again),
+            basis=triangle,
+            beta_ols=linalg.solve_upper(triangle, (coefficients + again)[:, None])[:, 0],
             residual_ss=residual_ss,
             total_ss=np.einsum("nb,nb,nb->b", weights, y, y),
             log_weights=log_weights,
             log_gram_x=np.full(1, np.nan),
             units=Units(matrices, units.rotated),
             n=n.astype(float),
-            trouble=np.where(sure, Status.CONVERGED, Status.ILL_CONDITIONED).astype(np.int32),
+            trouble=np.where(known, trouble, Status.RANK_DEFICIENT).astype(np.int32),
             p=p,
             names=basis.names,
             covariance=basis.covariance,
             dtype=basis.dtype,
         )
+
+    def _of_levels(self, weighted: Array) -> Array:
+        """Z'C of weighted columns (n, b), level by level: (q, 1, J, b)."""
+        q, levels = self.effects.shape[1], self.rows.n_levels
+        return (self.of_z_alone @ weighted).reshape(q, 1, levels, -1)
+
+    def _beside(self, x: Array) -> tuple[Array, Array, Array]:
+        """What the other columns of X leave of covariates, of unit length, (n, b); the triangle of
+        both, (p, p, b); and whether it is more than rounding error."""
+        U = self.basis.rows
+        share = U.T @ x
+        left = x - U @ share
+        more = U.T @ left
+        left = left - U @ more
+        length = np.sqrt(np.einsum("nb,nb->b", left, left))
+        known = length > DEPENDENT * np.sqrt(np.einsum("nb,nb->b", x, x))
+        length = np.where(known, length, 1.0)
+        corner = np.concatenate([np.zeros_like(share), length[None]])
+        columns = np.concatenate([share + more, length[None]])
+        top = np.broadcast_to(
+            self.basis.triangle[..., None], (*self.basis.triangle.shape, x.shape[1])
+        )
+        whole = np.concatenate([top, corner[None, :-1]])
+        return left / length, np.concatenate([whole, columns[:, None]], axis=1), known
 
 
 def _least(factor: Array) -> Array:
@@ -131,27 +171,30 @@ def _least(factor: Array) -> Array:
     return np.min(linalg.diagonal(factor) ** 2 / squares, axis=0)
 
 
-class WeightedPasses(Passes):
-    """Of responses with weights of their own.
+class OwnPasses(Passes):
+    """Of responses with weights or a covariate of their own.
 
     Args:
         engine: of the design.
-        values, weights: (n, b), the block; weights are zero where a row is left out.
+        values, weights, x: (n, b), the block; weights are zero where a row is left out; `x` None
+            without covariates.
         table: for their numbers.
         single: the design of a column of the block, as `fit` has it.
     """
 
     def __init__(
         self,
-        engine: WeightedEngine,
+        engine: OwnDesigns,
         values: Array,
         weights: Array,
+        x: Array | None,
         table: Table,
         single: Callable[[int], Design],
     ):
         covariance = engine.basis.covariance
         super().__init__(covariance, engine.options, engine.known, table, engine.numbers)
-        self.engine, self.values, self.weights, self._single = engine, values, weights, single
+        self.engine, self._single = engine, single
+        self.values, self.weights, self.x = values, weights, x
 
     def prepared(self, columns: Array) -> Block:
         """As `Passes`: one design, searched as it is."""
@@ -159,7 +202,9 @@ class WeightedPasses(Passes):
         y = self.values[:, columns]
         if self.engine.basis.offset is not None:
             y = y - self.engine.basis.offset[:, None]
-        design = self.engine.design(np.where(weights > 0, y, 0.0), weights)
+        used = weights > 0
+        x = None if self.x is None else np.where(used, self.x[:, columns], 0.0)
+        design = self.engine.design(np.where(used, y, 0.0), weights, x)
         values = self._on_grid(design) if sum(self.covariance.sizes) == 1 else None
         return Block(columns, design, design, design.n - design.p, values)
 

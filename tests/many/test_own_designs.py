@@ -9,7 +9,7 @@ import pytest
 import jaxreml
 from jaxreml.data.frame import covariate_frame
 from jaxreml.errors import DataError
-from jaxreml.many.own_weights import WeightedFitter
+from jaxreml.many.own_fitter import OwnFitter
 from jaxreml.model.structures.grouped import Grouped
 from jaxreml.status import Status
 
@@ -69,7 +69,7 @@ def test_lanes_are_single_fits(data, formula, method, df):
     p = covariate_frame(formula, data).X.shape[1]
     values = values if p else values - 50  # no mean to take it up
     contrasts = np.ones((1, p))
-    fitter = WeightedFitter(
+    fitter = OwnFitter(
         covariate_frame(formula, data), method, df=df, contrasts=contrasts, modes=True
     )
     fits = fitter.fit(values, weights)
@@ -104,7 +104,7 @@ def test_500_random_responses(data):
     for formula in ("~ x + z + (1 | g)", "~ x + (t | g)"):
         values, weights = draw(data, 500, seed=5)
         weights[np.random.default_rng(6).uniform(size=weights.shape) < 0.05] = 0
-        fits = WeightedFitter(covariate_frame(formula, data), "REML").fit(values, weights)
+        fits = OwnFitter(covariate_frame(formula, data), "REML").fit(values, weights)
         for k in range(500):
             single = alone(formula, data, values[:, k], weights[:, k], "REML")
             assert abs(fits.criterion[k] - single.criterion) < 1e-8
@@ -117,12 +117,12 @@ def test_what_lanes_cannot_do_goes_alone(data):
     weights[data["f"] == "a", 0] = 0
     weights[data["g"] != "g03", 1] = 0
     weights[5:, 2] = 0
-    fits = WeightedFitter(covariate_frame("~ f + (1 | g)", data), "REML").fit(values, weights)
+    fits = OwnFitter(covariate_frame("~ f + (1 | g)", data), "REML").fit(values, weights)
     assert fits.status.tolist() == [0, Status.TOO_FEW_ROWS, Status.TOO_FEW_ROWS, 0]
     assert fits.rank[0] == 1 and np.isnan(fits.beta[0]).all()
     single = alone("~ 1 + (1 | g)", data, values[:, 0], weights[:, 0], "REML")
     np.testing.assert_allclose(fits.sigma[0], single.sigma, rtol=1e-8)
-    crossed = WeightedFitter(covariate_frame("~ x + (1 | g) + (1 | h)", data), "ML")
+    crossed = OwnFitter(covariate_frame("~ x + (1 | g) + (1 | h)", data), "ML")
     fits = crossed.fit(values[:, 3:], weights[:, 3:])
     single = alone("~ x + (1 | g) + (1 | h)", data, values[:, 3], weights[:, 3], "ML")
     np.testing.assert_allclose(fits.criterion[0], single.criterion, rtol=1e-11)
@@ -198,7 +198,7 @@ def test_the_certificate_sees_a_wrong_slope(data, monkeypatch):
 
     monkeypatch.setattr(Grouped, "slope", wrong)
     values, weights = draw(data, 3)
-    fits = WeightedFitter(covariate_frame("~ x + (1 | g)", data), "REML").fit(values, weights)
+    fits = OwnFitter(covariate_frame("~ x + (1 | g)", data), "REML").fit(values, weights)
     single = alone("~ x + (1 | g)", data, values[:, 2], weights[:, 2], "REML")
     # What lanes do not find goes alone, where the slope is right.
     assert not fits.status.any()

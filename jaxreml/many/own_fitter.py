@@ -1,0 +1,194 @@
+"""`OwnFitter`: blocks of responses with weights or a covariate of their own.
+
+They go in lanes, each with its own cross-products (`own_designs`), or one by one: other designs
+than those of one grouping factor, and what lanes cannot be trusted with. Responses with the same
+weights, if that is all they have, go together, as if these were the model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxreml.arguments import check_engine
+from jaxreml.data.frame import ModelFrame
+from jaxreml.errors import DataError
+from jaxreml.many.base import Known
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.lanes import MOST_EFFECTS
+from jaxreml.many.numbers import Fits, Table
+from jaxreml.many.own_designs import OwnDesigns, OwnPasses
+from jaxreml.status import Status
+
+TOGETHER = 16  # responses of the same weights, from which on these are taken for the model's
+
+
+class _Block(NamedTuple):
+    """Responses, weights and covariates, (n, b); where a weight is zero values are NaN."""
+
+    values: np.ndarray
+    weights: np.ndarray
+    x: np.ndarray | None
+
+
+class OwnFitter:
+    """As `BatchFitter`, for responses with weights or a covariate of their own, on NumPy.
+
+    Args:
+        frame: a `covariate_frame`; its weights are those of all responses without their own.
+        method: "REML" or "ML".
+        covariate: the column of X, by name, that every response has its own of; None for none.
+        options: of `BatchFitter`.
+
+    Raises:
+        ValueError: ``engine="jax"``, or devices.
+    """
+
+    def __init__(
+        self, frame: ModelFrame, method: str, *, covariate: str | None = None, **options: Any
+    ):
+        check_engine(engine := options.pop("engine", None))
+        if engine == "jax" or options.get("devices") is not None:
+            raise ValueError(
+                "weights and covariates of the responses' own are NumPy's: leave engine and "
+                "devices out"
+            )
+        self.frame, self.options = frame, {"method": method, **options, "engine": "numpy"}
+        places = np.arange(len(frame.fixed_names))
+        self.place = None
+        plain = replace(frame, weights=None)
+        if covariate is not None:
+            self.place = frame.fixed_names.index(covariate)
+            others = np.delete(places, self.place)
+            plain = replace(
+                plain,
+                X=frame.X[:, others],
+                fixed_names=tuple(np.delete(frame.fixed_names, self.place)),
+            )
+            places = np.append(others, self.place)
+        contrasts = options.get("contrasts")
+        if contrasts is None:
+            contrasts = np.zeros((0, places.size))
+        self.contrasts = len(contrasts)
+        shared = {**self.options, "contrasts": None}
+        fitter = BatchFitter(plain, **shared)
+        self.method, self.df, self.structure = method, fitter.df, fitter.structure
+        self.engine_name, self.modes = fitter.engine_name, fitter.modes
+        basis = fitter.basis
+        self.lanes = None
+        if basis.kind == "grouped" and sum(basis.sizes) <= MOST_EFFECTS:
+            inside = [basis.units.rows(k, term.effects) for k, term in enumerate(frame.terms)]
+            known = Known(places, np.ones(places.size + self.contrasts, bool))
+            own = fitter.options._replace(contrasts=contrasts[:, places])
+            self.lanes = OwnDesigns(basis, np.concatenate(inside, axis=1), own, known)
+
+    def fit(
+        self, values: np.ndarray, weights: np.ndarray | None = None, x: np.ndarray | None = None
+    ) -> Fits:
+        """Fit each column of (n, b) `values` with its weights and covariate. A value, weight or
+        covariate that is NaN leaves the row out, and so does a weight of zero."""
+        if weights is None:
+            own = np.ones(len(values)) if self.frame.weights is None else self.frame.weights
+            weights = np.broadcast_to(own[:, None], values.shape)
+        missing = np.isnan(values) | np.isnan(weights)
+        if x is not None:
+            missing |= np.isnan(x)
+        weights = np.where(missing, 0.0, weights)
+        block = _Block(np.where(weights > 0, values, np.nan), weights, x)
+        table = Table(self.frame, values.shape[1], self.modes, self.contrasts)
+        apart = []
+        for same in self._alike(block):
+            if len(same) >= TOGETHER:
+                own = np.array(same)
+                table.take(own, self._fitter(block, same[0]).table(block.values[:, own]))
+            else:
+                apart += same
+        if apart and self.lanes is not None:
+            self._in_lanes(self.lanes, block, np.sort(apart), table)
+        elif apart:
+            self._alone(block, np.array(apart), table)
+        return table.fits()
+
+    def _alike(self, block: _Block) -> list[list[int]]:
+        """Columns that have the same weights and no covariate, together."""
+        columns = range(block.values.shape[1])
+        if block.x is not None:
+            return [[column] for column in columns]
+        groups: dict[bytes, list[int]] = {}
+        for column in columns:
+            groups.setdefault(block.weights[:, column].tobytes(), []).append(column)
+        return list(groups.values())
+
+    def _fitter(self, block: _Block, column: int) -> BatchFitter:
+        """Of the model of one column. What it has where there is no response does not count.
+
+        Raises:
+            DataError: its covariate depends on the other columns of X.
+        """
+        own = block.weights[:, column]
+        frame = replace(self.frame, weights=np.where(own > 0, own, 1.0))
+        if block.x is not None:
+            X = frame.X.copy()
+            X[:, self.place] = np.where(own > 0, block.x[:, column], 0.0)
+            frame = replace(frame, X=X)
+        return BatchFitter(frame, **self.options)
+
+    def _in_lanes(
+        self, lanes: OwnDesigns, block: _Block, columns: np.ndarray, table: Table
+    ) -> None:
+        values, used = block.values[:, columns], block.weights[:, columns] > 0
+        count = used.sum(axis=0)
+        table.n_missing[columns] = len(values) - count
+        table.status[columns] = Status.TOO_FEW_ROWS
+        infinite = np.isinf(values).any(axis=0)
+        if block.x is not None:
+            infinite |= np.isinf(block.x[:, columns]).any(axis=0)
+        highest = np.where(used, values, -np.inf).max(axis=0, initial=-np.inf)
+        lowest = np.where(used, values, np.inf).min(axis=0, initial=np.inf)
+        table.status[columns[(highest == lowest) & (count > 0)]] = Status.CONSTANT
+        table.status[columns[infinite]] = Status.INFINITE
+        some = ~infinite & (highest > lowest)
+        few = self._lacks(lanes, used)
+        todo, doubtful = columns[some & ~few], columns[some & few]
+        if todo.size:
+            passes = OwnPasses(
+                lanes,
+                *block,
+                table,
+                single=lambda column: self._fitter(block, column).design(block.values[:, column]),
+            )
+            passes.run(todo)
+            passes.certify(todo)
+        settled = table.status[todo] == Status.CONVERGED
+        settled |= table.status[todo] == Status.RANK_DEFICIENT
+        self._alone(block, np.concatenate([doubtful, todo[~settled]]), table)
+
+    def _alone(self, block: _Block, columns: np.ndarray, table: Table) -> None:
+        for column in columns:
+            own = np.array([column])
+            try:
+                fitter = self._fitter(block, column)
+            except DataError:
+                table.status[own] = Status.RANK_DEFICIENT
+                continue
+            table.take(own, fitter.table(block.values[:, own]))
+
+    def _lacks(self, lanes: OwnDesigns, used: np.ndarray) -> np.ndarray:
+        """Which responses have too few of the rows or levels for lanes, booleans."""
+        count, q = used.sum(axis=0), lanes.effects.shape[1]
+        levels = (lanes.rows.sums(used.astype(float)) > 0).sum(axis=0)
+        few = (count <= self.frame.X.shape[1]) | (levels < 2) | (levels * q >= count)
+        return few & (count < len(used))
+
+
+def fitter_for(
+    frame: ModelFrame, method: str, *, own: bool, covariate: str | None = None, **options: Any
+) -> Any:
+    """A `BatchFitter`, or an `OwnFitter` if the responses have weights or covariates of their
+    own."""
+    if own or covariate is not None:
+        options.pop("count", None)
+        return OwnFitter(frame, method, covariate=covariate, **options)
+    return BatchFitter(frame, method, **options)
