@@ -14,6 +14,7 @@ import pandas as pd
 from jaxreml.backend.arrays import mapped
 from jaxreml.data.companions import Companions
 from jaxreml.data.frame import ModelFrame
+from jaxreml.data.pairs import Pairs
 from jaxreml.data.sources import import_parquet
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
@@ -38,7 +39,7 @@ class Job(NamedTuple):
     """
 
     fitter: Any
-    responses: Companions
+    responses: Companions | Pairs
     model: BatchModel
     template: Fits
     crew: Crew
@@ -51,7 +52,7 @@ def fit_in_memory(job: Job, size: int, advance: Advance) -> tuple[pd.Index, Fits
         for k, (own, read) in enumerate(job.responses.blocks(size)):
             names.append(own)
             if job.crew.owns(k):
-                pieces.append(job.fitter.fit(*read().arrays))
+                pieces.append(job.fitter.fit(**read().arguments))
                 advance(pieces[-1].status)
     fits = mapped(lambda *arrays: np.concatenate(arrays), *pieces)
     if job.crew.count > 1:
@@ -79,10 +80,11 @@ def fit_to_file(
             count += 1
             if not job.crew.owns(k):
                 continue
-            arrays = read().arrays
+            given = read().arguments
+            arrays = tuple(given.values())
             status = parts.status(k, names, *arrays)
             if status is None:
-                fits = job.fitter.fit(*arrays)
+                fits = job.fitter.fit(**given)
                 status = fits.status
                 results = BatchResults(job.model, names, fits)
                 _wait_for(written)
@@ -105,7 +107,7 @@ def _wait_for(futures: list[Future]) -> None:
         future.result()
 
 
-def block_size(frame: ModelFrame, template: Fits, responses: Companions, crew: Crew) -> int:
+def block_size(frame: ModelFrame, template: Fits, responses: Companions | Pairs, crew: Crew) -> int:
     """Responses at a time: of bounded size, and every process gets some."""
     numbers = max(len(frame.X) * (1 + responses.weighted), sum(widths(template)))
     size = max(1, BLOCK_BYTES // (8 * numbers))

@@ -16,6 +16,7 @@ from jaxreml.arguments import is_reml, refuse_arguments
 from jaxreml.data.companions import Companions, Measured, of_each
 from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
 from jaxreml.data.hypotheses import hypotheses
+from jaxreml.data.pairs import Pairs, paired_frame
 from jaxreml.data.responses import Responses
 from jaxreml.errors import FormulaError
 from jaxreml.fitting.fit import fit_frame
@@ -47,6 +48,8 @@ def fit_many(
     layer: str | None = None,
     weights: Any = None,
     offset: Any = None,
+    covariates: Mapping[str, Any] | None = None,
+    pairs: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     modes: bool = False,
@@ -84,6 +87,8 @@ def fit_many(
     layer: str | None = None,
     weights: Any = None,
     offset: Any = None,
+    covariates: Mapping[str, Any] | None = None,
+    pairs: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
     modes: bool = False,
@@ -122,6 +127,14 @@ def fit_many(
             weight of zero, or a missing one, leaves the row out for the response, as a missing
             value does, and is counted in `n_missing`. With one grouping factor of up to four
             effects such responses go side by side, in designs of their own; others one by one.
+        covariates: ``{"X": matrix}`` where every fit has a covariate of its own (a SNP, a voxel of
+            another image): a term of the formula that is no column of the data, with its values as
+            an (n, C) matrix in any form that `responses` may have. One response goes with all of
+            them, and the results have their names. A constant one, or one that depends on the other
+            columns of X, has status RANK_DEFICIENT.
+        pairs: which of several responses go with which covariates: "all", "matched" (the k-th with
+            the k-th), or a list of pairs of names or positions, as windows of genes and SNPs. The
+            results are named ``response:covariate``.
         structure, context, max_iterations: as for `fit`.
         modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
         df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
@@ -179,17 +192,30 @@ def fit_many(
     given = {"weights": weights, "offset": offset}
     own = {role: value for role, value in given.items() if of_each(value, data)}
     shared = {role: value for role, value in given.items() if role not in own}
-    frame = covariate_frame(formula, data, context=context, **shared)
+    covariate, matrix = _only(covariates)
+    if covariate is None:
+        frame = covariate_frame(formula, data, context=context, **shared)
+    else:
+        frame = paired_frame(formula, data, covariate, context=context, **shared)
     rows = _contrast_rows(frame, contrasts or {})
-    source = Companions(
+
+    def beside(role: str, value: Any) -> Responses:
+        return Responses(value, data, frame.rows, id, role=role)
+
+    source: Companions | Pairs = Companions(
         Responses(responses, data, frame.rows, id, layer),
         frame.table,
-        **{role: Responses(value, data, frame.rows, id, role=role) for role, value in own.items()},
+        **{role: beside(role, value) for role, value in own.items()},
     )
+    if covariate is not None:
+        source = Pairs(source, beside("covariates", matrix), pairs)
+    elif pairs is not None:
+        raise ValueError("pairs are of responses and covariates: give covariates={name: matrix}")
     fitter = fitter_for(
         frame,
         method,
         own=source.weighted,
+        covariate=covariate,
         structure=structure,
         modes=modes,
         df=df,
@@ -200,8 +226,7 @@ def fit_many(
         count=None if source.names is None else len(source.names),
     )
     crew = Crew.present()
-    nothing = np.empty((len(frame.X), 0))
-    template = fitter.fit(*[nothing] * (1 + source.weighted))
+    template = fitter.fit(np.empty((len(frame.X), 0)))
     job = Job(fitter, source, _model(frame, fitter, contrasts or {}), template, crew)
     size = batch_size or block_size(frame, template, source, crew)
     total = None if source.names is None else len(source.names)
@@ -222,10 +247,21 @@ def fit_many(
     def refit(i: int) -> LMMResults:
         measured = source.read(i, i + 1)
         name = _response_name(names[i], frame.formula.text)
-        return _fit_alone(frame, name, measured, method, structure, context, max_iterations)
+        return _fit_alone(
+            frame, name, measured, covariate, method, structure, context, max_iterations
+        )
 
     at_hand = refit if source.names is not None else None
-    return BatchResults(job.model, names, fits, frame, at_hand)
+    return BatchResults(job.model, names, fits, None if covariate else frame, at_hand)
+
+
+def _only(covariates: Mapping[str, Any] | None) -> tuple[str | None, Any]:
+    """Name and values of the covariate that the responses have their own of."""
+    if covariates is None:
+        return None, None
+    if len(covariates) != 1:
+        raise ValueError(f"covariates must be one name with its matrix, not {list(covariates)}")
+    return next(iter(covariates.items()))
 
 
 def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarray:
@@ -275,18 +311,20 @@ def _fit_alone(
     frame: ModelFrame,
     name: str,
     measured: Measured,
+    covariate: str | None,
     method: str,
     structure: str | None,
     context: Mapping[str, Any] | None,
     max_iterations: int,
 ) -> LMMResults:
     """`fit` of one response on the columns and rows of a frame."""
-    y, weights, offset = (None if own is None else own[:, 0] for own in measured)
+    y, weights, offset, x = (None if own is None else own[:, 0] for own in measured)
     assert y is not None
     if weights is not None:
         y = np.where(weights > 0, y, np.nan)
         weights = np.where(weights > 0, weights, 1.0)
-    own = with_response(frame, name, y, context, weights=weights, offset=offset)
+    columns: Any = {} if covariate is None else {covariate: x}
+    own = with_response(frame, name, y, context, weights=weights, offset=offset, columns=columns)
     result = fit_frame(own, method, structure, context, max_iterations, kind=LMMResults)
     _warn_of_coding(frame, result, ~np.isnan(y))
     return replace(result, n_dropped=result.n_dropped + frame.n_dropped)

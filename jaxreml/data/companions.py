@@ -34,17 +34,21 @@ class Measured(NamedTuple):
     Attributes:
         values: the responses.
         weights, offset: their own; None where they have none.
+        x: a covariate of each; likewise.
     """
 
     values: np.ndarray
     weights: np.ndarray | None = None
     offset: np.ndarray | None = None
+    x: np.ndarray | None = None
 
     @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """What a fitter takes: responses less their offset, and weights if there are any."""
+    def arguments(self) -> dict[str, np.ndarray]:
+        """What a fitter takes: responses less their offset, and weights and covariates if there
+        are any."""
         y = self.values if self.offset is None else self.values - self.offset
-        return (y,) if self.weights is None else (y, self.weights)
+        given = {"values": y, "weights": self.weights, "x": self.x}
+        return {name: own for name, own in given.items() if own is not None}
 
 
 class Companions:

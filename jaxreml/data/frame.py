@@ -145,10 +145,12 @@ def covariate_frame(
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
     need_random: bool = True,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> ModelFrame:
     """The model frame of a formula without left side, for responses that come as a block.
 
-    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s.
+    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s; `columns` (n,) are taken
+    for columns of the data.
 
     Raises:
         FormulaError: also a formula with a left side.
@@ -159,7 +161,7 @@ def covariate_frame(
             f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
             "as an argument of their own: start the formula with ~"
         )
-    return _model_frame(parsed, data, weights, offset, context)
+    return _model_frame(parsed, data, weights, offset, context, columns)
 
 
 def with_response(
@@ -170,6 +172,7 @@ def with_response(
     *,
     weights: np.ndarray | None = None,
     offset: np.ndarray | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> ModelFrame:
     """A frame without a response, coded anew from the rows where a response is not missing.
 
@@ -180,6 +183,7 @@ def with_response(
         context: that of the formula.
         weights, offset: of the response's own, (n,): in the place of the frame's weights, and
             beside its offset.
+        columns: more values of its own, (n,), in the place of those of the frame.
     """
     table, extras = split_extras(frame.table)
     if weights is not None:
@@ -187,7 +191,8 @@ def with_response(
     if offset is not None:
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
-    return _model_frame(parsed, table.assign(**{name: y}), context=context, **extras)
+    table = table.assign(**{name: y}, **(columns or {}))
+    return _model_frame(parsed, table, context=context, **extras)
 
 
 def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -199,10 +204,16 @@ def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def _model_frame(
-    parsed: ParsedFormula, data: Any, weights: Any, offset: Any, context: Mapping[str, Any] | None
+    parsed: ParsedFormula,
+    data: Any,
+    weights: Any,
+    offset: Any,
+    context: Mapping[str, Any] | None,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    table = _used_columns(parsed, data, context)
+    table = _used_columns(parsed, data, {**context, **(columns or {})})
+    table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():
         if value is not None:
             table[EXTRAS[role]] = beside(role, value, data, len(table))

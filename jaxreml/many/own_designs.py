@@ -8,6 +8,9 @@ weighted least squares leave of it, from rows, so that no digits are lost to a l
 A weight of zero leaves a row out for the response, and so does a missing value: lanes need not have
 the same rows. What cross-products cannot be trusted with (too few levels or rows left, columns of X
 that depend on each other in these rows, too few digits left) goes one by one, as `fit` does it.
+
+Where responses have all rows and the same weights, levels of equal F are taken together: their
+scores enter the criterion by their cross-products alone, which a few levels have too.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from jaxreml.model import linalg
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
-from jaxreml.model.moments import by_level
+from jaxreml.model.moments import by_level, semidefinite_root
 from jaxreml.model.objective import profiled
+from jaxreml.model.structures.collapse import equal_levels
 from jaxreml.model.structures.grouped import Grouped, GroupedBasis
 from jaxreml.model.units import Units
 from jaxreml.optimum.effects import conditional_modes
@@ -47,9 +51,12 @@ class OwnDesigns:
         basis: of all rows, without weights and covariate; `grouped`.
         effects: (n, q), Z inside (`Basis.units`).
         options, known: as of other engines.
+        weights: (n,), those of responses without their own.
     """
 
-    def __init__(self, basis: Basis, effects: Array, options: Options, known: Known):
+    def __init__(
+        self, basis: Basis, effects: Array, options: Options, known: Known, weights: Array
+    ):
         self.basis, self.options, self.known = basis, options, known
         projector: GroupedBasis = basis.projector
         self.rows = projector.rows
@@ -61,6 +68,7 @@ class OwnDesigns:
         self.of_z = self._by_level(pairs)
         self.of_zx = self._by_level([z * u for z in effects.T for u in U.T])
         self.of_z_alone = self._by_level(list(effects.T))
+        self.classes = self._classes(weights)
 
     def _by_level(self, columns: list[Array]) -> Any:
         """Sums over levels of weights times columns (n,), as a sparse matrix (columns J, n)."""
@@ -68,24 +76,41 @@ class OwnDesigns:
             return scipy.sparse.csr_matrix((0, len(self.rows.codes)))
         return scipy.sparse.vstack([self.rows.spread(own) for own in columns], format="csr")
 
+    def _classes(self, weights: Array) -> list[Array] | None:
+        """Levels of equal F under shared weights, if that makes a third of the levels or less."""
+        q, levels = self.effects.shape[1], self.rows.n_levels
+        zz = (self.of_z @ weights).reshape(-1, levels)[natural.places(q)]
+        classes = equal_levels(semidefinite_root(zz)[0])
+        if 3 * q * (self.basis.p + 2) * (classes.max() + 1) > levels:
+            return None
+        return [np.flatnonzero(classes == own) for own in range(classes.max() + 1)]
+
     @property
     def numbers(self) -> int:
-        """Per lane, of the larger arrays of a search: columns of X are worked on in turn."""
-        return self.rows.n_levels * self.effects.shape[1] ** 2
+        """Per lane, of the larger arrays: columns of X are worked on in turn."""
+        return max(self.rows.n_levels * self.effects.shape[1] ** 2, len(self.effects) // 2)
 
-    def design(self, y: Array, weights: Array, x: Array | None = None) -> Design:
+    def design(
+        self, y: Array, weights: Array, x: Array | None = None, *, alike: bool = False
+    ) -> Design:
         """The designs of responses less their offset, (n, b), zero weights leaving rows out, and of
-        a covariate each, which is the last column of X then."""
-        basis, shared, b = self.basis, self.basis.p, y.shape[1]
+        a covariate each, which is the last column of X then.
+
+        Levels are taken together by `classes` where the responses are `alike`, in weights and rows.
+        """
+        basis, shared = self.basis, self.basis.p
+        b, w = (y if x is None else x).shape[1], weights.shape[1]
         q, levels = self.effects.shape[1], self.rows.n_levels
         U, triangle = basis.rows, basis.triangle[..., None]
-        xx = (self.of_x @ weights)[natural.places(shared)] if shared else np.zeros((0, 0, b))
-        zx = (self.of_zx @ weights).reshape(q, shared, levels, b)
+        xx = (self.of_x @ weights)[natural.places(shared)] if shared else np.zeros((0, 0, w))
+        zx = (self.of_zx @ weights).reshape(q, shared, levels, w)
         own, known = None, np.ones(b, bool)
         if x is not None:
             own, triangle, known = self._beside(x)
             weighted = weights * own
+            xx = np.broadcast_to(xx, (*xx.shape[:2], b))
             xx = linalg.border(xx, U.T @ weighted, np.einsum("nb,nb->b", weighted, own))
+            zx = np.broadcast_to(zx, (*zx.shape[:3], b))
             zx = np.concatenate([zx, self._of_levels(weighted)], axis=1)
         p, factor = len(xx), linalg.cholesky(xx)
 
@@ -94,6 +119,7 @@ class OwnDesigns:
             found = U.T @ weighted
             if own is None:
                 return found
+            found = np.broadcast_to(found, (len(found), b))
             return np.concatenate([found, np.einsum("nb,nb->b", weighted, own)[None]])
 
         def less(values: Array) -> tuple[Array, Array]:
@@ -113,20 +139,23 @@ class OwnDesigns:
         n = used.sum(axis=0)
         log_weights = np.log(np.where(used, weights, 1.0)).sum(axis=0)
         scale = np.exp(log_weights / n)  # of the effects' squares: theirs are then near one
-        zz = (self.of_z @ weights).reshape(-1, levels, b)[natural.places(q)] / scale
+        zz = (self.of_z @ weights).reshape(-1, levels, w)[natural.places(q)] / scale
         columns = np.concatenate([zx, self._of_levels(weighted)], axis=1) / np.sqrt(scale)
         factors, scores, left, share = by_level(zz, columns, rest)
         sure = (left[p, p] > CLOSE * residual_ss) & (share > CLOSE)
         sure &= np.all(np.isfinite(factor), axis=(0, 1)) & (_least(factor) > CLOSE)
         trouble = np.where(sure, Status.CONVERGED, Status.ILL_CONDITIONED)
+        counts = None
+        if alike and self.classes is not None:
+            factors, scores, counts = _together(self.classes, factors, scores)
         units = basis.units
         matrices = tuple(own[..., None] * np.sqrt(scale) for own in units.matrices)
         return Design(
-            structure=Grouped(factors, scores, left, basis.sizes),
+            structure=Grouped(factors, scores, left, basis.sizes, counts=counts),
             basis=triangle,
             beta_ols=linalg.solve_upper(triangle, (coefficients + again)[:, None])[:, 0],
             residual_ss=residual_ss,
-            total_ss=np.einsum("nb,nb,nb->b", weights, y, y),
+            total_ss=np.broadcast_to(np.einsum("nb,nb,nb->b", weights, y, y), (b,)),
             log_weights=log_weights,
             log_gram_x=np.full(1, np.nan),
             units=Units(matrices, units.rotated),
@@ -163,6 +192,23 @@ class OwnDesigns:
         return left / length, np.concatenate([whole, columns[:, None]], axis=1), known
 
 
+def _together(classes: list[Array], factors: Array, scores: Array) -> tuple[Array, Array, Array]:
+    """F, scores and `Grouped.counts` of q k levels for each class, of scores (q, k, J, b)."""
+    q, k, _, b = scores.shape
+    new_factors, new_scores, counts = [], [], []
+    for levels in classes:
+        flat = np.ascontiguousarray(scores[:, :, levels].reshape(q * k, levels.size, b))
+        root = semidefinite_root(linalg.row_products(flat, flat))[0]
+        new_scores.append(root.swapaxes(0, 1).reshape(q, k, q * k, b))
+        new_factors.append(np.repeat(factors[:, :, levels[:1]], q * k, axis=2))
+        counts += [levels.size / (q * k)] * (q * k)
+    return (
+        np.concatenate(new_factors, axis=2),
+        np.concatenate(new_scores, axis=2),
+        np.array(counts)[:, None],
+    )
+
+
 def _least(factor: Array) -> Array:
     """The least share of a column's square that those before it leave, of Cholesky factors."""
     if not len(factor):
@@ -178,6 +224,7 @@ class OwnPasses(Passes):
         engine: of the design.
         values, weights, x: (n, b), the block; weights are zero where a row is left out; `x` None
             without covariates.
+        alike: whether responses have the same weights, and all rows.
         table: for their numbers.
         single: the design of a column of the block, as `fit` has it.
     """
@@ -188,25 +235,34 @@ class OwnPasses(Passes):
         values: Array,
         weights: Array,
         x: Array | None,
+        alike: bool,
         table: Table,
         single: Callable[[int], Design],
     ):
         covariance = engine.basis.covariance
         super().__init__(covariance, engine.options, engine.known, table, engine.numbers)
         self.engine, self._single = engine, single
-        self.values, self.weights, self.x = values, weights, x
+        self.values, self.weights, self.x, self.alike = values, weights, x, alike
 
     def prepared(self, columns: Array) -> Block:
         """As `Passes`: one design, searched as it is."""
-        weights = self.weights[:, columns]
-        y = self.values[:, columns]
-        if self.engine.basis.offset is not None:
-            y = y - self.engine.basis.offset[:, None]
-        used = weights > 0
-        x = None if self.x is None else np.where(used, self.x[:, columns], 0.0)
-        design = self.engine.design(np.where(used, y, 0.0), weights, x)
+        design = self._design(columns, alike=self.alike)
         values = self._on_grid(design) if sum(self.covariance.sizes) == 1 else None
         return Block(columns, design, design, design.n - design.p, values)
+
+    def _design(self, columns: Array, *, alike: bool) -> Design:
+        lane = columns[:1]  # what all lanes share has one
+        weights = self.weights[:, lane if alike else columns]
+        one = alike and self.values.strides[1] == 0
+        y = self.values[:, lane if one else columns]
+        if self.engine.basis.offset is not None:
+            y = y - self.engine.basis.offset[:, None]
+        x = None if self.x is None else self.x[:, columns]
+        if alike:
+            return self.engine.design(y, weights, x, alike=True)
+        used = weights > 0
+        x = None if x is None else np.where(used, x, 0.0)
+        return self.engine.design(np.where(used, y, 0.0), weights, x)
 
     def _on_grid(self, design: Design) -> Array:
         """The criterion on the `grid`, (G, lanes)."""
@@ -237,8 +293,9 @@ class OwnPasses(Passes):
         return suspects(block.detail, found.root, found.value, self.covariance, _no_way)
 
     def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
-        """As `Passes`."""
-        return conditional_modes(self.covariance.omega(root), block.full)
+        """As `Passes`: all levels have their own."""
+        design = self._design(block.columns, alike=False) if self.alike else block.full
+        return conditional_modes(self.covariance.omega(root), design)
 
     def single(self, column: int) -> Design:
         """As `Passes`."""

@@ -82,23 +82,41 @@ class OwnFitter:
             inside = [basis.units.rows(k, term.effects) for k, term in enumerate(frame.terms)]
             known = Known(places, np.ones(places.size + self.contrasts, bool))
             own = fitter.options._replace(contrasts=contrasts[:, places])
-            self.lanes = OwnDesigns(basis, np.concatenate(inside, axis=1), own, known)
+            effects = np.concatenate(inside, axis=1)
+            self.lanes = OwnDesigns(basis, effects, own, known, self._shared)
 
     def fit(
         self, values: np.ndarray, weights: np.ndarray | None = None, x: np.ndarray | None = None
     ) -> Fits:
         """Fit each column of (n, b) `values` with its weights and covariate. A value, weight or
         covariate that is NaN leaves the row out, and so does a weight of zero."""
+        table = Table(self.frame, values.shape[1], self.modes, self.contrasts)
+        whole = np.zeros(values.shape[1], bool)
+        if self.lanes is not None and weights is None and x is not None:
+            whole = _is_whole(values) & _is_whole(x)
+            shared = np.broadcast_to(self._shared[:, None], values.shape)
+            self._search(
+                self.lanes, _Block(values, shared, x), np.flatnonzero(whole), table, alike=True
+            )
+        rest = np.flatnonzero(~whole)
+        if rest.size:
+            parts: Any = (None if own is None else own[:, rest] for own in (values, weights, x))
+            table.take(rest, self._of_own_rows(*parts))
+        return table.fits()
+
+    def _of_own_rows(
+        self, values: np.ndarray, weights: np.ndarray | None, x: np.ndarray | None
+    ) -> Table:
+        """`fit` to a table, of responses that may lack rows."""
         if weights is None:
-            own = np.ones(len(values)) if self.frame.weights is None else self.frame.weights
-            weights = np.broadcast_to(own[:, None], values.shape)
+            weights = np.broadcast_to(self._shared[:, None], values.shape)
         missing = np.isnan(values) | np.isnan(weights)
         if x is not None:
             missing |= np.isnan(x)
         weights = np.where(missing, 0.0, weights)
         block = _Block(np.where(weights > 0, values, np.nan), weights, x)
         table = Table(self.frame, values.shape[1], self.modes, self.contrasts)
-        apart = []
+        apart: list[int] = []
         for same in self._alike(block):
             if len(same) >= TOGETHER:
                 own = np.array(same)
@@ -109,7 +127,12 @@ class OwnFitter:
             self._in_lanes(self.lanes, block, np.sort(apart), table)
         elif apart:
             self._alone(block, np.array(apart), table)
-        return table.fits()
+        return table
+
+    @property
+    def _shared(self) -> np.ndarray:
+        """Weights of responses without their own, (n,)."""
+        return np.ones(len(self.frame.X)) if self.frame.weights is None else self.frame.weights
 
     def _alike(self, block: _Block) -> list[list[int]]:
         """Columns that have the same weights and no covariate, together."""
@@ -151,19 +174,27 @@ class OwnFitter:
         table.status[columns[infinite]] = Status.INFINITE
         some = ~infinite & (highest > lowest)
         few = self._lacks(lanes, used)
-        todo, doubtful = columns[some & ~few], columns[some & few]
-        if todo.size:
-            passes = OwnPasses(
-                lanes,
-                *block,
-                table,
-                single=lambda column: self._fitter(block, column).design(block.values[:, column]),
-            )
-            passes.run(todo)
-            passes.certify(todo)
-        settled = table.status[todo] == Status.CONVERGED
-        settled |= table.status[todo] == Status.RANK_DEFICIENT
-        self._alone(block, np.concatenate([doubtful, todo[~settled]]), table)
+        self._search(lanes, block, columns[some & ~few], table, alike=False)
+        self._alone(block, columns[some & few], table)
+
+    def _search(
+        self, lanes: OwnDesigns, block: _Block, columns: np.ndarray, table: Table, *, alike: bool
+    ) -> None:
+        """In lanes, and alone what these do not settle; `alike` as in `OwnPasses`."""
+        if not columns.size:
+            return
+        passes = OwnPasses(
+            lanes,
+            *block,
+            alike,
+            table,
+            single=lambda column: self._fitter(block, column).design(block.values[:, column]),
+        )
+        passes.run(columns)
+        passes.certify(columns)
+        settled = table.status[columns] == Status.CONVERGED
+        settled |= table.status[columns] == Status.RANK_DEFICIENT
+        self._alone(block, columns[~settled], table)
 
     def _alone(self, block: _Block, columns: np.ndarray, table: Table) -> None:
         for column in columns:
@@ -181,6 +212,15 @@ class OwnFitter:
         levels = (lanes.rows.sums(used.astype(float)) > 0).sum(axis=0)
         few = (count <= self.frame.X.shape[1]) | (levels < 2) | (levels * q >= count)
         return few & (count < len(used))
+
+
+def _is_whole(values: np.ndarray) -> np.ndarray:
+    """Which columns (n, b) have only finite numbers, and not one number only."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = np.isfinite(values.sum(axis=0))
+    suspects = np.flatnonzero(found & (values[0] == values[-1]))
+    found[suspects] = (values[:, suspects] != values[0, suspects]).any(axis=0)
+    return found
 
 
 def fitter_for(

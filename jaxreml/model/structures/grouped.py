@@ -151,6 +151,8 @@ class Grouped(OfColumns, Levels):
         remainder: (p + 1, p + 1), cross-products of [X y] minus its projection on Q.
         sizes: effects per term, static; they sum to q.
         products: given if effects are traced; the other arrays have no derivatives then.
+        counts: (J,), how many levels with this F each stands for in log|V0|, as in `GroupedBatch`;
+            None for one each.
     """
 
     factors: Array
@@ -158,11 +160,15 @@ class Grouped(OfColumns, Levels):
     remainder: Array
     sizes: tuple[int, ...] = field(metadata={"static": True})
     products: Products | None = None
+    counts: Array | None = None
+
+    def repeat(self, inner: Array) -> Array:
+        return inner if self.counts is None else inner * self.counts
 
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         factor = self._cholesky(omega)
         xp = namespace(factor)
-        logs = sum(xp.log(factor[i, i]) for i in range(len(factor)))
+        logs = self.repeat(sum(xp.log(factor[i, i]) for i in range(len(factor))))
         return factor, 2 * xp.sum(logs, axis=0)
 
     def _gram(self, scores: Array) -> Array:
