@@ -23,6 +23,7 @@ from jaxreml.optimum.estimate import estimate as estimate
 from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.results import plots as plots
 from jaxreml.results.batch import BatchResults as BatchResults
+from jaxreml.results.moderated import ModeratedResults as ModeratedResults
 from jaxreml.results.results import LMMResults as LMMResults
 from jaxreml.results.results import load as load
 from jaxreml.results.streamed import StreamedResults as StreamedResults

@@ -21,8 +21,10 @@ from jaxreml.many.base import Known, Options
 from jaxreml.many.numbers import Table
 from jaxreml.many.steps import pack, tests_of
 from jaxreml.model.basis import Basis
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import ml_objective, reml_objective
+from jaxreml.model.residual_degrees import residual_degrees
 from jaxreml.model.response import Response
 from jaxreml.model.structures import Crossed
 from jaxreml.optimum.effects import conditional_modes, criterion, relative_covariances
@@ -124,10 +126,12 @@ def _certified(
     """Certified status and numbers of fits as `Table.store` takes them."""
 
     def certify(own: Response, found: Estimate) -> Array:
-        value, gradient = criterion(found.theta, shared.with_response(own), reml)
+        design = shared.with_response(own)
+        value, gradient = criterion(found.theta, design, reml)
         again = replace(found, gradient_norm=jnp.sqrt(jnp.sum(gradient**2)))
         tests = tests_of(found, contrasts, df, shared.n - shared.p, blank)
-        return pack(again, value, tests)
+        omega = natural.omega_from_factors(design.scaled_factors(found.theta))
+        return pack(again, value, residual_degrees(omega, design), tests)
 
     return jax.vmap(certify, in_axes=(-1, 0), out_axes=-1)(responses, found)
 

@@ -134,8 +134,10 @@ class BatchFitter:
     def _fit(self, values: np.ndarray) -> Fits:
         n, b = values.shape
         with np.errstate(invalid="ignore", over="ignore"):
-            doubtful = np.flatnonzero(~np.isfinite(values.sum(axis=0)))
-        some = values[:, doubtful]
+            total = values.sum(axis=0)
+            doubtful = np.flatnonzero(~np.isfinite(total))
+            some = values[:, doubtful]
+            total[doubtful] = np.nansum(some, axis=0)
         missing = np.zeros(b, int)
         missing[doubtful] = np.isnan(some).sum(axis=0)
         infinite = np.zeros(b, bool)
@@ -147,7 +149,8 @@ class BatchFitter:
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
         for columns, kept in _patterns(values, np.flatnonzero(todo & (missing > 0))):
             self._fit_pattern(values, columns, kept, table)
-        return table.fits(n - missing, missing)
+        with np.errstate(invalid="ignore"):
+            return table.fits(n - missing, missing, total / (n - missing))
 
     def _fit_pattern(
         self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: Table

@@ -202,6 +202,12 @@ class FittedBatch:
         """Residual standard deviations."""
         return self._series(self.fits.sigma, "sigma")
 
+    @property
+    def residual_df(self) -> pd.Series:
+        """Degrees of freedom of `sigma` squared, tr((I - H)'(I - H)) with H the hat matrix, random
+        effects included: n - p where no variance between groups is found, less where there is."""
+        return self._series(self.fits.residual_df, "residual_df")
+
     # Fit statistics
 
     @property
@@ -296,6 +302,11 @@ class FittedBatch:
     def nobs(self) -> pd.Series:
         """Rows used."""
         return self._series(self.fits.nobs, "nobs")
+
+    @property
+    def mean(self) -> pd.Series:
+        """Means of the responses over the rows used."""
+        return self._series(self.fits.mean, "mean")
 
     @property
     def n_missing(self) -> pd.Series:

@@ -194,7 +194,8 @@ class _Passes:
         """Search on and store what is found; it, and statuses. Others than rivals are screened."""
         found = steps.climb(block.searched, root, radius, limit, plan)
         residual, contrasts = self.lanes.basis.n - self.lanes.p, self.options.contrasts
-        packed = steps.conclude(block.full, found, before, contrasts, residual, self.plan)
+        designs = block.full, block.searched
+        packed = steps.conclude(*designs, found, before, contrasts, residual, self.plan)
         modes = None
         if self.options.modes:
             modes = steps.modes_of(self.lanes, block.values, block.shift, found.root)

@@ -20,13 +20,15 @@ class Fits(NamedTuple):
 
     Attributes:
         beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
-        sigma: (b,), residual standard deviations.
+        sigma, residual_df: (b,), residual standard deviations, and the degrees of freedom that
+            their squares have (`residual_degrees`).
         theta: (b, m), relative Cholesky factors as in `Estimate`.
         parameters, parameters_se: (b, m + 1), `Estimate.parameters` and their standard errors.
         criterion, gradient_norm: (b,).
         n_iter, nobs, n_missing, rank: (b,) integers; `n_missing` counts rows without a value,
             `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
             `beta` and `contrast` that these rows say nothing about are NaN.
+        mean: (b,), means of the responses over the rows used, with or without an optimum.
         is_singular: (b,) booleans.
         status: (b,) `Status` codes.
         contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
@@ -37,6 +39,7 @@ class Fits(NamedTuple):
     se: np.ndarray
     df: np.ndarray
     sigma: np.ndarray
+    residual_df: np.ndarray
     theta: np.ndarray
     parameters: np.ndarray
     parameters_se: np.ndarray
@@ -46,6 +49,7 @@ class Fits(NamedTuple):
     nobs: np.ndarray
     n_missing: np.ndarray
     rank: np.ndarray
+    mean: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
     contrast: np.ndarray
@@ -54,7 +58,15 @@ class Fits(NamedTuple):
     modes: tuple[np.ndarray, ...] | None = None
 
 
-APART = ("nobs", "n_missing", "rank", "status", "modes")  # fields that a `Table` does not hold
+SCALARS = ("sigma", "residual_df", "criterion", "gradient_norm", "n_iter", "is_singular")
+APART = (
+    "nobs",
+    "n_missing",
+    "rank",
+    "mean",
+    "status",
+    "modes",
+)  # fields that a `Table` does not hold
 
 
 class Table:
@@ -74,7 +86,7 @@ class Table:
         p = len(frame.fixed_names)
         m = natural.count_theta(tuple(len(term.effect_names) for term in frame.terms))
         self.p, self.k = p, k
-        self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
+        self.widths = (p, p, p, 1, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)
@@ -135,11 +147,11 @@ class Table:
         for own in self.modes or ():
             own[column] = np.nan
 
-    def fits(self, nobs: np.ndarray, n_missing: np.ndarray) -> Fits:
+    def fits(self, nobs: np.ndarray, n_missing: np.ndarray, mean: np.ndarray) -> Fits:
         """The numbers by name."""
         parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
         named = dict(zip(self.FIELDS, parts, strict=True))
-        for name in ("sigma", "criterion", "gradient_norm", "n_iter", "is_singular"):
+        for name in SCALARS:
             named[name] = named[name][:, 0]
         with np.errstate(invalid="ignore"):
             named["n_iter"] = np.nan_to_num(named["n_iter"]).astype(int)
@@ -149,6 +161,7 @@ class Table:
             nobs=nobs,
             n_missing=n_missing,
             rank=self.rank,
+            mean=mean,
             status=self.status,
             modes=self.modes,
         )

@@ -101,7 +101,8 @@ def _conclude(
     residual = lanes.basis.n - lanes.p
 
     def conclude(design: Design, found: Found, before: Array) -> Array:
-        return steps.conclude(design, found, before, contrasts, residual, plan)
+        searched = steps.searched(lanes, reduced, plan) if plan.in_lanes else design
+        return steps.conclude(design, searched, found, before, contrasts, residual, plan)
 
     return _of_designs(conclude, lanes, reduced, found, before, plan=plan)
 

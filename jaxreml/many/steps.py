@@ -20,6 +20,7 @@ from jaxreml.many.lanes import Lanes
 from jaxreml.model import linalg, satterthwaite
 from jaxreml.model.design import Design
 from jaxreml.model.kenward_roger import adjust, single_degrees
+from jaxreml.model.residual_degrees import residual_degrees
 from jaxreml.model.response import Response
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import is_certified
@@ -79,6 +80,7 @@ def climb(design: Design, root: Array, radius: Array, limit: Array, plan: Plan) 
 
 def conclude(
     design: Design,
+    searched: Design,
     found: Found,
     before: Array,
     contrasts: Array,
@@ -88,7 +90,8 @@ def conclude(
     """Everything at the roots found, (1 + R, lanes): status, then the fields of `numbers.Table`.
 
     Args:
-        design: in full, not the one searched.
+        design: in full.
+        searched: the one whose criterion was minimised.
         found: by `climb`.
         before: expansions in earlier passes; the last one is the one here.
         contrasts: (k, p).
@@ -102,7 +105,9 @@ def conclude(
     estimate = report(found.root, point, trace, design, status)
     blank = design.blank() if plan.df.startswith("kenward-roger") else None
     tests = tests_of(estimate, contrasts, plan.df, residual, blank)
-    return pack(estimate, found.value, tests)
+    like = (searched if plan.reml else design).blank()  # the one searched costs less
+    residual_df = residual_degrees(like.covariance.omega(found.root), like)
+    return pack(estimate, found.value, residual_df, tests)
 
 
 class Tests(NamedTuple):
@@ -165,7 +170,7 @@ def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array) -> Test
     return Tests(xp.tensordot(rows, estimate.beta, axes=1), xp.sqrt(variance), degrees)
 
 
-def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
+def pack(estimate: Estimate, value: Array, residual_df: Array, tests: Tests) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
     xp = namespace(value)
     certified = is_certified(value, estimate.criterion, estimate.gradient_norm)
@@ -178,6 +183,7 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
             status * one,
             *(array[:p] for array in tests[:3]),
             estimate.sigma * one,
+            residual_df * one,
             estimate.theta,
             estimate.parameters,
             xp.sqrt(linalg.diagonal(estimate.parameters_vcov)),

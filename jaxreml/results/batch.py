@@ -11,13 +11,14 @@ import numpy as np
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.results import batch_tables, parquet
+from jaxreml.results.moderated import moderated
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchResults(FittedBatch):
-    """One model fitted to many responses: a `FittedBatch`, its tables and files.
+    """One model fitted to many responses: a `FittedBatch`, what follows, its tables and files.
 
     Attributes:
         model, responses, fits: as in `FittedBatch`.
@@ -25,6 +26,8 @@ class BatchResults(FittedBatch):
     """
 
     refit: Callable[[int], LMMResults] | None = None
+
+    moderated = moderated
 
     tidy = batch_tables.tidy
     glance = batch_tables.glance

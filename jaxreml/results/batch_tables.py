@@ -168,11 +168,11 @@ def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
 def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
     """Everything but the modes as a wide frame, one row per response.
 
-    Columns: response, nobs, n_missing, rank (fixed effects fitted); per fixed effect ``beta[x]``,
-    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false, ``p_adjusted[x]``
-    (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]`` and likewise
-    ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
-    ``contrast_p_adjusted[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
+    Columns: response, nobs, n_missing, rank (fixed effects fitted), mean; per fixed effect
+    ``beta[x]``, ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false,
+    ``p_adjusted[x]`` (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]``
+    and likewise ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
+    ``contrast_p_adjusted[c]``; sigma; residual_df; ``variance[g, x]`` with ``variance[Residual]``;
     ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
     as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
     ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
@@ -196,7 +196,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
         for field in fields:
             add(columns[field], getattr(fits, field))
 
-    add_field("nobs", "n_missing", "rank", "beta", "se")
+    add_field("nobs", "n_missing", "rank", "mean", "beta", "se")
     add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
     add_field("df")
     (p, p_adjusted), (contrast_p, contrast_p_adjusted) = p_value_columns(model)
@@ -211,7 +211,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
         add(contrast_p, tests["p_value"].to_numpy())
         if adjusted:
             add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
-    add_field("sigma")
+    add_field("sigma", "residual_df")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{pair}]" for pair in _pairs(model)]
     add(correlations, results.correlations.to_numpy())
@@ -302,6 +302,8 @@ def _variables(results: FittedBatch) -> dict[str, Any]:
         ("response", "factor"): {"theta": fits.theta},
         ("response",): {
             "sigma": fits.sigma,
+            "residual_df": fits.residual_df,
+            "mean": fits.mean,
             "criterion": fits.criterion,
             "gradient_norm": fits.gradient_norm,
             "n_iter": fits.n_iter,

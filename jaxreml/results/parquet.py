@@ -29,7 +29,9 @@ from jaxreml.status import Status
 
 FORMAT = "jaxreml.BatchResults"
 Batch = TypeVar("Batch", bound=FittedBatch)
-VERSION = 2  # 1 did not write the rank of X
+VERSION = 3
+# What earlier versions did not write; of `rank` see `_read`.
+ABSENT = {1: ("rank", "residual_df", "mean"), 2: ("residual_df", "mean")}
 KEY = b"jaxreml"
 
 
@@ -153,8 +155,8 @@ def _read(schema: Any, read: Any, what: str, kind: type[Batch]) -> Batch:
     check_version(record, VERSION, what)
     model = BatchModel(**decode_fields(BatchModel, record.get("model"), what))
     columns = field_columns(model)
-    if record["version"] == 1:
-        del columns["rank"]
+    absent = ABSENT.get(record["version"], ())
+    columns = {field: names for field, names in columns.items() if field not in absent}
     modes = [_mode_names(group, effects) for group, effects in model.groups]
     kept = any(name in schema.names for names in modes for name in names)
     needed = ["response"]
@@ -168,7 +170,9 @@ def _read(schema: Any, read: Any, what: str, kind: type[Batch]) -> Batch:
         field: _column(table, names) if isinstance(names, str) else _matrix(table, names)
         for field, names in columns.items()
     }
-    if "rank" not in numbers:  # what could not be estimated had not been fitted
+    for field in set(absent) - {"rank"}:
+        numbers[field] = np.full(len(numbers["status"]), np.nan)
+    if "rank" in absent:  # what could not be estimated had not been fitted
         rank = np.sum(~np.isnan(numbers["beta"]), axis=1)
         p = len(model.fixed_names)
         numbers["rank"] = np.where(numbers["status"] == Status.CONVERGED, rank, p)
