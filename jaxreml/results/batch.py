@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import batch_tables, parquet
+from jaxreml.results import batch_summaries, batch_tables, parquet
 from jaxreml.results.moderated import moderated
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
@@ -28,11 +28,14 @@ class BatchResults(FittedBatch):
     refit: Callable[[int], LMMResults] | None = None
 
     moderated = moderated
+    top_table = batch_summaries.top_table
+    summary = batch_summaries.summary
 
     tidy = batch_tables.tidy
     glance = batch_tables.glance
     to_frame = batch_tables.to_frame
     to_xarray = batch_tables.to_xarray
+    to_csv = batch_summaries.to_csv
     to_parquet = parquet.write_parquet
 
     @classmethod

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import moderation
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import batch_tables
+from jaxreml.results import batch_summaries, batch_tables
 from jaxreml.status import Status
 
 
@@ -35,7 +35,9 @@ class ModeratedResults(FittedBatch):
     posterior_variance: pd.Series
     trend: pd.Series | None = None
 
+    top_table = batch_summaries.top_table
     tidy = batch_tables.tidy
+    to_csv = batch_summaries.to_csv
 
     def to_frame(self) -> pd.DataFrame:
         """The columns of `BatchResults.to_frame`, and prior_df, prior_variance and
@@ -46,6 +48,12 @@ class ModeratedResults(FittedBatch):
             frame.insert(place + k, name, getattr(self, name).to_numpy())
         return frame
 
+    def summary(self) -> str:
+        """`BatchResults.summary`, with what was moderated."""
+        prior = f"prior df {_range(self.prior_df)}, prior variance {_range(self.prior_variance)}"
+        trend = "" if self.trend is None else ", with a trend"
+        return f"{batch_summaries.summary(self)}\n\nResidual variances moderated: {prior}{trend}"
+
     def __repr__(self) -> str:
         known = self.prior_df.dropna()
         df = f"{known.median():.4g}" if len(known) else "no"
@@ -53,6 +61,11 @@ class ModeratedResults(FittedBatch):
             f"<ModeratedResults {self.model.formula!r}, {self.model.method}, {len(self)} "
             f"responses, {df} prior degrees of freedom>"
         )
+
+
+def _range(values: pd.Series) -> str:
+    low, high = f"{values.min():.4g}", f"{values.max():.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) -> ModeratedResults:
