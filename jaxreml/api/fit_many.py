@@ -310,6 +310,7 @@ def _model(frame: ModelFrame, fitter: BatchFitter, contrasts: Mapping[str, Any])
         fitter.df,
         tuple(map(str, contrasts)),
         fitter.engine_name,
+        tuple(frame.fixed_terms),
     )
 
 

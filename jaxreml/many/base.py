@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxreml.many.contributions import Parts
 from jaxreml.many.numbers import Table
 from jaxreml.model.basis import Basis
 
@@ -33,17 +34,19 @@ class Options(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What some of the rows say of the fixed effects.
+    """What some of the rows say of the model.
 
     Attributes:
         coefficients: which columns of X the design has, so many as their rank in these rows.
         estimable: (p + k,) booleans, which coefficients and contrasts the rows say anything about:
             one whose row is in the row space of X. Another would be a comparison with what is not
             in the rows, such as a level of a factor, under its name.
+        parts: what makes the variance of these rows.
     """
 
     coefficients: np.ndarray
     estimable: np.ndarray
+    parts: Parts
 
 
 class Engine(Protocol):

@@ -19,6 +19,7 @@ from jaxreml.data.estimability import RowSpace
 from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
 from jaxreml.many.base import Engine, Known, Options
+from jaxreml.many.contributions import Parts
 from jaxreml.many.host import HostEngine
 from jaxreml.many.lanes import Lanes
 from jaxreml.many.numbers import Fits, Table
@@ -84,7 +85,8 @@ class BatchFitter:
             spare_memory_maps()
             self.options = self.options._replace(devices=local_devices(devices))
         estimable = np.ones(p + len(self.options.contrasts), bool)
-        self.engine = self._engine(self.basis, frame.X, Known(np.arange(p), estimable))
+        whole = Known(np.arange(p), estimable, Parts.of(frame, np.arange(p)))
+        self.engine = self._engine(self.basis, frame.X, whole)
 
     def _basis(self, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Basis:
         """Of these columns of X in the rows `kept`; None for all."""
@@ -124,7 +126,8 @@ class BatchFitter:
             of_all = np.concatenate([np.eye(p), self.options.contrasts])
             estimable = RowSpace(X, coefficients).contains(of_all)
         basis = self._basis(coefficients, kept)
-        return self._engine(basis, X[:, coefficients], Known(coefficients, estimable))
+        parts = Parts.of(self.frame, coefficients, kept)
+        return self._engine(basis, X[:, coefficients], Known(coefficients, estimable, parts))
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""

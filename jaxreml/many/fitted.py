@@ -18,6 +18,7 @@ from jaxreml.fitting.random_terms import (
     unpack,
     variance_labels,
 )
+from jaxreml.fitting.row_variances import FIXED
 from jaxreml.many.numbers import Fits
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
@@ -37,6 +38,7 @@ class BatchModel:
         df: degrees of freedom of the tests, as in `LMMResults.test`.
         contrasts: names of the contrasts asked for.
         engine: "numpy" or "jax", as in `LMMResults`.
+        fixed_terms: terms of the fixed effects, without the intercept.
     """
 
     formula: str
@@ -50,6 +52,7 @@ class BatchModel:
     df: str = "satterthwaite"
     contrasts: tuple[str, ...] = ()
     engine: str = ""
+    fixed_terms: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -65,6 +68,16 @@ class BatchModel:
     def correlation_labels(self) -> list[tuple[str, str, str]]:
         """Group and the two terms of each correlation."""
         return correlation_labels(self.groups)
+
+    @property
+    def grouping_factors(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(group for group, _ in self.groups))
+
+    @property
+    def parts(self) -> list[str]:
+        """Of `Fits.contributions`: grouping factors, fixed terms, all fixed effects together."""
+        return [*self.grouping_factors, *self.fixed_terms, FIXED]
 
     @property
     def covariance(self) -> Covariance:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxreml.errors import DataError
+from jaxreml.inference.batches import fractions
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.results import batch_summaries, batch_tables, parquet
 from jaxreml.results.moderated import moderated
@@ -27,10 +28,20 @@ class BatchResults(FittedBatch):
 
     refit: Callable[[int], LMMResults] | None = None
 
+    # Tests
     moderated = moderated
     top_table = batch_summaries.top_table
-    summary = batch_summaries.summary
 
+    # Shares of variance
+    variance_fractions = fractions.variance_fractions
+    variance_shares = fractions.variance_shares
+    icc = fractions.icc
+    r2 = fractions.r2
+    repeatability = fractions.repeatability
+    heritability = fractions.heritability
+
+    # Tables and files
+    summary = batch_summaries.summary
     tidy = batch_tables.tidy
     glance = batch_tables.glance
     to_frame = batch_tables.to_frame

@@ -153,6 +153,11 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
         "parameters": list(model.parameter_names),
         "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
     }
+    several["contributions"] = [
+        *(f"random_variance[{name}]" for name in model.grouping_factors),
+        *(f"fixed_variance[{name}]" for name in model.fixed_terms),
+        "fixed_variance",
+    ]
     return {field: several.get(field, field) for field in Fits._fields if field != "modes"}
 
 
@@ -173,10 +178,12 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
     ``p_adjusted[x]`` (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]``
     and likewise ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
     ``contrast_p_adjusted[c]``; sigma; residual_df; ``variance[g, x]`` with ``variance[Residual]``;
-    ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
-    as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
-    ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
-    criterion, gradient_norm, n_iter, is_singular, converged, status, message.
+    ``correlation[g, x1, x2]``; what parts add to the variance of a row, ``random_variance[g]``,
+    ``fixed_variance[term]`` and, all fixed effects together, ``fixed_variance``; the variance
+    parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as `Design.parameter_names`, with
+    standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1, x2]``; ``theta[g, x]`` and
+    ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion, gradient_norm, n_iter,
+    is_singular, converged, status, message.
 
     Raises:
         DataError: names of columns of the data with commas give two columns one name.
@@ -215,7 +222,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{pair}]" for pair in _pairs(model)]
     add(correlations, results.correlations.to_numpy())
-    add_field("parameters", "parameters_se", "theta")
+    add_field("contributions", "parameters", "parameters_se", "theta")
     add_field("criterion", "gradient_norm", "n_iter", "is_singular")
     frame["converged"] = results.converged.to_numpy()
     add_field("status")
@@ -239,6 +246,7 @@ def to_xarray(results: FittedBatch) -> Any:
 
     Dimensions: ``response``; ``term``, the fixed effects; ``component``, the variances, labelled
     ``g, x`` (``Residual`` last), with coordinates ``component_group`` and ``component_term``;
+    ``part``, what adds to the variance of a row, labelled as `BatchModel.parts`;
     ``pair``, the correlations, labelled ``g, x1, x2``; ``factor``, the entries of theta;
     ``contrast`` where there are any.
     Conditional modes, where kept, are ``modes_g`` per grouping factor g, with dimensions
@@ -263,6 +271,7 @@ def to_xarray(results: FittedBatch) -> Any:
         "component_term": ("component", [term for _, term in model.variance_labels]),
         "pair": np.array(_pairs(model), str),  # text too where there are none
         "factor": [", ".join(label) for label in theta_labels(model.groups)],
+        "part": model.parts,
     }
     if model.contrasts:
         coordinates["contrast"] = list(model.contrasts)
@@ -300,6 +309,7 @@ def _variables(results: FittedBatch) -> dict[str, Any]:
             "z_se": fits.parameters_se[:, z],
         },
         ("response", "factor"): {"theta": fits.theta},
+        ("response", "part"): {"contribution": fits.contributions},
         ("response",): {
             "sigma": fits.sigma,
             "residual_df": fits.residual_df,

@@ -31,7 +31,10 @@ FORMAT = "jaxreml.BatchResults"
 Batch = TypeVar("Batch", bound=FittedBatch)
 VERSION = 3
 # What earlier versions did not write; of `rank` see `_read`.
-ABSENT = {1: ("rank", "residual_df", "mean"), 2: ("residual_df", "mean")}
+ABSENT = {
+    1: ("rank", "residual_df", "mean", "contributions"),
+    2: ("residual_df", "mean", "contributions"),
+}
 KEY = b"jaxreml"
 
 
@@ -154,9 +157,9 @@ def _read(schema: Any, read: Any, what: str, kind: type[Batch]) -> Batch:
         raise DataError(f"{what} does not hold results of fit_many")
     check_version(record, VERSION, what)
     model = BatchModel(**decode_fields(BatchModel, record.get("model"), what))
-    columns = field_columns(model)
+    whole = field_columns(model)
     absent = ABSENT.get(record["version"], ())
-    columns = {field: names for field, names in columns.items() if field not in absent}
+    columns = {field: names for field, names in whole.items() if field not in absent}
     modes = [_mode_names(group, effects) for group, effects in model.groups]
     kept = any(name in schema.names for names in modes for name in names)
     needed = ["response"]
@@ -171,7 +174,8 @@ def _read(schema: Any, read: Any, what: str, kind: type[Batch]) -> Batch:
         for field, names in columns.items()
     }
     for field in set(absent) - {"rank"}:
-        numbers[field] = np.full(len(numbers["status"]), np.nan)
+        width = () if isinstance(whole[field], str) else (len(whole[field]),)
+        numbers[field] = np.full((len(numbers["status"]), *width), np.nan)
     if "rank" in absent:  # what could not be estimated had not been fitted
         rank = np.sum(~np.isnan(numbers["beta"]), axis=1)
         p = len(model.fixed_names)

@@ -62,12 +62,12 @@ def test_a_linear_model_is_moderated_as_by_ebayes():
     own = {name: np.array(values) for name, values in LIMMA["linear"].items()}
     b = len(own["t"])
     column = {name: own[name][:, None] for name in ("estimate", "se", "df")}
-    none = np.zeros((b, 0))
-    fits = Fits(
-        column["estimate"], column["se"], column["df"], own["sigma"], own["df"], none, none, none,
-        *[np.zeros(b)] * 2, *[np.ones(b, int)] * 4, np.zeros(b), np.zeros(b, bool),
-        np.zeros(b, int), column["estimate"], column["se"], column["df"],
-    )  # fmt: skip
+    unused = {name: np.zeros((b, 1)) for name in Fits._fields if name != "modes"}
+    tests = column["estimate"], column["se"], column["df"]
+    names = ("beta", "se", "df", "contrast", "contrast_se", "contrast_df")
+    known = dict(zip(names, [*tests, *tests], strict=True))
+    known |= {"sigma": own["sigma"], "residual_df": own["df"], "status": np.zeros(b, int)}
+    fits = Fits(**(unused | known))
     model = BatchModel("~ x", "REML", "grouped", ("x",), (), (), (), 0, "residual", ("again",))
     found = BatchResults(model, pd.RangeIndex(b), fits).moderated()
     np.testing.assert_allclose(found.prior_df, own["df_prior"], rtol=1e-10)

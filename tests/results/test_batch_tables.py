@@ -88,6 +88,7 @@ def many_terms():
         n_missing=counts,
         rank=np.ones(6, int),
         mean=rng.normal(size=6),
+        contributions=rng.uniform(size=(6, 2)),
         is_singular=counts == 5,
         status=np.zeros(6, int),
         contrast=rng.normal(size=(6, 0)),
@@ -206,7 +207,7 @@ def test_frame_and_xarray_hold_every_number_of_single_fits(results, singles):
         for name in ("sigma", "criterion", "nobs", "is_singular", "converged", "status"):
             assert frame[name][i] == pytest.approx(getattr(fit, name), rel=1e-9)
             assert cube[name][i] == frame[name][i]
-    dimensions = {"response": 4, "term": 2, "component": 3, "pair": 1, "factor": 3}
+    dimensions = {"response": 4, "term": 2, "component": 3, "pair": 1, "factor": 3, "part": 3}
     assert cube.sizes == dimensions | {"level_donor id": 18, "effect_donor id": 2}
     assert cube.attrs["formula"] == FORMULA and cube.attrs["method"] == "REML"
 
@@ -358,13 +359,14 @@ def test_tables_may_be_cut_and_joined(many_terms):
 def test_first_version_counts_what_has_an_estimate(many_terms):
     """Files without the rank of X: what could not be estimated was not fitted then."""
     fits = many_terms.fits._replace(beta=np.array([[1.0], [np.nan], *[[2.0]] * 4]))
-    table = to_table(replace(many_terms, fits=fits)).drop_columns(["rank", "residual_df", "mean"])
+    later = ["residual_df", "mean", "random_variance[g]", "fixed_variance"]
+    table = to_table(replace(many_terms, fits=fits)).drop_columns(["rank", *later])
     first = from_table(record(table, version=1)).fits
     assert first.rank.tolist() == [1, 0, 1, 1, 1, 1]
-    assert np.isnan([first.residual_df, first.mean]).all()
+    assert np.isnan([first.residual_df, first.mean, *first.contributions.T]).all()
     with pytest.raises(DataError, match="no column 'rank'"):
         from_table(record(table, version=2))
-    with pytest.raises(DataError, match="no column 'residual_df', 'rank', 'mean'"):
+    with pytest.raises(DataError, match="no column 'residual_df', 'rank', 'mean', 'random"):
         from_table(table)
 
 

@@ -1,0 +1,112 @@
+"""Shares of variance of many responses: by hand, and as those of single fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import jaxreml
+from jaxreml import DataError
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(2)
+    return pd.DataFrame(
+        {
+            "g": np.arange(90) % 15,
+            "h": rng.integers(0, 3, 90),
+            "x": rng.normal(size=90),
+            "z": rng.normal(size=90) + np.arange(90) % 2,
+            "a": np.array([*"abc"])[np.arange(90) % 3],
+            "w": rng.uniform(0.5, 2, 90),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def values(data):
+    rng = np.random.default_rng(4)
+    y = rng.normal(size=(90, 5)) + rng.normal(size=(15, 5))[data["g"]]
+    y += data[["x", "z"]].to_numpy() @ rng.normal(size=(2, 5))
+    y[::8, 1] = np.nan
+    y[:, 2] = 7.0
+    y[(data["a"] == "a").to_numpy(), 3] = np.nan  # the reference level
+    return y
+
+
+def test_fractions_by_hand(data, values):
+    """calcVarPart of variancePartition, for a fit by lmer with random intercepts."""
+    results = jaxreml.fit_many("~ x + z + (1 | g)", data, values)
+    fractions = results.variance_fractions()
+    assert list(fractions) == ["g", "x", "z", "Residual"]
+    for i in (0, 1, 4):
+        rows = ~np.isnan(values[:, i])
+        beta = results.params.loc[i, ["x", "z"]].to_numpy()
+        effects = data.loc[rows, ["x", "z"]].to_numpy() * beta
+        of_each = effects.var(axis=0)  # var() * (N - 1) / N
+        of_all = effects.sum(axis=1).var()
+        components = [results.variances.loc[i, ("g", "(Intercept)")]]
+        components += [*(of_each / of_each.sum() * of_all), results.sigma[i] ** 2]
+        np.testing.assert_allclose(fractions.loc[i], components / np.sum(components), rtol=1e-12)
+    assert fractions.loc[2].isna().all()
+    np.testing.assert_allclose(fractions.drop(2).sum(axis=1), 1)
+
+
+@pytest.mark.parametrize(
+    ("formula", "weights"),
+    [("~ x + a + (z | g)", None), ("~ x + z + (z || g)", "w"), ("~ 1 + (1 | g)", None)],
+)
+@pytest.mark.parametrize("method", ["REML", "ML"])
+def test_shares_are_those_of_single_fits(data, values, formula, weights, method):
+    results = jaxreml.fit_many(formula, data, values[:, :2], method, weights=weights)
+    for i in (0, 1):
+        fit = jaxreml.fit(f"y {formula}", data.assign(y=values[:, i]), method, weights=weights)
+
+        def same(found, single):
+            np.testing.assert_allclose(found, single["estimate"], rtol=1e-5)
+
+        for fixed in (False, True):
+            shares = fit.variance_shares(fixed=fixed)
+            own = results.variance_shares(fixed=fixed)
+            assert list(own) == list(shares.index)
+            same(own.loc[i], shares)
+        same(results.icc()[i], fit.icc())
+        same(results.icc("g")[i], fit.icc("g"))
+        same(results.r2().loc[i], fit.r2())
+        options = {"measurements": 3, "adjusted": False}
+        same(results.repeatability("g", **options)[i], fit.repeatability("g", **options))
+        options = {"per": {"Residual": 4}, "multiple": 2}
+        same(results.heritability("g", **options)[i], fit.heritability("g", **options))
+        fixed = results.variance_fractions().loc[i].drop(["g", "Residual"]).sum()
+        n = fit.nobs
+        share = fit.variance_shares(fixed=True)["estimate"]["Fixed effects"]
+        odds = share / (1 - share) * (n - 1) / n  # divisor n
+        assert fixed == pytest.approx(odds / (1 + odds), rel=1e-5)
+
+
+def test_rows_that_lack_a_level(data, values):
+    """The variance of X beta is known where the coefficients of a factor are not."""
+    results = jaxreml.fit_many("~ x + a + (1 | g)", data, values[:, [0, 3]])
+    assert results.params.loc[1].isna().any()
+    kept = data.assign(y=values[:, 3]).dropna()
+    fit = jaxreml.fit("y ~ x + a + (1 | g)", kept)
+    share = fit.variance_shares(fixed=True)["estimate"]
+    np.testing.assert_allclose(results.variance_shares(fixed=True).loc[1], share, rtol=1e-5)
+    assert results.variance_fractions().loc[1].notna().all()
+
+
+def test_names_and_what_is_refused(data, values):
+    numbered = jaxreml.fit_many("~ x + g + (1 | g)", data, values[:, :1])
+    assert list(numbered.variance_fractions()) == ["g", "x", "g (fixed)", "Residual"]
+    assert "fixed_variance[g]" in numbered.to_frame()
+    with pytest.raises(DataError, match="'h' is not a grouping factor of the model; it has 'g'"):
+        numbered.icc("h")
+    with pytest.raises(ValueError, match="at least 1"):
+        numbered.repeatability("g", measurements=0)
+    unknown = numbered.fits._replace(contributions=numbered.fits.contributions * np.nan)
+    with pytest.raises(DataError, match="fit again"):
+        replace(numbered, fits=unknown).variance_fractions()
