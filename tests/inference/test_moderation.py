@@ -16,7 +16,7 @@ from jaxreml.inference.batches import moderation
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.numbers import Fits
 
-LIMMA = references.reference("inference/moderation")
+LIMMA = references.reference("batches/moderation")
 
 
 def numbers(values) -> np.ndarray:

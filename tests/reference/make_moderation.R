@@ -1,4 +1,4 @@
-# Writes tests/reference/inference/moderation.json: limma's fitFDist, fitFDistRobustly and squeezeVar
+# Writes tests/reference/batches/moderation.json: limma's fitFDist, fitFDistRobustly and squeezeVar
 # of simulated variances, eBayes of a small linear model, and pi0 and q-values by the qvalue package.
 # Run from the repository root:
 #   Rscript tests/reference/make_moderation.R
@@ -56,4 +56,4 @@ qvalues <- lapply(c(smoother = "smoother", bootstrap = "bootstrap"), function(me
 })
 cases$q_values <- c(list(p = p, adjusted = p.adjust(p, "BH")), qvalues)
 text <- toJSON(cases, digits = NA, auto_unbox = TRUE, na = "string", null = "null", pretty = FALSE)
-writeLines(text, "tests/reference/inference/moderation.json")
+writeLines(text, "tests/reference/batches/moderation.json")

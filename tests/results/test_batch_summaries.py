@@ -13,7 +13,7 @@ from jaxreml.inference.batches import discoveries
 from jaxreml.many.fitted import BatchModel
 from jaxreml.results import batch_summaries
 
-R = references.reference("inference/moderation")["q_values"]
+R = references.reference("batches/moderation")["q_values"]
 
 
 @pytest.fixture(scope="module")
