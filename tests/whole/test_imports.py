@@ -19,6 +19,8 @@ str(crossed.summary()), crossed.predict()
 jaxreml.compare(fit, jaxreml.fit("Reaction ~ Days + (1 | Subject)", data))
 responses = data[["Reaction"]].to_numpy() * [[1.0, 2.0, 3.0]]
 jaxreml.fit_many("~ Days + (Days | Subject)", data, responses, df="kenward-roger", modes=True)
+many = jaxreml.fit_many("~ Days + (1 | Subject)", data, responses)
+many.moderated().top_table("Days"), many.summary(), many.variance_fractions(), many.r2(), many.icc()
 assert "jax" not in sys.modules, "JAX was imported"
 """
 COMMAND_LINE = """
