@@ -22,6 +22,7 @@ class Options(NamedTuple):
         modes: whether to keep conditional modes.
         lanes: responses in a chunk, for each device; None to choose.
         devices: to work on.
+        parts: what adds to the variance of the rows.
     """
 
     reml: bool
@@ -31,22 +32,21 @@ class Options(NamedTuple):
     modes: bool
     lanes: int | None
     devices: list[Any]
+    parts: Parts
 
 
 class Known(NamedTuple):
-    """What some of the rows say of the model.
+    """What some of the rows say of the fixed effects.
 
     Attributes:
         coefficients: which columns of X the design has, so many as their rank in these rows.
         estimable: (p + k,) booleans, which coefficients and contrasts the rows say anything about:
             one whose row is in the row space of X. Another would be a comparison with what is not
             in the rows, such as a level of a factor, under its name.
-        parts: what makes the variance of these rows.
     """
 
     coefficients: np.ndarray
     estimable: np.ndarray
-    parts: Parts
 
 
 class Engine(Protocol):

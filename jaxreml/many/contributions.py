@@ -1,57 +1,111 @@
-"""What each part of a model contributes to the variance of a row, for many fits: see
-`fitting.row_variances`."""
+"""What each part of a model contributes to the variance of a row, of many fits, and how sure it is:
+see `fitting.row_variances`. Covariances are by the delta method, as `inference.delta` has it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.data.frame import ModelFrame
-from jaxreml.fitting.row_variances import RowMoments, fixed_variance, random_variance
+from jaxreml.fitting.random_terms import RESIDUAL
+from jaxreml.fitting.row_variances import FIXED, RowMoments
+from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.optimum.report import Estimate
+
+Array = Any  # NumPy's or JAX's
 
 
 class Parts(NamedTuple):
     """The parts of a model in some of the rows.
 
     Attributes:
-        moments: of these rows.
-        groups: per random term its grouping factor and its number of effects.
-        terms: per fixed term, but for the intercept, its places among the columns of X that the
-            rows have.
+        random: (G, m), a row per grouping factor: its contribution is that times the covariances of
+            the effects.
+        fixed: (T + 1, p, p), per fixed term and of all fixed effects, last: symmetric F, the
+            contribution being beta' F beta.
     """
 
-    moments: RowMoments
-    groups: tuple[tuple[str, int], ...]
-    terms: tuple[np.ndarray, ...]
+    random: np.ndarray
+    fixed: np.ndarray
 
     @staticmethod
     def of(frame: ModelFrame, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Parts:
         """Of the rows `kept`, None for all, and these columns of X."""
         rows = slice(None) if kept is None else kept
-        X = frame.X[rows][:, coefficients]
-        groups = tuple((term.name, len(term.effect_names)) for term in frame.terms)
-        columns = frame.fixed_terms.values()
-        terms = tuple(np.flatnonzero(np.isin(coefficients, own)) for own in columns)
-        return Parts(RowMoments.of(X, frame.terms, rows), groups, terms)
+        squares, spread = RowMoments.of(frame.X[rows][:, coefficients], frame.terms, rows)
+        # Effects of one factor are side by side in its mean of z z', term after term.
+        random, at = {name: [] for name in squares}, dict.fromkeys(squares, 0)
+        for term in frame.terms:
+            places = np.array(natural.triangle(len(term.effect_names)))
+            first, second = places + at[term.name]
+            at[term.name] += len(term.effect_names)
+            twice = np.where(first == second, 1.0, 2.0)
+            for name, entries in random.items():
+                own = squares[name][first, second] * twice if name == term.name else 0.0 * twice
+                entries.append(own)
+        own = [np.isin(coefficients, columns) for columns in frame.fixed_terms.values()]
+        fixed = [np.outer(one, one) * spread for one in own]
+        return Parts(
+            np.stack([np.concatenate(own) for own in random.values()]), np.stack([*fixed, spread])
+        )
 
-    def contributions(self, beta: np.ndarray, theta: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-        """Per grouping factor, per fixed term and of all fixed effects, (C, lanes).
 
-        Args:
-            beta: (columns, lanes).
-            theta: (m, lanes), relative Cholesky factors.
-            sigma: (lanes,).
-        """
-        squares, spread = self.moments
-        found = {name: np.zeros(sigma.shape) for name in squares}
-        starts = dict.fromkeys(squares, 0)
-        factors = natural.split_triangles(theta, tuple(q for _, q in self.groups))
-        for (name, q), factor in zip(self.groups, factors, strict=True):
-            own = slice(starts[name], starts[name] + q)
-            starts[name] += q
-            covariance = sigma**2 * np.einsum("ac...,bc...->ab...", factor, factor)
-            found[name] = found[name] + random_variance(squares[name][own, own], covariance)
-        terms = [fixed_variance(spread[np.ix_(own, own)], beta[own]) for own in self.terms]
-        return np.stack([*found.values(), *terms, fixed_variance(spread, beta)])
+def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> tuple[Array, Array]:
+    """Contributions, and covariances of those of grouping factors and all fixed effects.
+
+    Args:
+        estimate: of one response, or of many on the last axis.
+        parts: of their rows.
+        covariance: of the effects.
+
+    Returns:
+        (G + T + 1, ...), per grouping factor, per fixed term and of all fixed effects; and
+        (K, ...), the lower triangle of the covariance matrix of the contributions of the factors
+        and of the residual's, row by row, and then the variance of that of all fixed effects, which
+        is independent of them. Parameters on a boundary are held there.
+    """
+    xp, beta = namespace(estimate.theta, estimate.beta), estimate.beta
+    sigma2 = estimate.sigma**2
+    omega = natural.omega_from_theta(estimate.theta, covariance.sizes)
+    squares = (beta[:, None] * beta).reshape(-1, *beta.shape[1:])
+    of_fixed = xp.tensordot(parts.fixed.reshape(len(parts.fixed), -1), squares, axes=1)
+    found = xp.concatenate([sigma2 * xp.tensordot(parts.random, omega, axes=1), of_fixed])
+
+    parameters = estimate.parameters
+    none = xp.zeros_like(estimate.parameters_vcov)
+    finite = covariance.finite(parameters)
+    moved, _ = covariance.in_parameters(finite, xp.zeros_like(parameters), none)
+    slopes = moved[:-1] + omega[:, None] * moved[-1]
+    slopes = xp.concatenate([xp.tensordot(parts.random, slopes, axes=1), moved[-1:]])
+    free = xp.isfinite(parameters)
+    slopes = xp.where(free, sigma2 * slopes, 0.0)
+    spread = xp.where(free[:, None] & free, estimate.parameters_vcov, 0.0)
+    joint = linalg.matmul(slopes, linalg.matmul(spread, linalg.transpose(slopes)))
+    slope = 2 * xp.tensordot(parts.fixed[-1], beta, axes=1)
+    of_all = xp.sum(slope * xp.sum(estimate.vcov * slope, axis=1), axis=0)
+    return found, xp.concatenate([joint[_lower(len(slopes))], of_all[None]])
+
+
+def unpacked(covariances: np.ndarray, factors: int) -> np.ndarray:
+    """Covariance matrices (b, k, k) of the contributions of grouping factors, of all fixed effects
+    and of the residual's, in this order, from those (b, K) packed."""
+    matrix = np.zeros((len(covariances), factors + 2, factors + 2))
+    rows, columns = (np.where(own == factors, factors + 1, own) for own in _lower(factors + 1))
+    matrix[:, rows, columns] = matrix[:, columns, rows] = covariances[:, :-1]
+    matrix[:, factors, factors] = covariances[:, -1]
+    return matrix
+
+
+def _lower(k: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.tril_indices(k)
+
+
+def covariance_labels(factors: list[str]) -> list[str]:
+    """What the packed covariances are of."""
+    names = [*factors, RESIDUAL]
+    pairs = [f"{names[i]}, {names[j]}" for i, j in zip(*_lower(len(names)), strict=True)]
+    return [*pairs, FIXED]

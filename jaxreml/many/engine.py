@@ -76,6 +76,7 @@ class BatchFitter:
             modes=modes,
             lanes=lanes,
             devices=[],
+            parts=Parts.of(frame, np.arange(p)),
         )
         self.basis = self._basis(np.arange(p))
         self.structure = self.basis.kind
@@ -85,8 +86,7 @@ class BatchFitter:
             spare_memory_maps()
             self.options = self.options._replace(devices=local_devices(devices))
         estimable = np.ones(p + len(self.options.contrasts), bool)
-        whole = Known(np.arange(p), estimable, Parts.of(frame, np.arange(p)))
-        self.engine = self._engine(self.basis, frame.X, whole)
+        self.engine = self._engine(self.basis, frame.X, Known(np.arange(p), estimable))
 
     def _basis(self, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Basis:
         """Of these columns of X in the rows `kept`; None for all."""
@@ -109,11 +109,14 @@ class BatchFitter:
             like=None if kept is None else self.basis,
         )
 
-    def _engine(self, basis: Basis, X: np.ndarray, known: Known) -> Engine:
-        contrasts = self.options.contrasts[:, known.coefficients]
-        return _kind(basis.kind, self.engine_name)(
-            basis, X, known, self.options._replace(contrasts=contrasts)
+    def _engine(
+        self, basis: Basis, X: np.ndarray, known: Known, parts: Parts | None = None
+    ) -> Engine:
+        options = self.options._replace(
+            contrasts=self.options.contrasts[:, known.coefficients],
+            parts=parts or self.options.parts,
         )
+        return _kind(basis.kind, self.engine_name)(basis, X, known, options)
 
     def _in_rows(self, kept: np.ndarray) -> Engine:
         """The engine of the rows `kept`."""
@@ -126,8 +129,9 @@ class BatchFitter:
             of_all = np.concatenate([np.eye(p), self.options.contrasts])
             estimable = RowSpace(X, coefficients).contains(of_all)
         basis = self._basis(coefficients, kept)
+        known = Known(coefficients, estimable)
         parts = Parts.of(self.frame, coefficients, kept)
-        return self._engine(basis, X[:, coefficients], Known(coefficients, estimable, parts))
+        return self._engine(basis, X[:, coefficients], known, parts)
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""

@@ -195,7 +195,8 @@ class _Passes:
         found = steps.climb(block.searched, root, radius, limit, plan)
         residual, contrasts = self.lanes.basis.n - self.lanes.p, self.options.contrasts
         designs = block.full, block.searched
-        packed = steps.conclude(*designs, found, before, contrasts, residual, self.plan)
+        of_rows = contrasts, residual, self.options.parts
+        packed = steps.conclude(*designs, found, before, *of_rows, self.plan)
         modes = None
         if self.options.modes:
             modes = steps.modes_of(self.lanes, block.values, block.shift, found.root)

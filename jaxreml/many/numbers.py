@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
-from jaxreml.many.contributions import Parts
 from jaxreml.model.covariance import natural
 from jaxreml.optimum.rivals import is_lower
 from jaxreml.status import Status
@@ -30,10 +29,11 @@ class Fits(NamedTuple):
             `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
             `beta` and `contrast` that these rows say nothing about are NaN.
         mean: (b,), means of the responses over the rows used, with or without an optimum.
-        contributions: (b, C), what parts of the model add to the variance of a row, in the order of
-            `BatchModel.parts`.
         is_singular: (b,) booleans.
         status: (b,) `Status` codes.
+        contributions, contributions_cov: (b, C) and (b, K), what parts of the model add to the
+            variance of a row, in the order of `BatchModel.parts`, and covariances, as the function
+            `contributions` has them.
         contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
         modes: per random term (b, levels, effects), or None.
     """
@@ -53,9 +53,10 @@ class Fits(NamedTuple):
     n_missing: np.ndarray
     rank: np.ndarray
     mean: np.ndarray
-    contributions: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
+    contributions: np.ndarray
+    contributions_cov: np.ndarray
     contrast: np.ndarray
     contrast_se: np.ndarray
     contrast_df: np.ndarray
@@ -64,7 +65,7 @@ class Fits(NamedTuple):
 
 SCALARS = ("sigma", "residual_df", "criterion", "gradient_norm", "n_iter", "is_singular")
 # Fields that are not among the numbers of a `Table`.
-APART = ("nobs", "n_missing", "rank", "mean", "contributions", "status", "modes")
+APART = ("nobs", "n_missing", "rank", "mean", "status", "modes")
 
 
 class Table:
@@ -72,7 +73,7 @@ class Table:
 
     Attributes:
         status: (b,) `Status` codes.
-        rank, contributions: as in `Fits`.
+        rank: (b,), as in `Fits`.
         numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
         widths: columns of each field.
         modes: per random term (b, levels, effects), or None.
@@ -84,12 +85,12 @@ class Table:
         p = len(frame.fixed_names)
         m = natural.count_theta(tuple(len(term.effect_names) for term in frame.terms))
         self.p, self.k = p, k
-        self.widths = (p, p, p, 1, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
+        groups = len({term.name for term in frame.terms})
+        of_rows = groups + len(frame.fixed_terms) + 1, (groups + 1) * (groups + 2) // 2 + 1
+        self.widths = (p, p, p, 1, 1, m, m + 1, m + 1, 1, 1, 1, 1, *of_rows, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)
-        groups = {term.name for term in frame.terms}
-        self.contributions = np.full((b, len(groups) + len(frame.fixed_terms) + 1), np.nan)
         self.modes = None
         if modes:
             self.modes = tuple(
@@ -104,13 +105,12 @@ class Table:
         modes: Any,
         coefficients: np.ndarray,
         estimable: np.ndarray,
-        parts: Parts,
         *,
         rival: bool = False,
     ) -> np.ndarray:
         """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses.
 
-        `coefficients`, `estimable` and `parts` as in `Known`.
+        `coefficients` and `estimable` as in `Known`.
 
         Of `rival` searches, those with a criterion lower than the one here.
         """
@@ -127,10 +127,6 @@ class Table:
         self.status[columns[written]] = status[written]
         self.rank[columns[good]] = coefficients.size
         self.numbers[columns[good, None], places] = packed[1:, good].T
-        start = 1 + 3 * coefficients.size  # of sigma, the residual's degrees of freedom, theta
-        theta = packed[start + 2 : start + 2 + self.widths[self.FIELDS.index("theta")], good]
-        own = packed[1 : 1 + coefficients.size, good], theta, packed[start, good]
-        self.contributions[columns[good]] = parts.contributions(*own).T
         unknown = np.flatnonzero(~estimable[:p]), np.flatnonzero(~estimable[p:])
         for part in range(3):  # estimates, standard errors, degrees of freedom
             for first, some in zip((part * p, whole - (3 - part) * k), unknown, strict=True):
@@ -148,7 +144,7 @@ class Table:
     def blank(self, column: int, status: Status) -> None:
         """Take back the numbers of a response."""
         self.status[column] = status
-        self.numbers[column] = self.contributions[column] = np.nan
+        self.numbers[column] = np.nan
         for own in self.modes or ():
             own[column] = np.nan
 
@@ -167,7 +163,6 @@ class Table:
             n_missing=n_missing,
             rank=self.rank,
             mean=mean,
-            contributions=self.contributions,
             status=self.status,
             modes=self.modes,
         )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
+from jaxreml.many.contributions import Parts, contributions
 from jaxreml.many.lanes import Lanes
 from jaxreml.model import linalg, satterthwaite
 from jaxreml.model.design import Design
@@ -85,6 +86,7 @@ def conclude(
     before: Array,
     contrasts: Array,
     residual: Any,
+    parts: Parts,
     plan: Plan,
 ) -> Array:
     """Everything at the roots found, (1 + R, lanes): status, then the fields of `numbers.Table`.
@@ -96,6 +98,7 @@ def conclude(
         before: expansions in earlier passes; the last one is the one here.
         contrasts: (k, p).
         residual: degrees of freedom of residuals.
+        parts: of the rows.
         plan: see there.
     """
     found = found._replace(iterations=before + found.iterations + 1)
@@ -106,8 +109,7 @@ def conclude(
     blank = design.blank() if plan.df.startswith("kenward-roger") else None
     tests = tests_of(estimate, contrasts, plan.df, residual, blank)
     like = (searched if plan.reml else design).blank()  # the one searched costs less
-    residual_df = residual_degrees(like.covariance.omega(found.root), like)
-    return pack(estimate, found.value, residual_df, tests)
+    return pack(estimate, found.value, tests, of_rows(estimate, like, parts))
 
 
 class Tests(NamedTuple):
@@ -170,7 +172,27 @@ def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array) -> Test
     return Tests(xp.tensordot(rows, estimate.beta, axes=1), xp.sqrt(variance), degrees)
 
 
-def pack(estimate: Estimate, value: Array, residual_df: Array, tests: Tests) -> Array:
+class OfRows(NamedTuple):
+    """What the rows make of a fit; see `Fits`."""
+
+    residual_df: Array
+    contributions: Array
+    contributions_cov: Array
+
+
+def of_rows(estimate: Estimate, design: Design, parts: Parts) -> OfRows:
+    """Residual degrees of freedom and contributions to the variance of a row.
+
+    Args:
+        estimate: of one response, or of many on the last axis.
+        design: theirs, or another with the same restricted likelihood, as `residual_degrees`.
+        parts: of the rows.
+    """
+    residual_df = residual_degrees(estimate.theta, design)
+    return OfRows(residual_df, *contributions(estimate, parts, design.covariance))
+
+
+def pack(estimate: Estimate, value: Array, tests: Tests, rows: OfRows) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
     xp = namespace(value)
     certified = is_certified(value, estimate.criterion, estimate.gradient_norm)
@@ -183,7 +205,7 @@ def pack(estimate: Estimate, value: Array, residual_df: Array, tests: Tests) -> 
             status * one,
             *(array[:p] for array in tests[:3]),
             estimate.sigma * one,
-            residual_df * one,
+            rows.residual_df * one,
             estimate.theta,
             estimate.parameters,
             xp.sqrt(linalg.diagonal(estimate.parameters_vcov)),
@@ -191,6 +213,8 @@ def pack(estimate: Estimate, value: Array, residual_df: Array, tests: Tests) -> 
             estimate.gradient_norm * one,
             estimate.n_iter * one,
             estimate.is_singular * one,
+            rows.contributions,
+            rows.contributions_cov,
             *(array[p:] for array in tests[:3]),
         ]
     )

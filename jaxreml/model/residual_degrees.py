@@ -13,23 +13,25 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand
 
 Array = Any  # NumPy's or JAX's
 
 
-def residual_degrees(omega: Array, design: Design) -> Array:
+def residual_degrees(theta: Array, design: Design) -> Array:
     """tr(P0 P0), at given variance parameters; the response does not matter.
 
     With P0 (I + G) P0 = P0 and G = sum omega_i V_i it is (n - p) - 2 tr(P0 G) + tr(P0 G P0 G), in
     which the traces are derivatives of log|V0| + log|X' V0^-1 X|, the second ones negative.
 
     Args:
-        omega: (m,), relative covariances inside; the axis of lanes may follow, as in `design`.
+        theta: (m,), relative Cholesky factors; the axis of lanes may follow, as in `design`.
         design: the data, or others with the same restricted likelihood.
     """
-    xp = namespace(omega, design.residual_ss)
+    xp = namespace(theta, design.residual_ss)
+    omega = natural.omega_from_factors(design.scaled_factors(theta))
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as sigma2 goes into its residual sum of squares
     none = xp.full(omega.shape[1:], np.inf)

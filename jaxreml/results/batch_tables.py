@@ -10,6 +10,7 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL, fisher_columns, theta_labels
+from jaxreml.many.contributions import covariance_labels
 from jaxreml.many.fitted import BatchModel, FittedBatch
 from jaxreml.many.numbers import Fits
 from jaxreml.results.tidy import Labels, Part, chosen, intervals, ran_pars, statistics
@@ -158,6 +159,8 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
         *(f"fixed_variance[{name}]" for name in model.fixed_terms),
         "fixed_variance",
     ]
+    covariances = covariance_labels(model.grouping_factors)
+    several["contributions_cov"] = [f"variance_cov[{label}]" for label in covariances]
     return {field: several.get(field, field) for field in Fits._fields if field != "modes"}
 
 
@@ -179,11 +182,12 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
     and likewise ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
     ``contrast_p_adjusted[c]``; sigma; residual_df; ``variance[g, x]`` with ``variance[Residual]``;
     ``correlation[g, x1, x2]``; what parts add to the variance of a row, ``random_variance[g]``,
-    ``fixed_variance[term]`` and, all fixed effects together, ``fixed_variance``; the variance
-    parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as `Design.parameter_names`, with
-    standard errors ``log_variance_se[g, x]`` and ``z_se[g, x1, x2]``; ``theta[g, x]`` and
-    ``theta[g, x1, x2]``, lme4's relative Cholesky factor; criterion, gradient_norm, n_iter,
-    is_singular, converged, status, message.
+    ``fixed_variance[term]`` and, all fixed effects together, ``fixed_variance``, with covariances
+    ``variance_cov[g1, g2]`` between factors and the residual, and ``variance_cov[Fixed effects]``;
+    the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as
+    `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
+    ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
+    criterion, gradient_norm, n_iter, is_singular, converged, status, message.
 
     Raises:
         DataError: names of columns of the data with commas give two columns one name.
@@ -222,7 +226,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{pair}]" for pair in _pairs(model)]
     add(correlations, results.correlations.to_numpy())
-    add_field("contributions", "parameters", "parameters_se", "theta")
+    add_field("contributions", "contributions_cov", "parameters", "parameters_se", "theta")
     add_field("criterion", "gradient_norm", "n_iter", "is_singular")
     frame["converged"] = results.converged.to_numpy()
     add_field("status")

@@ -31,10 +31,8 @@ FORMAT = "jaxreml.BatchResults"
 Batch = TypeVar("Batch", bound=FittedBatch)
 VERSION = 3
 # What earlier versions did not write; of `rank` see `_read`.
-ABSENT = {
-    1: ("rank", "residual_df", "mean", "contributions"),
-    2: ("residual_df", "mean", "contributions"),
-}
+LATER = ("residual_df", "mean", "contributions", "contributions_cov")
+ABSENT = {1: ("rank", *LATER), 2: LATER}
 KEY = b"jaxreml"
 
 

@@ -62,25 +62,33 @@ def test_fractions_by_hand(data, values):
 )
 @pytest.mark.parametrize("method", ["REML", "ML"])
 def test_shares_are_those_of_single_fits(data, values, formula, weights, method):
-    results = jaxreml.fit_many(formula, data, values[:, :2], method, weights=weights)
-    for i in (0, 1):
+    rng = np.random.default_rng(6)
+    noise = pd.Series(rng.normal(size=90))
+    noise -= noise.groupby(data["g"]).transform("mean")  # no variance between groups
+    values = np.column_stack([values[:, :2], noise])
+    results = jaxreml.fit_many(formula, data, values, method, weights=weights)
+    assert results.is_singular[2]
+    for i in range(3):
         fit = jaxreml.fit(f"y {formula}", data.assign(y=values[:, i]), method, weights=weights)
 
         def same(found, single):
-            np.testing.assert_allclose(found, single["estimate"], rtol=1e-5)
+            columns = ["estimate", "std_error", "lower", "upper"]
+            found = np.asarray(found, float).reshape(-1, 4)
+            np.testing.assert_allclose(found, single[columns], rtol=1e-5, atol=1e-9)
 
-        for fixed in (False, True):
+        varied = bool(results.model.fixed_terms)  # else the share of fixed effects is nothing
+        for fixed in (False, True)[: 1 + varied]:
             shares = fit.variance_shares(fixed=fixed)
             own = results.variance_shares(fixed=fixed)
-            assert list(own) == list(shares.index)
+            assert list(own.columns.levels[0][own.columns.codes[0][::4]]) == list(shares.index)
             same(own.loc[i], shares)
-        same(results.icc()[i], fit.icc())
-        same(results.icc("g")[i], fit.icc("g"))
-        same(results.r2().loc[i], fit.r2())
+        same(results.icc().loc[i], fit.icc())
+        same(results.icc("g", conf_level=0.8).loc[i], fit.icc("g", conf_level=0.8))
+        same(results.r2().loc[i].iloc[0 if varied else 4 :], fit.r2().iloc[0 if varied else 1 :])
         options = {"measurements": 3, "adjusted": False}
-        same(results.repeatability("g", **options)[i], fit.repeatability("g", **options))
+        same(results.repeatability("g", **options).loc[i], fit.repeatability("g", **options))
         options = {"per": {"Residual": 4}, "multiple": 2}
-        same(results.heritability("g", **options)[i], fit.heritability("g", **options))
+        same(results.heritability("g", **options).loc[i], fit.heritability("g", **options))
         fixed = results.variance_fractions().loc[i].drop(["g", "Residual"]).sum()
         n = fit.nobs
         share = fit.variance_shares(fixed=True)["estimate"]["Fixed effects"]
@@ -94,8 +102,9 @@ def test_rows_that_lack_a_level(data, values):
     assert results.params.loc[1].isna().any()
     kept = data.assign(y=values[:, 3]).dropna()
     fit = jaxreml.fit("y ~ x + a + (1 | g)", kept)
-    share = fit.variance_shares(fixed=True)["estimate"]
-    np.testing.assert_allclose(results.variance_shares(fixed=True).loc[1], share, rtol=1e-5)
+    share = fit.variance_shares(fixed=True)[["estimate", "std_error"]]
+    own = results.variance_shares(fixed=True).loc[1].unstack()
+    np.testing.assert_allclose(own.loc[share.index, share.columns], share, rtol=1e-5)
     assert results.variance_fractions().loc[1].notna().all()
 
 

@@ -89,6 +89,7 @@ def many_terms():
         rank=np.ones(6, int),
         mean=rng.normal(size=6),
         contributions=rng.uniform(size=(6, 2)),
+        contributions_cov=rng.uniform(size=(6, 4)),
         is_singular=counts == 5,
         status=np.zeros(6, int),
         contrast=rng.normal(size=(6, 0)),
@@ -360,6 +361,8 @@ def test_first_version_counts_what_has_an_estimate(many_terms):
     """Files without the rank of X: what could not be estimated was not fitted then."""
     fits = many_terms.fits._replace(beta=np.array([[1.0], [np.nan], *[[2.0]] * 4]))
     later = ["residual_df", "mean", "random_variance[g]", "fixed_variance"]
+    later += [f"variance_cov[{of}]" for of in ("g, g", "Residual, g", "Residual, Residual")]
+    later += ["variance_cov[Fixed effects]"]
     table = to_table(replace(many_terms, fits=fits)).drop_columns(["rank", *later])
     first = from_table(record(table, version=1)).fits
     assert first.rank.tolist() == [1, 0, 1, 1, 1, 1]

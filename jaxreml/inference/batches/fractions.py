@@ -6,13 +6,19 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
+from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.fitting.row_variances import FIXED
 from jaxreml.inference.parameters import ratios
+from jaxreml.inference.parameters.delta import TRANSFORMS
+from jaxreml.many.contributions import unpacked
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.status import Status
+
+NOTHING = 1e-18  # a variance of a ratio this small is rounding error
 
 
 def variance_fractions(results: FittedBatch) -> pd.DataFrame:
@@ -25,7 +31,7 @@ def variance_fractions(results: FittedBatch) -> pd.DataFrame:
     It differs in what that leaves to the coding: a factor of several columns is one term here,
     where calcVarPart has a fraction for each column; random slopes count with the values of their
     covariates (`inference.shares`), where it has the variance of a slope as such. The sum of the
-    terms' fractions is `variance_shares` with ``fixed=True``, but for its divisor n - 1.
+    terms' fractions is that of `variance_shares` with ``fixed=True``, but for its divisor n - 1.
 
     Returns:
         A row per response, a column per grouping factor and per fixed term without the intercept,
@@ -48,27 +54,40 @@ def variance_fractions(results: FittedBatch) -> pd.DataFrame:
     return pd.DataFrame(found, results.responses, [*groups, *names, RESIDUAL])
 
 
-def variance_shares(results: FittedBatch, *, fixed: bool = False) -> pd.DataFrame:
-    """The estimates of `LMMResults.variance_shares` of each response, a column per part."""
-    return _ratios(results, ratios.variance_shares(results.model.grouping_factors, fixed=fixed))
+def variance_shares(
+    results: FittedBatch, *, fixed: bool = False, conf_level: float = 0.95
+) -> pd.DataFrame:
+    """`LMMResults.variance_shares` of each response: columns by part, and estimate, std_error,
+    lower and upper."""
+    rows = ratios.variance_shares(results.model.grouping_factors, fixed=fixed)
+    return _ratios(results, rows, conf_level)
 
 
-def icc(results: FittedBatch, group: str | None = None) -> pd.Series:
-    """The estimates of `LMMResults.icc` of each response."""
-    return _one(results, ratios.icc(results.model.grouping_factors, group))
+def icc(
+    results: FittedBatch, group: str | None = None, *, conf_level: float = 0.95
+) -> pd.DataFrame:
+    """`LMMResults.icc` of each response: columns estimate, std_error, lower and upper."""
+    return _one(results, ratios.icc(results.model.grouping_factors, group), conf_level)
 
 
-def r2(results: FittedBatch) -> pd.DataFrame:
-    """The estimates of `LMMResults.r2` of each response, columns marginal and conditional."""
-    return _ratios(results, ratios.r2(results.model.grouping_factors))
+def r2(results: FittedBatch, *, conf_level: float = 0.95) -> pd.DataFrame:
+    """`LMMResults.r2` of each response: columns by marginal and conditional, and estimate,
+    std_error, lower and upper."""
+    return _ratios(results, ratios.r2(results.model.grouping_factors), conf_level)
 
 
 def repeatability(
-    results: FittedBatch, group: str, *, measurements: float = 1, adjusted: bool = True
-) -> pd.Series:
-    """The estimates of `LMMResults.repeatability` of each response."""
+    results: FittedBatch,
+    group: str,
+    *,
+    measurements: float = 1,
+    adjusted: bool = True,
+    conf_level: float = 0.95,
+) -> pd.DataFrame:
+    """`LMMResults.repeatability` of each response: columns as `icc`."""
     groups = results.model.grouping_factors
-    return _one(results, ratios.repeatability(groups, group, measurements, adjusted=adjusted))
+    rows = ratios.repeatability(groups, group, measurements, adjusted=adjusted)
+    return _one(results, rows, conf_level)
 
 
 def heritability(
@@ -77,24 +96,43 @@ def heritability(
     per: Mapping[str, float] | None = None,
     *,
     multiple: float = 1.0,
-) -> pd.Series:
-    """The estimates of `LMMResults.heritability` of each response."""
-    groups = results.model.grouping_factors
-    return multiple * _one(results, ratios.heritability(groups, group, per, multiple))
+    conf_level: float = 0.95,
+) -> pd.DataFrame:
+    """`LMMResults.heritability` of each response: columns as `icc`."""
+    rows = ratios.heritability(results.model.grouping_factors, group, per, multiple)
+    return multiple * _one(results, rows, conf_level)
 
 
-def _one(results: FittedBatch, rows: ratios.Ratios) -> pd.Series:
+def _one(results: FittedBatch, rows: ratios.Ratios, conf_level: float) -> pd.DataFrame:
     (name,) = rows
-    return pd.Series(_ratios(results, rows)[name].to_numpy(), results.responses, name=name)
+    return pd.DataFrame(dict(_ratios(results, rows, conf_level)[name].items()))
 
 
-def _ratios(results: FittedBatch, rows: ratios.Ratios) -> pd.DataFrame:
-    """Ratios of sums of variances, a column each."""
+def _ratios(results: FittedBatch, rows: ratios.Ratios, conf_level: float) -> pd.DataFrame:
+    """Ratios of sums of variances with standard errors by the delta method, and intervals made on
+    the logit scale. NaN on the boundary: where what a ratio is of is held there."""
+    check_conf_level(conf_level)
     groups = results.model.grouping_factors
-    own = _contributions(results)[:, [*range(len(groups)), -1]]
-    parts = np.concatenate([own, results.fits.sigma[:, None] ** 2], axis=1)
+    k = len(groups)
+    fits = results.fits
+    own = _contributions(results)[:, [*range(k), -1]]
+    parts = np.concatenate([own, fits.sigma[:, None] ** 2], axis=1)
     above, below = ratios.matrices(rows, [*groups, FIXED, RESIDUAL])
-    return pd.DataFrame(parts @ above.T / (parts @ below.T), results.responses, list(rows))
+    whole = parts @ below.T
+    estimate = parts @ above.T / whole
+    slope = (above - estimate[:, :, None] * below) / whole[:, :, None]  # (b, ratios, parts)
+    covariances = unpacked(fits.contributions_cov, k)
+    variance = np.einsum("brp,bpq,brq->br", slope, covariances, slope)
+    held = (variance <= NOTHING) & fits.is_singular[:, None]
+    error = np.sqrt(np.where(held, np.nan, np.maximum(variance, 0.0)))
+    scale = TRANSFORMS["logit"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half = ndtri((1 + conf_level) / 2) * error * scale.slope(estimate)
+        limits = [scale.inverse(scale.forward(estimate) + sign * half) for sign in (-1, 1)]
+    names = ("estimate", "std_error", "lower", "upper")
+    values = np.stack([estimate, error, *limits], axis=2).reshape(len(results), -1)
+    columns = pd.MultiIndex.from_product([list(rows), names])
+    return pd.DataFrame(values, results.responses, columns)
 
 
 def _contributions(results: FittedBatch) -> np.ndarray:
