@@ -25,12 +25,15 @@ class Parts(NamedTuple):
     Attributes:
         random: (G, m), a row per grouping factor: its contribution is that times the covariances of
             the effects.
-        fixed: (T + 1, p, p), per fixed term and of all fixed effects, last: symmetric F, the
-            contribution being beta' F beta.
+        terms: (T, p), 1 where a column of X is of a fixed term, else 0.
+        spread: (p, p), the covariance matrix of the columns.
+        within: (p, p), the same with zeros between columns of different terms.
     """
 
     random: np.ndarray
-    fixed: np.ndarray
+    terms: np.ndarray
+    spread: np.ndarray
+    within: np.ndarray
 
     @staticmethod
     def of(frame: ModelFrame, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Parts:
@@ -48,9 +51,12 @@ class Parts(NamedTuple):
                 own = squares[name][first, second] * twice if name == term.name else 0.0 * twice
                 entries.append(own)
         own = [np.isin(coefficients, columns) for columns in frame.fixed_terms.values()]
-        fixed = [np.outer(one, one) * spread for one in own]
+        terms = np.array(own, float).reshape(len(own), len(coefficients))
         return Parts(
-            np.stack([np.concatenate(own) for own in random.values()]), np.stack([*fixed, spread])
+            np.stack([np.concatenate(entries) for entries in random.values()]),
+            terms,
+            spread,
+            spread * (terms.T @ terms),
         )
 
 
@@ -71,9 +77,11 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     xp, beta = namespace(estimate.theta, estimate.beta), estimate.beta
     sigma2 = estimate.sigma**2
     omega = natural.omega_from_theta(estimate.theta, covariance.sizes)
-    squares = (beta[:, None] * beta).reshape(-1, *beta.shape[1:])
-    of_fixed = xp.tensordot(parts.fixed.reshape(len(parts.fixed), -1), squares, axes=1)
-    found = xp.concatenate([sigma2 * xp.tensordot(parts.random, omega, axes=1), of_fixed])
+    of_random = sigma2 * xp.tensordot(parts.random, omega, axes=1)
+    of_terms = xp.tensordot(parts.terms, beta * xp.tensordot(parts.within, beta, axes=1), axes=1)
+    slope = xp.tensordot(parts.spread, beta, axes=1)
+    of_fixed = xp.sum(beta * slope, axis=0)
+    found = xp.concatenate([of_random, of_terms, of_fixed[None]])
 
     parameters = estimate.parameters
     none = xp.zeros_like(estimate.parameters_vcov)
@@ -85,8 +93,7 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     slopes = xp.where(free, sigma2 * slopes, 0.0)
     spread = xp.where(free[:, None] & free, estimate.parameters_vcov, 0.0)
     joint = linalg.matmul(slopes, linalg.matmul(spread, linalg.transpose(slopes)))
-    slope = 2 * xp.tensordot(parts.fixed[-1], beta, axes=1)
-    of_all = xp.sum(slope * xp.sum(estimate.vcov * slope, axis=1), axis=0)
+    of_all = 4 * xp.sum(slope * xp.sum(estimate.vcov * slope, axis=1), axis=0)
     return found, xp.concatenate([joint[_lower(len(slopes))], of_all[None]])
 
 
