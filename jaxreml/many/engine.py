@@ -150,14 +150,15 @@ class BatchFitter:
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
         table = Table(self.frame, b, self.modes, len(self.options.contrasts))
+        with np.errstate(invalid="ignore"):
+            table.mean = total / (n - missing)
         table.status[missing == n] = Status.TOO_FEW_ROWS
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
         for columns, kept in _patterns(values, np.flatnonzero(todo & (missing > 0))):
             self._fit_pattern(values, columns, kept, table)
-        with np.errstate(invalid="ignore"):
-            return table.fits(n - missing, missing, total / (n - missing))
+        return table.fits(n - missing, missing)
 
     def _fit_pattern(
         self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: Table

@@ -73,7 +73,7 @@ class Table:
 
     Attributes:
         status: (b,) `Status` codes.
-        rank: (b,), as in `Fits`.
+        rank, mean: (b,), as in `Fits`.
         numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
         widths: columns of each field.
         modes: per random term (b, levels, effects), or None.
@@ -91,6 +91,7 @@ class Table:
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)
+        self.mean = np.full(b, np.nan)
         self.modes = None
         if modes:
             self.modes = tuple(
@@ -148,7 +149,7 @@ class Table:
         for own in self.modes or ():
             own[column] = np.nan
 
-    def fits(self, nobs: np.ndarray, n_missing: np.ndarray, mean: np.ndarray) -> Fits:
+    def fits(self, nobs: np.ndarray, n_missing: np.ndarray) -> Fits:
         """The numbers by name."""
         parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
         named = dict(zip(self.FIELDS, parts, strict=True))
@@ -162,7 +163,7 @@ class Table:
             nobs=nobs,
             n_missing=n_missing,
             rank=self.rank,
-            mean=mean,
+            mean=self.mean,
             status=self.status,
             modes=self.modes,
         )

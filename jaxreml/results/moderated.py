@@ -86,7 +86,7 @@ def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) 
             means of the responses, or a number for each, an array in the order of `responses` or a
             Series labelled with them. None for one prior variance.
         robust: whether responses of outlying variance are moderated less (Phipson 2016). With a
-            trend it needs ``pip install 'jaxreml[stats]'``.
+            trend it needs ``pip install 'jaxreml[counts]'``.
 
     Returns:
         The moderated tests. Responses without an optimum stay out and are NaN.

@@ -179,6 +179,6 @@ def test_what_cannot_be_moderated(data, responses, monkeypatch):
     with pytest.raises(DataError, match="two or more"):
         replace(results, fits=failed).moderated()
     monkeypatch.setitem(sys.modules, "statsmodels.nonparametric.smoothers_lowess", None)
-    with pytest.raises(DataError, match=r"pip install 'jaxreml\[stats\]'"):
+    with pytest.raises(DataError, match=r"pip install 'jaxreml\[counts\]'"):
         results.moderated(trend=True, robust=True)
     assert results.moderated(robust=True).prior_df.notna().sum() == 29

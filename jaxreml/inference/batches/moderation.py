@@ -195,7 +195,7 @@ def _trend(logs: np.ndarray, covariate: np.ndarray | None) -> np.ndarray:
         from statsmodels.nonparametric.smoothers_lowess import lowess
     except ImportError:
         raise DataError(
-            "robust moderation with a trend needs statsmodels: pip install 'jaxreml[stats]'"
+            "robust moderation with a trend needs statsmodels: pip install 'jaxreml[counts]'"
         ) from None
     return lowess(
         logs, covariate, frac=SPAN, it=3, delta=0.01 * np.ptp(covariate), return_sorted=False
