@@ -10,7 +10,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace
 from jaxreml.data.frame import ModelFrame
 from jaxreml.fitting.random_terms import RESIDUAL
-from jaxreml.fitting.row_variances import FIXED, RowMoments
+from jaxreml.fitting.row_variances import FIXED
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
@@ -20,13 +20,14 @@ Array = Any  # NumPy's or JAX's
 
 
 class Parts(NamedTuple):
-    """The parts of a model in some of the rows.
+    """The parts of a model in some of the rows; an axis of lanes, each with its own rows, may
+    follow in `random`, `spread` and `within`.
 
     Attributes:
         random: (G, m), a row per grouping factor: its contribution is that times the covariances of
-            the effects.
+            the effects, `RowMoments.squares` in the order of these.
         terms: (T, p), 1 where a column of X is of a fixed term, else 0.
-        spread: (p, p), the covariance matrix of the columns.
+        spread: (p, p), the covariance matrix of the columns, `RowMoments.spread`.
         within: (p, p), the same with zeros between columns of different terms.
     """
 
@@ -37,27 +38,42 @@ class Parts(NamedTuple):
 
     @staticmethod
     def of(frame: ModelFrame, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Parts:
-        """Of the rows `kept`, None for all, and these columns of X."""
-        rows = slice(None) if kept is None else kept
-        squares, spread = RowMoments.of(frame.X[rows][:, coefficients], frame.terms, rows)
-        # Effects of one factor are side by side in its mean of z z', term after term.
-        random, at = {name: [] for name in squares}, dict.fromkeys(squares, 0)
+        """Of these columns of X.
+
+        Args:
+            frame: all rows.
+            coefficients: which columns of X.
+            kept: (n,) booleans, the rows; (n, b) for lanes; None for all.
+        """
+        used = np.ones(len(frame.X)) if kept is None else np.asarray(kept, float)
+        counts = used.sum(axis=0)
+        factors = list(dict.fromkeys(term.name for term in frame.terms))
+        random = []
         for term in frame.terms:
-            places = np.array(natural.triangle(len(term.effect_names)))
-            first, second = places + at[term.name]
-            at[term.name] += len(term.effect_names)
+            first, second = natural.triangle(len(term.effect_names))
             twice = np.where(first == second, 1.0, 2.0)
-            for name, entries in random.items():
-                own = squares[name][first, second] * twice if name == term.name else 0.0 * twice
-                entries.append(own)
+            squares = (term.effects[:, first] * term.effects[:, second] * twice).T @ used / counts
+            own = np.zeros((len(factors), *squares.shape))
+            own[factors.index(term.name)] = squares
+            random.append(own)
+        X = frame.X[:, coefficients]
+        centred, p = X - X.mean(axis=0), X.shape[1]
+        means = centred.T @ used / counts
+        squares = [(centred * column[:, None]).T @ used for column in centred.T]
+        squares = np.reshape(squares, (p, p, *counts.shape))
+        spread = (squares - counts * means[:, None] * means) / (counts - 1)
         own = [np.isin(coefficients, columns) for columns in frame.fixed_terms.values()]
-        terms = np.array(own, float).reshape(len(own), len(coefficients))
-        return Parts(
-            np.stack([np.concatenate(entries) for entries in random.values()]),
-            terms,
-            spread,
-            spread * (terms.T @ terms),
-        )
+        terms = np.array(own, float).reshape(len(own), p)
+        same = (terms.T @ terms).reshape(p, p, *[1] * counts.ndim)
+        return Parts(np.concatenate(random, axis=1), terms, spread, spread * same)
+
+
+def _times(matrix: Array, vector: Array) -> Array:
+    """(a, b) times (b, ...); the matrix may have the lanes of the vector."""
+    xp = namespace(matrix, vector)
+    if matrix.ndim == 2:
+        return xp.tensordot(matrix, vector, axes=1)
+    return xp.sum(matrix.reshape(*matrix.shape[:2], *[1] * (vector.ndim - 2), -1) * vector, axis=1)
 
 
 def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> tuple[Array, Array]:
@@ -77,9 +93,9 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     xp, beta = namespace(estimate.theta, estimate.beta), estimate.beta
     sigma2 = estimate.sigma**2
     omega = natural.omega_from_theta(estimate.theta, covariance.sizes)
-    of_random = sigma2 * xp.tensordot(parts.random, omega, axes=1)
-    of_terms = xp.tensordot(parts.terms, beta * xp.tensordot(parts.within, beta, axes=1), axes=1)
-    slope = xp.tensordot(parts.spread, beta, axes=1)
+    of_random = sigma2 * _times(parts.random, omega)
+    of_terms = _times(parts.terms, beta * _times(parts.within, beta))
+    slope = _times(parts.spread, beta)
     of_fixed = xp.sum(beta * slope, axis=0)
     found = xp.concatenate([of_random, of_terms, of_fixed[None]])
 
@@ -88,7 +104,7 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     finite = covariance.finite(parameters)
     moved, _ = covariance.in_parameters(finite, xp.zeros_like(parameters), none)
     slopes = moved[:-1] + omega[:, None] * moved[-1]
-    slopes = xp.concatenate([xp.tensordot(parts.random, slopes, axes=1), moved[-1:]])
+    slopes = xp.concatenate([_times(parts.random, slopes), moved[-1:]])
     free = xp.isfinite(parameters)
     slopes = xp.where(free, sigma2 * slopes, 0.0)
     spread = xp.where(free[:, None] & free, estimate.parameters_vcov, 0.0)

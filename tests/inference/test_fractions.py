@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,10 @@ import pytest
 
 import jaxreml
 from jaxreml import DataError
+from jaxreml.data.frame import covariate_frame
+from jaxreml.fitting.row_variances import RowMoments
+from jaxreml.many.contributions import Parts, contributions
+from jaxreml.model.covariance.unstructured import unstructured
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +124,29 @@ def test_names_and_what_is_refused(data, values):
     unknown = numbered.fits._replace(contributions=numbered.fits.contributions * np.nan)
     with pytest.raises(DataError, match="fit again"):
         replace(numbered, fits=unknown).variance_fractions()
+
+
+def test_lanes_may_have_rows_of_their_own(data):
+    frame = covariate_frame("~ x + a + (z | g) + (1 | g:h)", data)
+    rng = np.random.default_rng(1)
+    used = rng.uniform(size=(90, 3)) < 0.8
+    columns = np.arange(frame.X.shape[1])
+    together = Parts.of(frame, columns, used)
+    b, m, sizes = 3, 4, (1, 2)
+    theta = rng.uniform(size=(m, b))
+    covariance = unstructured(sizes)
+    vcov, spread = (np.einsum("ikb,jkb->ijb", *[rng.normal(size=(k, k, b))] * 2) for k in (4, 5))
+    lanes = {"theta": theta, "sigma": rng.uniform(size=b), "beta": rng.normal(size=(4, b))}
+    lanes |= {"parameters": rng.normal(size=(5, b)), "vcov": vcov, "parameters_vcov": spread}
+    found = contributions(SimpleNamespace(**lanes), together, covariance)
+    for k in range(b):
+        alone = SimpleNamespace(**{name: own[..., k] for name, own in lanes.items()})
+        expected = contributions(alone, Parts.of(frame, columns, used[:, k]), covariance)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one[:, k], other, rtol=1e-12)
+    moments = RowMoments.of(frame.X[used[:, 0]], frame.terms, used[:, 0])
+    np.testing.assert_allclose(together.spread[..., 0], moments.spread, atol=1e-14)
+    squares = moments.squares["g"]
+    np.testing.assert_allclose(
+        together.random[1, 1:, 0], [squares[0, 0], 2 * squares[1, 0], squares[1, 1]]
+    )
