@@ -50,7 +50,7 @@ class WeightedFitter:
         if basis.kind == "grouped" and sum(basis.sizes) <= MOST_EFFECTS:
             inside = [basis.units.rows(k, term.effects) for k, term in enumerate(frame.terms)]
             effects = np.concatenate(inside, axis=1)
-            self.lanes = WeightedEngine(basis, effects, self.plain.options, self.plain.known)
+            self.lanes = WeightedEngine(frame, basis, effects, self.plain.options, self.plain.known)
 
     def fit(self, values: np.ndarray, weights: np.ndarray) -> Fits:
         """Fit each column of (n, b) `values`, NaN if missing, with that of `weights`; a weight of
@@ -90,6 +90,8 @@ class WeightedFitter:
         used = weights[:, columns] > 0
         count = used.sum(axis=0)
         table.n_missing[columns] = len(values) - count
+        with np.errstate(invalid="ignore"):
+            table.mean[columns] = np.where(used, values[:, columns], 0.0).sum(axis=0) / count
         table.status[columns] = Status.TOO_FEW_ROWS
         infinite = np.isinf(values[:, columns]).any(axis=0)
         highest = np.where(used, values[:, columns], -np.inf).max(axis=0)

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from jaxreml.data.frame import ModelFrame
 from jaxreml.many.base import Known, Options
+from jaxreml.many.contributions import Parts
 from jaxreml.many.host import Block, Passes
 from jaxreml.many.numbers import Table
 from jaxreml.many.screening import grid, suspects
@@ -43,13 +45,16 @@ class WeightedEngine:
     """What responses with weights of their own have in common.
 
     Args:
+        frame: all rows.
         basis: of all rows, without weights; `grouped`.
         effects: (n, q), Z inside (`Basis.units`).
         options, known: as of other engines.
     """
 
-    def __init__(self, basis: Basis, effects: Array, options: Options, known: Known):
-        self.basis, self.options, self.known = basis, options, known
+    def __init__(
+        self, frame: ModelFrame, basis: Basis, effects: Array, options: Options, known: Known
+    ):
+        self.frame, self.basis, self.options, self.known = frame, basis, options, known
         projector: GroupedBasis = basis.projector
         self.rows = projector.rows
         q, U = effects.shape[1], basis.rows
@@ -190,6 +195,13 @@ class WeightedPasses(Passes):
         if block.detail is None:
             return np.ones(block.columns.size, bool)
         return suspects(block.detail, found.root, found.value, self.covariance, _no_way)
+
+    def parts(self, block: Block) -> Parts:
+        """As `Passes`: lanes need not have the same rows."""
+        used = self.weights[:, block.columns] > 0
+        if used.all():
+            return self.options.parts
+        return Parts.of(self.engine.frame, self.known.coefficients, used)
 
     def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
         """As `Passes`."""
