@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class ModeratedResults(FittedBatch):
         trend: the covariate of the prior variance, or None.
     """
 
+    _: KW_ONLY
     prior_df: pd.Series
     prior_variance: pd.Series
     posterior_variance: pd.Series
@@ -125,14 +126,13 @@ def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) 
     def series(values: np.ndarray, name: str) -> pd.Series:
         return pd.Series(values, results.responses, name=name)
 
+    same = {field.name: getattr(results, field.name) for field in fields(FittedBatch)}
     return ModeratedResults(
-        results.model,
-        results.responses,
-        changed,
-        series(prior_df, "prior_df"),
-        series(whole(prior.variance), "prior_variance"),
-        series(whole(posterior), "posterior_variance"),
-        None if covariate is None else series(covariate, "trend"),
+        **(same | {"fits": changed}),
+        prior_df=series(prior_df, "prior_df"),
+        prior_variance=series(whole(prior.variance), "prior_variance"),
+        posterior_variance=series(whole(posterior), "posterior_variance"),
+        trend=None if covariate is None else series(covariate, "trend"),
     )
 
 
