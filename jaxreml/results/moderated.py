@@ -126,7 +126,9 @@ def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) 
     def series(values: np.ndarray, name: str) -> pd.Series:
         return pd.Series(values, results.responses, name=name)
 
-    same = {field.name: getattr(results, field.name) for field in fields(FittedBatch)}
+    same: dict[str, Any] = {
+        field.name: getattr(results, field.name) for field in fields(FittedBatch)
+    }
     return ModeratedResults(
         **(same | {"fits": changed}),
         prior_df=series(prior_df, "prior_df"),
