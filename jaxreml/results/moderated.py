@@ -126,11 +126,10 @@ def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) 
     def series(values: np.ndarray, name: str) -> pd.Series:
         return pd.Series(values, results.responses, name=name)
 
-    same: dict[str, Any] = {
-        field.name: getattr(results, field.name) for field in fields(FittedBatch)
-    }
+    held: dict[str, Any] = {own.name: getattr(results, own.name) for own in fields(FittedBatch)}
+    held["fits"] = changed
     return ModeratedResults(
-        **(same | {"fits": changed}),
+        **held,
         prior_df=series(prior_df, "prior_df"),
         prior_variance=series(whole(prior.variance), "prior_variance"),
         posterior_variance=series(whole(posterior), "posterior_variance"),
