@@ -73,7 +73,9 @@ def _times(matrix: Array, vector: Array) -> Array:
     xp = namespace(matrix, vector)
     if matrix.ndim == 2:
         return xp.tensordot(matrix, vector, axes=1)
-    return xp.sum(matrix.reshape(*matrix.shape[:2], *[1] * (vector.ndim - 2), -1) * vector, axis=1)
+    between = [1] * (vector.ndim - 2)
+    matrix = matrix.reshape(*matrix.shape[:2], *between, *matrix.shape[2:])
+    return xp.sum(matrix * vector, axis=1)
 
 
 def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> tuple[Array, Array]:
