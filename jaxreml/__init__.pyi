@@ -25,8 +25,10 @@ from jaxreml.model.objective import ml_objective as ml_objective
 from jaxreml.model.objective import reml_objective as reml_objective
 from jaxreml.optimum.estimate import estimate as estimate
 from jaxreml.optimum.report import Estimate as Estimate
+from jaxreml.results import batch_plots as batch_plots
 from jaxreml.results import plots as plots
 from jaxreml.results.batch import BatchResults as BatchResults
+from jaxreml.results.moderated import ModeratedResults as ModeratedResults
 from jaxreml.results.results import LMMResults as LMMResults
 from jaxreml.results.results import load as load
 from jaxreml.results.streamed import StreamedResults as StreamedResults

@@ -293,6 +293,7 @@ def _model(frame: ModelFrame, fitter: Any, contrasts: Mapping[str, Any]) -> Batc
         fitter.df,
         tuple(map(str, contrasts)),
         fitter.engine_name,
+        tuple(frame.fixed_terms),
     )
 
 

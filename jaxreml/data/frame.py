@@ -25,6 +25,7 @@ from jaxreml.data.columns import (
 )
 from jaxreml.data.encoding import Encoding, encode
 from jaxreml.data.estimability import RowSpace, independent_columns
+from jaxreml.data.evaluation import plain
 from jaxreml.data.formula import (
     ParsedFormula,
     dotted_names,
@@ -83,6 +84,17 @@ class ModelFrame:
         """(p,), the columns of `fixed_encoding` that have coefficients."""
         names = self.fixed_encoding.names
         return np.array([names.index(name) for name in self.fixed_names], int)
+
+    @cached_property
+    def fixed_terms(self) -> dict[str, np.ndarray]:
+        """Per term of the fixed effects, but for the intercept, its columns of X: none if all are
+        aliased."""
+        spec = self.fixed_encoding.spec
+        return {
+            plain(term): np.flatnonzero((self.kept >= place.start) & (self.kept < place.stop))
+            for term, place in spec.term_slices.items()
+            if term.degree
+        }
 
     @cached_property
     def row_space(self) -> RowSpace | None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxreml.many.contributions import Parts
 from jaxreml.many.numbers import Table
 from jaxreml.model.basis import Basis
 
@@ -21,6 +22,7 @@ class Options(NamedTuple):
         modes: whether to keep conditional modes.
         lanes: responses in a chunk, for each device; None to choose.
         devices: to work on.
+        parts: what adds to the variance of the rows.
     """
 
     reml: bool
@@ -30,6 +32,7 @@ class Options(NamedTuple):
     modes: bool
     lanes: int | None
     devices: list[Any]
+    parts: Parts
 
 
 class Known(NamedTuple):

@@ -18,8 +18,9 @@ from jaxreml.backend.compilation import quick_jit, remembered
 from jaxreml.backend.runtime import neutral
 from jaxreml.backend.threads import cores
 from jaxreml.many.base import Known, Options
+from jaxreml.many.contributions import Parts
 from jaxreml.many.numbers import Table
-from jaxreml.many.steps import pack, tests_of
+from jaxreml.many.steps import of_rows, pack, tests_of
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 from jaxreml.model.objective import ml_objective, reml_objective
@@ -63,7 +64,8 @@ class CrossedEngine:
             responses = self.basis.response(block)
             with neutral(), jax.default_device(devices[k // lanes % len(devices)]):
                 found = programs.estimate(self.design, responses)
-                packed = programs.certify(self.design, responses, found, options.contrasts, blank)
+                rows = options.contrasts, options.parts
+                packed = programs.certify(self.design, responses, found, *rows, blank)
                 own = programs.modes(self.design, responses, found) if options.modes else None
                 return chunk, np.asarray(packed), jax.device_get(own)
 
@@ -116,6 +118,7 @@ def _certified(
     responses: Response,
     found: Estimate,
     contrasts: Array,
+    parts: Parts,
     blank: Design | None,
     *,
     reml: bool,
@@ -124,10 +127,11 @@ def _certified(
     """Certified status and numbers of fits as `Table.store` takes them."""
 
     def certify(own: Response, found: Estimate) -> Array:
-        value, gradient = criterion(found.theta, shared.with_response(own), reml)
+        design = shared.with_response(own)
+        value, gradient = criterion(found.theta, design, reml)
         again = replace(found, gradient_norm=jnp.sqrt(jnp.sum(gradient**2)))
         tests = tests_of(found, contrasts, df, shared.n - shared.p, blank)
-        return pack(again, value, tests)
+        return pack(again, value, tests, of_rows(found, design, parts))
 
     return jax.vmap(certify, in_axes=(-1, 0), out_axes=-1)(responses, found)
 

@@ -20,6 +20,7 @@ from jaxreml.data.frame import ModelFrame, drop_aliased
 from jaxreml.errors import DataError
 from jaxreml.fitting.engines import suited_structure
 from jaxreml.many.base import Engine, Known, Options
+from jaxreml.many.contributions import Parts
 from jaxreml.many.host import HostEngine
 from jaxreml.many.lanes import Lanes
 from jaxreml.many.numbers import Fits, Table
@@ -83,6 +84,7 @@ class BatchFitter:
             modes=modes,
             lanes=lanes,
             devices=[],
+            parts=Parts.of(frame, np.arange(p)),
         )
         self.basis = self._basis(np.arange(p))
         in_step = Lanes.in_step(self.basis)
@@ -120,11 +122,14 @@ class BatchFitter:
             like=None if kept is None else self.basis,
         )
 
-    def _engine(self, basis: Basis, X: np.ndarray, known: Known) -> Engine:
-        contrasts = self.options.contrasts[:, known.coefficients]
-        return _kind(basis, self.engine_name)(
-            basis, X, known, self.options._replace(contrasts=contrasts)
+    def _engine(
+        self, basis: Basis, X: np.ndarray, known: Known, parts: Parts | None = None
+    ) -> Engine:
+        options = self.options._replace(
+            contrasts=self.options.contrasts[:, known.coefficients],
+            parts=parts or self.options.parts,
         )
+        return _kind(basis, self.engine_name)(basis, X, known, options)
 
     def _in_rows(self, kept: np.ndarray) -> Engine:
         """The engine of the rows `kept`."""
@@ -137,7 +142,9 @@ class BatchFitter:
             of_all = np.concatenate([np.eye(p), self.options.contrasts])
             estimable = RowSpace(X, coefficients).contains(of_all)
         basis = self._basis(coefficients, kept)
-        return self._engine(basis, X[:, coefficients], Known(coefficients, estimable))
+        known = Known(coefficients, estimable)
+        parts = Parts.of(self.frame, coefficients, kept)
+        return self._engine(basis, X[:, coefficients], known, parts)
 
     def fit(self, values: np.ndarray) -> Fits:
         """Fit each column of `values`, (n, b) float64 on the rows of the frame, NaN if missing."""
@@ -148,11 +155,15 @@ class BatchFitter:
         """`fit` to a `Table`."""
         n, b = values.shape
         with np.errstate(invalid="ignore", over="ignore"):
-            doubtful = np.flatnonzero(~np.isfinite(values.sum(axis=0)))
-        some = values[:, doubtful]
+            total = values.sum(axis=0)
+            doubtful = np.flatnonzero(~np.isfinite(total))
+            some = values[:, doubtful]
+            total[doubtful] = np.nansum(some, axis=0)
         table = Table(self.frame, b, self.modes, len(self.options.contrasts))
         missing = table.n_missing
         missing[doubtful] = np.isnan(some).sum(axis=0)
+        with np.errstate(invalid="ignore"):
+            table.mean = total / (n - missing)
         infinite = np.zeros(b, bool)
         infinite[doubtful] = np.isinf(some).any(axis=0)
         table.status[missing == n] = Status.TOO_FEW_ROWS

@@ -19,6 +19,7 @@ from jaxreml.fitting.random_terms import (
     unpack,
     variance_labels,
 )
+from jaxreml.fitting.row_variances import FIXED
 from jaxreml.many.numbers import Fits
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
@@ -38,6 +39,7 @@ class BatchModel:
         df: degrees of freedom of the tests, as in `LMMResults.test`.
         contrasts: names of the contrasts asked for.
         engine: "numpy" or "jax", as in `LMMResults`.
+        fixed_terms: terms of the fixed effects, without the intercept.
     """
 
     formula: str
@@ -51,6 +53,7 @@ class BatchModel:
     df: str = "satterthwaite"
     contrasts: tuple[str, ...] = ()
     engine: str = ""
+    fixed_terms: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -66,6 +69,16 @@ class BatchModel:
     def correlation_labels(self) -> list[tuple[str, str, str]]:
         """Group and the two terms of each correlation."""
         return correlation_labels(self.groups)
+
+    @property
+    def grouping_factors(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(group for group, _ in self.groups))
+
+    @property
+    def parts(self) -> list[str]:
+        """Of `Fits.contributions`: grouping factors, fixed terms, all fixed effects together."""
+        return [*self.grouping_factors, *self.fixed_terms, FIXED]
 
     @property
     def covariance(self) -> Covariance:
@@ -205,6 +218,12 @@ class FittedBatch:
         """Residual standard deviations."""
         return self._series(self.fits.sigma, "sigma")
 
+    @property
+    def residual_df(self) -> pd.Series:
+        """Degrees of freedom of `sigma` squared, tr((I - H)'(I - H)) with H the hat matrix, random
+        effects included: n - p where no variance between groups is found, less where there is."""
+        return self._series(self.fits.residual_df, "residual_df")
+
     # Fit statistics
 
     @property
@@ -299,6 +318,11 @@ class FittedBatch:
     def nobs(self) -> pd.Series:
         """Rows used."""
         return self._series(self.fits.nobs, "nobs")
+
+    @property
+    def mean(self) -> pd.Series:
+        """Means of the responses over the rows used."""
+        return self._series(self.fits.mean, "mean")
 
     @property
     def n_missing(self) -> pd.Series:

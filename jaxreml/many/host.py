@@ -23,6 +23,7 @@ from jaxreml.backend.arrays import among
 from jaxreml.backend.threads import cores, single_blas
 from jaxreml.many import steps
 from jaxreml.many.base import Known, Options
+from jaxreml.many.contributions import Parts
 from jaxreml.many.lanes import Lanes, fitting
 from jaxreml.many.numbers import Table
 from jaxreml.many.screening import Grid, suspects
@@ -126,6 +127,10 @@ class Passes:
         """Which lanes may have a lower optimum than the one found, booleans."""
         raise NotImplementedError
 
+    def parts(self, block: Block) -> Parts:
+        """What adds to the variance of the rows of a chunk."""
+        return self.options.parts
+
     def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
         """Conditional modes, per term (levels, effects, lanes)."""
         raise NotImplementedError
@@ -202,8 +207,9 @@ class Passes:
     ) -> tuple[Found, Array]:
         """Search on and store what is found; it, and statuses. Others than rivals are screened."""
         found = steps.climb(block.searched, root, radius, limit, plan)
-        contrasts = self.options.contrasts
-        packed = steps.conclude(block.full, found, before, contrasts, block.residual, self.plan)
+        designs = block.full, block.searched
+        of_rows = self.options.contrasts, block.residual, self.parts(block)
+        packed = steps.conclude(*designs, found, before, *of_rows, self.plan)
         modes = self.modes(block, found.root) if self.options.modes else None
         status = self.table.store(block.columns, packed, modes, *self.known, rival=rival)
         if not rival:

@@ -20,15 +20,20 @@ class Fits(NamedTuple):
 
     Attributes:
         beta, se, df: (b, p), fixed effects, standard errors, degrees of freedom.
-        sigma: (b,), residual standard deviations.
+        sigma, residual_df: (b,), residual standard deviations, and the degrees of freedom that
+            their squares have (`residual_degrees`).
         theta: (b, m), relative Cholesky factors as in `Estimate`.
         parameters, parameters_se: (b, m + 1), `Estimate.parameters` and their standard errors.
         criterion, gradient_norm: (b,).
         n_iter, nobs, n_missing, rank: (b,) integers; `n_missing` counts rows without a value,
             `rank` the fixed effects that were fitted: the rank of X in the rows used. Those of
             `beta` and `contrast` that these rows say nothing about are NaN.
+        mean: (b,), means of the responses over the rows used, with or without an optimum.
         is_singular: (b,) booleans.
         status: (b,) `Status` codes.
+        contributions, contributions_cov: (b, C) and (b, K), what parts of the model add to the
+            variance of a row, in the order of `BatchModel.parts`, and covariances, as the function
+            `contributions` has them.
         contrast, contrast_se, contrast_df: (b, k), likewise of k contrasts.
         modes: per random term (b, levels, effects), or None.
     """
@@ -37,6 +42,7 @@ class Fits(NamedTuple):
     se: np.ndarray
     df: np.ndarray
     sigma: np.ndarray
+    residual_df: np.ndarray
     theta: np.ndarray
     parameters: np.ndarray
     parameters_se: np.ndarray
@@ -46,15 +52,20 @@ class Fits(NamedTuple):
     nobs: np.ndarray
     n_missing: np.ndarray
     rank: np.ndarray
+    mean: np.ndarray
     is_singular: np.ndarray
     status: np.ndarray
+    contributions: np.ndarray
+    contributions_cov: np.ndarray
     contrast: np.ndarray
     contrast_se: np.ndarray
     contrast_df: np.ndarray
     modes: tuple[np.ndarray, ...] | None = None
 
 
-APART = ("nobs", "n_missing", "rank", "status", "modes")  # fields that a `Table` does not hold
+SCALARS = ("sigma", "residual_df", "criterion", "gradient_norm", "n_iter", "is_singular")
+# Fields that are not among the numbers of a `Table`.
+APART = ("nobs", "n_missing", "rank", "mean", "status", "modes")
 
 
 class Table:
@@ -62,7 +73,7 @@ class Table:
 
     Attributes:
         status: (b,) `Status` codes.
-        rank, n_missing: (b,), as in `Fits`.
+        rank, mean, n_missing: (b,), as in `Fits`.
         numbers: (b, R), the other fields of `Fits` side by side, in the order of `widths`.
         widths: columns of each field.
         modes: per random term (b, levels, effects), or None.
@@ -74,11 +85,14 @@ class Table:
         p = len(frame.fixed_names)
         m = natural.count_theta(tuple(len(term.effect_names) for term in frame.terms))
         self.p, self.k = p, k
-        self.widths = (p, p, p, 1, m, m + 1, m + 1, 1, 1, 1, 1, k, k, k)
+        groups = len({term.name for term in frame.terms})
+        of_rows = groups + len(frame.fixed_terms) + 1, (groups + 1) * (groups + 2) // 2 + 1
+        self.widths = (p, p, p, 1, 1, m, m + 1, m + 1, 1, 1, 1, 1, *of_rows, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)
         self.n, self.n_missing = len(frame.X), np.zeros(b, int)
+        self.mean = np.full(b, np.nan)
         self.modes = None
         if modes:
             self.modes = tuple(
@@ -98,7 +112,7 @@ class Table:
     ) -> np.ndarray:
         """Take over a chunk's numbers, (1 + R, lanes), status first; its statuses.
 
-        `coefficients` and `estimable` as in `Rows`.
+        `coefficients` and `estimable` as in `Known`.
 
         Of `rival` searches, those with a criterion lower than the one here.
         """
@@ -138,7 +152,7 @@ class Table:
 
     def take(self, columns: np.ndarray, other: Table) -> None:
         """Take over all numbers of a table of these columns."""
-        for name in ("status", "rank", "n_missing", "numbers"):
+        for name in ("status", "rank", "mean", "n_missing", "numbers"):
             getattr(self, name)[columns] = getattr(other, name)
         for own, new in zip(self.modes or (), other.modes or (), strict=True):
             own[columns] = new
@@ -147,7 +161,7 @@ class Table:
         """The numbers by name."""
         parts = np.split(self.numbers, np.cumsum(self.widths)[:-1], axis=1)
         named = dict(zip(self.FIELDS, parts, strict=True))
-        for name in ("sigma", "criterion", "gradient_norm", "n_iter", "is_singular"):
+        for name in SCALARS:
             named[name] = named[name][:, 0]
         with np.errstate(invalid="ignore"):
             named["n_iter"] = np.nan_to_num(named["n_iter"]).astype(int)
@@ -157,6 +171,7 @@ class Table:
             nobs=self.n - self.n_missing,
             n_missing=self.n_missing,
             rank=self.rank,
+            mean=self.mean,
             status=self.status,
             modes=self.modes,
         )

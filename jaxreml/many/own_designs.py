@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from jaxreml.data.frame import ModelFrame
 from jaxreml.many.base import Known, Options
+from jaxreml.many.contributions import Parts
 from jaxreml.many.host import Block, Passes
 from jaxreml.many.numbers import Table
 from jaxreml.many.screening import grid, suspects
@@ -48,16 +50,23 @@ class OwnDesigns:
     """What responses with weights or a covariate of their own have in common.
 
     Args:
-        basis: of all rows, without weights and covariate; `grouped`.
+        frame: all rows.
+        basis: of these, without weights and covariate; `grouped`.
         effects: (n, q), Z inside (`Basis.units`).
         options, known: as of other engines.
         weights: (n,), those of responses without their own.
     """
 
     def __init__(
-        self, basis: Basis, effects: Array, options: Options, known: Known, weights: Array
+        self,
+        frame: ModelFrame,
+        basis: Basis,
+        effects: Array,
+        options: Options,
+        known: Known,
+        weights: Array,
     ):
-        self.basis, self.options, self.known = basis, options, known
+        self.frame, self.basis, self.options, self.known = frame, basis, options, known
         projector: GroupedBasis = basis.projector
         self.rows = projector.rows
         q, U = effects.shape[1], basis.rows
@@ -291,6 +300,17 @@ class OwnPasses(Passes):
         if block.detail is None:
             return np.ones(block.columns.size, bool)
         return suspects(block.detail, found.root, found.value, self.covariance, _no_way)
+
+    def parts(self, block: Block) -> Parts:
+        """As `Passes`: lanes need not have the same rows and columns."""
+        used = None
+        if not self.alike:
+            used = self.weights[:, block.columns] > 0
+            used = None if used.all() else used
+        if used is None and self.x is None:
+            return self.options.parts
+        x = None if self.x is None else self.x[:, block.columns]
+        return Parts.of(self.engine.frame, self.known.coefficients, used, x)
 
     def modes(self, block: Block, root: Array) -> tuple[Array, ...]:
         """As `Passes`: all levels have their own."""

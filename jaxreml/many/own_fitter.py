@@ -83,7 +83,7 @@ class OwnFitter:
             known = Known(places, np.ones(places.size + self.contrasts, bool))
             own = fitter.options._replace(contrasts=contrasts[:, places])
             effects = np.concatenate(inside, axis=1)
-            self.lanes = OwnDesigns(basis, effects, own, known, self._shared)
+            self.lanes = OwnDesigns(frame, basis, effects, own, known, self._shared)
 
     def fit(
         self, values: np.ndarray, weights: np.ndarray | None = None, x: np.ndarray | None = None
@@ -95,9 +95,9 @@ class OwnFitter:
         if self.lanes is not None and weights is None and x is not None:
             whole = _is_whole(values) & _is_whole(x)
             shared = np.broadcast_to(self._shared[:, None], values.shape)
-            self._search(
-                self.lanes, _Block(values, shared, x), np.flatnonzero(whole), table, alike=True
-            )
+            columns = np.flatnonzero(whole)
+            table.mean[columns] = values[:, columns].mean(axis=0)
+            self._search(self.lanes, _Block(values, shared, x), columns, table, alike=True)
         rest = np.flatnonzero(~whole)
         if rest.size:
             parts: Any = (None if own is None else own[:, rest] for own in (values, weights, x))
@@ -164,6 +164,8 @@ class OwnFitter:
         values, used = block.values[:, columns], block.weights[:, columns] > 0
         count = used.sum(axis=0)
         table.n_missing[columns] = len(values) - count
+        with np.errstate(invalid="ignore"):
+            table.mean[columns] = np.where(used, values, 0.0).sum(axis=0) / count
         table.status[columns] = Status.TOO_FEW_ROWS
         infinite = np.isinf(values).any(axis=0)
         if block.x is not None:

@@ -197,7 +197,8 @@ class Passes:
             reduced, root, radius = jax.device_put(held, compiled.held)
             before = chunk.iterations[padded].astype(np.int32) - 1  # the last once more
         found = compiled.climb(self.shared, reduced, root, radius, np.int32(limit))
-        packed = compiled.conclude(self.shared, reduced, found, before, self.options.contrasts)
+        of_rows = self.options.contrasts, self.options.parts
+        packed = compiled.conclude(self.shared, reduced, found, before, *of_rows)
         looks = self.screens and not rival
         suspect = self._suspects(compiled, reduced, found) if looks else None
         if self.options.modes:

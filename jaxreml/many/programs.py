@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml.backend.compilation import quick_compilation, remembered
 from jaxreml.many import steps
+from jaxreml.many.contributions import Parts
 from jaxreml.many.lanes import Lanes
 from jaxreml.many.screening import grid
 from jaxreml.many.steps import Found, Plan
@@ -96,12 +97,20 @@ def _along(lanes: Lanes, reduced: Response, omegas: Array, *, plan: Plan) -> Arr
 
 
 def _conclude(
-    lanes: Lanes, reduced: Response, found: Found, before: Array, contrasts: Array, *, plan: Plan
+    lanes: Lanes,
+    reduced: Response,
+    found: Found,
+    before: Array,
+    contrasts: Array,
+    parts: Parts,
+    *,
+    plan: Plan,
 ) -> Array:
     residual = lanes.basis.n - lanes.p
 
     def conclude(design: Design, found: Found, before: Array) -> Array:
-        return steps.conclude(design, found, before, contrasts, residual, plan)
+        searched = steps.searched(lanes, reduced, plan) if plan.in_lanes else design
+        return steps.conclude(design, searched, found, before, contrasts, residual, parts, plan)
 
     return _of_designs(conclude, lanes, reduced, found, before, plan=plan)
 
@@ -150,7 +159,9 @@ class Programs:
         self.climb = spread(_climb, (*known, everywhere), found)
         self.screen = spread(_screen, (reduced,), last[1])
         self.along = spread(_along, (reduced, last[2]), last[1])
-        self.conclude = spread(_conclude, (reduced, found, last[0], everywhere), last[1])
+        self.conclude = spread(
+            _conclude, (reduced, found, last[0], everywhere, everywhere), last[1]
+        )
         self.modes = spread(_modes_of, (first, first, last[1]), last[2])
 
 

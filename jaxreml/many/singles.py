@@ -14,7 +14,7 @@ import numpy as np
 from jaxreml.backend.threads import suited_blas
 from jaxreml.many.base import Known, Options
 from jaxreml.many.numbers import Table
-from jaxreml.many.steps import objective_gradients, pack, tests_of
+from jaxreml.many.steps import objective_gradients, of_rows, pack, tests_of
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 from jaxreml.optimum.effects import conditional_modes, differences, relative_covariances
@@ -52,7 +52,8 @@ class SinglesEngine:
         if options.modes:
             own = conditional_modes(relative_covariances(found, design), design)
             modes = tuple(part[..., None] for part in own)
-        return pack(again, np.asarray(value), tests)[:, None], modes
+        rows = of_rows(found, design, options.parts)
+        return pack(again, np.asarray(value), tests, rows)[:, None], modes
 
     def gradients(self, parameters: Array, values: Array) -> Array:
         """As `Engine.gradients`."""

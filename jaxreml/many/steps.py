@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
+from jaxreml.many.contributions import Parts, contributions
 from jaxreml.many.lanes import Lanes
 from jaxreml.model import linalg, satterthwaite
 from jaxreml.model.design import Design
 from jaxreml.model.kenward_roger import adjust, single_degrees
 from jaxreml.model.objective import expand
+from jaxreml.model.residual_degrees import residual_degrees
 from jaxreml.model.response import Response
 from jaxreml.model.units import Units
 from jaxreml.optimum import newton
@@ -81,20 +83,24 @@ def climb(design: Design, root: Array, radius: Array, limit: Array, plan: Plan) 
 
 def conclude(
     design: Design,
+    searched: Design,
     found: Found,
     before: Array,
     contrasts: Array,
     residual: Any,
+    parts: Parts,
     plan: Plan,
 ) -> Array:
     """Everything at the roots found, (1 + R, lanes): status, then the fields of `numbers.Table`.
 
     Args:
-        design: in full, not the one searched.
+        design: in full.
+        searched: the one whose criterion was minimised.
         found: by `climb`.
         before: expansions in earlier passes; the last one is the one here.
         contrasts: (k, p).
         residual: degrees of freedom of residuals.
+        parts: of the rows.
         plan: see there.
     """
     found = found._replace(iterations=before + found.iterations + 1)
@@ -104,7 +110,8 @@ def conclude(
     estimate = report(found.root, point, trace, design, status)
     blank = design.blank() if plan.df.startswith("kenward-roger") else None
     tests = tests_of(estimate, contrasts, plan.df, residual, blank)
-    return pack(estimate, found.value, tests)
+    like = (searched if plan.reml else design).blank()  # the one searched costs less
+    return pack(estimate, found.value, tests, of_rows(estimate, like, parts))
 
 
 class Tests(NamedTuple):
@@ -167,7 +174,27 @@ def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array) -> Test
     return Tests(xp.tensordot(rows, estimate.beta, axes=1), xp.sqrt(variance), degrees)
 
 
-def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
+class OfRows(NamedTuple):
+    """What the rows make of a fit; see `Fits`."""
+
+    residual_df: Array
+    contributions: Array
+    contributions_cov: Array
+
+
+def of_rows(estimate: Estimate, design: Design, parts: Parts) -> OfRows:
+    """Residual degrees of freedom and contributions to the variance of a row.
+
+    Args:
+        estimate: of one response, or of many on the last axis.
+        design: theirs, or another with the same restricted likelihood, as `residual_degrees`.
+        parts: of the rows.
+    """
+    residual_df = residual_degrees(estimate.theta, design)
+    return OfRows(residual_df, *contributions(estimate, parts, design.covariance))
+
+
+def pack(estimate: Estimate, value: Array, tests: Tests, rows: OfRows) -> Array:
     """Numbers and certified status of fits, (1 + R, lanes); `value` as the search found it."""
     xp = namespace(value)
     certified = is_certified(value, estimate.criterion, estimate.gradient_norm)
@@ -180,6 +207,7 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
             status * one,
             *(array[:p] for array in tests[:3]),
             estimate.sigma * one,
+            rows.residual_df * one,
             estimate.theta,
             estimate.parameters,
             xp.sqrt(linalg.diagonal(estimate.parameters_vcov)),
@@ -187,6 +215,8 @@ def pack(estimate: Estimate, value: Array, tests: Tests) -> Array:
             estimate.gradient_norm * one,
             estimate.n_iter * one,
             estimate.is_singular * one,
+            rows.contributions,
+            rows.contributions_cov,
             *(array[p:] for array in tests[:3]),
         ]
     )

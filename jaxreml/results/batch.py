@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxreml.errors import DataError
+from jaxreml.inference.batches import fractions
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import annotated, batch_rows, batch_tables, parquet
+from jaxreml.results import annotated, batch_rows, batch_summaries, batch_tables, parquet
+from jaxreml.results.moderated import moderated
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
 
@@ -27,10 +29,25 @@ class BatchResults(FittedBatch):
 
     refit: Callable[[int], LMMResults] | None = None
 
+    # Tests
+    moderated = moderated
+    top_table = batch_summaries.top_table
+
+    # Shares of variance
+    variance_fractions = fractions.variance_fractions
+    variance_shares = fractions.variance_shares
+    icc = fractions.icc
+    r2 = fractions.r2
+    repeatability = fractions.repeatability
+    heritability = fractions.heritability
+
+    # Tables and files
+    summary = batch_summaries.summary
     tidy = batch_tables.tidy
     glance = batch_tables.glance
     to_frame = batch_tables.to_frame
     to_xarray = batch_tables.to_xarray
+    to_csv = batch_summaries.to_csv
     to_parquet = parquet.write_parquet
     to_anndata = annotated.to_anndata
     fitted_values = batch_rows.fitted_values

@@ -10,6 +10,7 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL, fisher_columns, theta_labels
+from jaxreml.many.contributions import covariance_labels
 from jaxreml.many.fitted import BatchModel, FittedBatch
 from jaxreml.many.numbers import Fits
 from jaxreml.results.tidy import Labels, Part, chosen, intervals, ran_pars, statistics
@@ -153,6 +154,13 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
         "parameters": list(model.parameter_names),
         "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
     }
+    several["contributions"] = [
+        *(f"random_variance[{name}]" for name in model.grouping_factors),
+        *(f"fixed_variance[{name}]" for name in model.fixed_terms),
+        "fixed_variance",
+    ]
+    covariances = covariance_labels(model.grouping_factors)
+    several["contributions_cov"] = [f"variance_cov[{label}]" for label in covariances]
     return {field: several.get(field, field) for field in Fits._fields if field != "modes"}
 
 
@@ -168,13 +176,16 @@ def p_value_columns(model: BatchModel) -> list[tuple[list[str], list[str]]]:
 def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
     """Everything but the modes as a wide frame, one row per response.
 
-    Columns: response, nobs, n_missing, rank (fixed effects fitted); per fixed effect ``beta[x]``,
-    ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false, ``p_adjusted[x]``
-    (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]`` and likewise
-    ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
-    ``contrast_p_adjusted[c]``; sigma; ``variance[g, x]`` with ``variance[Residual]``;
-    ``correlation[g, x1, x2]``; the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``,
-    as `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
+    Columns: response, nobs, n_missing, rank (fixed effects fitted), mean; per fixed effect
+    ``beta[x]``, ``se[x]``, ``t[x]``, ``df[x]``, ``p[x]`` and, unless `adjusted` is false,
+    ``p_adjusted[x]`` (Benjamini and Hochberg's, over the responses); per contrast ``contrast[c]``
+    and likewise ``contrast_se[c]``, ``contrast_t[c]``, ``contrast_df[c]``, ``contrast_p[c]``,
+    ``contrast_p_adjusted[c]``; sigma; residual_df; ``variance[g, x]`` with ``variance[Residual]``;
+    ``correlation[g, x1, x2]``; what parts add to the variance of a row, ``random_variance[g]``,
+    ``fixed_variance[term]`` and, all fixed effects together, ``fixed_variance``, with covariances
+    ``variance_cov[g1, g2]`` between factors and the residual, and ``variance_cov[Fixed effects]``;
+    the variance parameters ``log_variance[g, x]`` and ``z[g, x1, x2]``, as
+    `Design.parameter_names`, with standard errors ``log_variance_se[g, x]`` and
     ``z_se[g, x1, x2]``; ``theta[g, x]`` and ``theta[g, x1, x2]``, lme4's relative Cholesky factor;
     criterion, gradient_norm, n_iter, is_singular, converged, status, message.
 
@@ -196,7 +207,7 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
         for field in fields:
             add(columns[field], getattr(fits, field))
 
-    add_field("nobs", "n_missing", "rank", "beta", "se")
+    add_field("nobs", "n_missing", "rank", "mean", "beta", "se")
     add([f"t[{name}]" for name in model.fixed_names], results.tvalues.to_numpy())
     add_field("df")
     (p, p_adjusted), (contrast_p, contrast_p_adjusted) = p_value_columns(model)
@@ -211,11 +222,11 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
         add(contrast_p, tests["p_value"].to_numpy())
         if adjusted:
             add(contrast_p_adjusted, tests["p_adjusted"].to_numpy())
-    add_field("sigma")
+    add_field("sigma", "residual_df")
     add([f"variance[{label}]" for label in _variance_labels(model)], results.variances.to_numpy())
     correlations = [f"correlation[{pair}]" for pair in _pairs(model)]
     add(correlations, results.correlations.to_numpy())
-    add_field("parameters", "parameters_se", "theta")
+    add_field("contributions", "contributions_cov", "parameters", "parameters_se", "theta")
     add_field("criterion", "gradient_norm", "n_iter", "is_singular")
     frame["converged"] = results.converged.to_numpy()
     add_field("status")
@@ -239,6 +250,7 @@ def to_xarray(results: FittedBatch) -> Any:
 
     Dimensions: ``response``; ``term``, the fixed effects; ``component``, the variances, labelled
     ``g, x`` (``Residual`` last), with coordinates ``component_group`` and ``component_term``;
+    ``part``, what adds to the variance of a row, labelled as `BatchModel.parts`;
     ``pair``, the correlations, labelled ``g, x1, x2``; ``factor``, the entries of theta;
     ``contrast`` where there are any.
     Conditional modes, where kept, are ``modes_g`` per grouping factor g, with dimensions
@@ -263,6 +275,7 @@ def to_xarray(results: FittedBatch) -> Any:
         "component_term": ("component", [term for _, term in model.variance_labels]),
         "pair": np.array(_pairs(model), str),  # text too where there are none
         "factor": [", ".join(label) for label in theta_labels(model.groups)],
+        "part": model.parts,
     }
     if model.contrasts:
         coordinates["contrast"] = list(model.contrasts)
@@ -300,8 +313,11 @@ def _variables(results: FittedBatch) -> dict[str, Any]:
             "z_se": fits.parameters_se[:, z],
         },
         ("response", "factor"): {"theta": fits.theta},
+        ("response", "part"): {"contribution": fits.contributions},
         ("response",): {
             "sigma": fits.sigma,
+            "residual_df": fits.residual_df,
+            "mean": fits.mean,
             "criterion": fits.criterion,
             "gradient_norm": fits.gradient_norm,
             "n_iter": fits.n_iter,

@@ -29,7 +29,10 @@ from jaxreml.status import Status
 
 FORMAT = "jaxreml.BatchResults"
 Batch = TypeVar("Batch", bound=FittedBatch)
-VERSION = 2  # 1 did not write the rank of X
+VERSION = 3
+# What earlier versions did not write; of `rank` see `_read`.
+LATER = ("residual_df", "mean", "contributions", "contributions_cov")
+ABSENT = {1: ("rank", *LATER), 2: LATER}
 KEY = b"jaxreml"
 
 
@@ -152,9 +155,9 @@ def _read(schema: Any, read: Any, what: str, kind: type[Batch]) -> Batch:
         raise DataError(f"{what} does not hold results of fit_many")
     check_version(record, VERSION, what)
     model = BatchModel(**decode_fields(BatchModel, record.get("model"), what))
-    columns = field_columns(model)
-    if record["version"] == 1:
-        del columns["rank"]
+    whole = field_columns(model)
+    absent = ABSENT.get(record["version"], ())
+    columns = {field: names for field, names in whole.items() if field not in absent}
     modes = [_mode_names(group, effects) for group, effects in model.groups]
     kept = any(name in schema.names for names in modes for name in names)
     needed = ["response"]
@@ -168,7 +171,10 @@ def _read(schema: Any, read: Any, what: str, kind: type[Batch]) -> Batch:
         field: _column(table, names) if isinstance(names, str) else _matrix(table, names)
         for field, names in columns.items()
     }
-    if "rank" not in numbers:  # what could not be estimated had not been fitted
+    for field in set(absent) - {"rank"}:
+        width = () if isinstance(whole[field], str) else (len(whole[field]),)
+        numbers[field] = np.full((len(numbers["status"]), *width), np.nan)
+    if "rank" in absent:  # what could not be estimated had not been fitted
         rank = np.sum(~np.isnan(numbers["beta"]), axis=1)
         p = len(model.fixed_names)
         numbers["rank"] = np.where(numbers["status"] == Status.CONVERGED, rank, p)

@@ -68,7 +68,7 @@ def caterpillar(
     group, effect = _choose(fit, group, effect)
     frame = caterpillar_data(fit, group, effect, conf_level=conf_level)
     few = len(frame) <= MANY
-    ax = _axes(ax, height=max(3.0, 0.22 * len(frame)) if few else 7.0)
+    ax = new_axes(ax, height=max(3.0, 0.22 * len(frame)) if few else 7.0)
     places = np.arange(len(frame))
     colours = np.where(frame["lower"] > 0, "C0", np.where(frame["upper"] < 0, "C3", "0.5"))
     ax.hlines(
@@ -96,7 +96,7 @@ def residuals_fitted_data(fit: LMMResults) -> pd.DataFrame:
 def residuals_fitted(fit: LMMResults, *, ax: Any = None) -> Any:
     """Scaled residuals against fitted values."""
     frame = residuals_fitted_data(fit)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     size = float(np.clip(4000 / len(frame), 1, 16))
     ax.scatter(frame["fitted"], frame["scaled_residual"], s=size, alpha=0.6, linewidths=0)
     ax.axhline(0, **FAINT)
@@ -112,7 +112,7 @@ def qq_residuals_data(fit: LMMResults) -> pd.DataFrame:
 def qq_residuals(fit: LMMResults, *, ax: Any = None) -> Any:
     """Normal quantile plot of the scaled residuals, with the line they should follow."""
     frame = qq_residuals_data(fit)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     ax.scatter(frame["quantile"], frame["scaled_residual"], s=8, alpha=0.7, linewidths=0)
     ax.axline((0, 0), slope=1, **FAINT)
     ax.set(xlabel="normal quantile", ylabel="scaled residual")
@@ -140,7 +140,7 @@ def qq_modes(
     """
     group, effect = _choose(fit, group, effect)
     frame = qq_modes_data(fit, group, effect)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     ax.errorbar(
         frame["quantile"], frame["mode"], frame["std_error"], fmt="o", markersize=3, elinewidth=0.6
     )
@@ -191,7 +191,7 @@ def coefficients(
     frame = coefficients_data(
         fit, conf_level=conf_level, df=df, intercept=intercept, standardise=standardise
     )
-    ax = _axes(ax, height=max(2.0, 0.35 * len(frame) + 1))
+    ax = new_axes(ax, height=max(2.0, 0.35 * len(frame) + 1))
     places = np.arange(len(frame))[::-1]
     ax.hlines(places, frame["lower"], frame["upper"], color="C0", linewidth=1.5)
     ax.scatter(frame["estimate"], places, s=20, color="C0", zorder=3)
@@ -256,7 +256,7 @@ def shrinkage(
     frame = shrinkage_data(fit, group)
     wide = frame.pivot(index="level", columns="effect", values=["own", "shrunk"])
     names = list(dict.fromkeys(frame["effect"]))
-    ax = _axes(ax)
+    ax = new_axes(ax)
     if len(names) == 1:
         ax.scatter(wide["own", first], wide["shrunk", first], s=14)
         ax.axline((0, 0), slope=1, **FAINT)
@@ -292,7 +292,7 @@ def profile_zeta(profile: Profile, parameter: str | None = None, *, ax: Any = No
 
     name = _parameter(profile, parameter)
     frame = profile_zeta_data(profile, name)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     values = np.linspace(frame["value"].iloc[0], frame["value"].iloc[-1], 200)
     ax.plot(values, _interpolated(frame["value"], frame["zeta"])(values))
     ax.scatter(frame["value"], frame["zeta"], s=8)
@@ -327,7 +327,7 @@ def profile_contour(
     """Joint likelihood regions of two parameters, with the traces of their profiles: where the
     profile of one has the other. See `Profile.contour`."""
     frame = profile_contour_data(profile, first, second, conf_levels)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     for level, part in frame.groupby("conf_level"):
         ax.plot(part[first], part[second], color="C0", linewidth=1)
         top = part.loc[part[second].idxmax()]
@@ -364,7 +364,7 @@ def bootstrap_density(
     """Density of the draws of one statistic, with the estimate and an interval of `method`."""
     name = _statistic(bootstrap, statistic)
     frame = bootstrap_density_data(bootstrap, name)
-    ax = _axes(ax)
+    ax = new_axes(ax)
     ax.plot(frame["value"], frame["density"])
     ax.axvline(bootstrap.estimate[name], color="black", linewidth=1)
     interval = bootstrap.conf_int(conf_level, method).loc[name]
@@ -437,7 +437,7 @@ def _quantiles(values: pd.Series, name: str) -> pd.DataFrame:
     return pd.DataFrame({"quantile": quantile, name: ordered.to_numpy()}, ordered.index)
 
 
-def _axes(ax: Any, height: float = 4.5) -> Any:
+def new_axes(ax: Any, height: float = 4.5) -> Any:
     """`ax`, or the axes of a new figure."""
     if ax is not None:
         return ax

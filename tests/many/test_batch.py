@@ -22,6 +22,7 @@ from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.objective import profiled
+from jaxreml.model.residual_degrees import residual_degrees
 from jaxreml.model.structures.lanes import cross_products
 from jaxreml.optimum.effects import inspect
 from jaxreml.optimum.search import expand_chart
@@ -58,11 +59,12 @@ def one_by_one(formula: str, data: pd.DataFrame, values: np.ndarray, method: str
     for y in values.T:
         design = jaxreml.design(f"y {formula}", data.assign(y=y), **extras)
         estimate = jaxreml.estimate(design, method)
-        yield estimate, inspect(estimate, design, method).modes
+        modes = inspect(estimate, design, method).modes
+        yield estimate, modes, residual_degrees(estimate.theta, design)
 
 
 def assert_same(fits, singles) -> None:
-    for i, (estimate, modes) in enumerate(singles):
+    for i, (estimate, modes, residual_df) in enumerate(singles):
         assert fits.status[i] == estimate.status == Status.CONVERGED
         assert fits.is_singular[i] == estimate.is_singular
         assert fits.criterion[i] == pytest.approx(float(estimate.criterion), abs=1e-8)
@@ -70,6 +72,7 @@ def assert_same(fits, singles) -> None:
         np.testing.assert_allclose(fits.beta[i], estimate.beta, atol=1e-6 * se.max())
         np.testing.assert_allclose(fits.se[i], se, rtol=1e-6)
         np.testing.assert_allclose(fits.sigma[i], estimate.sigma, rtol=1e-6)
+        np.testing.assert_allclose(fits.residual_df[i], residual_df, rtol=1e-6)
         np.testing.assert_allclose(fits.theta[i], estimate.theta, atol=1e-6, rtol=1e-5)
         np.testing.assert_allclose(fits.parameters[i], estimate.parameters, atol=1e-5, rtol=1e-5)
         spread = np.sqrt(np.diagonal(estimate.parameters_vcov))

@@ -77,6 +77,7 @@ def many_terms():
         se=rng.uniform(size=(6, 1)),
         df=rng.uniform(5, 50, size=(6, 1)),
         sigma=rng.uniform(size=6),
+        residual_df=rng.uniform(40, 59, size=6),
         theta=theta,
         parameters=rng.normal(size=(6, theta.shape[1] + 1)),
         parameters_se=rng.uniform(size=(6, theta.shape[1] + 1)),
@@ -86,6 +87,9 @@ def many_terms():
         nobs=60 - counts,
         n_missing=counts,
         rank=np.ones(6, int),
+        mean=rng.normal(size=6),
+        contributions=rng.uniform(size=(6, 2)),
+        contributions_cov=rng.uniform(size=(6, 4)),
         is_singular=counts == 5,
         status=np.zeros(6, int),
         contrast=rng.normal(size=(6, 0)),
@@ -204,7 +208,7 @@ def test_frame_and_xarray_hold_every_number_of_single_fits(results, singles):
         for name in ("sigma", "criterion", "nobs", "is_singular", "converged", "status"):
             assert frame[name][i] == pytest.approx(getattr(fit, name), rel=1e-9)
             assert cube[name][i] == frame[name][i]
-    dimensions = {"response": 4, "term": 2, "component": 3, "pair": 1, "factor": 3}
+    dimensions = {"response": 4, "term": 2, "component": 3, "pair": 1, "factor": 3, "part": 3}
     assert cube.sizes == dimensions | {"level_donor id": 18, "effect_donor id": 2}
     assert cube.attrs["formula"] == FORMULA and cube.attrs["method"] == "REML"
 
@@ -356,9 +360,16 @@ def test_tables_may_be_cut_and_joined(many_terms):
 def test_first_version_counts_what_has_an_estimate(many_terms):
     """Files without the rank of X: what could not be estimated was not fitted then."""
     fits = many_terms.fits._replace(beta=np.array([[1.0], [np.nan], *[[2.0]] * 4]))
-    table = to_table(replace(many_terms, fits=fits)).drop_columns(["rank"])
-    assert from_table(record(table, version=1)).fits.rank.tolist() == [1, 0, 1, 1, 1, 1]
+    later = ["residual_df", "mean", "random_variance[g]", "fixed_variance"]
+    later += [f"variance_cov[{of}]" for of in ("g, g", "Residual, g", "Residual, Residual")]
+    later += ["variance_cov[Fixed effects]"]
+    table = to_table(replace(many_terms, fits=fits)).drop_columns(["rank", *later])
+    first = from_table(record(table, version=1)).fits
+    assert first.rank.tolist() == [1, 0, 1, 1, 1, 1]
+    assert np.isnan([first.residual_df, first.mean, *first.contributions.T]).all()
     with pytest.raises(DataError, match="no column 'rank'"):
+        from_table(record(table, version=2))
+    with pytest.raises(DataError, match="no column 'residual_df', 'rank', 'mean', 'random"):
         from_table(table)
 
 
@@ -404,7 +415,7 @@ def record(table, **changes):
         (lambda t: t.replace_schema_metadata(None), "does not hold results of fit_many"),
         (lambda t: t.replace_schema_metadata({b"jaxreml": b"{"}), "does not hold results of"),
         (lambda t: record(t, format="jaxreml.LMMResults"), "does not hold results of fit_many"),
-        (lambda t: record(t, version=3), "written by a later version of jaxreml"),
+        (lambda t: record(t, version=4), "written by a later version of jaxreml"),
         (lambda t: record(t, version=None), "incomplete: it does not say of which version"),
         (lambda t: record(t, model={"method": "ML"}), "incomplete: formula, structure, fixed_"),
         (lambda t: record(t, model=None), "incomplete: formula, method, structure"),

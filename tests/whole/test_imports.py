@@ -21,6 +21,8 @@ responses = data[["Reaction"]].to_numpy() * [[1.0, 2.0, 3.0]]
 jaxreml.fit_many("~ Days + (Days | Subject)", data, responses, df="kenward-roger", modes=True)
 counts = (responses[:40] * [[1, 2, 3]]).round()
 jaxreml.voom(counts, "~ Days + (1 | Subject)", data.iloc[:40]).weights
+many = jaxreml.fit_many("~ Days + (1 | Subject)", data, responses)
+many.moderated().top_table("Days"), many.summary(), many.variance_fractions(), many.r2(), many.icc()
 assert "jax" not in sys.modules, "JAX was imported"
 """
 COMMAND_LINE = """

@@ -79,7 +79,7 @@ def p_values(
         lengths = _lengths(correlation)
         return np.array([_joint(abs(t), d, *lengths) for t, d in zip(statistic, df, strict=True)])
     filled = np.where(missing, 1.0, p)
-    adjusted = scipy.stats.false_discovery_control(filled) if adjust == "BH" else _holm(filled)
+    adjusted = scipy.stats.false_discovery_control(filled) if adjust == "BH" else holm(filled)
     return np.where(missing, np.nan, adjusted)
 
 
@@ -87,7 +87,8 @@ def _sidak(p: Any, m: int) -> Any:
     return -np.expm1(m * np.log1p(-p))
 
 
-def _holm(p: np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray) -> np.ndarray:
+    """p-values adjusted for the familywise error rate (Holm 1979)."""
     order = np.argsort(p)
     steps = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
     adjusted = np.empty_like(p)

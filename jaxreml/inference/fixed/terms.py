@@ -46,17 +46,12 @@ class FixedTerms:
     @property
     def names(self) -> list[str]:
         """The terms as formulaic writes them, without the intercept."""
-        return [plain(term) for term in self.spec.terms if term.degree]
+        return list(self.columns)
 
-    @cached_property
+    @property
     def columns(self) -> dict[str, np.ndarray]:
         """Per term its columns among those kept."""
-        slices = {plain(term): place for term, place in self.spec.term_slices.items()}
-        found, kept = {}, self.frame.kept
-        for name in self.names:
-            place = slices[name]
-            found[name] = np.flatnonzero((kept >= place.start) & (kept < place.stop))
-        return found
+        return self.frame.fixed_terms
 
     def containing(self, name: str) -> list[str]:
         """Terms that contain another: all its variables, the same covariates, more factors."""

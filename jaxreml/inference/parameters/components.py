@@ -20,7 +20,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import FAR, LOG_ZERO, Covariance
+from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 
 Array = Any  # NumPy's or JAX's
@@ -92,11 +92,7 @@ def of_parameters(parameters: Array, groups: Groups) -> Components:
 
 def inside(parameters: Array, groups: Groups) -> Array:
     """Finite numbers for `parameters` on the boundary, where nothing changes with them."""
-    covariance = covariance_of(groups)
-    xp = namespace(parameters)
-    is_variance = np.isin(np.arange(len(parameters)), covariance.positions)
-    correlations = xp.nan_to_num(xp.clip(parameters, -FAR, FAR))
-    return xp.where(is_variance, xp.maximum(parameters, parameters[-1] + LOG_ZERO), correlations)
+    return covariance_of(groups).finite(parameters)
 
 
 def finite(fit: FittedModel) -> np.ndarray:

@@ -1,11 +1,7 @@
 """Shares of variance: ICC, repeatability, heritability, R2, with the delta method's intervals.
 
-The variance that a grouping factor contributes to a row is z' Sigma z; its mean over the rows is
-tr(Sigma Z'Z) / n (Johnson 2014, Methods in Ecology and Evolution 5:944), which for a random
-intercept is its variance. Fixed effects contribute the variance of X beta over the rows, divisor
-n - 1, without offset (Nakagawa and Schielzeth 2013, Methods in Ecology and Evolution 4:133). The
-residual's is sigma2, that of a row of weight one. R's performance and MuMIn have the same
-definitions. Intervals are made on the logit scale.
+What the parts of a model contribute is in `fitting.row_variances`; R's performance and MuMIn have
+the same definitions. Intervals are made on the logit scale.
 """
 
 from __future__ import annotations
@@ -13,23 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from jaxreml.backend.compilation import remembered
 from jaxreml.backend.lazy import jnp
-from jaxreml.errors import DataError
+from jaxreml.fitting import row_variances
 from jaxreml.fitting.random_terms import RESIDUAL
-from jaxreml.inference.parameters import components
+from jaxreml.fitting.row_variances import FIXED, RowMoments
+from jaxreml.inference.parameters import components, ratios
 from jaxreml.inference.parameters.delta import Program, linearise, program, wald
 
 Array = Any  # NumPy's or JAX's
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel
-
-FIXED = "Fixed effects"
-Weights = Mapping[str, float]  # of the parts of a sum of variances
 
 
 def icc(fit: FittedModel, group: str | None = None, conf_level: float = 0.95) -> pd.DataFrame:
@@ -47,10 +40,7 @@ def icc(fit: FittedModel, group: str | None = None, conf_level: float = 0.95) ->
     Raises:
         DataError: an unknown grouping factor; a fit without an optimum.
     """
-    chosen = list(fit.ngroups) if group is None else [_factor(fit, group)]
-    name = "icc" if group is None else f"icc[{group}]"
-    around = dict.fromkeys([*fit.ngroups, RESIDUAL], 1.0)
-    return _shares(fit, {name: (dict.fromkeys(chosen, 1.0), around)}, conf_level)
+    return _shares(fit, ratios.icc(list(fit.ngroups), group), conf_level)
 
 
 def variance_shares(
@@ -69,8 +59,7 @@ def variance_shares(
     Raises:
         DataError: a fit without an optimum.
     """
-    total = dict.fromkeys([*fit.ngroups, RESIDUAL, *[FIXED] * fixed], 1.0)
-    return _shares(fit, {name: ({name: 1.0}, total) for name in total}, conf_level)
+    return _shares(fit, ratios.variance_shares(list(fit.ngroups), fixed=fixed), conf_level)
 
 
 def repeatability(
@@ -100,12 +89,8 @@ def repeatability(
         DataError: an unknown grouping factor; a fit without an optimum.
         ValueError: `measurements` below 1.
     """
-    if not measurements >= 1:
-        raise ValueError(f"measurements must be at least 1, not {measurements}")
-    total = dict.fromkeys([*fit.ngroups, *[FIXED] * (not adjusted)], 1.0)
-    total[RESIDUAL] = 1 / measurements
-    name = f"repeatability[{_factor(fit, group)}]"
-    return _shares(fit, {name: ({group: 1.0}, total)}, conf_level)
+    own = ratios.repeatability(list(fit.ngroups), group, measurements, adjusted=adjusted)
+    return _shares(fit, own, conf_level)
 
 
 def heritability(
@@ -140,19 +125,8 @@ def heritability(
         DataError: an unknown grouping factor; a fit without an optimum.
         ValueError: numbers in `per`, or a multiple, that are not positive.
     """
-    per = {RESIDUAL: 1.0, **(per or {})}
-    total = {_factor(fit, group): 1.0}
-    for name, count in per.items():
-        if name != RESIDUAL:
-            _factor(fit, name)
-        if name == group:
-            raise ValueError(f"per has {group!r}, whose heritability it is")
-        if not count > 0:
-            raise ValueError(f"per[{name!r}] must be positive, not {count}")
-        total[name] = 1 / count
-    if not multiple > 0:
-        raise ValueError(f"multiple must be positive, not {multiple}")
-    frame = _shares(fit, {f"heritability[{group}]": ({group: 1.0}, total)}, conf_level)
+    own = ratios.heritability(list(fit.ngroups), group, per, multiple)
+    frame = _shares(fit, own, conf_level)
     return frame.assign(**{name: multiple * frame[name] for name in frame.columns.drop("note")})
 
 
@@ -172,39 +146,15 @@ def r2(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFrame:
     Raises:
         DataError: a fit without an optimum.
     """
-    total = dict.fromkeys([*fit.ngroups, RESIDUAL, FIXED], 1.0)
-    explained = dict.fromkeys([*fit.ngroups, FIXED], 1.0)
-    rows = {"marginal": ({FIXED: 1.0}, total), "conditional": (explained, total)}
-    return _shares(fit, rows, conf_level)
+    return _shares(fit, ratios.r2(list(fit.ngroups)), conf_level)
 
 
-def _factor(fit: FittedModel, group: str) -> str:
-    known = list(fit.ngroups)
-    if group not in known:
-        raise DataError(
-            f"{group!r} is not a grouping factor of the model; it has {', '.join(map(repr, known))}"
-        )
-    return group
-
-
-def _shares(
-    fit: FittedModel, rows: Mapping[str, tuple[Weights, Weights]], conf_level: float
-) -> pd.DataFrame:
-    """Ratios of sums of variances, each row a numerator and a denominator."""
+def _shares(fit: FittedModel, rows: ratios.Ratios, conf_level: float) -> pd.DataFrame:
+    """Ratios of sums of variances, a row each."""
     frame = fit.frame
-    squares = {}
-    for name in fit.ngroups:
-        columns = [term.effects for term in frame.terms if term.name == name]
-        effects = np.concatenate(columns, axis=1)
-        squares[name] = effects.T @ effects / len(effects)
-    centred = frame.X - frame.X.mean(axis=0)
-    parts = [*fit.ngroups, RESIDUAL, FIXED]
-    above, below = (
-        np.array([[weights.get(part, 0.0) for part in parts] for weights in side])
-        for side in zip(*rows.values(), strict=True)
-    )
-    spread = centred.T @ centred / (len(centred) - 1)
-    linear = linearise(fit, _program(fit.term_sizes), squares, spread, above, below)
+    moments = RowMoments.of(frame.X, frame.terms)
+    above, below = ratios.matrices(rows, [*fit.ngroups, RESIDUAL, FIXED])
+    linear = linearise(fit, _program(fit.term_sizes), *moments, above, below)
     return wald(linear, list(rows), conf_level, "logit")
 
 
@@ -222,6 +172,11 @@ def _ratios(
     below: Array,
 ) -> Array:
     """(above @ parts) / (below @ parts), with the variances of the parts."""
-    random = [jnp.sum(squares[name] * named[name]) for name in named if name != RESIDUAL]
-    parts = jnp.stack([*random, named[RESIDUAL], beta @ spread @ beta])
+    random = [
+        row_variances.random_variance(squares[name], named[name])
+        for name in named
+        if name != RESIDUAL
+    ]
+    fixed = row_variances.fixed_variance(spread, beta)
+    parts = jnp.stack([*random, named[RESIDUAL], fixed])
     return (above @ parts) / (below @ parts)

@@ -342,6 +342,16 @@ class Covariance:
         each = [block.report(own, log_sigma2) for block, own in self.charts(chart)]
         return Report(*(_joined(list(parts)) for parts in zip(*each, residual, strict=True)))
 
+    def finite(self, parameters: Array) -> Array:
+        """Finite numbers for `parameters` (k + 1, ...) on the boundary, as `Report.shown` has them,
+        where nothing changes with them."""
+        xp = namespace(parameters)
+        is_variance = np.isin(np.arange(len(parameters)), self.positions)
+        is_variance = is_variance.reshape(-1, *[1] * (parameters.ndim - 1))
+        correlations = xp.nan_to_num(xp.clip(parameters, -FAR, FAR))
+        variances = xp.maximum(parameters, parameters[-1] + LOG_ZERO)
+        return xp.where(is_variance, variances, correlations)
+
     def in_parameters(
         self, parameters: Array, gradient: Array, hessian: Array
     ) -> tuple[Array, Array]:

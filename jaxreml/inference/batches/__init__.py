@@ -1,0 +1,1 @@
+"""What follows from a batch of fits: moderation, discoveries, fractions of variance."""
