@@ -176,7 +176,31 @@ def check_voxels(figures: dict, text: str) -> None:
         assert (np.abs(image[:, 1080:] - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 20
 
 
+def check_dream(figures: dict, text: str) -> None:
+    accuracy, results = figures["accuracy"], figures["results"]
+    ours, one, none = (
+        accuracy[name] for name in ("mixed models", "one correlation", "no correlation")
+    )
+    assert len(results) == 2000 and results.converged.mean() > 0.99
+    # A share of donors of its own keeps what is promised; one for all, or none, does not.
+    assert ours["false"] < 0.08 and abs(ours["size"] - 0.05) < 0.015 and ours["power"] > 0.6
+    assert one["false"] > 0.15 and none["false"] > 0.2
+    assert figures["table"].index.isin(results.responses).all()
+    assert figures["plot"].stat().st_size > 20_000
+
+
+def check_eqtl(figures: dict, text: str) -> None:
+    mixed, plain = figures["mixed"], figures["plain"]
+    assert len(figures["results"]) == 4800 and figures["results"].converged.all()
+    assert abs(mixed["size"] - 0.05) < 0.02 < 0.05 < plain["size"] - 0.05
+    assert mixed["power"] > 0.6 and mixed["false"] < 0.15 < plain["false"]
+    assert figures["gap"] < 1e-8
+    assert "genes found" in text and figures["plot"].stat().st_size > 10_000
+
+
 CHECKS = {
+    "dream": check_dream,
+    "eqtl": check_eqtl,
     "genes": check_genes,
     "insteval": check_insteval,
     "optax_lbfgs": check_optax_lbfgs,
@@ -199,7 +223,8 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    arguments = [tmp_path / f"{name}.png"] if name in ("genes", "insteval", "voxels") else []
+    drawn = ("dream", "eqtl", "genes", "insteval", "voxels")
+    arguments = [tmp_path / f"{name}.png"] if name in drawn else []
     module = load(name)
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
