@@ -11,7 +11,7 @@ import jax
 def test_python_blocks_run():
     text = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     with jax.enable_x64(False):
         for block in blocks:
