@@ -20,8 +20,10 @@ from scipy.special import chdtrc
 from jaxreml.errors import DataError
 from jaxreml.fitting.fit import fit_frame
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.batches.comparison import compare_batches
 from jaxreml.inference.likelihood import nesting
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution
+from jaxreml.many.fitted import FittedBatch
 
 ROUNDING = 1e-10  # of a difference of criteria, per unit of the criterion
 
@@ -45,7 +47,7 @@ class Pair:
 
 
 def compare(
-    *fits: FittedModel,
+    *fits: Any,
     refit: bool = True,
     method: str = "chi2",
     names: Sequence[str] | None = None,
@@ -53,6 +55,9 @@ def compare(
     seed: int = 0,
 ) -> pd.DataFrame:
     """Compare fits to the same data.
+
+    Two results of `fit_many` are compared response by response, see
+    `inference.batches.comparison.compare_batches`: nothing is fitted again.
 
     Args:
         fits: two or more.
@@ -80,6 +85,10 @@ def compare(
         ValueError: fewer than two fits, something else than fits, another method; fits by REML that
             must not be compared so.
     """
+    if fits and all(isinstance(fit, FittedBatch) for fit in fits):
+        if len(fits) != 2:
+            raise ValueError(f"compare takes two batches, not {len(fits)}")
+        return compare_batches(*fits, method)
     _check(fits, names)
     tests = TESTS | {"bootstrap": partial(_bootstrap, nsim=nsim, seed=seed)}
     if method not in tests:
