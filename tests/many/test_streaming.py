@@ -127,7 +127,9 @@ def test_resumed_is_undisturbed(parts, interrupted, monkeypatch):
 
     fitted = []
     fit = BatchFitter.fit
-    monkeypatch.setattr(BatchFitter, "fit", lambda self, y: fitted.append(y) or fit(self, y))
+    monkeypatch.setattr(
+        BatchFitter, "fit", lambda self, values: fitted.append(values) or fit(self, values)
+    )
     streamed = resume(interrupted)
     np.testing.assert_array_equal(np.concatenate(fitted, axis=1), values[:, 12:])
     assert streamed.n_failed == 2

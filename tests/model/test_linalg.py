@@ -239,9 +239,9 @@ def test_fit_many_has_no_batched_calls(formula, df, structure):
         reduced, root, radius = begin.out_info
         climb = compiled.climb.lower(pattern.shared, reduced, root, radius, np.int32(9))
         before = np.zeros(4, np.int32)
-        contrasts = fitter.options.contrasts
+        rows = fitter.options.contrasts, fitter.options.parts
         found = climb.out_info
-        conclude = compiled.conclude.lower(pattern.shared, reduced, found, before, contrasts)
+        conclude = compiled.conclude.lower(pattern.shared, reduced, found, before, *rows)
         modes = compiled.modes.lower(pattern.shared, block, shift, root)
         for program in (begin, climb, conclude, modes):
             assert not batched_calls(program)
@@ -257,7 +257,7 @@ def test_crossed_refits_have_no_batched_calls():
     compiled = crossed._programs(True, "kenward-roger", 100)
     fits = compiled.estimate.lower(rows.design, lanes)
     certify = compiled.certify.lower(
-        rows.design, lanes, fits.out_info, np.zeros((0, 2)), rows.design
+        rows.design, lanes, fits.out_info, np.zeros((0, 2)), rows.options.parts, rows.design
     )
     modes = compiled.modes.lower(rows.design, lanes, fits.out_info)
     slopes = crossed._gradient_program(True).lower(rows.design, np.zeros(7), lanes)
