@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from keyword import iskeyword
 from pathlib import Path
@@ -251,8 +251,17 @@ def fit_many(
             frame, name, measured, covariate, method, structure, context, max_iterations
         )
 
-    at_hand = refit if source.names is not None else None
-    return BatchResults(job.model, names, fits, None if covariate else frame, at_hand)
+    def revisit(theta: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Any]]:
+        start = 0
+        for own, read in source.blocks(size):
+            places = slice(start, start := start + len(own))
+            for columns, *found in fitter.estimates(**read().arguments, theta=theta[places]):
+                yield places.start + columns, *found
+
+    shown = None if covariate else frame
+    if source.names is None:
+        return BatchResults(job.model, names, fits, shown)
+    return BatchResults(job.model, names, fits, shown, refit, revisit)
 
 
 def _only(covariates: Mapping[str, Any] | None) -> tuple[str | None, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxreml.arguments import check_df, check_engine, is_reml
+from jaxreml.backend.arrays import mapped
 from jaxreml.backend.compilation import spare_memory_maps
 from jaxreml.backend.devices import has_accelerator, local_devices
 from jaxreml.backend.runtime import neutral, require_own_threads
@@ -29,6 +30,8 @@ from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, placeholders
+from jaxreml.optimum.estimate import estimate_at
+from jaxreml.optimum.report import Estimate
 from jaxreml.status import Status
 
 # Responses that are fitted one after the other, where programs for many had to be compiled.
@@ -202,6 +205,30 @@ class BatchFitter:
                 return
         engine.fit(values, columns, kept, table)
 
+    def estimates(
+        self, values: np.ndarray, theta: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Known, Estimate]]:
+        """What `report` says at known optima, by NumPy: nothing is searched.
+
+        Args:
+            values: (n, b), as for `fit`.
+            theta: (b, m), `Fits.theta`; responses without any are left out.
+
+        Yields:
+            Some columns, what their rows say of the fixed effects, and estimates, lanes last.
+        """
+        optimal, lacking = np.isfinite(theta).all(axis=1), np.isnan(values).any(axis=0)
+        whole = np.flatnonzero(optimal & ~lacking)
+        for columns, kept in [(whole, None), *_patterns(values, np.flatnonzero(optimal & lacking))]:
+            engine: Any = self.engine if kept is None else self._in_rows(kept)
+            if isinstance(engine, HostEngine):
+                found = engine.estimates(values, columns, kept, theta)
+            else:
+                basis = engine.lanes.basis if hasattr(engine, "grid") else engine.basis
+                found = _one_by_one(basis, values, columns, kept, theta, self.options.reml)
+            for own, estimate in found:
+                yield own, engine.known, estimate
+
     def gradients(self, parameters: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Gradients (b, m + 1) of the objective at `parameters` for complete (n, b) `values`."""
         with self._settings():
@@ -209,6 +236,22 @@ class BatchFitter:
 
     def _settings(self) -> AbstractContextManager[Any]:
         return neutral() if self.engine_name == "jax" else nullcontext()
+
+
+def _one_by_one(
+    basis: Basis,
+    values: np.ndarray,
+    columns: np.ndarray,
+    kept: np.ndarray | None,
+    theta: np.ndarray,
+    reml: bool,
+) -> Iterator[tuple[np.ndarray, Estimate]]:
+    """`HostEngine.estimates` of any design."""
+    for column in columns:
+        y = values[:, column] if kept is None else np.where(kept, values[:, column], 0.0)
+        design = Design.of(basis, basis.response(y))
+        estimate = estimate_at(theta[column], design, reml=reml)
+        yield np.array([column]), mapped(lambda leaf: np.asarray(leaf)[..., None], estimate)
 
 
 def _kind(basis: Basis, engine: str) -> Any:

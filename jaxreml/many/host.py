@@ -13,6 +13,7 @@ agree all lanes are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from jaxreml.model.objective import profiled
 from jaxreml.model.response import Response
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import differences
+from jaxreml.optimum.estimate import estimate_at
+from jaxreml.optimum.report import Estimate
 from jaxreml.optimum.rivals import has_one_optimum, starts
 from jaxreml.optimum.search import start
 from jaxreml.status import Status
@@ -65,6 +68,13 @@ class HostEngine:
         passes = _SharedPasses(self, values, kept, table)
         passes.run(columns)
         passes.certify(columns)
+
+    def estimates(
+        self, values: Array, columns: Array, kept: Array | None, theta: Array
+    ) -> Iterator[tuple[Array, Estimate]]:
+        """As `Passes.estimates`, of columns of (n, b) values with optima (b, m)."""
+        nothing: Any = None  # is stored
+        yield from _SharedPasses(self, values, kept, nothing).estimates(columns, theta)
 
     def gradients(self, parameters: Array, values: Array) -> Array:
         """As `Engine.gradients`."""
@@ -149,6 +159,14 @@ class Passes:
             suspects = np.concatenate(self.found_suspect) if self.found_suspect else columns[:0]
             for rival in starts(self.covariance) if suspects.size else ():
                 list(pool.map(partial(self._rival, rival), self._chunks(suspects)))
+
+    def estimates(self, columns: Array, theta: Array) -> Iterator[tuple[Array, Estimate]]:
+        """What `report` says of columns at optima that are known, (b, m) of the block: some columns
+        at a time, with estimates, lanes last."""
+        for chunk in self._chunks(columns) if columns.size else ():
+            with single_blas(), np.errstate(all="ignore"):
+                design = self.prepared(chunk).full
+                yield chunk, estimate_at(theta[chunk].T, design, reml=self.options.reml)
 
     def certify(self, columns: Array) -> None:
         """Look at a sample of the optima by a third way, and at all where that does not agree."""

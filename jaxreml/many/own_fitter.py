@@ -7,6 +7,7 @@ weights, if that is all they have, go together, as if these were the model's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.many.lanes import MOST_EFFECTS
 from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.own_designs import OwnDesigns, OwnPasses
+from jaxreml.optimum.report import Estimate
 from jaxreml.status import Status
 
 TOGETHER = 16  # responses of the same weights, from which on these are taken for the model's
@@ -108,13 +110,7 @@ class OwnFitter:
         self, values: np.ndarray, weights: np.ndarray | None, x: np.ndarray | None
     ) -> Table:
         """`fit` to a table, of responses that may lack rows."""
-        if weights is None:
-            weights = np.broadcast_to(self._shared[:, None], values.shape)
-        missing = np.isnan(values) | np.isnan(weights)
-        if x is not None:
-            missing |= np.isnan(x)
-        weights = np.where(missing, 0.0, weights)
-        block = _Block(np.where(weights > 0, values, np.nan), weights, x)
+        block = self._block(values, weights, x)
         table = Table(self.frame, values.shape[1], self.modes, self.contrasts)
         apart: list[int] = []
         for same in self._alike(block):
@@ -133,6 +129,38 @@ class OwnFitter:
     def _shared(self) -> np.ndarray:
         """Weights of responses without their own, (n,)."""
         return np.ones(len(self.frame.X)) if self.frame.weights is None else self.frame.weights
+
+    def estimates(
+        self,
+        values: np.ndarray,
+        theta: np.ndarray,
+        weights: np.ndarray | None = None,
+        x: np.ndarray | None = None,
+    ) -> Iterator[tuple[np.ndarray, Known, Estimate]]:
+        """As `BatchFitter.estimates`, of responses that have all coefficients."""
+        block = self._block(values, weights, x)
+        columns = np.flatnonzero(np.isfinite(theta).all(axis=1))
+        if self.lanes is not None:
+            nothing: Any = None  # is stored, or looked at by itself
+            passes = OwnPasses(self.lanes, *block, False, nothing, single=nothing)
+            for own, estimate in passes.estimates(columns, theta):
+                yield own, self.lanes.known, estimate
+            return
+        for column in columns:
+            own, fitter = np.array([column]), self._fitter(block, int(column))
+            for _, known, estimate in fitter.estimates(block.values[:, own], theta[own]):
+                yield own, known, estimate
+
+    def _block(
+        self, values: np.ndarray, weights: np.ndarray | None, x: np.ndarray | None
+    ) -> _Block:
+        if weights is None:
+            weights = np.broadcast_to(self._shared[:, None], values.shape)
+        missing = np.isnan(values) | np.isnan(weights)
+        if x is not None:
+            missing |= np.isnan(x)
+        weights = np.where(missing, 0.0, weights)
+        return _Block(np.where(weights > 0, values, np.nan), weights, x)
 
     def _alike(self, block: _Block) -> list[list[int]]:
         """Columns that have the same weights and no covariate, together."""

@@ -12,6 +12,7 @@ from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model.design import Design, require_precision
 from jaxreml.optimum.hessian import solve_flat
+from jaxreml.optimum.newton import Trace
 from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.optimum.report import report
 from jaxreml.optimum.search import Point, expand_chart, found, outcome
@@ -68,6 +69,17 @@ def estimate_on_host(
         trace, proved = found(design, is_reml(method), max_iterations, tolerance)
         status = outcome(trace.at, trace.point, trace, design)
         return report(trace.at, trace.point, trace, design, status), proved
+
+
+def estimate_at(theta: np.ndarray, design: Design, *, reml: bool) -> Estimate:
+    """What `report` says at an optimum that is known, by NumPy; (m, lanes) `theta` for a design of
+    many responses."""
+    with np.errstate(all="ignore"):
+        chart = design.covariance.chart(design.scaled_factors(theta))
+        point = expand_chart(chart, design, reml=reml)
+        none = np.zeros(theta.shape[1:], int)
+        trace = Trace(chart, point, none, none, none, none)
+        return report(chart, point, trace, design, none)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=(1, 2, 3)))

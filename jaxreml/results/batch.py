@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxreml.errors import DataError
-from jaxreml.inference.batches import fractions
+from jaxreml.inference.batches import fractions, testing
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.results import annotated, batch_rows, batch_summaries, batch_tables, parquet
 from jaxreml.results.moderated import moderated
@@ -25,11 +26,15 @@ class BatchResults(FittedBatch):
     Attributes:
         model, responses, fits, frame: as in `FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
+        revisit: see `inference.batches.testing`; likewise.
     """
 
     refit: Callable[[int], LMMResults] | None = None
+    revisit: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any, Any]]] | None = None
 
     # Tests
+    test = testing.test
+    anova = testing.anova
     moderated = moderated
     top_table = batch_summaries.top_table
 

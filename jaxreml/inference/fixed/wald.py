@@ -215,7 +215,7 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
         ValueError: rows that contradict each other, or are all zero.
     """
     stated, values, _ = hypotheses(fit.fixed_names, L, rhs)
-    rows, values = _independent(stated, values, fit.bse.to_numpy())
+    rows, values = independent(stated, values, fit.bse.to_numpy())
     method = approximation(fit, df)
     gap = rows @ fit.beta - values
     q = len(rows)
@@ -226,7 +226,7 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
     return pd.DataFrame([row])
 
 
-def _independent(
+def independent(
     rows: np.ndarray, values: np.ndarray, units: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of L that do not depend on those before them, with coefficients in `units`."""
