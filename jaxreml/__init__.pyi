@@ -3,6 +3,7 @@ from jaxreml import datasets as datasets
 from jaxreml import inference as inference
 from jaxreml.api.fit import fit as fit
 from jaxreml.api.fit_many import fit_many as fit_many
+from jaxreml.api.score_tests import score_tests as score_tests
 from jaxreml.api.voom import Voom as Voom
 from jaxreml.api.voom import voom as voom
 from jaxreml.backend.compilation import enable_compilation_cache as enable_compilation_cache

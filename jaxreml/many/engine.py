@@ -177,11 +177,15 @@ class BatchFitter:
             self._fit_pattern(values, columns, kept, table)
         return table
 
+    def basis_in(self, kept: np.ndarray) -> Basis:
+        """The basis of the rows `kept`, (n,) booleans, in which no column of X may depend on
+        others."""
+        return self.basis if kept.all() else self._basis(np.arange(self.frame.X.shape[1]), kept)
+
     def design(self, y: np.ndarray) -> Design:
-        """The design of one response, (n,), NaN if missing, as `fit` has it: no column of X may
-        depend on others in its rows."""
+        """The design of one response, (n,), NaN if missing, as `fit` has it."""
         kept = ~np.isnan(y)
-        basis = self.basis if kept.all() else self._basis(np.arange(self.frame.X.shape[1]), kept)
+        basis = self.basis_in(kept)
         return Design.of(basis, basis.response(np.where(kept, y, 0.0)))
 
     def _fit_pattern(

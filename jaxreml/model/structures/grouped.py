@@ -378,6 +378,11 @@ class GroupedBasis:
             return np.stack([own @ columns for own in self._transposed])
         return jnp.stack([self.rows.sums(own[:, None] * columns) for own in self.directions.T])
 
+    def spread(self, scores: np.ndarray) -> np.ndarray:
+        """Q scores, (n, k), of (q, J, k) on the host."""
+        pairs = zip(self.directions.T, scores, strict=True)
+        return sum(own[:, None] * part[self.rows.codes] for own, part in pairs)  # pyright: ignore
+
     def products(self, columns: Any) -> Any:
         """Z'columns, (q, k, J), if Z is traced."""
         if self.effects is None:
