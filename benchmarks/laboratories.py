@@ -105,6 +105,18 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def scores(study: dict[str, Any]) -> dict[str, Any]:
+    """Score tests of the same SNPs."""
+    formula, count = study["formula"].replace("X + ", ""), study["own"].shape[1]
+
+    def work() -> None:
+        jaxreml.score_tests(formula, study["data"], study["responses"], study["own"])
+
+    first, again = seconds(work) / count, seconds(work) / count
+    row("SNPs, score tests", f"{1e6 * first:.1f}", f"{1e6 * again:.1f}", "")
+    return {"first": first, "again": again}
+
+
 def voxels(count: int) -> dict[str, Any]:
     """300 scans of 100 people, from a memory map to parquet."""
     rng = np.random.default_rng(3)
@@ -159,7 +171,9 @@ def main() -> None:
     if "genes" in wanted:
         found["genes"] = compare("genes, own weights", genes(arguments.genes), few)
     if "snps" in wanted:
-        found["snps"] = compare("SNPs, full refit", snps(arguments.snps), few)
+        study = snps(arguments.snps)
+        found["snps"] = compare("SNPs, full refit", study, few)
+        found["scores"] = scores(study)
     if "voxels" in wanted:
         found["voxels"] = voxels(arguments.voxels)
     if "after" in wanted:

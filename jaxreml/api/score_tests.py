@@ -21,7 +21,7 @@ from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 from jaxreml.status import Status
 
-BLOCK_BYTES = 16 << 20  # of covariates at a time
+BLOCK_BYTES = 2 << 20  # of covariates at a time, to stay in the cache
 DEPENDENT = 1e-10  # share of a covariate that the others leave which is rounding error
 COLUMNS = ("estimate", "std_error", "df", "statistic", "p_value", "n_missing")
 
@@ -111,13 +111,15 @@ class _Null(NamedTuple):
 
     def tests(self, x: np.ndarray) -> np.ndarray:
         """COLUMNS but for p-values, (b, 6), of covariates (n, b)."""
-        missing = np.isnan(x) & self.used[:, None]
-        x = np.where(self.used[:, None], x, 0.0)
-        if missing.any():
+        if not self.used.all():
+            x = np.where(self.used[:, None], x, 0.0)
+        lacking = np.zeros(x.shape[1], int)
+        if not np.isfinite(x.sum()):
+            missing = np.isnan(x)
+            lacking = missing.sum(axis=0)
             x = np.where(missing, 0.0, x)
-            count = self.used.sum() - missing.sum(axis=0)
             with np.errstate(invalid="ignore"):
-                x = x + missing * (x.sum(axis=0) / count)
+                x = x + missing * (x.sum(axis=0) / (self.used.sum() - lacking))
         if self.basis.roots is not None:
             x = x * self.basis.roots[:, None]
         scores = self.basis.projector.scores(x)
@@ -133,7 +135,7 @@ class _Null(NamedTuple):
             error = np.sqrt(sigma2 / own)
             statistic = estimate / error
         df = np.where(np.isnan(own), np.nan, self.df)
-        parts = [estimate, error, df, statistic, np.full(len(own), np.nan), missing.sum(axis=0)]
+        parts = [estimate, error, df, statistic, np.full(len(own), np.nan), lacking]
         return np.stack(parts, axis=1)
 
 
@@ -145,12 +147,9 @@ def _null(fitter: BatchFitter, y: np.ndarray) -> _Null | None:
     used = ~np.isnan(y)
     basis = fitter.basis_in(used)
     design = Design.of(basis, basis.response(np.where(used, y, 0.0)))
-    F, root = (
-        basis.structure.factors,
-        linalg.block_diagonal(list(design.scaled_factors(fits.theta[0]))),
-    )
-    loadings = np.einsum("abj,bc->jac", F, root)
-    eye = np.eye(len(F))
+    root = linalg.block_diagonal(list(design.scaled_factors(fits.theta[0])))
+    loadings = np.einsum("abj,bc->jac", basis.structure.factors, root)
+    eye = np.eye(len(root))
     inverse = np.linalg.inv(eye + loadings @ loadings.swapaxes(1, 2))
     kernel = np.moveaxis(eye - inverse, 0, 2)
 
@@ -180,10 +179,10 @@ def _blocks(
     for start in range(0, len(pairs.names), size):
         own = slice(start, start + size)
         left = pairs.left[own]
-        (x,) = taken(lambda *ends: (covariates.read(*ends),), pairs.right[own])
+        values: Any = taken(lambda *ends: (covariates.read(*ends),), pairs.right[own])[0]
         found = np.empty((len(left), len(COLUMNS)))
         for k in np.unique(left):
-            found[left == k] = _tested(null(int(k)), x[:, left == k])
+            found[left == k] = _tested(null(int(k)), values[:, left == k])
         yield pairs.names[own], found
 
 
