@@ -136,7 +136,8 @@ def fit_many(
             the k-th), or a list of pairs of names or positions, as windows of genes and SNPs. The
             results are named ``response:covariate``.
         structure, context, max_iterations: as for `fit`.
-        modes: keep the conditional modes of the random effects (`BatchResults.random_effects`).
+        modes: keep the conditional modes of the random effects (`BatchResults.random_effects`);
+            with `output` in the file, a list with a number per level for every effect.
         df: degrees of freedom of the tests, as for `LMMResults.test`; Kenward-Roger's come with
             adjusted standard errors.
         contrasts: linear functions of the fixed effects to test for every response, by name: each
@@ -183,11 +184,6 @@ def fit_many(
     is_reml(method)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if output is not None and modes:
-        raise ValueError(
-            "modes=True needs memory for all of them and output is written without: leave output "
-            "out and call fit_many on a part of the responses at a time"
-        )
     path = None if output is None else check_output(output, overwrite)
     given = {"weights": weights, "offset": offset}
     own = {role: value for role, value in given.items() if of_each(value, data)}
@@ -227,7 +223,9 @@ def fit_many(
     )
     crew = Crew.present()
     template = fitter.fit(np.empty((len(frame.X), 0)))
-    job = Job(fitter, source, _model(frame, fitter, contrasts or {}), template, crew)
+    apart = (*own, *(() if covariate is None else ("covariate",)))
+    model = _model(frame, fitter, contrasts or {}, apart)
+    job = Job(fitter, source, model, template, crew)
     size = batch_size or block_size(frame, template, source, crew)
     total = None if source.names is None else len(source.names)
     with progress_bar(total, progress if crew.index == 0 else False) as advance:
@@ -240,6 +238,7 @@ def fit_many(
                 max_iterations,
                 size,
                 (df, list(contrasts or {}), rows),
+                modes,
             )
             return fit_to_file(job, size, Parts(path, run), overwrite, advance)
         names, fits = fit_in_memory(job, size, advance)
@@ -258,10 +257,13 @@ def fit_many(
             for columns, *found in fitter.estimates(**read().arguments, theta=theta[places]):
                 yield places.start + columns, *found
 
+    def values(start: int, stop: int) -> np.ndarray:
+        return source.read(start, stop).values
+
     shown = None if covariate else frame
     if source.names is None:
         return BatchResults(job.model, names, fits, shown)
-    return BatchResults(job.model, names, fits, shown, refit, revisit)
+    return BatchResults(job.model, names, fits, shown, refit, revisit, values)
 
 
 def _only(covariates: Mapping[str, Any] | None) -> tuple[str | None, Any]:
@@ -289,7 +291,9 @@ def _contrast_rows(frame: ModelFrame, contrasts: Mapping[str, Any]) -> np.ndarra
     return rows
 
 
-def _model(frame: ModelFrame, fitter: Any, contrasts: Mapping[str, Any]) -> BatchModel:
+def _model(
+    frame: ModelFrame, fitter: Any, contrasts: Mapping[str, Any], own: tuple[str, ...]
+) -> BatchModel:
     return BatchModel(
         frame.formula.text,
         fitter.method,
@@ -303,6 +307,7 @@ def _model(frame: ModelFrame, fitter: Any, contrasts: Mapping[str, Any]) -> Batc
         tuple(map(str, contrasts)),
         fitter.engine_name,
         tuple(frame.fixed_terms),
+        own,
     )
 
 

@@ -40,6 +40,7 @@ class BatchModel:
         contrasts: names of the contrasts asked for.
         engine: "numpy" or "jax", as in `LMMResults`.
         fixed_terms: terms of the fixed effects, without the intercept.
+        own: what the responses do not share: "weights", "offset", "covariate".
     """
 
     formula: str
@@ -54,6 +55,7 @@ class BatchModel:
     contrasts: tuple[str, ...] = ()
     engine: str = ""
     fixed_terms: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -27,10 +27,12 @@ class BatchResults(FittedBatch):
         model, responses, fits, frame: as in `FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
         revisit: see `inference.batches.testing`; likewise.
+        values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
     """
 
     refit: Callable[[int], LMMResults] | None = None
     revisit: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any, Any]]] | None = None
+    values: Callable[[int, int], np.ndarray] | None = None
 
     # Tests
     test = testing.test
@@ -57,6 +59,8 @@ class BatchResults(FittedBatch):
     to_anndata = annotated.to_anndata
     fitted_values = batch_rows.fitted_values
     fitted_blocks = batch_rows.fitted_blocks
+    residual_blocks = batch_rows.residual_blocks
+    simulated_blocks = batch_rows.simulated_blocks
 
     @classmethod
     def read_parquet(cls, path: str | Path) -> BatchResults:

@@ -275,6 +275,19 @@ def moderation(results: ModeratedResults, mean: Any = None, *, ax: Any = None) -
     return ax
 
 
+def mean_variance(voom: Any, *, ax: Any = None) -> Any:
+    """The trend that `jaxreml.voom` makes weights of: square roots of residual standard deviations
+    against mean log counts, a point per gene; its frame is ``voom.trend``."""
+    ax = new_axes(ax)
+    frame = voom.trend.sort_values("mean_log_count")
+    ax.scatter(frame["mean_log_count"], frame["sqrt_sd"], s=_size(len(frame)), linewidths=0,
+               rasterized=True, **QUIET)  # fmt: skip
+    ax.plot(frame["mean_log_count"], frame["fitted"], color="C3", linewidth=2, label="trend")
+    ax.set(xlabel="mean log2 count", ylabel="square root of the residual SD")
+    _legend(ax)
+    return ax
+
+
 def _log_scale(ax: Any) -> None:
     """A logarithmic vertical axis with numbers at 1, 2, 5, 10, ..."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

@@ -10,6 +10,7 @@ import pandas as pd
 
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
+from jaxreml.fitting.random_terms import unpack
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.status import Status
 
@@ -35,7 +36,8 @@ def fitted_values(
         that is not estimable for the response.
 
     Raises:
-        DataError: no such response; results read from a file, or made without ``modes=True``.
+        DataError: no such response; results read from a file, or made without ``modes=True``;
+            offsets or covariates of the responses' own.
     """
     if isinstance(responses, slice):
         places = np.arange(len(results))[responses]
@@ -66,7 +68,85 @@ def fitted_blocks(
         yield results.responses[places], _fitted(results, places, random)
 
 
-def _frame(results: FittedBatch) -> ModelFrame:
+def residual_blocks(
+    results: Any, size: int | None = None, *, random: bool = True
+) -> Iterator[tuple[pd.Index, np.ndarray]]:
+    """Responses less their fitted values, some responses at a time; arguments as `fitted_blocks`.
+
+    Yields:
+        Names and (n, size) residuals, NaN where a response is missing.
+
+    Raises:
+        DataError: as `fitted_values`; the values of the responses are not at hand.
+    """
+    if results.values is None:
+        raise DataError(
+            "the values of the responses are not at hand (a stream, or results read from a file): "
+            "take fitted_blocks from the responses"
+        )
+    start = 0
+    for names, fitted in fitted_blocks(results, size, random=random):
+        yield names, results.values(start, start := start + len(names)) - fitted
+
+
+def simulated_blocks(
+    results: FittedBatch,
+    *,
+    null: str | list[str] | None = None,
+    seed: int = 0,
+    size: int | None = None,
+) -> Iterator[tuple[pd.Index, np.ndarray]]:
+    """New responses drawn from the fits, one for each, some at a time: what `fit_many` takes.
+
+    Args:
+        results: of `fit_many`.
+        null: fixed effects that are zero in the draws, to see p-values where nothing is to be
+            found; none if left out.
+        seed: of the random numbers.
+        size: as for `fitted_blocks`.
+
+    Yields:
+        Names and (n, size) values, on the rows of the model; NaN for responses without an optimum
+        or without some coefficient.
+
+    Raises:
+        DataError: results read from a file; a name that is no fixed effect; weights, offsets or
+            covariates of the responses' own.
+    """
+    frame, names = _frame(results, ("weights", "offset")), list(results.model.fixed_names)
+    wanted = [null] if isinstance(null, str) else list(null or [])
+    for name in wanted:
+        if name not in names:
+            raise DataError(f"{name!r} is no fixed effect; they are {', '.join(map(repr, names))}")
+    kept = ~np.isin(names, wanted)
+    root_weights = 1.0 if frame.weights is None else np.sqrt(frame.weights)[:, None]
+    size = size or max(1, BLOCK_BYTES // (8 * len(frame.X)))
+    rng = np.random.default_rng(seed)
+    for start in range(0, len(results), size):
+        places = np.arange(start, min(start + size, len(results)))
+        fits, b = results.fits, len(places)
+        sigma = np.where(fits.status[places] == Status.CONVERGED, fits.sigma[places], np.nan)
+        values = frame.X[:, kept] @ fits.beta[places][:, kept].T
+        if frame.offset is not None:
+            values += frame.offset[:, None]
+        factors = unpack(fits.theta[places], results.model.sizes)
+        for term, factor in zip(frame.terms, factors, strict=True):
+            draws = rng.standard_normal((b, factor.shape[1], len(term.levels)))
+            effects = sigma[:, None, None] * (factor @ draws)
+            for k, column in enumerate(term.effects.T):
+                values += column[:, None] * effects[:, k].T[term.codes]
+        values += sigma * rng.standard_normal(values.shape) / root_weights
+        yield results.responses[places], values
+
+
+def _frame(results: FittedBatch, refused: tuple[str, ...] = ("offset",)) -> ModelFrame:
+    """The frame of results whose responses share what is `refused`."""
+    apart = [own for own in results.model.own if own in (*refused, "covariate")]
+    if apart:
+        raise DataError(
+            f"each response has {apart[0]} of its own, which the results do not keep: use "
+            "estimate(i), which does"
+        )
     if results.frame is None:
         raise DataError(
             "the rows of the model are not at hand: results that were read from a file do not have "

@@ -97,6 +97,7 @@ def describe_run(
     max_iterations: int,
     block: int,
     tests: tuple[str, list[str], np.ndarray],
+    modes: bool,
 ) -> dict[str, Any]:
     """The manifest of a run: equal for runs that write the same parts, if the responses are equal.
 
@@ -114,6 +115,7 @@ def describe_run(
         "max_iterations": max_iterations,
         "df": tests[0],
         "contrasts": _digest([*tests[1:]]) if tests[1] else None,
+        "modes": modes,
         "data": _digest(parts),
         "responses": None if names is None else _digest_names(names),
         "block size": block,

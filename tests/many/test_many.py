@@ -323,8 +323,6 @@ def test_bad_arguments(data, table):
         fit_many(FORMULA, data, table, batch_size=0)
     with pytest.raises(TypeError, match=r"fit_many has no argument 'REML': write method="):
         fit_many(FORMULA, data, table, REML=False)
-    with pytest.raises(ValueError, match="modes=True"):
-        fit_many(FORMULA, data, table, modes=True, output="out.parquet")
     with pytest.raises(ValueError, match="REML"):
         fit_many(FORMULA, data, table, "MLE")
 

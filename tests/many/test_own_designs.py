@@ -153,6 +153,11 @@ def test_fit_many_takes_them_in_every_form(data, tmp_path):
     )
     read = jaxreml.BatchResults.read_parquet(streamed.path)
     np.testing.assert_allclose(read.criterion, plain.criterion, rtol=1e-12)
+    assert read.model.own == ("weights",) and results.model.own == ("weights", "offset")
+    with pytest.raises(DataError, match="offset of its own"):
+        results.fitted_values(random=False)
+    with pytest.raises(DataError, match="weights of its own"):
+        next(plain.simulated_blocks())
 
     def blocks(matrix):
         return ((names[k : k + 9], matrix[:, k : k + 9]) for k in range(0, 24, 9))

@@ -138,6 +138,18 @@ def test_resumed_is_undisturbed(parts, interrupted, monkeypatch):
     assert [path.name for path in interrupted.parent.iterdir()] == ["out.parquet"]
 
 
+def test_modes_are_streamed(tmp_path):
+    memory = fit_many(FORMULA, data, values, modes=True)
+    out = tmp_path / "modes.parquet"
+    fit_many(FORMULA, data, blocks(), modes=True, output=out, batch_size=6)
+    read = jaxreml.BatchResults.read_parquet(out)
+    found, expected = (own.random_effects["Subject"].to_numpy() for own in (read, memory))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    plain = tmp_path / "plain.parquet"
+    fit_many(FORMULA, data, blocks(), output=plain, batch_size=6)
+    assert jaxreml.BatchResults.read_parquet(plain).fits.modes is None
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_and_resumed_is_undisturbed(tmp_path):
     """A stream that kills its process after two blocks; the next process finishes the file."""

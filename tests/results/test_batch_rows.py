@@ -99,3 +99,37 @@ def test_what_is_not_at_hand(data, responses, results, tmp_path):
     read = jaxreml.BatchResults.read_parquet(tmp_path / "fits.parquet")
     with pytest.raises(DataError, match="rows of the model are not at hand"):
         read.fitted_values()
+
+
+def test_residuals_are_those_of_single_fits(results):
+    names, residuals = zip(*results.residual_blocks(size=3), strict=True)
+    assert [len(own) for own in names] == [3] * (len(results) // 3) + [len(results) % 3] * (
+        len(results) % 3 > 0
+    )
+    residuals = np.concatenate(residuals, axis=1)
+    for k in np.flatnonzero(results.converged & (results.n_missing == 0))[:3]:
+        single = results.estimate(int(k))
+        np.testing.assert_allclose(residuals[:, k], single.y - single.fitted, atol=1e-7)
+
+
+def test_simulated_responses_have_the_model_and_the_null():
+    rng = np.random.default_rng(0)
+    codes = np.repeat(np.arange(30), 6)
+    data = pd.DataFrame({"g": codes, "x": rng.normal(size=180), "w": rng.uniform(0.5, 2, 180)})
+    effects = rng.normal(size=(2, 30))
+    y = 5 + 2 * data["x"] + effects[0, codes] + effects[1, codes] * data["x"]
+    y = (y + rng.normal(size=180) / np.sqrt(data["w"])).to_numpy()
+    formula = "~ x + (x | g)"
+    results = jaxreml.fit_many(formula, data, np.repeat(y[:, None], 300, axis=1), weights="w")
+    drawn = np.concatenate([block for _, block in results.simulated_blocks(null="x", size=128)], 1)
+    again = jaxreml.fit_many(formula, data, drawn, weights="w")
+    assert abs(again.params["x"].mean()) < 4 * again.params["x"].std() / np.sqrt(300)
+    assert abs(again.params["(Intercept)"].mean() - results.params["(Intercept)"].iloc[0]) < 0.1
+    expected = results.variances.iloc[0]
+    spread = again.variances.std() / np.sqrt(300)
+    assert (np.abs(again.variances.mean() - expected) < 5 * spread).all()
+    assert np.mean(again.pvalues["x"] < 0.05) < 0.09
+    with pytest.raises(DataError, match="'z' is no fixed effect"):
+        next(results.simulated_blocks(null="z"))
+    whole = np.concatenate([block for _, block in results.simulated_blocks(seed=1)], axis=1)
+    assert abs((whole.mean(axis=1) - y)[data["x"] > 1].mean()) < 1.5
