@@ -23,6 +23,7 @@ from common import for_r, have_r, header, machine, row, run_r, seconds
 
 import jaxreml
 
+PARTS = ["genes", "dream", "snps", "voxels", "after"]
 WORSE = 1e-6  # jaxreml's criterion may not exceed lme4's by more
 
 
@@ -66,8 +67,8 @@ def fitted(study: dict[str, Any]) -> Any:
     return jaxreml.fit_many(study["formula"], study["data"], study["responses"], **own)
 
 
-def by_lme4(study: dict[str, Any], few: int) -> dict[str, Any]:
-    """The first few of them in a loop."""
+def by_lme4(study: dict[str, Any], few: int, *, tests: bool = False) -> dict[str, Any]:
+    """The first few of them in a loop; with `tests` by lmerTest, as dream does it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = {"own": study["own"], "responses": study["responses"]}
@@ -75,7 +76,7 @@ def by_lme4(study: dict[str, Any], few: int) -> dict[str, Any]:
             pd.DataFrame(matrix[:, :few]).to_csv(folder / f"{key}.csv", index=False)
         task = for_r(study["data"], folder / "data.csv")
         task |= {key: str(folder / f"{key}.csv") for key in files}
-        task |= {"formula": f"y {study['formula']}", "weights": study["weights"]}
+        task |= {"formula": f"y {study['formula']}", "weights": study["weights"], "tests": tests}
         return run_r(Path(__file__).with_suffix(".R"), task, folder)
 
 
@@ -103,6 +104,25 @@ def compare(name: str, study: dict[str, Any], few: int) -> dict[str, Any]:
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def dream(count: int) -> dict[str, Any]:
+    """Weighted fits with Satterthwaite's t tests of so many genes: what dream does by lmerTest."""
+    study = genes(count)
+    found: list[Any] = []
+    first = seconds(lambda: found.append(fitted(study)))
+    results = found[0]
+    again = seconds(lambda: fitted(study))
+    mine, ratio, worst = {"first": first, "again": again}, "-", np.nan
+    if have_r():
+        peer = by_lme4(study, count, tests=True)
+        t = results.tvalues.to_numpy()
+        worst = float(np.abs(t - np.array(peer["t"])).max())
+        mine |= {"lmerTest": peer["seconds"], "t": worst, "version": peer["version"]}
+        ratio = f"{peer['seconds'] / first:.0f}, again {peer['seconds'] / again:.0f}"
+    name = f"dream's steps, {count} genes; t differ by {worst:.1e}"
+    row(name, f"{1e6 * first / count:.0f}", f"{1e6 * again / count:.0f}", ratio)
+    return mine
 
 
 def scores(study: dict[str, Any]) -> dict[str, Any]:
@@ -161,15 +181,17 @@ def main() -> None:
     parser.add_argument("--snps", type=int, default=50_000)
     parser.add_argument("--voxels", type=int, default=500_000)
     parser.add_argument("--reference", type=int, default=50)
-    parser.add_argument("--only", nargs="+", choices=["genes", "snps", "voxels", "after"])
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    wanted = arguments.only or ["genes", "snps", "voxels", "after"]
+    wanted = arguments.only or PARTS
     found: dict[str, Any] = {}
     header("", "us a fit, first call", "again", "lme4 / jaxreml")
     few = arguments.reference
     if "genes" in wanted:
         found["genes"] = compare("genes, own weights", genes(arguments.genes), few)
+    if "dream" in wanted:
+        found["dream"] = dream(500)
     if "snps" in wanted:
         study = snps(arguments.snps)
         found["snps"] = compare("SNPs, full refit", study, few)
