@@ -19,9 +19,8 @@ from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
 from jaxreml.inference.batches.discoveries import adjusted
 from jaxreml.inference.fixed import anova as tables
-from jaxreml.inference.fixed.adjustments import f_tail
 from jaxreml.inference.fixed.terms import FixedTerms
-from jaxreml.inference.fixed.wald import Fixed, Satterthwaite, independent
+from jaxreml.inference.fixed.wald import Fixed, Satterthwaite, f_test, independent, t_tests
 from jaxreml.model import satterthwaite
 from jaxreml.status import Status
 
@@ -68,11 +67,13 @@ def test(
         rows, own = independent(stated, values, np.where(units > 0, units, 1.0))
         found = np.full((len(results), len(JOINT)), np.nan)
         for known in _each(results, df):
-            found[known.place] = _joint(known, stated, rows, own)
+            row = f_test(known.beta, known.method, stated, rows, own)
+            found[known.place] = tuple(row.values())
         return _table(found, JOINT, results.responses)
     whole = np.full((len(results), len(stated), len(SINGLE)), np.nan)
     for known in _each(results, df):
-        whole[known.place] = _single(known, stated, values)
+        columns = t_tests(known.beta, known.method, stated, values)
+        whole[known.place] = np.stack(list(columns.values()), axis=1)
     parts = [_table(whole[:, k], SINGLE, results.responses) for k in range(len(stated))]
     return pd.concat(dict(zip(labels, parts, strict=True)), axis=1)
 
@@ -106,7 +107,8 @@ def anova(results: Any, kind: str | int = "III", df: str | None = None) -> pd.Da
     found = {name: np.full((len(results), len(JOINT)), np.nan) for name in stated}
     for known in _each(results, df):
         for name, L in stated.items():
-            found[name][known.place] = _joint(known, L, L, np.zeros(len(L)))
+            row = f_test(known.beta, known.method, L, L, np.zeros(len(L)))
+            found[name][known.place] = tuple(row.values())
     parts = {name: _table(own, JOINT, results.responses) for name, own in found.items()}
     return pd.concat(parts, axis=1)
 
@@ -146,25 +148,6 @@ def _each(results: Any, df: str) -> Iterator[_Known]:
                 residual = float(fits.nobs[place] - p)
                 method = Fixed(vcov[..., k], residual if df == "residual" else np.inf)
             yield _Known(int(place), beta[..., k], method)
-
-
-def _single(known: _Known, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    from scipy.special import stdtr
-
-    estimate = rows @ known.beta
-    error = np.sqrt(np.einsum("kp,pq,kq->k", rows, known.method.vcov, rows))
-    degrees = known.method.single(rows)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = (estimate - values) / error
-    p_value = 2 * stdtr(degrees, -np.abs(statistic))
-    return np.stack([estimate, error, degrees, statistic, p_value], axis=1)
-
-
-def _joint(known: _Known, stated: np.ndarray, rows: np.ndarray, values: np.ndarray) -> tuple:
-    gap, q = rows @ known.beta - values, len(rows)
-    degrees, factor = known.method.several(stated, q)
-    statistic = factor * float(gap @ np.linalg.solve(rows @ known.method.vcov @ rows.T, gap)) / q
-    return statistic, q, degrees, f_tail(statistic, q, degrees)
 
 
 def _table(values: np.ndarray, names: tuple[str, ...], responses: pd.Index) -> pd.DataFrame:

@@ -186,20 +186,32 @@ def each(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
         df and p_value are NaN.
     """
     rows, values, labels = hypotheses(fit.fixed_names, L, rhs)
-    method = approximation(fit, df)
-    estimate = rows @ fit.beta
+    columns = t_tests(fit.beta, approximation(fit, df), rows, values, known=fit.converged)
+    return pd.DataFrame(columns, labels)
+
+
+def t_tests(
+    beta: np.ndarray,
+    method: Approximation,
+    rows: np.ndarray,
+    values: np.ndarray,
+    *,
+    known: bool = True,
+) -> dict[str, np.ndarray]:
+    """The columns of `each`, (k,), of (k, p) rows of L and what they are under the hypothesis; df
+    and p_value NaN unless the optimum is `known`."""
+    estimate = rows @ beta
     error = np.sqrt(np.einsum("kp,pq,kq->k", rows, method.vcov, rows))
-    degrees = method.single(rows) if fit.converged else np.full(len(rows), np.nan)
+    degrees = method.single(rows) if known else np.full(len(rows), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = (estimate - values) / error
-    columns = {
+    return {
         "estimate": estimate,
         "std_error": error,
         "df": degrees,
         "statistic": statistic,
         "p_value": 2 * stdtr(degrees, -np.abs(statistic)),
     }
-    return pd.DataFrame(columns, labels)
 
 
 def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") -> pd.DataFrame:
@@ -216,14 +228,24 @@ def joint_test(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwait
     """
     stated, values, _ = hypotheses(fit.fixed_names, L, rhs)
     rows, values = independent(stated, values, fit.bse.to_numpy())
-    method = approximation(fit, df)
-    gap = rows @ fit.beta - values
+    return pd.DataFrame([f_test(fit.beta, approximation(fit, df), stated, rows, values)])
+
+
+def f_test(
+    beta: np.ndarray,
+    method: Approximation,
+    stated: np.ndarray,
+    rows: np.ndarray,
+    values: np.ndarray,
+) -> dict[str, float]:
+    """The row of `joint_test`, of the rows of L as stated and of the independent ones among them
+    with what they are under the hypothesis."""
+    gap = rows @ beta - values
     q = len(rows)
     degrees, factor = method.several(stated, q)
     statistic = factor * float(gap @ np.linalg.solve(rows @ method.vcov @ rows.T, gap)) / q
     p_value = f_tail(statistic, q, degrees)
-    row = {"statistic": statistic, "num_df": q, "den_df": degrees, "p_value": p_value}
-    return pd.DataFrame([row])
+    return {"statistic": statistic, "num_df": q, "den_df": degrees, "p_value": p_value}
 
 
 def independent(
