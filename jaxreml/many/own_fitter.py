@@ -113,7 +113,7 @@ class OwnFitter:
         block = self._block(values, weights, x)
         table = Table(self.frame, values.shape[1], self.modes, self.contrasts)
         apart: list[int] = []
-        for same in self._alike(block):
+        for same in self._by_weights(block):
             if len(same) >= TOGETHER:
                 own = np.array(same)
                 table.take(own, self._fitter(block, same[0]).table(block.values[:, own]))
@@ -162,7 +162,7 @@ class OwnFitter:
         weights = np.where(missing, 0.0, weights)
         return _Block(np.where(weights > 0, values, np.nan), weights, x)
 
-    def _alike(self, block: _Block) -> list[list[int]]:
+    def _by_weights(self, block: _Block) -> list[list[int]]:
         """Columns that have the same weights and no covariate, together."""
         columns = range(block.values.shape[1])
         if block.x is not None:

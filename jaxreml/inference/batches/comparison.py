@@ -13,10 +13,10 @@ from scipy.special import chdtrc
 from jaxreml.errors import DataError
 from jaxreml.inference.batches.discoveries import adjusted
 from jaxreml.inference.likelihood import nesting
+from jaxreml.inference.likelihood.ratio import mixture, ratio
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.status import Status
 
-ROUNDING = 1e-10  # of a difference of criteria, per unit of the criterion
 MEANS = 1e-8  # relative difference of the means of a response that is none
 
 
@@ -71,15 +71,11 @@ def compare_batches(first: FittedBatch, second: FittedBatch, method: str = "chi2
     good = (small.status == Status.CONVERGED) & (large.status == Status.CONVERGED)
     good &= (small.nobs == large.nobs) & _all_estimable(small) & _all_estimable(large)
     with np.errstate(invalid="ignore"):
-        statistic = np.where(good, upper - lower, np.nan)
-        least = ROUNDING * (1 + np.abs(upper))
-        statistic[statistic < -least] = np.nan
-        statistic[np.abs(statistic) < least] = 0.0
-    p_value = chdtrc(df, statistic)
+        statistic = np.where(good, ratio(upper, lower), np.nan)
     if method == "mixture":
-        before = chdtrc(df - 1, statistic) if df > 1 else np.where(statistic > 0, 0.0, 1.0)
-        p_value = np.where(np.isnan(statistic), np.nan, (before + p_value) / 2)
-        p_value = np.where(small.fits.is_singular, np.nan, p_value)
+        p_value = np.where(small.fits.is_singular, np.nan, mixture(statistic, df))
+    else:
+        p_value = chdtrc(df, statistic)
     columns = {
         "criterion_small": upper,
         "criterion_large": lower,

@@ -22,10 +22,9 @@ from jaxreml.fitting.fit import fit_frame
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.batches.comparison import compare_batches
 from jaxreml.inference.likelihood import nesting
+from jaxreml.inference.likelihood.ratio import mixture, ratio
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution
 from jaxreml.many.fitted import FittedBatch
-
-ROUNDING = 1e-10  # of a difference of criteria, per unit of the criterion
 
 
 @dataclass(frozen=True)
@@ -221,11 +220,9 @@ def _pair(
     )
     if obstacle:
         return None, f"not nested, {obstacle}"
-    statistic = upper - lower
-    if statistic < -ROUNDING * (1 + abs(upper)):
+    statistic = float(ratio(upper, lower))
+    if np.isnan(statistic):
         return None, "the larger model has the smaller likelihood, so its optimum is a local one"
-    if statistic < ROUNDING * (1 + abs(upper)):
-        statistic = 0.0
     return Pair(small, large, statistic, df, nesting.step(small.frame, large.frame)), ""
 
 
@@ -248,9 +245,7 @@ def _mixture(pair: Pair) -> tuple[float, str]:
     if pair.small.is_singular:
         boundary = "; ".join(pair.small._boundary)
         return np.nan, f"no p-value: the smaller model is itself on the boundary, as {boundary}"
-    at_zero = float(pair.statistic <= 0)
-    lower = chdtrc(pair.df - 1, pair.statistic) if pair.df > 1 else at_zero
-    return float((lower + chdtrc(pair.df, pair.statistic)) / 2), ""
+    return float(mixture(pair.statistic, pair.df)), ""
 
 
 def _bootstrap(pair: Pair, nsim: int, seed: int) -> tuple[float, str]:
