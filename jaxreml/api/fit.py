@@ -22,6 +22,7 @@ def fit(
     context: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     engine: str | None = None,
+    residual: str | None = None,
     **others: Any,
 ) -> LMMResults:
     """Fit a linear mixed model.
@@ -62,5 +63,5 @@ def fit(
     """
     refuse_arguments("fit", others)
     is_reml(method)
-    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    frame = model_frame(formula, data, weights=weights, offset=offset, context=context, residual=residual)
     return fit_frame(frame, method, structure, context, max_iterations, LMMResults, engine)

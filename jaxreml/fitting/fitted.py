@@ -16,6 +16,7 @@ from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
+    RESIDUAL,
     Groups,
     correlation_labels,
     correlations_of,
@@ -23,7 +24,9 @@ from jaxreml.fitting.random_terms import (
     unpack,
     variance_labels,
 )
-from jaxreml.model.covariance.unstructured import unstructured
+from jaxreml.fitting.residuals import ResidualCovariance
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
@@ -79,6 +82,7 @@ class FittedModel:
             variance ratio), "the lowest of 5 searches", or, with much data, "not lower with a
             variance at zero".
         engine: the library that worked on it, "numpy" or "jax".
+        residual: the covariance of residuals within subjects; None if they are independent.
         made_from: its model frame and design; None of a fit that was loaded.
     """
 
@@ -113,6 +117,7 @@ class FittedModel:
     context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
     optimality: str = ""
     engine: str = ""
+    residual: ResidualCovariance | None = None
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
 
     @cached_property
@@ -128,7 +133,8 @@ class FittedModel:
     def frame_of(self, formula: str) -> ModelFrame:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
         table, extras = split_extras(self.table)
-        return model_frame(formula, table, **extras, context=self.context)
+        text = None if self.residual is None else self.residual.text
+        return model_frame(formula, table, **extras, context=self.context, residual=text)
 
     @cached_property
     def design(self) -> Design:
@@ -196,10 +202,17 @@ class FittedModel:
 
         A variance of zero has log-variance -inf and SE NaN; the other SEs are given it.
         """
+        positions = self.covariance.positions
         variances = [np.diagonal(matrix) for matrix in self.cov_re_arrays]
-        positions = unstructured(self._sizes).positions
-        variance = np.concatenate([*variances, [self.sigma**2]])
-        group, term = zip(*variance_labels(self.groups), strict=True)
+        labels, own = variance_labels(self.groups), [self.sigma**2]
+        if self.residual is not None and self.residual.block.each:
+            # sigma2 is the first visit's, and the last of the parameters.
+            k, count = len(labels) - 1, self.residual.block.log_variances
+            positions = np.concatenate([positions[:k], positions[-1:], positions[k : k + count]])
+            labels = labels[:-1] + [(RESIDUAL, effect) for effect in self.residual.effects]
+            own = np.diagonal(self.residual_cov.to_numpy())
+        variance = np.concatenate([*variances, own])
+        group, term = zip(*labels, strict=True)
         return pd.DataFrame(
             {
                 "group": group,
@@ -231,6 +244,24 @@ class FittedModel:
         """Correlations of random effects: columns group, term1, term2, correlation."""
         frame = pd.DataFrame(correlation_labels(self.groups), columns=["group", "term1", "term2"])
         return frame.assign(correlation=correlations_of(self.cov_re_arrays))
+
+    @property
+    def residual_cov(self) -> pd.DataFrame:
+        """Covariance matrix of the residuals of one subject's visits.
+
+        Raises:
+            DataError: residuals are independent.
+        """
+        if self.residual is None:
+            raise DataError("the residuals are independent: sigma is their standard deviation")
+        return self.residual.frame(self.sigma**2 * self._factors[-1] @ self._factors[-1].T)
+
+    @property
+    def residual_corr(self) -> pd.DataFrame:
+        """Correlation matrix of the residuals of one subject's visits; errors as `residual_cov`."""
+        matrix = self.residual_cov
+        sds = np.sqrt(np.diagonal(matrix))
+        return matrix / np.outer(sds, sds)
 
     @property
     def cov_re(self) -> pd.DataFrame:
@@ -269,7 +300,7 @@ class FittedModel:
     @property
     def dof(self) -> int:
         """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
-        return len(self.beta) + len(self.theta) + 1
+        return len(self.beta) + len(self.parameters)
 
     @property
     def df_resid(self) -> int:
@@ -374,20 +405,28 @@ class FittedModel:
         return tuple(len(grouping.effects) for grouping in self.groupings)
 
     @cached_property
+    def covariance(self) -> Covariance:
+        """The map from `parameters` to the covariances of the terms, the residuals' last."""
+        own = () if self.residual is None else (self.residual.block,)
+        return Covariance((*map(Unstructured, self._sizes), *own))
+
+    @cached_property
     def _factors(self) -> list[np.ndarray]:
-        """Relative Cholesky factor of each term's effects, with exact zeros where singular."""
-        return unpack(self.theta, self._sizes)
+        """Relative Cholesky factor of each term's effects, with exact zeros where singular, and of
+        the residuals of a subject where they have one."""
+        return unpack(self.theta, self.covariance.sizes)
 
     @cached_property
     def cov_re_arrays(self) -> list[np.ndarray]:
         """Covariance matrix of each term's effects."""
-        return [self.sigma**2 * factor @ factor.T for factor in self._factors]
+        factors = self._factors[: len(self.groupings)]
+        return [self.sigma**2 * factor @ factor.T for factor in factors]
 
     @property
     def _boundary(self) -> list[str]:
         """What is on the boundary of the parameter space, in words."""
         found = []
-        for grouping, factor in zip(self.groupings, self._factors, strict=True):
+        for grouping, factor in zip(self.groupings, self._factors, strict=False):
             positive = np.any(factor != 0, axis=1)
             zero = [e for e, varies in zip(grouping.effects, positive, strict=True) if not varies]
             found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]

@@ -101,8 +101,11 @@ class Basis:
         n, kind = len(X), X.dtype
         (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
         roots, log_weights = root_weights(weights, used, kind)
-        if roots is not None:
-            columns = [own * roots[:, None] for own in columns]
+        if roots is not None:  # which residuals' covariances are of the residuals divided by
+            columns = [
+                columns * ((roots > 0) if own.covariance.residual else roots)[:, None]
+                for own, columns in zip(terms, columns, strict=True)
+            ]
         n_used = n if used is None else int(used.sum())
         _check_terms(terms, columns, used, n_used)
         covariance = Covariance(tuple(own.covariance for own in terms))
@@ -227,7 +230,7 @@ def _check_terms(
 ) -> None:
     """Refuse weighted columns (rows, q) that can take the place of the residual."""
     for own, weighted in zip(terms, columns, strict=True):
-        if namespace(weighted) is not np:
+        if namespace(weighted) is not np or own.covariance.residual:
             continue
         codes = own.codes
         if used is not None:

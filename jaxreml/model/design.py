@@ -130,6 +130,10 @@ class Design:
         own = natural.split_triangles(theta, self.sizes)
         return tuple(self.units.inner_factor(k, factor) for k, factor in enumerate(own))
 
+    def omega_of_theta(self, theta: Array) -> Array:
+        """Relative covariances (m,) in scaled units of `Estimate.theta`."""
+        return self.covariance.omega_of_factors(self.scaled_factors(theta))
+
     @staticmethod
     def from_arrays(
         y: Any,

@@ -66,7 +66,7 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
     """
     xp, p = namespace(theta, design.residual_ss), design.p
     lanes = theta.shape[1:]
-    omega = natural.omega_from_factors(design.scaled_factors(theta))
+    omega = design.omega_of_theta(theta)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom
     found = expand(omega, replace(design, n=design.n - degrees), reml=True)
@@ -89,11 +89,13 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
     own = design.covariance.directions(parameters)
     if own is None:
         own = linalg.eye_like(information[:-1, :-1])
-    # I instead of V_0, which need not be among the directions of a covariance
+    # The derivative in log sigma2 instead of V_0, which need not be among the directions of a
+    # covariance: I for random effects
     own = xp.broadcast_to(own, (*own.shape[:2], *lanes))
     row = np.append(np.zeros(own.shape[1]), 1.0).reshape(1, -1, *[1] * len(lanes))
     row = xp.broadcast_to(xp.asarray(row, omega.dtype), (*row.shape[:2], *lanes))
-    free = xp.concatenate([xp.concatenate([own, -omega[:, None]], axis=1), row])
+    of_scale = design.covariance.of_scale(parameters, omega)
+    free = xp.concatenate([xp.concatenate([own, of_scale[:, None]], axis=1), row])
     across = linalg.transpose(free)
     slopes = xp.einsum("di...,iuv...->duv...", across, first)
     information = linalg.matmul(across, linalg.matmul(information, free))

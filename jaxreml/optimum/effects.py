@@ -67,15 +67,23 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
 def _inspection(theta: Array, design: Design, reml: bool, slopes: Any) -> Inspection:
     factors = design.scaled_factors(theta)
     value, gradient = slopes(theta, design, reml)
-    omega = natural.omega_from_factors(factors)
+    omega = design.covariance.omega_of_factors(factors)
     projection = design.structure.project(omega)
-    posterior = design.structure.posterior(projection, factors)
+    posterior = _posterior(projection, omega, factors, design)
     return Inspection(value, gradient, _modes(projection, omega, design), posterior, omega)
+
+
+def _posterior(
+    projection: Projection, omega: Array, factors: tuple[Array, ...], design: Design
+) -> Any:
+    if design.covariance.random.all():
+        return design.structure.posterior(projection, factors)
+    return design.structure.posterior_by_omega(projection, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
     """Omega (m,) at an estimate, in the units of the design."""
-    return natural.omega_from_factors(design.scaled_factors(estimate.theta))
+    return design.omega_of_theta(estimate.theta)
 
 
 def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
@@ -159,7 +167,7 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
 def _henderson(theta: Array, design: Design) -> Henderson:
     structure, p = design.structure, design.p
     factors = design.scaled_factors(theta)
-    omega = natural.omega_from_factors(factors)
+    omega = design.covariance.omega_of_factors(factors)
     projection = structure.project(omega)
 
     def shift(column: Array) -> tuple[Array, ...]:
@@ -172,7 +180,7 @@ def _henderson(theta: Array, design: Design) -> Henderson:
     else:
         shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(jnp.asarray(units))
     return Henderson(
-        structure.posterior(projection, factors),
+        _posterior(projection, omega, factors, design),
         tuple(part[..., :p] for part in shifts),
         linalg.cholesky(projection.gram[:p, :p]),
     )

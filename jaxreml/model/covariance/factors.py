@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model import linalg
+from jaxreml.model.covariance.natural import triangle
 
 Array = Any  # NumPy's or JAX's
 
@@ -129,6 +131,28 @@ def correlation_slopes(z: Array, q: int) -> tuple[Array, Array]:
             second[j, k] = second[k, j] = _product_rows(pairs, q, {j: 1, k: 1})
     rows = [xp.stack([second[k, j] for j in count], axis=2) for k in count]
     return xp.stack(first, axis=2), xp.stack(rows, axis=2)
+
+
+def correlations(z: Array, q: int) -> Array:
+    """The lower triangle (t, ...) of the correlation matrix at coordinates (c, ...)."""
+    xp = namespace(z)
+    if q == 1:
+        return xp.ones((1, *z.shape[1:]), z.dtype)
+    factor = correlation_factor(z, q)
+    return linalg.matmul(factor, linalg.transpose(factor))[triangle(q)]
+
+
+def correlation_derivatives(z: Array, q: int) -> tuple[Array, Array]:
+    """First and second derivatives of `correlations`: (t, c, ...) and (t, c, c, ...)."""
+    xp, lower = namespace(z), triangle(q)
+    factor = correlation_factor(z, q)
+    first, second = correlation_slopes(z, q)
+    half = xp.einsum("iak...,ja...->ijk...", first, factor)
+    slope = half + half.swapaxes(0, 1)
+    half = xp.einsum("iakl...,ja...->ijkl...", second, factor)
+    half = half + xp.einsum("iak...,jal...->ijkl...", first, first)
+    bend = half + half.swapaxes(0, 1)
+    return slope[lower], bend[lower]
 
 
 def _product_rows(pairs: list[tuple[Array, Array]], q: int, orders: dict[int, int]) -> Array:
