@@ -91,7 +91,7 @@ def _fields(
         "fixed_names": frame.fixed_names,
         "aliased": frame.aliased,
         "groupings": tuple(groupings),
-        "residual": frame.residual and ResidualCovariance.of(frame.residual),
+        "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[-1][0]),
         "parameter_names": design.parameter_names,
         "theta": estimated.theta,
         "parameters": estimated.parameters,

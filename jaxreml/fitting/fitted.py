@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from jaxreml.fitting.random_terms import (
 )
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.natural import count_theta
 from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
@@ -357,6 +358,48 @@ class FittedModel:
         """
         if not self.converged:
             raise DataError(f"cannot {purpose}: the fit has no optimum ({self.message})")
+
+    @cached_property
+    def residual_sds(self) -> np.ndarray:
+        """(n,), standard deviations of the residuals at weight 1."""
+        if self.residual is None:
+            return np.full(self.nobs, self.sigma)
+        sds = np.sqrt(np.diagonal(self.residual_cov.to_numpy()))
+        assert self.frame.residual is not None
+        return sds[self.frame.residual.places]
+
+    def require_independent(self, purpose: str) -> None:
+        """Raise DataError if residuals are correlated or of unequal variances by ``residual=``.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if self.residual is not None:
+            raise DataError(
+                f"cannot {purpose} of a fit with residual={self.residual.text!r}: this is there "
+                "for independent residuals only, so far"
+            )
+
+    @cached_property
+    def random_part(self) -> Self:
+        """The same fit without the parameters of the residuals' covariance: what is asked of the
+        random effects is asked of it."""
+        if self.residual is None:
+            return self
+        covariance = Covariance(tuple(map(Unstructured, self._sizes)))
+        theta, k = count_theta(self._sizes), len(covariance.parameter_names(self.groups)) - 1
+        kept = np.append(np.arange(k), len(self.parameters) - 1)
+        return replace(
+            self,
+            residual=None,
+            theta=self.theta[:theta],
+            parameters=self.parameters[kept],
+            parameters_vcov_array=self.parameters_vcov_array[np.ix_(kept, kept)],
+            hessian=self.hessian[np.ix_(kept, kept)],
+            vcov_slopes=self.vcov_slopes[kept],
+            parameter_names=tuple(self.parameter_names[i] for i in kept),
+            made_from=None,
+        )
 
     # Rows
 

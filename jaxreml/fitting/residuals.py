@@ -21,8 +21,10 @@ class ResidualCovariance:
         text: the argument ``residual`` of `jaxreml.fit`.
         family: its word, "us" for example.
         visit, subject: names of the columns.
-        visits: labels of the visits, in order.
-        subjects: how many.
+        visits, subjects: their labels, in order.
+        modes: (subjects, visits), what a subject's residuals say of those of its other visits:
+            sigma2 (M - I) Z' V^-1 (y - X beta).
+        seen: (subjects, visits), 1 for visits with a response.
     """
 
     text: str
@@ -30,14 +32,17 @@ class ResidualCovariance:
     visit: str
     subject: str
     visits: tuple[Any, ...]
-    subjects: int
+    subjects: tuple[Any, ...]
+    modes: np.ndarray
+    seen: np.ndarray
 
     @staticmethod
-    def of(term: ResidualTerm) -> ResidualCovariance:
-        """That of a model frame."""
-        return ResidualCovariance(
-            term.text, term.family, term.visit, term.subject, term.visits, len(term.subjects)
-        )
+    def of(term: ResidualTerm, modes: np.ndarray) -> ResidualCovariance:
+        """That of a model frame, with `modes` of the design, whose levels may be more."""
+        seen = np.zeros((len(term.subjects), len(term.visits)))
+        seen[term.codes, term.places] = 1.0
+        labels = term.text, term.family, term.visit, term.subject, term.visits, term.subjects
+        return ResidualCovariance(*labels, np.asarray(modes)[: len(seen)], seen)
 
     @cached_property
     def block(self) -> Residual:

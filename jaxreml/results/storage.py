@@ -19,6 +19,7 @@ import pandas as pd
 
 from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
 
 FORMAT = "jaxreml.LMMResults"
@@ -142,6 +143,8 @@ def encode(value: Any) -> Any:
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, Grouping):
         return {"grouping": [encode(getattr(value, f.name)) for f in fields(value)]}
+    if isinstance(value, ResidualCovariance):
+        return {"residual": [encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
         columns = [[str(name), _encode_column(column)] for name, column in value.items()]
         return {"frame": columns, "index": _encode_index(value.index)}
@@ -214,6 +217,8 @@ def decode(value: Any) -> Any:
         return {decode(key): decode(item) for key, item in content}
     if kind == "grouping":
         return Grouping(*(decode(item) for item in content))
+    if kind == "residual":
+        return ResidualCovariance(*(decode(item) for item in content))
     if kind in LABELS:
         return LABELS[kind][2](*(decode(part) for part in content))
     frame = pd.DataFrame({name: _decode_column(column) for name, column in content})

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import solve_triangular
 
 from jaxreml.data.estimability import RowSpace, independent_columns
 from jaxreml.data.frame import ModelFrame
@@ -27,7 +28,9 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
         fit: the fit.
         kind: "response", y less fitted values; "pearson", these times the root of the prior
             weight; "scaled", Pearson ones over sigma, as in lme4's summary; "studentized", scaled
-            ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in.
+            ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in;
+            "normalized", scaled ones, made uncorrelated within subjects where the fit has a
+            covariance of residuals, as nlme's.
     """
     resid = fit.y - fit.fitted
     if kind == "marginal":
@@ -35,14 +38,31 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
     elif kind in ("pearson", "scaled", "studentized"):
         resid = _pearson(fit)
         if kind != "pearson":
-            resid = resid / fit.sigma
+            resid = resid / fit.residual_sds
         if kind == "studentized":
             with np.errstate(divide="ignore", invalid="ignore"):
                 resid = resid / np.sqrt(1 - leverage(fit).to_numpy())
+    elif kind == "normalized":
+        resid = _uncorrelated(fit, _pearson(fit) / fit.sigma)
     elif kind != "response":
-        kinds = '"response", "pearson", "scaled", "studentized" or "marginal"'
+        kinds = '"response", "pearson", "scaled", "studentized", "normalized" or "marginal"'
         raise ValueError(f"kind must be {kinds}, not {kind!r}")
     return pd.Series(resid, fit.table.index, name=kind)
+
+
+def _uncorrelated(fit: FittedModel, resid: np.ndarray) -> np.ndarray:
+    """L^-1 of each subject's residuals over sigma, with L L' their relative covariance."""
+    own = fit.frame.residual
+    if own is None:
+        return resid
+    matrix = fit.residual_cov.to_numpy() / fit.sigma**2
+    order = np.lexsort((own.places, own.codes))
+    found = np.empty_like(resid)
+    for rows in np.split(order, np.flatnonzero(np.diff(own.codes[order])) + 1):
+        visits = own.places[rows]
+        root = np.linalg.cholesky(matrix[np.ix_(visits, visits)])
+        found[rows] = solve_triangular(root, resid[rows], lower=True)
+    return found
 
 
 def leverage(fit: FittedModel) -> pd.Series:
@@ -52,6 +72,7 @@ def leverage(fit: FittedModel) -> pd.Series:
     value moves with its own y at given variance parameters, beta and the random effects both
     following. The sum is the effective number of parameters. Without any n x n matrix.
     """
+    fit.require_independent("give the leverage of rows")
     values = row_variances(fit.henderson, fit.design, fit.frame.X, _rows(fit.frame))
     return pd.Series(values * fit.prior_weights, fit.table.index, name="leverage")
 
@@ -147,6 +168,7 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         ValueError: another method, or labels that are not those of the rows.
     """
     fit.require_optimum("measure influence")
+    fit.require_independent("measure influence")
     codes, labels = _groups(fit, by)
     if method == "first-order":
         beta, parameters = influence_derivatives.changes(fit, codes, len(labels), by is None)

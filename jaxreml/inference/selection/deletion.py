@@ -123,6 +123,7 @@ def ranova(fit: FittedModel, *, reduce_terms: bool = True) -> pd.DataFrame:
         DataError: a model without an optimum.
     """
     fit.require_optimum("test random effects")
+    fit.require_independent("test random effects")
     return _ranova(fit, model_of(fit), reduce_terms)[0]
 
 
@@ -226,6 +227,7 @@ def step(
         if not 0 <= level <= 1:
             raise ValueError(f"{name} must be between 0 and 1, not {level}")
     fit.require_optimum("eliminate terms")
+    fit.require_independent("eliminate terms")
     model = model_of(fit)
     kept = [keep] if isinstance(keep, str) else list(keep)
     for name in kept:

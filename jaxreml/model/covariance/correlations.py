@@ -58,6 +58,11 @@ class Correlation(ABC):
     def start(self, common: Array) -> Array:
         """Coordinates (c, ...) of correlations near a common one (...), below MOST in size."""
 
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        """Rows and columns of the correlations that say all."""
+        return [(1, 0)]
+
     def entries(self, z: Array) -> Array:
         """The formula at (c, ...)."""
         return self.formula(list(z)) if self.count else self._ones(z)
@@ -97,6 +102,10 @@ class Independent(Correlation):
 
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ()
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return []
 
     def formula(self, z: Sequence[Any]) -> Any:
         raise NotImplementedError
@@ -169,7 +178,13 @@ class Antedependent(Correlation):
         return self.size - 1
 
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
-        return tuple(f"{first}, {second}" for first, second in zip(effects, effects[1:]))
+        return tuple(
+            f"{first}, {second}" for first, second in zip(effects, effects[1:], strict=False)
+        )
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return [(k + 1, k) for k in range(self.count)]
 
     def formula(self, z: Sequence[Any]) -> Any:
         own = [jets.tanh(part) for part in z]
@@ -203,6 +218,10 @@ class Toeplitz(Correlation):
 
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"lag {lag}" for lag in range(1, self.size))
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return [(lag, 0) for lag in range(1, self.size)]
 
     def formula(self, z: Sequence[Any]) -> Any:
         partial = [jets.tanh(part) for part in z]
@@ -296,6 +315,10 @@ class Unrestricted(Correlation):
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         pairs = [(j, i) for i in range(len(effects)) for j in range(i)]
         return tuple(f"{effects[j]}, {effects[i]}" for j, i in pairs)
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return [(i, j) for i in range(self.size) for j in range(i)]
 
     def formula(self, z: Sequence[Any]) -> Any:
         raise NotImplementedError
