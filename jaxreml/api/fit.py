@@ -63,5 +63,7 @@ def fit(
     """
     refuse_arguments("fit", others)
     is_reml(method)
-    frame = model_frame(formula, data, weights=weights, offset=offset, context=context, residual=residual)
+    frame = model_frame(
+        formula, data, weights=weights, offset=offset, context=context, residual=residual
+    )
     return fit_frame(frame, method, structure, context, max_iterations, LMMResults, engine)

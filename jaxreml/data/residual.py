@@ -113,9 +113,7 @@ def names_of(text: str) -> tuple[str, str, str]:
         raise FormulaError(f"{form}, not {text!r}")
     family = found[1]
     if family not in FAMILIES:
-        raise FormulaError(
-            f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}"
-        )
+        raise FormulaError(f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}")
     visit, subject = (single_name(part) for part in found.groups()[1:])
     if visit is None or subject is None:
         raise FormulaError(
@@ -146,7 +144,9 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
     visits, subjects = visits.remove_unused_categories(), subjects.remove_unused_categories()
     for name, found, what in ((visit, visits, "visits"), (subject, subjects, "subjects")):
         if len(found.categories) < 2:
-            raise DataError(f"residual={text!r}: {name!r} has one value, and {what} are two or more")
+            raise DataError(
+                f"residual={text!r}: {name!r} has one value, and {what} are two or more"
+            )
     if len(visits.categories) > MOST_VISITS:
         raise DataError(
             f"residual={text!r}: {visit!r} has {len(visits.categories)} different values, and a "

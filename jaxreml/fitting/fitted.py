@@ -268,8 +268,11 @@ class FittedModel:
     def cov_re(self) -> pd.DataFrame:
         """Covariance matrix of the random effects of one level of every term, block-diagonal."""
         labels = variance_labels(self.groups)[:-1]
-        index = pd.MultiIndex.from_tuples(labels, names=["group", "term"])
-        return pd.DataFrame(block_diag(*self.cov_re_arrays), index, index)
+        index = pd.MultiIndex.from_arrays(
+            [[label[k] for label in labels] for k in range(2)], names=["group", "term"]
+        )
+        matrix = block_diag(*self.cov_re_arrays) if labels else np.zeros((0, 0))
+        return pd.DataFrame(matrix, index, index)
 
     @property
     def random_effects(self) -> dict[str, pd.DataFrame]:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
-from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand
 

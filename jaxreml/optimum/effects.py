@@ -13,7 +13,6 @@ from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import evaluated
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.model import linalg
-from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.base import Projection, Rows

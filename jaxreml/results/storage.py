@@ -19,8 +19,8 @@ import pandas as pd
 
 from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
+from jaxreml.fitting.residuals import ResidualCovariance
 
 FORMAT = "jaxreml.LMMResults"
 VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
@@ -40,6 +40,8 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
         DataError: labels of a type that cannot be written, named; a formula whose columns cannot be
             made again without the rows.
     """
+    if not data:
+        fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in ROWS:

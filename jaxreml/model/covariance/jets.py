@@ -40,9 +40,7 @@ class Jet:
         if not isinstance(other, Jet):
             value = self.value + other
             return Jet(value, self.first + 0 * value, self.second + 0 * value)
-        return Jet(
-            self.value + other.value, self.first + other.first, self.second + other.second
-        )
+        return Jet(self.value + other.value, self.first + other.first, self.second + other.second)
 
     def __sub__(self, other: Any) -> Jet:
         return self + -other

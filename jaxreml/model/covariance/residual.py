@@ -123,9 +123,7 @@ class Residual(Block):
         return xp.concatenate([logs, self.correlation.start(xp.clip(common, -1.0, 1.0))])
 
     def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [np.zeros(self.log_variances), self.correlation.start(np.array(0.0))]
-        )
+        return np.concatenate([np.zeros(self.log_variances), self.correlation.start(np.array(0.0))])
 
     @property
     def faces(self) -> np.ndarray:

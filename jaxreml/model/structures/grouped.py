@@ -77,7 +77,6 @@ class Levels(Explicit):
         parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
         return tuple(part.swapaxes(0, 1) for part in parts)
 
-
     def posterior_by_omega(self, projection: Projection, omega: Array) -> Array:
         """`posterior` of covariances that need not be semidefinite: Omega - Omega B Omega."""
         matrix = self._omega(omega)
