@@ -279,6 +279,13 @@ class Design:
             Response.blank(structure.silent(), self.p, structure.lanes, self.dtype)
         )
 
+    def collapsed(self) -> Design:
+        """For the same criterion, where subjects have a covariance of residuals: those with the
+        same visits make few levels, however many they are. On the host."""
+        if self.covariance.random.all() or not isinstance(self.structure, Grouped):
+            return self
+        return replace(self, structure=self.structure.collapsed())
+
     def combined(self, matrix: Array, absent: Array) -> Design:
         """The criterion of the columns [X y] C, for what follows from it alone: see
         `OfColumns.combined`."""

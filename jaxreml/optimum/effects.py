@@ -22,6 +22,9 @@ from jaxreml.optimum.report import Estimate
 Array = Any  # NumPy's or JAX's
 
 
+MOST_WAYS = 12  # in which slopes are taken by differences
+
+
 class Inspection(NamedTuple):
     """What a fit reports beyond its `Estimate`.
 
@@ -101,12 +104,20 @@ def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]
     """`criterion` by values of the objective alone, which curves by a few n at most."""
     covariance = design.covariance
 
+    fewer = design.collapsed()
+
     def value(chart: Array) -> float:
-        return float(profiled(covariance.omega(chart), design, reml=reml))
+        return float(profiled(covariance.omega(chart), fewer, reml=reml))
 
     whole = covariance.chart(design.scaled_factors(theta))
     ways = np.eye(whole.size)[covariance.inside]
-    return slopes_by_differences(value, whole, ways, STEP / np.sqrt(design.n))
+    if len(ways) > MOST_WAYS:  # a slope that is not zero shows in as many directions at random
+        mixed = np.random.default_rng(0).standard_normal((len(ways), MOST_WAYS))
+        ways = np.sqrt(len(ways) / MOST_WAYS) * np.linalg.qr(mixed)[0].T @ ways
+    here, slopes = slopes_by_differences(value, whole, ways, STEP / np.sqrt(design.n))
+    if fewer is not design:
+        here = float(profiled(covariance.omega(whole), design, reml=reml))
+    return here, slopes
 
 
 def conditional_variances(
