@@ -76,6 +76,8 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
+        if df == "kenward-roger-sas":
+            raise ValueError('df="kenward-roger-sas" is of single fits, not of batches so far')
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
         p = frame.X.shape[1]

@@ -113,7 +113,9 @@ class Basis:
         effects = [
             (own.codes, units.rows(k, columns[k]), own.n_levels) for k, own in enumerate(terms)
         ]
-        projector = _projector(effects, structure, n, None if like is None else like.projector)
+        residual = any(own.covariance.residual for own in terms)
+        planned = None if like is None else like.projector
+        projector = _projector(effects, structure, n, planned, residual)
 
         rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
         scores, rest = projector.project(rows)
@@ -239,12 +241,19 @@ def _check_terms(
             raise DataError(instead_of_residual(own.name, own.n_levels, own.effect_names, n))
 
 
-def _projector(effects: Terms, structure: str | None, n: int, like: Any) -> Projector:
+def _projector(
+    effects: Terms, structure: str | None, n: int, like: Any, residual: bool
+) -> Projector:
     """Choose and prepare the structure, or check the one that was asked for."""
     if structure not in (None, *KINDS):
         raise DataError(f'structure must be "grouped", "crossed" or "dense", not {structure!r}')
     one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
     xp = namespace(*(columns for _, columns, _ in effects))
+    if residual and not one_factor:
+        raise DataError(
+            "a covariance of residuals within subjects goes with random effects of the same "
+            "subjects, so far, and not with those of several factors"
+        )
     if structure == "grouped" and not one_factor:
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'
