@@ -152,6 +152,15 @@ _METHODS = {
 }
 
 
+def tests_in_words(df: str) -> str:
+    """Of which degrees of freedom tests are, as a sentence for the note of a table."""
+    return {
+        "satterthwaite": "Tests use Satterthwaite's degrees of freedom",
+        "residual": "Tests use the residual degrees of freedom",
+        "inf": "Tests are normal",
+    }.get(df, "Tests use Kenward and Roger's degrees of freedom and standard errors")
+
+
 def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
     """The fit as text, in the layout of lmerTest's summary; `df` as for `LMMResults.test`."""
     by = "REML" if fit.method == "REML" else "maximum likelihood"
@@ -259,10 +268,11 @@ def _p_value(value: float) -> str:
     return "< 2e-16" if value < 2e-16 else f"{value:.3g}" if value >= 1e-4 else f"{value:.2e}"
 
 
-def _stars(value: float) -> str:
-    for bound, stars in ((0.001, "***"), (0.01, "**"), (0.05, "*"), (0.1, ".")):
+def stars(value: float, *, dots: bool = True) -> str:
+    """The stars of a p-value as R prints them, with or without a dot for those below 0.1."""
+    for bound, marks in ((0.001, "***"), (0.01, "**"), (0.05, "*"), (0.1, "." * dots)):
         if value < bound:
-            return stars
+            return marks
     return ""
 
 
@@ -275,7 +285,7 @@ def _fixed_effects(table: pd.DataFrame) -> str:
         [f"{value:.2f}" for value in table["df"]],
         [f"{value:.3f}" for value in table["statistic"]],
         [_p_value(value) for value in p_values],
-        [_stars(value).ljust(3) for value in p_values],
+        [stars(value).ljust(3) for value in p_values],
     ]
     header = ["", "Estimate", "Std. Error", "df", "t value", "Pr(>|t|)", ""]
     text = _table([header, *map(list, zip(*columns, strict=True))], left=1)
