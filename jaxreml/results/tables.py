@@ -45,8 +45,26 @@ def tidy(
         apply to the effects asked for. Standard errors of SDs and correlations are the delta
         method's; those of conditional modes are `LMMResults.random_effects_se`.
 
+        For a paper take `LMMResults.to_latex` or ``jaxreml.frame_table(fit.tidy()).to_latex()``:
+        the frame's own ``to_latex``, pandas', leaves underscores as they are, which LaTeX refuses,
+        and prints small p-values as 0.00.
+
     Raises:
         ValueError: another effect, or a level outside (0, 1).
+
+    Examples:
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+        >>> fit.tidy()[["group", "term", "estimate"]].round(2)
+              group                   term  estimate
+        0      None            (Intercept)    251.41
+        1      None                   Days     10.47
+        2   Subject        sd__(Intercept)     24.74
+        3   Subject               sd__Days      5.92
+        4   Subject  cor__(Intercept).Days      0.07
+        5  Residual        sd__Observation     25.59
+        >>> latex = jaxreml.frame_table(fit.tidy()).to_latex()
     """
     check_conf_level(conf_level)
     wanted = chosen(effects, EFFECTS)

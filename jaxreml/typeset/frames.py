@@ -199,7 +199,7 @@ def _column(
     digits: int | None,
     rename: Mapping[str, str],
 ) -> Made:
-    known = KNOWN.get(name)
+    known = KNOWN.get("correlation" if name.startswith("Correlation ") else name)
     symbol = known is not None and known[1]
     if pd.api.types.is_bool_dtype(values.dtype):
         cells = ["yes" if value else "no" for value in values]
