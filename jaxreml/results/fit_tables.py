@@ -9,11 +9,15 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.data.tables import nearest
+from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.fixed.anova import anova
+from jaxreml.inference.fixed.wald import coefficients, conf_int
 from jaxreml.results.model_tables import model_table
 from jaxreml.results.tables import tests_in_words, tidy
+from jaxreml.typeset import numbers
 from jaxreml.typeset.frames import frame_table
 from jaxreml.typeset.table import Table
 
@@ -176,3 +180,45 @@ def repr_html(fit: FittedModel) -> str:
     """The model table, as notebooks show a fit."""
     return as_table(fit, caption=f"Linear mixed model of {fit.formula.split('~')[0].strip()}") \
         .to_html()  # fmt: skip
+
+
+def report(
+    fit: FittedModel, term: str, *, df: str = "satterthwaite", conf_level: float | None = 0.95
+) -> str:
+    """A fixed effect in the words of a paper, as the American Psychological Association asks.
+
+    Args:
+        fit: the fit.
+        term: name of the fixed effect.
+        df: degrees of freedom, as for `LMMResults.test`.
+        conf_level: level of the interval; without it if None.
+
+    Raises:
+        DataError: there is no such fixed effect.
+        ValueError: another `df`, or a level outside (0, 1).
+
+    Examples:
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+        >>> fit.report("Days")
+        'b = 10.47, SE = 1.55, 95% CI [7.21, 13.73], t(17.0) = 6.77, p < .001'
+    """
+    if term not in fit.fixed_names:
+        known = ", ".join(fit.fixed_names) or "none"
+        raise DataError(
+            f"there is no fixed effect {term!r}{nearest(term, list(fit.fixed_names))}: {known}"
+        )
+    row = coefficients(fit, df).loc[term]
+    decimals = numbers.decimals_for(row["std_error"])
+    parts = [f"{name} = {numbers.number(row[column], decimals)}"
+             for name, column in (("b", "estimate"), ("SE", "std_error"))]  # fmt: skip
+    if conf_level is not None:
+        limits = conf_int(fit, conf_level, df).loc[term]
+        text = numbers.interval(limits["lower"], limits["upper"], decimals)
+        parts.append(f"{100 * conf_level:g}% CI {text}")
+    test = "z" if df == "inf" else f"t({numbers.number(row['df'], 1)})"
+    p = numbers.p_value(row["p_value"])
+    parts += [f"{test} = {numbers.number(row['statistic'], 2)}"]
+    parts += [f"p {p if p.startswith(('<', '>')) else f'= {p}'}"]
+    return ", ".join(parts)

@@ -33,8 +33,8 @@ class LMMResults(FittedModel):
     What there is, by subject; `help(LMMResults.predict)` and so on say more.
 
     To look at: `summary` (``print(fit)``), `tidy`, `glance` and `augment` (frames as broom.mixed
-    makes them), `to_latex`, `to_html` and `to_markdown` (tables for papers); notebooks show the
-    model table.
+    makes them), `to_latex`, `to_html` and `to_markdown` (tables for papers), `report` (a
+    sentence); notebooks show the model table.
 
     Fixed effects: `params`, `bse`, `tvalues`, `pvalues`, `vcov`, `coefficients`, `conf_int`,
     `test`, `anova`, `joint_tests`, `emmeans`, `contrast`, `emtrends`, `df_satterthwaite`,
@@ -118,6 +118,7 @@ class LMMResults(FittedModel):
     to_latex = fit_tables.to_latex
     to_html = fit_tables.to_html
     to_markdown = fit_tables.to_markdown
+    report = fit_tables.report
     _repr_html_ = fit_tables.repr_html
     save = storage.save
 

@@ -179,8 +179,26 @@ def tests_in_words(df: str) -> str:
     }.get(df, "Tests use Kenward and Roger's degrees of freedom and standard errors")
 
 
-def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
-    """The fit as text, in the layout of lmerTest's summary; `df` as for `LMMResults.test`."""
+def summary(
+    fit: FittedModel,
+    df: str = "satterthwaite",
+    *,
+    conf_level: float | None = None,
+    show_stars: bool = True,
+) -> str:
+    """The fit as text, in the layout of lmerTest's summary.
+
+    Args:
+        fit: the fit.
+        df: degrees of freedom of the fixed effects, as for `LMMResults.test`.
+        conf_level: level of Wald intervals of the fixed effects; without them if left out.
+        show_stars: whether p-values have stars.
+
+    Raises:
+        ValueError: another `df`, or a level outside (0, 1).
+    """
+    if conf_level is not None:
+        check_conf_level(conf_level)
     by = "REML" if fit.method == "REML" else "maximum likelihood"
     parts = [
         f"Linear mixed model fit by {by}. {_METHODS[df]}\n"
@@ -191,7 +209,7 @@ def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
         "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),
     ]
     if fit.fixed_names:
-        parts.append("Fixed effects:\n" + _fixed_effects(wald.coefficients(fit, df)))
+        parts.append("Fixed effects:\n" + _fixed_effects(fit, df, conf_level, show_stars))
     if len(fit.fixed_names) > 1:
         parts.append("Correlation of Fixed Effects:\n" + _fixed_correlations(fit))
     notes = []
@@ -294,7 +312,8 @@ def stars(value: float, *, dots: bool = True) -> str:
     return ""
 
 
-def _fixed_effects(table: pd.DataFrame) -> str:
+def _fixed_effects(fit: FittedModel, df: str, conf_level: float | None, show_stars: bool) -> str:
+    table = wald.coefficients(fit, df)
     p_values = table["p_value"].to_numpy()
     columns = [
         list(table.index),
@@ -303,11 +322,17 @@ def _fixed_effects(table: pd.DataFrame) -> str:
         [f"{value:.2f}" for value in table["df"]],
         [f"{value:.3f}" for value in table["statistic"]],
         [_p_value(value) for value in p_values],
-        [stars(value).ljust(3) for value in p_values],
     ]
-    header = ["", "Estimate", "Std. Error", "df", "t value", "Pr(>|t|)", ""]
+    header = ["", "Estimate", "Std. Error", "df", "t value", "Pr(>|t|)"]
+    if conf_level is not None:
+        limits = wald.conf_int(fit, conf_level, df).to_numpy().T
+        columns[3:3] = map(_digits, limits)
+        header[3:3] = [f"{50 * (1 + side * conf_level):g} %" for side in (-1, 1)]
+    if show_stars:
+        columns.append([stars(value).ljust(3) for value in p_values])
+        header.append("")
     text = _table([header, *map(list, zip(*columns, strict=True))], left=1)
-    if np.any(p_values < 0.1):
+    if show_stars and np.any(p_values < 0.1):
         text += "\n---\nSignif. codes:  0 '***' 0.001 '**' 0.01 '*' 0.05 '.' 0.1 ' ' 1"
     return text
 

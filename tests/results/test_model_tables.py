@@ -144,6 +144,34 @@ def test_a_fit_without_an_optimum_says_so():
     assert "NOT CONVERGED" in text and "Marginal" not in text
 
 
+def test_an_effect_is_reported_in_words():
+    fit = fitted("sleep_corr")
+    assert fit.report("Days", df="inf", conf_level=None).startswith(
+        "b = 10.47, SE = 1.55, z = 6.77"
+    )
+    curved = fitted_to("sleepstudy", "Reaction ~ Days + I(Days**2) + (1 | Subject)")
+    name = curved.fixed_names[-1]
+    row = curved.coefficients().loc[name]
+    assert 0.001 < row["p_value"] < 0.999
+    test = f"t({row['df']:.1f}) = {row['statistic']:.2f}, p = {row['p_value']:.3f}"
+    assert curved.report(name).endswith(test.replace("p = 0.", "p = .").replace("-", "−"))
+    with pytest.raises(jaxreml.DataError, match=r"no fixed effect 'Day'.*Days"):
+        fit.report("Day")
+
+
+def test_the_summary_has_intervals_when_asked_and_no_stars_when_not():
+    fit = fitted("sleep_corr")
+    lines = fit.summary("residual", conf_level=0.9, show_stars=False).splitlines()
+    head = next(k for k, line in enumerate(lines) if "Std. Error  " in line and "t value" in line)
+    low, high = fit.conf_int(0.9, "residual").loc["Days"]
+    assert lines[head].split()[3:7] == ["5", "%", "95", "%"]
+    found = lines[head + 2].split()
+    np.testing.assert_allclose([float(x) for x in found[3:5]], [low, high], rtol=0, atol=5e-3)
+    assert not any("*" in line for line in lines) and "***" in fit.summary()
+    with pytest.raises(ValueError, match="conf_level"):
+        fit.summary(conf_level=95)
+
+
 def test_copies_have_the_same_tables():
     fit = fitted("sleep_corr")
     for other in (copy.copy(fit), copy.deepcopy(fit), replace(fit)):
