@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import narwhals.stable.v2 as nw
 import numpy as np
 import pandas as pd
 
@@ -71,7 +72,7 @@ KNOWN: dict[str, tuple[str, bool, Callable[[Sequence[float], int | None], list[s
 
 
 def frame_table(
-    frame: pd.DataFrame,
+    frame: Any,
     *,
     digits: int | None = None,
     conf_level: float | None = None,
@@ -87,7 +88,8 @@ def frame_table(
     underscores unescaped and prints small p-values as 0.00; this does neither.
 
     Args:
-        frame: its index, unless it only counts, is the first column.
+        frame: of pandas, polars, pyarrow or another library that narwhals reads. A pandas index,
+            unless it only counts, is the first column.
         digits: decimals of estimates, statistics and sums of squares; if left out two, or more in
             rows whose standard error would show fewer than two figures. p-values have three and
             are never 0, degrees of freedom one at most.
@@ -110,8 +112,7 @@ def frame_table(
         | Days        |    10.47 | 1.55 |   17 |  6.77 | < .001 |
         <BLANKLINE>
     """
-    if not isinstance(frame, pd.DataFrame):
-        raise ValueError(f"frame_table takes a pandas DataFrame, not {type(frame).__name__}")
+    frame = _as_pandas(frame)
     if conf_level is not None:
         check_conf_level(conf_level)
     names = dict(rename or {})
@@ -132,6 +133,16 @@ def frame_table(
     rows = [list(row) for row in zip(*cells, strict=True)]
     own = (*notes, note) if note else tuple(notes)
     return Table(tuple(columns), (Section("", rows),), tuple(spanners), caption, label, own)
+
+
+def _as_pandas(frame: Any) -> pd.DataFrame:
+    """A frame of any library; ValueError for what is none."""
+    if isinstance(frame, pd.DataFrame):
+        return frame
+    try:
+        return nw.from_native(frame, eager_only=True).to_pandas()
+    except TypeError:
+        raise ValueError(f"frame_table takes a dataframe, not {type(frame).__name__}") from None
 
 
 def _index(frame: pd.DataFrame, rename: Mapping[str, str]) -> list[Made]:

@@ -195,6 +195,12 @@ def test_frames_with_columns_in_two_levels_have_spanners():
     assert made.sections[0].rows == [["y", "1.00", ".500", "1.00", ".500"]]
 
 
+def test_frames_of_other_libraries():
+    polars = pytest.importorskip("polars")
+    made = jaxreml.frame_table(polars.DataFrame({"term": ["x"], "p_value": [1e-5]}))
+    assert made.sections[0].rows == [["x", "< .001"]]
+
+
 def test_what_is_no_frame_is_refused():
-    with pytest.raises(ValueError, match="takes a pandas DataFrame, not list"):
+    with pytest.raises(ValueError, match="takes a dataframe, not list"):
         jaxreml.frame_table([1, 2])  # pyright: ignore
