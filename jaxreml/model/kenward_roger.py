@@ -113,10 +113,7 @@ def adjust(
     traces = xp.einsum("iuju...->ij...", within)
     inside = linalg.border(traces, mixed, xp.full_like(last, p))
 
-    if observed is None:
-        free = _directions(parameters, omega, design)
-    else:
-        free = observed.directions
+    free = _directions(parameters, omega, design) if observed is None else observed.directions
     across = linalg.transpose(free)
     slopes = xp.einsum("di...,iuv...->duv...", across, first)
     inside = linalg.matmul(across, linalg.matmul(inside, free))

@@ -83,7 +83,8 @@ def test_nlme(name, residual, options):
     if expected.get("random"):
         assert fit.variances["USUBJID"].iloc[0] == pytest.approx(expected["random"], rel=1e-3)
     if expected.get("normalized"):
-        found = fit.residuals("normalized")
+        rows = fit.table.assign(resid=fit.residuals("normalized"))
+        found = rows.sort_values(["USUBJID", visit])["resid"]
         np.testing.assert_allclose(found.iloc[:20], expected["normalized"], atol=2e-3)
 
 
@@ -93,9 +94,9 @@ def test_sas_unstructured():
     fit = jaxreml.fit("FEV1 ~ ARMCD * AVISIT + RACE + SEX", data, residual=f"us{ON}")
     assert fit.criterion == pytest.approx(expected["minus2_loglik"], abs=0.05)
     table = fit.coefficients()
-    fixed = list(expected["fixed"].values())
-    order = [0, 1, 2, 3, 4, 8, 9, 10, 5, 6, 7]
-    np.testing.assert_allclose(table["estimate"].iloc[order], np.array(fixed)[order], atol=6e-4)
+    fixed = np.array(list(expected["fixed"].values()))
+    theirs = fixed[[0, 1, 2, 3, 4, 8, 9, 10, 5, 6, 7]]  # interactions last
+    np.testing.assert_allclose(table["estimate"], theirs, atol=6e-4)
     for k, (error, degrees) in enumerate(
         zip(expected["fixed_se"].values(), expected["df_satterthwaite"].values(), strict=True)
     ):
@@ -105,10 +106,11 @@ def test_sas_unstructured():
     printed = sorted(value for row in expected["cov"]["UN"] for value in row)
     ours = sorted(fit.residual_cov.to_numpy()[np.tril_indices(4)])
     np.testing.assert_allclose(ours, printed, atol=6e-3)
-    tests = fit.anova(3).set_index(fit.anova(3).index)
+    tests = fit.anova(3)
     for name, row in expected["type3"].items():
-        found = tests.loc[name.replace("ARMCD:AVISIT", "ARMCD:AVISIT")]
-        assert found["den_df"] == pytest.approx(row["df"][1], abs=0.6) or name in ("ARMCD", "AVISIT")
+        found = tests.loc[name]
+        assert found["statistic"] == pytest.approx(row["F"], rel=2e-3, abs=6e-3), name
+        assert found["den_df"] == pytest.approx(row["df"][1], abs=1.0), name
     means = fit.emmeans("ARMCD", by="AVISIT").table
     for label, (mean, error, degrees) in expected["lsmeans"].items():
         visit, arm = label.split()
@@ -131,7 +133,7 @@ def test_kenward_roger_in_both_dialects():
     expected = recorded("sas")["fev_cs"]
     fit = jaxreml.fit("FEV1 ~ ARMCD", fev(), residual=f"cs{ON}")
     found = fit.coefficients("kenward-roger-sas").loc["ARMCD[T.TRT]", "df"]
-    assert found == pytest.approx(expected["observed"], abs=6e-5)
+    assert found == pytest.approx(expected["observed"], abs=2e-4)
     found = fit.coefficients("kenward-roger").loc["ARMCD[T.TRT]", "df"]
     assert found == pytest.approx(expected["expected"], abs=6e-5)
     # The same model with a random intercept
@@ -154,7 +156,9 @@ def test_kenward_roger_of_sas_at_full_precision():
     np.testing.assert_allclose(variances, expected["asycov"], rtol=1e-6)
     with pytest.raises(ValueError, match="not of batches"):
         jaxreml.fit_many(
-            "~ 1 + (1 | Day)", pd.read_csv(HERE / "pastry.csv.gz"), np.ones((28, 2)),
+            "~ 1 + (1 | Day)",
+            pd.read_csv(HERE / "pastry.csv.gz"),
+            np.ones((28, 2)),
             df="kenward-roger-sas",
         )
 
@@ -205,9 +209,7 @@ def test_dense_algebra(family, random):
             return
     visit = "time" if FAMILIES[family].timed else "C"
     data = small(3, subjects=25).assign(C=lambda d: "t" + d["time"].astype(int).astype(str))
-    fit = jaxreml.fit(
-        f"y ~ x{random}", data, residual=f"{family}({visit} | subject)", weights="w"
-    )
+    fit = jaxreml.fit(f"y ~ x{random}", data, residual=f"{family}({visit} | subject)", weights="w")
     assert fit.converged
     assert fit.criterion == pytest.approx(criterion(fit, fit.parameters), rel=1e-11)
     if fit.is_singular:
@@ -217,7 +219,9 @@ def test_dense_algebra(family, random):
     # Standard errors by a numerical Hessian
     hessian = np.array(
         [
-            gradient(lambda at, k=k: gradient(lambda b: criterion(fit, b), at)[k], fit.parameters, 1e-3)
+            gradient(
+                lambda at, k=k: gradient(lambda b: criterion(fit, b), at)[k], fit.parameters, 1e-3
+            )
             for k in range(len(fit.parameters))
         ]
     )
@@ -326,7 +330,9 @@ def test_tables():
     np.testing.assert_allclose(np.exp(components["log_variance"]), components["variance"])
     table = fit.variance_parameters()
     assert len(table) == 10 and (table["std_error"] > 0).all()
-    z = np.arctanh(table.loc["cor_VIS2.VIS1|Residual", ["lower", "estimate", "upper"]].astype(float))
+    z = np.arctanh(
+        table.loc["cor_VIS2.VIS1|Residual", ["lower", "estimate", "upper"]].astype(float)
+    )
     assert z.iloc[1] - z.iloc[0] == pytest.approx(z.iloc[2] - z.iloc[1])
     log = fit.variance_parameters("log")
     at = "z[Residual, VIS1, VIS2]"
@@ -400,7 +406,9 @@ def test_bad_input():
         fit("un(time | subject)")
     with pytest.raises(jaxreml.FormulaError, match="same column"):
         fit("us(time | time)")
-    with pytest.raises(jaxreml.DataError, match=r"'subjects' of the formula is not in the data.*subject"):
+    with pytest.raises(
+        jaxreml.DataError, match=r"'subjects' of the formula is not in the data.*subject"
+    ):
         fit("us(time | subjects)")
     twice = pd.concat([data, data.iloc[[5]]], ignore_index=True)
     with pytest.raises(jaxreml.DataError, match=r"has time .* twice, the second in row"):

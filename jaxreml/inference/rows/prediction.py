@@ -13,9 +13,10 @@ Where columns of X depend on others, rows outside the row space of X, such as a 
 levels without data, are NaN, with an EstimabilityWarning: what their mean is would depend on which
 columns were left out. R's ``predict.lm(rankdeficient = "NA")``.
 
-With ``residual=`` the residuals that a subject has shown say something of those of its other visits:
-the prediction for such a visit, where all random effects are used, has their conditional mean, and
-its intervals the conditional variance; others have the mean and the variance of the visit.
+With ``residual=`` the residuals that a subject has shown say something of those of its other
+visits: the prediction for such a visit, where all random effects are used, has their conditional
+mean, and its intervals the conditional variance; others have the mean and the variance of the
+visit.
 
 Both intervals take the variance parameters for known, as lme4 and merTools do; normal quantiles.
 """
@@ -53,7 +54,7 @@ class Rows(NamedTuple):
         effects: per term (k, q).
         codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
         offset, weights: (k,).
-        subjects, visits: (k,), of the residuals' covariance; -1 for those that the fit has not seen.
+        subjects, visits: (k,), of the residuals' covariance; -1 for those not seen.
     """
 
     index: pd.Index

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -178,9 +179,7 @@ class Antedependent(Correlation):
         return self.size - 1
 
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
-        return tuple(
-            f"{first}, {second}" for first, second in zip(effects, effects[1:], strict=False)
-        )
+        return tuple(f"{first}, {second}" for first, second in pairwise(effects))
 
     @property
     def described(self) -> list[tuple[int, int]]:
