@@ -7,6 +7,7 @@ models. Also read by the page docs/trust/accuracy.md.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,9 @@ def _mean(column: str) -> Callable[[LMMResults, str], float]:
 
     def of(fit: LMMResults, label: str) -> float:
         factor, level = label.split(",")
-        means = fit.emmeans(factor).table
+        with warnings.catch_warnings():  # SAS takes means in the presence of interactions too
+            warnings.simplefilter("ignore")
+            means = fit.emmeans(factor).table
         return means.loc[means[factor].astype(str) == level, column].iloc[0]
 
     return of
