@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ class BatchResults(FittedBatch):
         refit: fits response number i alone; None if the values of the responses are not at hand.
         revisit: see `inference.batches.testing`; likewise.
         values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
+
+    A pickle has the results and the rows of the model, but not the responses: `refit`, `revisit`
+    and `values` are None in it, as in results read from a file. Copies have all.
     """
 
     refit: Callable[[int], LMMResults] | None = None
@@ -85,9 +89,23 @@ class BatchResults(FittedBatch):
         if self.refit is None:
             raise DataError(
                 "the values of the responses are not at hand (a stream, or results read from a "
-                "file): use jaxreml.fit on the response itself"
+                "file or a pickle): use jaxreml.fit on the response itself"
             )
         return self.refit(self.position(i))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "refit": None, "revisit": None, "values": None}
+
+    def __copy__(self) -> BatchResults:
+        return self._with(dict(vars(self)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchResults:
+        return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, state: dict[str, Any]) -> BatchResults:
+        found = type(self).__new__(type(self))
+        vars(found).update(state)
+        return found
 
     def __repr__(self) -> str:
         failed = int(np.sum(self.fits.status != Status.CONVERGED))
