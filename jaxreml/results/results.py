@@ -21,7 +21,7 @@ from jaxreml.inference.resampling.simulation import simulate
 from jaxreml.inference.rows import diagnostics
 from jaxreml.inference.rows.prediction import predict
 from jaxreml.inference.selection.deletion import drop1, ranova, step
-from jaxreml.results import storage, tables
+from jaxreml.results import maketables, storage, tables
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,6 +83,13 @@ class LMMResults(FittedModel):
     glance = tables.glance
     augment = tables.augment
     save = storage.save
+
+    # maketables' plug-in format
+    __maketables_coef_table__ = property(maketables.coef_table)
+    __maketables_depvar__ = property(maketables.depvar)
+    __maketables_stat__ = maketables.stat
+    __maketables_default_stat_keys__ = property(maketables.default_stat_keys)
+    __maketables_vcov_info__ = property(maketables.vcov_info)
 
     def __str__(self) -> str:
         return self.summary()
