@@ -28,14 +28,17 @@ def library_of(data: Any) -> str:
     return name if name in LIBRARIES else "pandas"
 
 
-def converted(value: Any, library: str, index: str | None = None) -> Any:
+def converted(value: Any, library: str, index: str | None = None, always: bool = False) -> Any:
     """A pandas frame or series in another library; anything else as it is.
 
     Args:
         value: what a method returns.
         library: one of `LIBRARIES`.
-        index: the name of the column that the row labels become; None to leave them out, as they
-            count rows. Labels with names of their own keep these.
+        index: the name of the column that the row labels become, unless they have one; None to
+            leave them out.
+        always: whether labels that only count rows are a column too.
+
+    Columns under two headings, such as ("Days", "estimate"), become ``estimate[Days]``.
 
     Raises:
         ValueError: another library.
@@ -45,7 +48,9 @@ def converted(value: Any, library: str, index: str | None = None) -> Any:
         raise ValueError(f"output must be one of {', '.join(LIBRARIES)}, not {library!r}")
     if library == "pandas" or not isinstance(value, pd.DataFrame | pd.Series):
         return value
-    if index is not None:
+    if index is not None and (always or not isinstance(value.index, pd.RangeIndex)):
+        if isinstance(value, pd.DataFrame) and value.columns.nlevels == 2:
+            value = value.set_axis([f"{what}[{of}]" for of, what in value.columns], axis=1)
         names = [name or index for name in value.index.names]
         value = value.rename_axis(names).reset_index()
     try:
@@ -98,18 +103,20 @@ def _polars_column(name: str, values: pd.Series) -> Any:
     return pl.Series(name, items, next(iter([*known, *text]), None))
 
 
-def in_library(function: Callable[..., Any], index: str | None = None) -> Callable[..., Any]:
+def in_library(
+    function: Callable[..., Any], index: str | None = None, always: bool = False
+) -> Callable[..., Any]:
     """A method whose frames come in the library of the data, or in that of ``output=``.
 
     Args:
         function: of a fit or a batch, which has a `library`, to a pandas frame or series.
-        index: as for `converted`.
+        index, always: as for `converted`.
     """
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, output: str | None = None, **options: Any) -> Any:
         library = self.library if output is None else output
-        return converted(function(self, *args, **options), library, index)
+        return converted(function(self, *args, **options), library, index, always)
 
     own = inspect.signature(function)
     added = inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxreml.data.outputs import in_library
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import fractions, testing
 from jaxreml.many.fitted import FittedBatch
@@ -39,24 +40,24 @@ class BatchResults(FittedBatch):
     values: Callable[[int, int], np.ndarray] | None = None
 
     # Tests
-    test = testing.test
-    anova = testing.anova
+    test = in_library(testing.test, "response", always=True)
+    anova = in_library(testing.anova, "response", always=True)
     moderated = moderated
-    top_table = batch_summaries.top_table
+    top_table = in_library(batch_summaries.top_table)
 
     # Shares of variance
-    variance_fractions = fractions.variance_fractions
-    variance_shares = fractions.variance_shares
-    icc = fractions.icc
-    r2 = fractions.r2
-    repeatability = fractions.repeatability
-    heritability = fractions.heritability
+    variance_fractions = in_library(fractions.variance_fractions, "response", always=True)
+    variance_shares = in_library(fractions.variance_shares, "response", always=True)
+    icc = in_library(fractions.icc, "response", always=True)
+    r2 = in_library(fractions.r2, "response", always=True)
+    repeatability = in_library(fractions.repeatability, "response", always=True)
+    heritability = in_library(fractions.heritability, "response", always=True)
 
     # Tables and files
     summary = batch_summaries.summary
-    tidy = batch_tables.tidy
-    glance = batch_tables.glance
-    to_frame = batch_tables.to_frame
+    tidy = in_library(batch_tables.tidy)
+    glance = in_library(batch_tables.glance)
+    to_frame = in_library(batch_tables.to_frame)
     to_xarray = batch_tables.to_xarray
     to_csv = batch_summaries.to_csv
     to_parquet = parquet.write_parquet

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.data.outputs import converted
 from jaxreml.data.tables import nearest
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -77,6 +78,21 @@ class MarginalMeans:
             interval is simultaneous (Bonferroni's for "holm" and "BH").
         """
         return self._functions.contrasted(contrast, _names(by, self._functions.by), adjust)[0]
+
+    def to_frame(self, contrasts: bool = False, *, output: str | None = None) -> Any:
+        """The means, or the contrasts asked for, in the library that the data came in.
+
+        Args:
+            contrasts: these instead of the means.
+            output: "pandas", "polars" or "pyarrow" for another library.
+
+        Raises:
+            ValueError: contrasts that were not asked for.
+        """
+        frame = self.contrasts if contrasts else self.table
+        if frame is None:
+            raise ValueError('no contrasts were asked for: emmeans(..., contrast="pairwise")')
+        return converted(frame, self._functions.fit.library if output is None else output)
 
     def __str__(self) -> str:
         parts = ["\n".join([self.table.to_string(index=False), "", *self.notes])]
