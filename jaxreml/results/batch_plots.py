@@ -194,7 +194,7 @@ def qq_p(results: Batch, coef: str, *, ax: Any = None) -> Any:
 def variance_fractions_data(results: BatchResults) -> pd.DataFrame:
     """`BatchResults.variance_fractions` of responses with an optimum: the parts by their medians,
     the largest first, and Residual last."""
-    frame = results.variance_fractions().dropna()
+    frame = results.variance_fractions(output="pandas").dropna()
     middle = np.median(frame.to_numpy()[:, :-1], axis=0) if len(frame) else np.zeros(0)
     return frame.iloc[:, [*np.argsort(-middle, kind="stable"), -1]]
 

@@ -169,7 +169,7 @@ def coefficients_data(
         standardise: per standard deviation of the column of X, so that effects of columns in
             different units can be compared.
     """
-    frame = fit.conf_int(conf_level, df)
+    frame = fit.conf_int(conf_level, df, output="pandas")
     frame.insert(0, "estimate", fit.params)
     if standardise:
         frame = frame.mul(fit.frame.X.std(axis=0), axis=0)
