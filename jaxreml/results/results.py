@@ -22,6 +22,7 @@ from jaxreml.inference.rows import diagnostics
 from jaxreml.inference.rows.prediction import predict
 from jaxreml.inference.selection.deletion import drop1, ranova, step
 from jaxreml.results import storage, tables
+from jaxreml.results.plots.residuals import diagnostics as plot
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,11 +78,12 @@ class LMMResults(FittedModel):
     dfbetas = diagnostics.dfbetas
     influence = diagnostics.influence
 
-    # Tables and files
+    # Tables, figures and files
     summary = tables.summary
     tidy = tables.tidy
     glance = tables.glance
     augment = tables.augment
+    plot = plot
     save = storage.save
 
     def __str__(self) -> str:
