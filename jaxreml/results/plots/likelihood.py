@@ -106,9 +106,9 @@ def profile_contour(
         part: Any = frame[frame["conf_level"] == level]
         edge = _edge(part[[first, second]].to_numpy(), part["deviance"].to_numpy(), level)
         ax.plot(*edge.T, color=BLUE, linewidth=1.4, alpha=1 - 0.6 * k / len(conf_levels))
-        right = part.loc[part[first].idxmax()]
+        top = part.loc[part[second].idxmax()]
         ax.annotate(
-            f"{level:.0%}", (right[first], right[second]), fontsize=8, ha="center", va="center",
+            f"{level:.0%}", (top[first], top[second]), fontsize=8, ha="center", va="center",
             color="0.25", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     centre = whole.loc[whole.loc[whole["parameter"] == first, "zeta"].abs().idxmin()]
