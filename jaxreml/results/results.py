@@ -24,6 +24,7 @@ from jaxreml.inference.rows.prediction import predict
 from jaxreml.inference.selection.deletion import drop1, ranova, step
 from jaxreml.results import fit_tables, maketables, storage, tables
 from jaxreml.results.made_by import made_by
+from jaxreml.results.plots.residuals import diagnostics as plot
 
 
 @made_by("`jaxreml.fit`")
@@ -52,7 +53,7 @@ class LMMResults(FittedModel):
     Simulation: `simulate`, `bootstrap`; `jaxreml.power`.
 
     Rows: `predict`, `fittedvalues`, `resid`, `residuals`, `leverage`, `cooks_distance`, `dfbetas`,
-    `influence`, `nobs`, `ngroups`, `n_dropped`. `jaxreml.plots` draws them.
+    `influence`, `nobs`, `ngroups`, `n_dropped`. `plot` and `jaxreml.plots` draw them.
 
     How it ended: `converged`, `is_singular`, `message`, `status`, `n_iter`, `gradient_norm`.
 
@@ -114,7 +115,7 @@ class LMMResults(FittedModel):
     dfbetas = in_library(diagnostics.dfbetas)
     influence = diagnostics.influence
 
-    # Tables and files
+    # Tables, figures and files
     summary = tables.summary
     tidy = in_library(tables.tidy)
     glance = in_library(tables.glance)
@@ -124,6 +125,7 @@ class LMMResults(FittedModel):
     to_markdown = fit_tables.to_markdown
     report = fit_tables.report
     _repr_html_ = fit_tables.repr_html
+    plot = plot
     save = storage.save
 
     # maketables' plug-in format

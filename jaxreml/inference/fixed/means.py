@@ -58,6 +58,21 @@ class MarginalMeans(Tabulated):
     contrast_notes: tuple[str, ...]
     _functions: Functions
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The columns of `table` whose levels the means have."""
+        return tuple(self._functions.labels)
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """Those of `factors` within whose levels means are compared."""
+        return self._functions.by
+
+    @property
+    def conf_level(self) -> float:
+        """Confidence level of the intervals."""
+        return self._functions.conf_level
+
     def contrast(
         self,
         contrast: str | Mapping[str, Any] = "pairwise",
