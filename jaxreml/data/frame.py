@@ -34,6 +34,7 @@ from jaxreml.data.formula import (
     single_name,
 )
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
+from jaxreml.data.outputs import library_of
 from jaxreml.data.residual import ResidualTerm, names_of, residual_term
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
@@ -61,6 +62,7 @@ class ModelFrame:
         fixed_encoding: how the columns of X, and those left out as aliased, are made.
         offset_encodings: how each ``offset()`` of the formula is made.
         residual: the covariance of the residuals within subjects; None if they are independent.
+        library: that the user's table is of, as `outputs.library_of` says.
     """
 
     formula: ParsedFormula
@@ -76,6 +78,7 @@ class ModelFrame:
     fixed_encoding: Encoding
     offset_encodings: tuple[Encoding, ...]
     residual: ResidualTerm | None = None
+    library: str = "pandas"
 
     @property
     def n_dropped(self) -> int:
@@ -211,7 +214,8 @@ def with_response(
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     table = table.assign(**{name: y}, **(columns or {}))
-    return _model_frame(parsed, table, context=context, **extras)
+    found = _model_frame(parsed, table, context=context, **extras)
+    return replace(found, library=frame.library)
 
 
 def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -276,6 +280,7 @@ def _model_frame(
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
         residual=None if residual is None else residual_term(residual, table),
+        library=library_of(data),
     )
 
 

@@ -85,6 +85,8 @@ class FittedModel:
         engine: the library that worked on it, "numpy" or "jax".
         residual: the covariance of residuals within subjects; None if they are independent.
         made_from: its model frame and design; None of a fit that was loaded.
+        library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
+            are of it.
     """
 
     formula: str
@@ -120,6 +122,7 @@ class FittedModel:
     engine: str = ""
     residual: ResidualCovariance | None = None
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
+    library: str = "pandas"
 
     @cached_property
     def frame(self) -> ModelFrame:
@@ -135,7 +138,8 @@ class FittedModel:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
         table, extras = split_extras(self.table)
         text = None if self.residual is None else self.residual.text
-        return model_frame(formula, table, **extras, context=self.context, residual=text)
+        found = model_frame(formula, table, **extras, context=self.context, residual=text)
+        return replace(found, library=self.library)
 
     @cached_property
     def design(self) -> Design:

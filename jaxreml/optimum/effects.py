@@ -80,7 +80,8 @@ def _posterior(
 ) -> Any:
     if design.covariance.random.all():
         return design.structure.posterior(projection, factors)
-    return design.structure.posterior_by_omega(projection, omega)
+    structure: Any = design.structure  # grouped: see `basis`
+    return structure.posterior_by_omega(projection, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
