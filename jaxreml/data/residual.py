@@ -87,8 +87,12 @@ class ResidualTerm:
         """What stands for it in a design."""
         effects = np.zeros((len(self.codes), len(self.visits)))
         effects[np.arange(len(effects)), self.places] = 1.0
-        names = tuple(map(str, self.visits))
-        return Term(self.codes, effects, RESIDUAL, names, self.covariance)
+        return Term(self.codes, effects, RESIDUAL, labels_of(self.visits), self.covariance)
+
+
+def labels_of(visits: tuple[Any, ...]) -> tuple[str, ...]:
+    """Labels as texts; numbers as short as they can be."""
+    return tuple(f"{visit:g}" if isinstance(visit, float) else str(visit) for visit in visits)
 
 
 def covariance(family: str, visits: tuple[Any, ...]) -> Residual:

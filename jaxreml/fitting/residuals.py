@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxreml.data.residual import ResidualTerm, covariance
+from jaxreml.data.residual import ResidualTerm, covariance, labels_of
 from jaxreml.model.covariance.residual import Residual
 
 
@@ -52,7 +52,7 @@ class ResidualCovariance:
     @property
     def effects(self) -> tuple[str, ...]:
         """Labels as texts."""
-        return tuple(map(str, self.visits))
+        return labels_of(self.visits)
 
     def frame(self, matrix: np.ndarray) -> pd.DataFrame:
         """A (visits, visits) matrix with labels."""

@@ -243,6 +243,50 @@ def test_dense_algebra(family, random):
     assert fit.coefficients()["df"].iloc[1] == pytest.approx(degrees, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["us", "cs", "diag"])
+def test_kenward_roger_by_definition(family):
+    """Where V is linear in variances and covariances: V_i are indicators of pairs of visits."""
+    data = small(3, subjects=25).assign(C=lambda d: "t" + d["time"].astype(int).astype(str))
+    fit = jaxreml.fit("y ~ x * C", data, residual=f"{family}(C | subject)")
+    own, X = fit.frame.residual, fit.frame.X
+    same = own.codes[:, None] == own.codes
+    pairs = [(own.places[:, None] == a) & (own.places == b) for a in range(4) for b in range(a + 1)]
+    pairs = [np.asarray((pair | pair.T) & same, float) for pair in pairs]
+    if family == "cs":
+        pairs = [np.eye(len(X)), same - np.eye(len(X))]
+    if family == "diag":
+        pairs = [pair for pair in pairs if np.trace(pair)]
+    inverse = np.linalg.inv(dense(fit, fit.parameters))
+    half = inverse @ X
+    phi = np.linalg.inv(X.T @ half)
+    projector = inverse - half @ phi @ half.T
+    moved = [projector @ pair for pair in pairs]
+    information = [[np.sum(left * right.T) / 2 for right in moved] for left in moved]
+    W = np.linalg.inv(information)
+    first = [-half.T @ pair @ half for pair in pairs]
+    second = [[half.T @ i @ inverse @ j @ half for j in pairs] for i in pairs]
+    inner = sum(
+        W[i, j] * (second[i][j] - first[i] @ phi @ first[j])
+        for i in range(len(pairs))
+        for j in range(len(pairs))
+    )
+    np.testing.assert_allclose(fit.vcov_kenward_roger, phi + 2 * phi @ inner @ phi, rtol=1e-7)
+    along = np.array([np.diagonal(phi @ slope @ phi) for slope in first]) / np.diagonal(phi)
+    degrees = 2 / np.einsum("ij,ik,jk->k", W, along, along)
+    np.testing.assert_allclose(fit.coefficients("kenward-roger")["df"], degrees, rtol=1e-7)
+    # The observed information instead
+    vcov = np.asarray(fit.parameters_vcov_array)
+    slopes = []
+    for k in range(len(fit.parameters)):
+        step = 1e-5 * np.eye(len(fit.parameters))[k]
+        V = [dense(fit, fit.parameters + sign * step) for sign in (1, -1)]
+        slopes.append(np.diagonal(phi @ half.T @ ((V[0] - V[1]) / 2e-5) @ half @ phi))
+    along = np.array(slopes) / np.diagonal(phi)
+    degrees = 2 / np.einsum("ij,ik,jk->k", vcov, along, along)
+    found = fit.coefficients("kenward-roger-sas")["df"]
+    np.testing.assert_allclose(found, degrees, rtol=1e-5)
+
+
 def test_subjects_with_the_same_visits_make_few_levels():
     rng = np.random.default_rng(0)
     data = small(1, subjects=150, visits=3)
