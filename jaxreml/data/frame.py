@@ -35,7 +35,7 @@ from jaxreml.data.formula import (
 )
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
 from jaxreml.data.outputs import library_of
-from jaxreml.data.residual import ResidualTerm, names_of, residual_term
+from jaxreml.data.residual import ResidualTerm, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -236,7 +236,7 @@ def _model_frame(
     residual: str | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    beside_formula = names_of(residual)[1:] if residual is not None else ()
+    beside_formula = words_of(residual).columns if residual is not None else ()
     table = _used_columns(parsed, data, {**context, **(columns or {})}, beside_formula)
     table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():

@@ -56,55 +56,76 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class ResidualTerm:
-    """The residuals' covariance of a model frame.
+class Words:
+    """An argument ``residual``.
 
     Attributes:
         text: as given.
         family: a word of `FAMILIES`.
-        visit, subject: names of the columns.
-        visits: labels of the visits, in order.
-        places: (n,), the visit of each row.
-        subjects: labels, in order.
-        codes: (n,), the subject of each row.
+        visit, subject, arm: names of the columns; no arm where all share one covariance.
     """
 
     text: str
     family: str
     visit: str
     subject: str
-    visits: tuple[Any, ...]
-    places: np.ndarray
-    subjects: tuple[Any, ...]
-    codes: np.ndarray
+    arm: str | None = None
 
-    def covariance(self, size: int) -> Residual:
-        """Of the visits."""
-        return covariance(self.family, self.visits)
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its columns."""
+        return tuple(name for name in (self.visit, self.subject, self.arm) if name is not None)
+
+
+@dataclass(frozen=True)
+class ResidualTerm:
+    """The residuals' covariance of a model frame.
+
+    Attributes:
+        words: what it says.
+        visits, arms, subjects: labels, in order; no arms where all subjects share one covariance.
+        places: (n,), the visit of each row; with arms, that among the visits of all arms.
+        codes: (n,), the subject of each row.
+    """
+
+    words: Words
+    visits: tuple[Any, ...]
+    arms: tuple[Any, ...]
+    subjects: tuple[Any, ...]
+    places: np.ndarray
+    codes: np.ndarray
 
     @property
     def term(self) -> Term:
         """What stands for it in a design."""
-        effects = np.zeros((len(self.codes), len(self.visits)))
+        labels = labels_of(self.visits, self.arms)
+        effects = np.zeros((len(self.codes), len(labels)))
         effects[np.arange(len(effects)), self.places] = 1.0
-        return Term(self.codes, effects, RESIDUAL, labels_of(self.visits), self.covariance)
+
+        def block(size: int) -> Residual:
+            return covariance(self.words.family, self.visits, self.arms)
+
+        return Term(self.codes, effects, RESIDUAL, labels, block)
 
 
-def labels_of(visits: tuple[Any, ...]) -> tuple[str, ...]:
-    """Labels as texts; numbers as short as they can be."""
-    return tuple(f"{visit:g}" if isinstance(visit, float) else str(visit) for visit in visits)
+def labels_of(visits: tuple[Any, ...], arms: tuple[Any, ...]) -> tuple[str, ...]:
+    """Labels as texts, of the visits of all arms; numbers as short as they can be."""
+    short = [f"{visit:g}" if isinstance(visit, float) else str(visit) for visit in visits]
+    return tuple(f"{arm}: {visit}" for arm in arms for visit in short) if arms else tuple(short)
 
 
-def covariance(family: str, visits: tuple[Any, ...]) -> Residual:
-    """Of visits with these labels."""
-    own = FAMILIES[family]
-    times = tuple(map(float, visits)) if own.timed else ()
-    size = len(visits)
-    return Residual(size, own.correlation(size, times), own.each)
+def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual:
+    """Of visits with these labels; with arms, once for each."""
+    own, size, count = FAMILIES[family], len(visits), max(len(arms), 1)
+    correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
+    if arms:
+        correlation = correlations.Copies(size * count, correlation)
+    variances = np.arange(size * count) if own.each else np.repeat(np.arange(count), size)
+    return Residual(size * count, correlation, tuple(variances.tolist()))
 
 
-def names_of(text: str) -> tuple[str, str, str]:
-    """Family, visit and subject of ``us(visit | subject)``.
+def words_of(text: str) -> Words:
+    """What ``us(visit | subject)`` or ``us(visit | arm/subject)`` says.
 
     Raises:
         FormulaError: another form, or a family that is not known.
@@ -118,15 +139,16 @@ def names_of(text: str) -> tuple[str, str, str]:
     family = found[1]
     if family not in FAMILIES:
         raise FormulaError(f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}")
-    visit, subject = (single_name(part) for part in found.groups()[1:])
-    if visit is None or subject is None:
+    arm, _, last = found[3].rpartition("/")
+    names = [single_name(part) for part in ([found[2], last, arm] if arm else [found[2], last])]
+    if None in names:
         raise FormulaError(
-            f"{form} with a column name on each side of the bar, not {text!r}; copies for each arm "
-            "(arm/subject) are not there yet"
+            f"{form}, or 'us(visit | arm/subject)' for a covariance of each arm, with column "
+            f"names in these places, not {text!r}"
         )
-    if visit == subject:
-        raise FormulaError(f"{text!r} has the same column for visits and subjects")
-    return family, visit, subject
+    if len(set(names)) < len(names):
+        raise FormulaError(f"{text!r} has the same column in two places")
+    return Words(text, family, *names)  # pyright: ignore
 
 
 def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
@@ -136,8 +158,8 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
         DataError: a subject with the same visit twice, times that are not numbers, fewer than two
             visits or subjects, too many visits, nothing to estimate a correlation from: named.
     """
-    family, visit, subject = names_of(text)
-    own = FAMILIES[family]
+    words = words_of(text)
+    visit, subject, own = words.visit, words.subject, FAMILIES[words.family]
     column = pd.Series(table[visit])
     if own.timed and not is_amount(column):
         raise DataError(
@@ -163,16 +185,27 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
             f"residual={text!r}: no {subject!r} has two visits, so nothing is known of their "
             "correlation"
         )
-    return ResidualTerm(
-        text,
-        family,
-        visit,
-        subject,
-        tuple(visits.categories.tolist()),
-        places.astype(np.int64),
-        tuple(subjects.categories.tolist()),
-        codes.astype(np.int64),
-    )
+    places, codes, arms = places.astype(np.int64), codes.astype(np.int64), ()
+    if words.arm is not None:
+        of_arm = pd.Categorical(table[words.arm]).remove_unused_categories()
+        arms = tuple(of_arm.categories.tolist())
+        _refuse_two_arms(words, table, codes, np.asarray(of_arm.codes))
+        places = places + len(visits.categories) * np.asarray(of_arm.codes, np.int64)
+    labels = tuple(visits.categories.tolist()), arms, tuple(subjects.categories.tolist())
+    return ResidualTerm(words, *labels, places, codes)
+
+
+def _refuse_two_arms(
+    words: Words, table: pd.DataFrame, codes: np.ndarray, arms: np.ndarray
+) -> None:
+    first = arms[np.unique(codes, return_index=True)[1]]
+    other = arms != first[codes]
+    if other.any():
+        row = int(np.argmax(other))
+        raise DataError(
+            f"residual={words.text!r}: {words.subject} {table[words.subject].iloc[row]!r} is in two "
+            f"of {words.arm!r}; each subject has one covariance"
+        )
 
 
 def _refuse_repeats(

@@ -210,12 +210,15 @@ class FittedModel:
         positions = self.covariance.positions
         variances = [np.diagonal(matrix) for matrix in self.cov_re_arrays]
         labels, own = variance_labels(self.groups), [self.sigma**2]
-        if self.residual is not None and self.residual.block.each:
+        if self.residual is not None and self.residual.block.log_variances:
             # sigma2 is the first visit's, and the last of the parameters.
-            k, count = len(labels) - 1, self.residual.block.log_variances
+            block = self.residual.block
+            k, count = len(labels) - 1, block.log_variances
             positions = np.concatenate([positions[:k], positions[-1:], positions[k : k + count]])
-            labels = labels[:-1] + [(RESIDUAL, effect) for effect in self.residual.effects]
-            own = np.diagonal(self.residual_cov.to_numpy())
+            names = block.variance_labels(self.residual.effects)
+            labels = labels[:-1] + [(RESIDUAL, name) for name in names]
+            first = [block.variances.index(k) for k in range(count + 1)]
+            own = np.diagonal(self.residual_cov.to_numpy())[first]
         variance = np.concatenate([*variances, own])
         group, term = zip(*labels, strict=True)
         return pd.DataFrame(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxreml.data.residual import ResidualTerm, covariance, labels_of
+from jaxreml.data.residual import ResidualTerm, Words, covariance, labels_of, words_of
 from jaxreml.model.covariance.residual import Residual
 
 
@@ -19,19 +19,15 @@ class ResidualCovariance:
 
     Attributes:
         text: the argument ``residual`` of `jaxreml.fit`.
-        family: its word, "us" for example.
-        visit, subject: names of the columns.
-        visits, subjects: their labels, in order.
-        modes: (subjects, visits), what a subject's residuals say of those of its other visits:
-            sigma2 (M - I) Z' V^-1 (y - X beta).
-        seen: (subjects, visits), 1 for visits with a response.
+        visits, arms, subjects: labels, in order; no arms where all subjects share one covariance.
+        modes: (subjects, visits of all arms), what a subject's residuals say of those of its other
+            visits: sigma2 (M - I) Z' V^-1 (y - X beta).
+        seen: likewise, 1 for visits with a response.
     """
 
     text: str
-    family: str
-    visit: str
-    subject: str
     visits: tuple[Any, ...]
+    arms: tuple[Any, ...]
     subjects: tuple[Any, ...]
     modes: np.ndarray
     seen: np.ndarray
@@ -39,22 +35,28 @@ class ResidualCovariance:
     @staticmethod
     def of(term: ResidualTerm, modes: np.ndarray) -> ResidualCovariance:
         """That of a model frame, with `modes` of the design, whose levels may be more."""
-        seen = np.zeros((len(term.subjects), len(term.visits)))
+        seen = np.zeros((len(term.subjects), modes.shape[1]))
         seen[term.codes, term.places] = 1.0
-        labels = term.text, term.family, term.visit, term.subject, term.visits, term.subjects
-        return ResidualCovariance(*labels, np.asarray(modes)[: len(seen)], seen)
+        labels = term.visits, term.arms, term.subjects
+        return ResidualCovariance(term.words.text, *labels, np.asarray(modes)[: len(seen)], seen)
+
+    @cached_property
+    def words(self) -> Words:
+        """What the text says."""
+        return words_of(self.text)
 
     @cached_property
     def block(self) -> Residual:
         """The map from parameters to the covariance."""
-        return covariance(self.family, self.visits)
+        return covariance(self.words.family, self.visits, self.arms)
 
     @property
     def effects(self) -> tuple[str, ...]:
-        """Labels as texts."""
-        return labels_of(self.visits)
+        """Labels of the visits of all arms, as texts."""
+        return labels_of(self.visits, self.arms)
 
     def frame(self, matrix: np.ndarray) -> pd.DataFrame:
-        """A (visits, visits) matrix with labels."""
-        index = pd.Index(self.visits, name=self.visit)
+        """A matrix of the visits of all arms, with labels."""
+        visits = self.effects if self.arms else self.visits
+        index = pd.Index(visits, name=self.words.visit)
         return pd.DataFrame(matrix, index, index.rename(None))

@@ -325,19 +325,20 @@ def _residuals(fit: FittedModel) -> str:
     columns = [_digits(components[name].to_numpy()) for name in names]
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
     shown = q - 1 if residual.block.correlation.count else 0
-    header = [f" {residual.visit}", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
+    header = [f" {residual.words.visit}", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
     rows = [header + ["Corr"] * (shown > 0) + [""] * max(shown - 1, 0)]
     for i, effect in enumerate(residual.effects):
-        k = i if residual.block.each else 0
-        cells = [f" {effect}", *(column[k] for column in columns)]
-        rows.append(cells + [f"{correlation[i, j]:.2f}" if j < i else "" for j in range(shown)])
+        cells = [f" {effect}", *(column[residual.block.variances[i]] for column in columns)]
+        start = i - i % q  # of the visits of its arm
+        own = [f"{correlation[i, start + j]:.2f}" if start + j < i else "" for j in range(shown)]
+        rows.append(cells + own)
     return f" {residual.text}\n" + _table(rows, left=1)
 
 
 def _counts(fit: FittedModel) -> str:
     counts = dict(fit.ngroups)
     if fit.residual is not None:
-        counts.setdefault(fit.residual.subject, len(fit.residual.subjects))
+        counts.setdefault(fit.residual.words.subject, len(fit.residual.subjects))
     groups = "; ".join(f"{name}, {levels}" for name, levels in counts.items())
     text = f"Number of obs: {fit.nobs}, groups:  {groups}"
     if fit.n_dropped:

@@ -174,9 +174,7 @@ def dense(fit, parameters: np.ndarray) -> np.ndarray:
     sigma2 = np.exp(parameters[-1])
     mine = parameters[len(parameters) - 1 - count : -1]
     logs, z = mine[: block.log_variances], mine[block.log_variances :]
-    sds = np.full(block.size, np.sqrt(sigma2))
-    if block.each:
-        sds[1:] = np.exp(logs / 2)
+    sds = np.sqrt(np.append(sigma2, np.exp(logs)))[list(block.variances)]
     rows, columns = np.triu_indices(block.size)
     matrix = np.zeros((block.size, block.size))
     matrix[rows, columns] = matrix[columns, rows] = block.correlation.entries(z)

@@ -23,9 +23,9 @@ FAMILIES = {
     "unrestricted": correlations.Unrestricted(5),
 }
 BLOCKS = [
-    pytest.param(Residual(5, family, each), id=f"{name}-{each}")
+    pytest.param(Residual(5, family, variances), id=f"{name}-{max(variances)}")
     for name, family in FAMILIES.items()
-    for each in (False, True)
+    for variances in ((0,) * 5, (0, 1, 2, 3, 4), (0, 0, 1, 1, 1))
 ]
 
 
@@ -145,7 +145,10 @@ def test_residual_blocks(block):
 
 @pytest.mark.parametrize(
     "block",
-    [Residual(3, correlations.Toeplitz(3), True), Residual(3, correlations.Unrestricted(3), True)],
+    [
+        Residual(3, correlations.Toeplitz(3), (0, 1, 2)),
+        Residual(3, correlations.Unrestricted(3), (0, 1, 2)),
+    ],
 )
 def test_jax_has_the_same_numbers(block):
     chart, weights = coordinates(block.length), np.arange(6.0)

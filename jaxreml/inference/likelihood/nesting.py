@@ -109,13 +109,15 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     if first is None:
         return ""
     if second is None:
-        return f"the larger has independent residuals, and it has {first.text}"
-    if not (
-        same_partition(first.codes, second.codes) and np.array_equal(first.places, second.places)
-    ):
-        return f"{first.text} and {second.text} have other visits or subjects"
-    if first.family != second.family and second.family not in _WIDER[first.family]:
-        return f"{first.family} is no case of {second.family}"
+        return f"the larger has independent residuals, and it has {first.words.text}"
+    visits = (own.places % len(own.visits) for own in (first, second))
+    if not (same_partition(first.codes, second.codes) and np.array_equal(*visits)):
+        return f"{first.words.text} and {second.words.text} have other visits or subjects"
+    if first.words.arm is not None and not np.array_equal(first.places, second.places):
+        return f"{first.words.text} has a covariance for each {first.words.arm}"
+    family, wider = first.words.family, second.words.family
+    if family != wider and wider not in _WIDER[family]:
+        return f"{family} is no case of {wider}"
     return ""
 
 

@@ -39,7 +39,8 @@ def residual_parameters(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFr
 
     sd = np.exp(fit.parameters[logs] / 2)
     spread = np.sqrt(np.diagonal(vcov)[logs]) / 2
-    names = [f"sd_{effect}|Residual" for effect in effects] if block.each else ["sigma"]
+    labels = block.variance_labels(effects)
+    names = [f"sd_{label}|Residual" for label in labels] if len(labels) > 1 else ["sigma"]
     rows = [(sd, sd * spread, sd * np.exp(-quantile * spread), sd * np.exp(quantile * spread))]
 
     pairs = block.correlation.described

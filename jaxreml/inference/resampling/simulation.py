@@ -103,7 +103,8 @@ class Population:
         else:
             own = self.frame.residual
             assert own is not None
-            standard = of_errors.standard_normal((len(out), len(own.subjects), len(own.visits)))
+            shape = len(out), len(own.subjects), len(self.residual)
+            standard = of_errors.standard_normal(shape)
             out[:] = (standard @ self.residual.T)[:, own.codes, own.places]
         weights = self.frame.weights
         out *= self.sigma if weights is None else self.sigma / np.sqrt(weights)

@@ -38,6 +38,7 @@ from jaxreml.data.grouping import GroupingTerm, combined_codes, grouping_terms
 from jaxreml.data.tables import beside, nearest, texts_of_names, to_pandas
 from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.optimum.effects import row_variances
 
 Mask = tuple[np.ndarray, ...]  # per term (q,) booleans, which effects
@@ -184,10 +185,10 @@ def _of_other_visits(
     places, visits = np.maximum(rows.subjects, 0), np.maximum(rows.visits, 0)
     known = (rows.subjects >= 0) & (rows.visits >= 0)
     other = known & (residual.seen[places, visits] == 0) & wanted
-    here = np.zeros((len(places), len(residual.visits)))
+    here = np.zeros((len(places), len(residual.effects)))
     here[np.arange(len(here)), visits] = other / np.sqrt(rows.weights)
     ratios = np.diagonal(fit.residual_cov.to_numpy()) / fit.sigma**2
-    unknown = np.nan if residual.block.each else 0.0
+    unknown = np.nan if residual.block.log_variances else 0.0
     beyond = np.where(other, 0.0, np.where(rows.visits >= 0, ratios[visits] - 1, unknown))
     return places, here, beyond
 
@@ -276,7 +277,7 @@ def _new_rows(
     encoded = [name for encoding in encodings for name in encoding.variables]
     if fit.residual is not None:  # known ones are of use, and others do no harm
         present = set(texts_of_names(newdata))
-        factors += [name for name in (fit.residual.visit, fit.residual.subject) if name in present]
+        factors += [name for name in fit.residual.words.columns if name in present]
     table = _columns(frame, newdata, encoded, factors, {"offset": offset, "weights": weights})
     index = table.index
     table, complete = complete_rows(table)
@@ -291,13 +292,8 @@ def _new_rows(
     codes = [np.zeros(k, int) for _ in frame.terms]
     total_offset, prior = _extras(table)
     subjects, visits = np.full(k, -1), np.full(k, -1)
-    if fit.residual is not None:
-        for name, labels, found in (
-            (fit.residual.subject, fit.residual.subjects, subjects),
-            (fit.residual.visit, fit.residual.visits, visits),
-        ):
-            if k and name in table:
-                found[:] = codes_of(pd.Series(table[name]), list(labels))
+    if fit.residual is not None and k:
+        subjects, visits = _subjects_and_visits(fit.residual, table)
     if k:
         full = frame.fixed_encoding.matrix(table)
         X = full[:, frame.kept]
@@ -311,6 +307,25 @@ def _new_rows(
     return Rows(
         index, complete, estimable, X, effects, codes, total_offset, prior, subjects, visits
     )
+
+
+def _subjects_and_visits(
+    residual: ResidualCovariance, table: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `Rows` has them, of the columns that are there."""
+
+    def codes(name: str | None, labels: tuple[Any, ...]) -> np.ndarray:
+        if name is None or name not in table:
+            return np.full(len(table), -1)
+        return codes_of(pd.Series(table[name]), list(labels))
+
+    words = residual.words
+    subjects, visits = codes(words.subject, residual.subjects), codes(words.visit, residual.visits)
+    if words.arm is None:
+        return subjects, visits
+    arms = codes(words.arm, residual.arms)
+    known = (arms >= 0) & (visits >= 0)
+    return subjects, np.where(known, arms * len(residual.visits) + visits, -1)
 
 
 def _require_extras(frame: ModelFrame, with_left_out: bool, offset: Any, weights: Any) -> None:

@@ -19,7 +19,7 @@ from jaxreml.backend.arrays import namespace
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance import jets
 from jaxreml.model.covariance.base import FAR
-from jaxreml.model.covariance.natural import triangle
+from jaxreml.model.covariance.natural import places, triangle
 
 Array = Any  # NumPy's or JAX's
 MOST = 0.95  # of a correlation to start a search from
@@ -35,7 +35,7 @@ class Correlation(ABC):
 
     size: int
 
-    # Whether covariance matrices with free variances and these correlations are a linear space.
+    # Whether covariance matrices with free variances and these correlations are all there are.
     linear = False
 
     @property
@@ -58,6 +58,11 @@ class Correlation(ABC):
     @abstractmethod
     def start(self, common: Array) -> Array:
         """Coordinates (c, ...) of correlations near a common one (...), below MOST in size."""
+
+    @property
+    def together(self) -> np.ndarray:
+        """(q, q) booleans, which effects may be correlated."""
+        return np.ones((self.size, self.size), bool)
 
     @property
     def described(self) -> list[tuple[int, int]]:
@@ -95,8 +100,6 @@ class Correlation(ABC):
 class Independent(Correlation):
     """No correlation: "diag"."""
 
-    linear = True
-
     @property
     def count(self) -> int:
         return 0
@@ -132,8 +135,6 @@ class _OneCoordinate(Correlation):
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2."""
-
-    linear = True  # with one variance; `Residual` asks for that too
 
     def formula(self, z: Sequence[Any]) -> Any:
         # With e the smaller of exp(2 z) and exp(-2 z) nothing overflows; z is never that far.
@@ -337,6 +338,84 @@ class Unrestricted(Correlation):
         rho = xp.clip(common, -0.5 / self.size, MOST)
         places = [j for i in range(1, self.size) for j in range(i)]
         return xp.stack([xp.arctanh(rho / (1 + j * rho)) for j in places])
+
+
+@dataclass(frozen=True)
+class Copies(Correlation):
+    """The same family once for each of several groups of effects, one after the other.
+
+    Attributes:
+        each: of one group, of size q over their number.
+    """
+
+    each: Correlation
+
+    @property
+    def _starts(self) -> range:
+        return range(0, self.size, self.each.size)
+
+    @property
+    def count(self) -> int:
+        return self.each.count * len(self._starts)
+
+    @property
+    def together(self) -> np.ndarray:
+        group = np.arange(self.size) // self.each.size
+        return group[:, None] == group
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return [(s + i, s + j) for s in self._starts for i, j in self.each.described]
+
+    def names(self, effects: Sequence[str]) -> tuple[str, ...]:
+        found: list[str] = []
+        for start in self._starts:
+            own = effects[start : start + self.each.size]
+            group = own[0].rpartition(": ")[0]
+            short = [name.rpartition(": ")[2] for name in own]
+            found += [f"{group}: {name}" for name in self.each.names(short)]
+        return tuple(found)
+
+    @property
+    def _entries(self) -> list[np.ndarray]:
+        """Where each group's entries are among all."""
+        rows, columns = triangle(self.each.size)
+        return [places(self.size)[start + rows, start + columns] for start in self._starts]
+
+    def formula(self, z: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
+    def entries(self, z: Array) -> Array:
+        xp, count = namespace(z), self.each.count
+        found = [
+            self.each.entries(z[k * count : (k + 1) * count]) for k in range(len(self._starts))
+        ]
+        order = np.concatenate(self._entries)
+        t = self.size * (self.size + 1) // 2
+        whole = xp.concatenate([*found, xp.zeros((1, *z.shape[1:]), z.dtype)])
+        source = np.full(t, len(order))
+        source[order] = np.arange(len(order))
+        return whole[source]
+
+    def derivatives(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        t, count, lanes = self.size * (self.size + 1) // 2, self.each.count, z.shape[1:]
+        first = np.zeros((t, self.count, *lanes), z.dtype)
+        second = np.zeros((t, self.count, self.count, *lanes), z.dtype)
+        for k, entries in enumerate(self._entries):
+            own = np.arange(k * count, (k + 1) * count)
+            slope, bend = self.each.derivatives(z[own])
+            first[entries[:, None], own] = slope
+            second[entries[:, None, None], own[:, None], own] = bend
+        return first, second
+
+    def coordinates(self, matrix: Array) -> Array:
+        q = self.each.size
+        return namespace(matrix).concatenate(
+            [self.each.coordinates(matrix[s : s + q, s : s + q]) for s in self._starts]
+        )
+
+    def start(self, common: Array) -> Array:
+        return namespace(common).concatenate([self.each.start(common)] * len(self._starts))
 
 
 def _fisher(common: Array) -> Array:

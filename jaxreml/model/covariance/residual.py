@@ -1,9 +1,9 @@
 """The covariance of residuals within a subject: V = sigma2 M, M over its visits.
 
 Visits are the effects of a term on the subjects, and M = I + Omega: so V0 = I + Z Omega Z' as for
-random effects, but for Omega, which is no covariance matrix. sigma2 is the variance of the first
-visit where each has its own, and of all where they share one. The chart is made of logarithms of
-relative SDs and the coordinates of a family of `correlations`: nothing is on a boundary.
+random effects, but for Omega, which is no covariance matrix. sigma2 is the first variance, which all
+visits have or the first of them. The chart is made of logarithms of relative SDs and the
+coordinates of a family of `correlations`: nothing is on a boundary.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Residual(Block):
 
     Attributes:
         correlation: of the visits, of this size.
-        each: whether every visit has a variance of its own.
+        variances: q, which variance each visit has, of 0, 1, ...; the first has 0.
     """
 
     correlation: Correlation
-    each: bool
+    variances: tuple[int, ...]
 
     written_out = True
     residual = True
@@ -46,27 +46,37 @@ class Residual(Block):
 
     @property
     def log_variances(self) -> int:
-        return self.size - 1 if self.each else 0
+        return max(self.variances)
+
+    def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
+        """What each variance is of: a visit, or what labels like "arm: visit" share; "" for one
+        that all have."""
+        found = []
+        for k in range(self.log_variances + 1):
+            own = [effect for effect, of in zip(effects, self.variances, strict=True) if of == k]
+            found.append(own[0] if len(own) == 1 else own[0].rpartition(": ")[0])
+        return tuple(found) if len(found) > 1 else ("",)
 
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
-        own = effects[1:] if self.each else ()
-        names = [f"log_variance[Residual, {effect}]" for effect in own]
+        names = [f"log_variance[Residual, {label}]" for label in self.variance_labels(effects)[1:]]
         return (*names, *(f"z[Residual, {name}]" for name in self.correlation.names(effects)))
 
     def last_name(self, effects: tuple[str, ...]) -> str:
-        return f"Residual, {effects[0]}" if self.each else "Residual"
+        label = self.variance_labels(effects)[0]
+        return f"Residual, {label}" if label else "Residual"
 
     def _scale(self, chart: Array) -> Array:
         """Products of the relative SDs of the two visits of each entry."""
         xp = namespace(chart)
         logs = xp.concatenate([xp.zeros_like(chart[:1]), chart[: self.log_variances]])
+        logs = logs[np.array(self.variances)]
         rows, columns = triangle(self.size)
         return xp.exp(logs[rows] + logs[columns])
 
     def _relative(self, chart: Array) -> Array:
         """M's entries (t, ...)."""
         found = self.correlation.entries(chart[self.log_variances :])
-        return self._scale(chart) * found if self.each else found
+        return self._scale(chart) * found if self.log_variances else found
 
     def _identity(self, like: Array) -> Array:
         same = np.equal(*triangle(self.size)).astype(like.dtype)
@@ -105,8 +115,12 @@ class Residual(Block):
         variances = linalg.diagonal(matrix)
         sds = xp.sqrt(variances)
         z = self.correlation.coordinates(matrix / (sds[:, None] * sds))
-        logs = xp.log(variances / variances[:1])[1:] / 2 if self.each else variances[:0]
-        return xp.concatenate([logs, z])
+        return xp.concatenate([xp.log(variances[self._first] / variances[:1]) / 2, z])
+
+    @property
+    def _first(self) -> np.ndarray:
+        """The first visit of each variance but the first."""
+        return np.array([self.variances.index(k + 1) for k in range(self.log_variances)], int)
 
     def start(self, omega: Array, least: float) -> Array:
         """Variances by their estimates, and the mean of the correlations for all of them."""
@@ -117,9 +131,10 @@ class Residual(Block):
         variances = xp.maximum(variances, xp.where(largest > 0, largest, 1.0) * LEAST)
         sds = xp.sqrt(variances)
         rows, columns = np.tril_indices(self.size, -1)
-        common = xp.mean((matrix / (sds[:, None] * sds))[rows, columns], axis=0)
+        together = self.correlation.together[rows, columns]
+        common = xp.mean((matrix / (sds[:, None] * sds))[rows[together], columns[together]], axis=0)
         ratios = xp.clip(variances / variances[:1], LEAST, LARGEST)
-        logs = xp.log(ratios[1:]) / 2 if self.each else ratios[:0]
+        logs = xp.log(ratios[self._first]) / 2
         return xp.concatenate([logs, self.correlation.start(xp.clip(common, -1.0, 1.0))])
 
     def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
@@ -144,13 +159,13 @@ class Residual(Block):
         entry is linear in the logarithms of the SDs."""
         count, lanes = self.log_variances, chart.shape[1:]
         slope, bend = self.correlation.derivatives(chart[count:])
-        if not self.each:
+        if not count:
             return slope, bend
         scale = self._scale(chart)[:, None]
         whole = scale[:, 0] * self.correlation.entries(chart[count:])
-        linear = np.zeros((len(whole), self.size))
+        linear = np.zeros((len(whole), count + 1))
         for effects in triangle(self.size):
-            np.add.at(linear, (np.arange(len(whole)), effects), 1.0)
+            np.add.at(linear, (np.arange(len(whole)), np.array(self.variances)[effects]), 1.0)
         linear = linear[:, 1:].reshape(len(whole), count, *[1] * len(lanes))
         by_logs, by_z = whole[:, None] * linear, scale * slope
         corner = by_logs[:, :, None] * linear[:, None]
@@ -180,7 +195,7 @@ class Residual(Block):
 
     def directions(self, parameters: Array, log_sigma2: Array) -> Array:
         """Without one for the first variance, which is sigma2."""
-        if self.each and self.correlation.linear and self.correlation.count:
+        if self.log_variances == self.size - 1 and self.correlation.linear:
             t = self.size * (self.size + 1) // 2
             return np.eye(t, dtype=parameters.dtype)[:, 1:]
         chart = self._chart_at(parameters, log_sigma2)
