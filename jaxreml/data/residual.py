@@ -203,8 +203,8 @@ def _refuse_two_arms(
     if other.any():
         row = int(np.argmax(other))
         raise DataError(
-            f"residual={words.text!r}: {words.subject} {table[words.subject].iloc[row]!r} is in two "
-            f"of {words.arm!r}; each subject has one covariance"
+            f"residual={words.text!r}: {words.subject} {table[words.subject].iloc[row]!r} is in "
+            f"two of {words.arm!r}; each subject has one covariance"
         )
 
 

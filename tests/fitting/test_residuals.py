@@ -344,6 +344,40 @@ def test_predictions_know_the_subject():
     np.testing.assert_allclose(fit.predict(), fit.fittedvalues, rtol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["us", "ar1", "ar1h", "cs"])
+def test_a_covariance_for_each_arm_is_two_fits(family):
+    """With all fixed effects by arm, by ML, the arms share nothing."""
+    data = small(5, subjects=40, visits=3)
+    data["arm"] = np.where(data["subject"] < "s20", "a", "b")
+    whole = jaxreml.fit(
+        "y ~ arm * (x + time)", data, "ML", residual=f"{family}(time | arm/subject)"
+    )
+    parts = [
+        jaxreml.fit("y ~ x + time", own, "ML", residual=f"{family}(time | subject)")
+        for _, own in data.groupby("arm")
+    ]
+    assert whole.criterion == pytest.approx(sum(part.criterion for part in parts), abs=1e-8)
+    matrix = whole.residual_cov.to_numpy()
+    for k, part in enumerate(parts):
+        own = slice(3 * k, 3 * k + 3)
+        np.testing.assert_allclose(matrix[own, own], part.residual_cov, rtol=1e-5)
+        errors = part.variance_parameters()["std_error"].to_numpy()
+        table = whole.variance_parameters()["std_error"].to_numpy()
+        assert np.isin(errors.round(4), table.round(4)).all()
+    assert not matrix[:3, 3:].any()
+    shared = jaxreml.fit("y ~ arm * (x + time)", data, "ML", residual=f"{family}(time | subject)")
+    table = jaxreml.compare(shared, whole)
+    assert table["df"].iloc[1] == len(shared.parameters)
+    assert "is no case" not in table["note"].iloc[1] and np.isfinite(table["p_value"].iloc[1])
+    new = data.iloc[[1]].assign(time=[0.0])
+    both = [fit.predict(new, interval="prediction").to_numpy() for fit in (whole, parts[0])]
+    np.testing.assert_allclose(*both, rtol=1e-5)
+    assert "a: 0" in whole.summary() and "b: 2" in whole.summary()
+    with pytest.raises(jaxreml.DataError, match="is in two of 'arm'"):
+        crossed = data.assign(arm=np.where(data["time"] > 1, "a", "b"))
+        jaxreml.fit("y ~ x", crossed, residual="us(time | arm/subject)")
+
+
 def test_residuals_are_made_uncorrelated():
     fit = followed()
     V = dense(fit, fit.parameters)

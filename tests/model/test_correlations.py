@@ -22,6 +22,10 @@ FAMILIES = {
     "gaussian": correlations.Distance(5, TIMES, True),
     "unrestricted": correlations.Unrestricted(5),
 }
+COPIES = {
+    "autoregressive copies": correlations.Copies(4, correlations.Autoregressive(2)),
+    "unrestricted copies": correlations.Copies(6, correlations.Unrestricted(3)),
+}
 BLOCKS = [
     pytest.param(Residual(5, family, variances), id=f"{name}-{max(variances)}")
     for name, family in FAMILIES.items()
@@ -59,6 +63,26 @@ def test_starts_have_about_the_common_correlation(name):
         np.testing.assert_allclose(matrix[np.tril_indices(5, -1)], 0.4, rtol=1e-12)
     for common in (-1.0, 1.0):
         assert np.isfinite(family.start(np.array(common))).all()
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_side_by_side(name):
+    family = COPIES[name]
+    q, count = family.each.size, family.each.count
+    z = coordinates(family.count)
+    matrix = family.entries(z)[places(2 * q)]
+    for k in range(2):
+        own = slice(k * q, (k + 1) * q)
+        alone = family.each.entries(z[k * count : (k + 1) * count])[places(q)]
+        np.testing.assert_allclose(matrix[own, own], alone, rtol=1e-14)
+    assert not matrix[:q, q:].any()
+    first, second = family.derivatives(z)
+    np.testing.assert_allclose(first, slopes(family.entries, z), atol=1e-9)
+    bend = slopes(lambda at: family.derivatives(at)[0].ravel(), z).reshape(second.shape)
+    np.testing.assert_allclose(second, bend, atol=1e-8)
+    np.testing.assert_allclose(family.coordinates(matrix), z, rtol=1e-9)
+    labels = [f"{arm}: {visit}" for arm in "ab" for visit in range(q)]
+    assert family.names(labels)[count].startswith("b: ")
 
 
 def test_definitions_by_hand():

@@ -110,8 +110,8 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
         return ""
     if second is None:
         return f"the larger has independent residuals, and it has {first.words.text}"
-    visits = (own.places % len(own.visits) for own in (first, second))
-    if not (same_partition(first.codes, second.codes) and np.array_equal(*visits)):
+    visits, others = (own.places % len(own.visits) for own in (first, second))
+    if not (same_partition(first.codes, second.codes) and np.array_equal(visits, others)):
         return f"{first.words.text} and {second.words.text} have other visits or subjects"
     if first.words.arm is not None and not np.array_equal(first.places, second.places):
         return f"{first.words.text} has a covariance for each {first.words.arm}"

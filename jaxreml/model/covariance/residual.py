@@ -1,8 +1,8 @@
 """The covariance of residuals within a subject: V = sigma2 M, M over its visits.
 
 Visits are the effects of a term on the subjects, and M = I + Omega: so V0 = I + Z Omega Z' as for
-random effects, but for Omega, which is no covariance matrix. sigma2 is the first variance, which all
-visits have or the first of them. The chart is made of logarithms of relative SDs and the
+random effects, but for Omega, which is no covariance matrix. sigma2 is the first variance, which
+all visits have or the first of them. The chart is made of logarithms of relative SDs and the
 coordinates of a family of `correlations`: nothing is on a boundary.
 """
 
