@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,7 @@ class Design:
             Response.blank(structure.silent(), self.p, structure.lanes, self.dtype)
         )
 
+    @cached_property
     def collapsed(self) -> Design:
         """For the same criterion, where subjects have a covariance of residuals: those with the
         same visits make few levels, however many they are. On the host."""

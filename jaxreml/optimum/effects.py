@@ -105,7 +105,7 @@ def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]
     """`criterion` by values of the objective alone, which curves by a few n at most."""
     covariance = design.covariance
 
-    fewer = design.collapsed()
+    fewer = design.collapsed
 
     def value(chart: Array) -> float:
         return float(profiled(covariance.omega(chart), fewer, reml=reml))

@@ -290,7 +290,7 @@ def test_subjects_with_the_same_visits_make_few_levels():
     data = small(1, subjects=150, visits=3)
     data["y"] += rng.normal(size=len(data))
     fit = jaxreml.fit("y ~ x", data, residual="us(time | subject)")
-    whole, fewer = fit.design, fit.design.collapsed()
+    whole, fewer = fit.design, fit.design.collapsed
     assert fewer.structure.factors.shape[2] < whole.structure.factors.shape[2]
     omega = whole.omega_of_theta(fit.theta) * 1.1
     for left, right in zip(
