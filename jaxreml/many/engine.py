@@ -1,11 +1,12 @@
 """`BatchFitter`, on which `fit_many` stands: one model, blocks of responses in, numbers out.
 
 Responses with the same rows missing go together, through the engine of the design's structure.
+Where few share their rows, those of many patterns may go side by side (`BatchFitter.own_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,6 +37,8 @@ from jaxreml.status import Status
 
 # Responses that are fitted one after the other, where programs for many had to be compiled.
 FEW = 32
+# Responses with the same rows, or weights, from which on these get an engine of their own.
+TOGETHER = 16
 
 
 class BatchFitter:
@@ -54,6 +57,10 @@ class BatchFitter:
         engine: "numpy" or "jax"; chosen if left out: NumPy on the CPU, for grouped designs, and for
             others where there are `FEW` responses at most.
         count: how many responses there will be, if that is known.
+
+    Attributes:
+        own_rows: fits (n, b) values whose columns lack rows of their own each, to a `Table`, where
+            that is faster than an engine for each; None where it is not.
 
     Raises:
         DataError: as `fit`, and `local_devices`.
@@ -76,6 +83,7 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
+        self.own_rows: Callable[[np.ndarray], Table] | None = None
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
         p = frame.X.shape[1]
@@ -173,8 +181,15 @@ class BatchFitter:
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
+        apart = []
         for columns, kept in _patterns(values, np.flatnonzero(todo & (missing > 0))):
-            self._fit_pattern(values, columns, kept, table)
+            if self.own_rows is not None and columns.size < TOGETHER:
+                apart.append(columns)
+            else:
+                self._fit_pattern(values, columns, kept, table)
+        if apart and self.own_rows is not None:
+            columns = np.sort(np.concatenate(apart))
+            table.take(columns, self.own_rows(values[:, columns]))
         return table
 
     def basis_in(self, kept: np.ndarray) -> Basis:
