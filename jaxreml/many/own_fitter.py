@@ -264,6 +264,5 @@ def fitter_for(
     fitter = BatchFitter(frame, method, **options)
     if isinstance(fitter.engine, HostEngine):
         options.pop("count", None)
-        made = cache(lambda: OwnFitter(frame, method, **options))  # when the first lacks rows
-        fitter.own_rows = lambda values: made().table(values)
+        fitter.own_rows = cache(lambda: OwnFitter(frame, method, **options))
     return fitter

@@ -162,6 +162,15 @@ def test_rows_of_their_own_are_as_engines_of_their_own(data, formula, method, df
     for name in ("criterion", "beta", "se", "df", "contrast", "contrast_se", "mean", "sigma"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), 1e-6, 1e-9)
     np.testing.assert_allclose(ours.modes[0], theirs.modes[0], atol=1e-6)
+    whole = (ours.status == Status.CONVERGED) & (ours.rank == 3)
+    again = {}
+    for places, known, estimate in fitter.estimates(
+        values, np.where(whole[:, None], ours.theta, np.nan)
+    ):
+        again |= zip(places, estimate.beta[np.argsort(known.coefficients)].T, strict=True)
+    assert sorted(again) == np.flatnonzero(whole).tolist()
+    for place, beta in again.items():
+        np.testing.assert_allclose(beta, ours.beta[place], 1e-9)
 
 
 def test_fit_many_takes_them_in_every_form(data, tmp_path):
