@@ -12,22 +12,53 @@ import numpy as np
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import fractions, testing
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import annotated, batch_rows, batch_summaries, batch_tables, parquet
+from jaxreml.results import annotated, batch_rows, batch_summaries, batch_tables, displays, parquet
+from jaxreml.results.made_by import made_by
 from jaxreml.results.moderated import moderated
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
 
 
+@made_by("`jaxreml.fit_many`")
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchResults(FittedBatch):
-    """One model fitted to many responses: a `FittedBatch`, its tables and files,
-    and what it says about rows.
+    """One model fitted to many responses, as `jaxreml.fit_many` returns it.
+
+    What there is, by subject, each with a row per response:
+
+    To look at: `summary`, `top_table`, `tidy`, `glance`, `to_frame`; `jaxreml.batch_plots` draws;
+    notebooks show discoveries and the first responses.
+
+    Fixed effects: `params`, `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted`, `contrasts`,
+    `test`, `anova`, `moderated` (empirical Bayes).
+
+    Variances: `variances`, `log_variances`, `log_variance_se`, `correlations`, `sigma`,
+    `residual_df`, `variance_fractions`, `variance_shares`, `icc`, `r2`, `repeatability`,
+    `heritability`; `random_effects` if they were asked for.
+
+    Likelihood: `llf`, `criterion`, `aic`, `bic`, `dof`; `jaxreml.compare` for two batches.
+
+    How each ended: `converged`, `status`, `message`, `is_singular`, `nobs`, `n_missing`, `n_iter`.
+
+    One response: `estimate`, the fit with everything that `jaxreml.fit` reports.
+
+    Rows: `fitted_values`, `fitted_blocks`, `residual_blocks`, `simulated_blocks`.
+
+    Files and other libraries: `to_csv`, `to_parquet`, `read_parquet`, `to_xarray`, `to_anndata`.
 
     Attributes:
-        model, responses, fits, frame: as in `FittedBatch`.
+        model, responses, fits, frame: as in `jaxreml.many.fitted.FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
         revisit: see `inference.batches.testing`; likewise.
         values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
+
+    Examples:
+        >>> import jaxreml, numpy as np
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> both = data[["Reaction"]].to_numpy() * [[1.0, 2.0]]
+        >>> results = jaxreml.fit_many("~ Days + (Days | Subject)", data, both)
+        >>> results.params["Days"].round(2).tolist()
+        [10.47, 20.93]
     """
 
     refit: Callable[[int], LMMResults] | None = None
@@ -57,6 +88,7 @@ class BatchResults(FittedBatch):
     to_csv = batch_summaries.to_csv
     to_parquet = parquet.write_parquet
     to_anndata = annotated.to_anndata
+    _repr_html_ = displays.of_batch
     fitted_values = batch_rows.fitted_values
     fitted_blocks = batch_rows.fitted_blocks
     residual_blocks = batch_rows.residual_blocks

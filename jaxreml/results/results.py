@@ -21,19 +21,52 @@ from jaxreml.inference.resampling.simulation import simulate
 from jaxreml.inference.rows import diagnostics
 from jaxreml.inference.rows.prediction import predict
 from jaxreml.inference.selection.deletion import drop1, ranova, step
-from jaxreml.results import storage, tables
+from jaxreml.results import fit_tables, storage, tables
+from jaxreml.results.made_by import made_by
 
 
+@made_by("`jaxreml.fit`")
 @dataclass(frozen=True, eq=False, repr=False)
 class LMMResults(FittedModel):
-    """A fitted linear mixed model.
+    """A fitted linear mixed model, as `jaxreml.fit` returns it and `jaxreml.load` reads it.
 
-    Its fields, plain values and arrays, are those of `FittedModel`, one to one with `save`; the
-    labelled views are properties: fixed effects (`params`, `bse`, `tvalues`, `pvalues`, `vcov`,
-    `conf_int`), random effects (`variance_components`, `correlations`, `cov_re`, `random_effects`),
-    fit statistics (`llf`, `aic`, `bic`), rows (`fittedvalues`, `resid`) and how it ended
-    (`converged`, `is_singular`, `message`). `tidy`, `glance` and `augment` give frames as
-    broom.mixed does. Tests, intervals, comparisons, predictions and diagnostics are methods.
+    What there is, by subject; `help(LMMResults.predict)` and so on say more.
+
+    To look at: `summary` (``print(fit)``), `tidy`, `glance` and `augment` (frames as broom.mixed
+    makes them), `to_latex`, `to_html` and `to_markdown` (tables for papers), `report` (a
+    sentence); notebooks show the model table.
+
+    Fixed effects: `params`, `bse`, `tvalues`, `pvalues`, `vcov`, `coefficients`, `conf_int`,
+    `test`, `anova`, `joint_tests`, `emmeans`, `contrast`, `emtrends`, `df_satterthwaite`,
+    `vcov_kenward_roger`.
+
+    Random effects and variances: `random_effects`, `random_effects_se`, `variance_components`,
+    `variances`, `log_variances`, `log_variance_se`, `correlations`, `cov_re`,
+    `variance_parameters`, `parameters_vcov`, `icc`, `r2`, `variance_shares`, `repeatability`,
+    `heritability`, `delta` for any function of the parameters.
+
+    Likelihood: `llf`, `criterion`, `aic`, `bic`, `dof`, `profile`; `jaxreml.compare` for several
+    fits; `drop1`, `ranova` and `step` leave terms out.
+
+    Simulation: `simulate`, `bootstrap`; `jaxreml.power`.
+
+    Rows: `predict`, `fittedvalues`, `resid`, `residuals`, `leverage`, `cooks_distance`, `dfbetas`,
+    `influence`, `nobs`, `ngroups`, `n_dropped`. `jaxreml.plots` draws them.
+
+    How it ended: `converged`, `is_singular`, `message`, `status`, `n_iter`, `gradient_norm`.
+
+    Files: `save` and `load`; it can also be pickled and copied.
+
+    Its fields, plain values and arrays, are those of `jaxreml.fitting.fitted.FittedModel`.
+
+    Examples:
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+        >>> fit
+        <LMMResults 'Reaction ~ Days + (Days | Subject)', REML, criterion 1743.6283>
+        >>> fit.params.round(2).to_dict()
+        {'(Intercept)': 251.41, 'Days': 10.47}
     """
 
     # Fixed effects
@@ -82,6 +115,11 @@ class LMMResults(FittedModel):
     tidy = tables.tidy
     glance = tables.glance
     augment = tables.augment
+    to_latex = fit_tables.to_latex
+    to_html = fit_tables.to_html
+    to_markdown = fit_tables.to_markdown
+    report = fit_tables.report
+    _repr_html_ = fit_tables.repr_html
     save = storage.save
 
     def __str__(self) -> str:

@@ -26,6 +26,7 @@ ROOMS = [
     {"fitting", "frame"},
     {"data", "optimum"},
     {"model"},
+    {"typeset"},
     {"arguments", "backend", "datasets"},
     {"errors", "status"},
 ]

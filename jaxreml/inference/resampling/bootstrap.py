@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,13 +29,15 @@ from jaxreml.inference.resampling.statistics import (
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits, count_failures, require_some
 from jaxreml.status import Status
+from jaxreml.typeset.frames import frame_table
+from jaxreml.typeset.table import Table, Tabulated
 
 METHODS = ("percentile", "basic", "bca", "studentized")
 SCORES = 10_000  # most draws that an acceleration is made from
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Bootstrap:
+class Bootstrap(Tabulated):
     """Statistics of responses drawn from a fit.
 
     Attributes:
@@ -195,6 +198,31 @@ class Bootstrap:
             variance = variance + np.einsum("ki,ij,kj->k", of_beta, fit.vcov_array, of_beta)
             values = np.mean(parts**3, axis=0) / variance**1.5 / 6
         return pd.Series(values, self.estimate.index, name="acceleration")
+
+    def as_table(
+        self, conf_level: float = 0.95, method: str = "percentile", **options: Any
+    ) -> Table:
+        """Estimates, bias, standard errors and intervals as a table for a paper.
+
+        Args:
+            conf_level, method: of the intervals, as for `conf_int`.
+            options: digits, rename, caption, label and note, as for `jaxreml.frame_table`.
+        """
+        limits = self.conf_int(conf_level, method)
+        frame = pd.concat([self.to_frame().drop(columns="n_defined"), limits], axis=1)
+        made = frame_table(frame, conf_level=conf_level, **options)
+        return replace(made, notes=(f"{self._in_words()}; {method} intervals", *made.notes))
+
+    def _in_words(self) -> str:
+        left_out = f", {self.n_failed} left out for want of an optimum" if self.n_failed else ""
+        return (
+            f"Parametric bootstrap of {self.fit.formula}, {self.fit.method}, {self.nsim} draws"
+            f"{left_out}, {self.share_singular:.1%} singular"
+        )
+
+    def _repr_html_(self) -> str:
+        made = frame_table(self.to_frame().rename(columns={"n_defined": "Draws"}))
+        return replace(made, notes=(self._in_words(), "Intervals by conf_int()")).to_html()
 
     def __repr__(self) -> str:
         return (
