@@ -257,12 +257,13 @@ def fitter_for(
     frame: ModelFrame, method: str, *, own: bool, covariate: str | None = None, **options: Any
 ) -> Any:
     """A `BatchFitter`, or an `OwnFitter` if the responses have weights or covariates of their
-    own. On NumPy the first has the second for responses that lack rows few others lack."""
+    own. On NumPy, without weights, the first has the second for responses that lack rows few others
+    lack."""
     if own or covariate is not None:
         options.pop("count", None)
         return OwnFitter(frame, method, covariate=covariate, **options)
     fitter = BatchFitter(frame, method, **options)
-    if isinstance(fitter.engine, HostEngine):
+    if isinstance(fitter.engine, HostEngine) and frame.weights is None:
         options.pop("count", None)
         fitter.own_rows = cache(lambda: OwnFitter(frame, method, **options))
     return fitter
