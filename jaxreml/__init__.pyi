@@ -29,10 +29,12 @@ from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.results import batch_plots as batch_plots
 from jaxreml.results import plots as plots
 from jaxreml.results.batch import BatchResults as BatchResults
+from jaxreml.results.model_tables import model_table as model_table
 from jaxreml.results.moderated import ModeratedResults as ModeratedResults
 from jaxreml.results.results import LMMResults as LMMResults
 from jaxreml.results.results import load as load
 from jaxreml.results.streamed import StreamedResults as StreamedResults
 from jaxreml.status import Status as Status
+from jaxreml.typeset.frames import frame_table as frame_table
 
 __version__: str

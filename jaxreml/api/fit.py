@@ -24,11 +24,7 @@ def fit(
     engine: str | None = None,
     **others: Any,
 ) -> LMMResults:
-    """Fit a linear mixed model.
-
-    Computes in float64 whatever JAX's settings, and changes none of them. In processes of
-    `multiprocessing`, start them by ``get_context("spawn")``, or by joblib's default backend: JAX
-    does not work in one that is forked (Linux's default before Python 3.14) after it has run.
+    """Fit a linear mixed model to a table by a formula, as lme4's ``lmer``.
 
     Args:
         formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
@@ -58,6 +54,27 @@ def fit(
         RuntimeError: in a process that was forked after JAX had run.
         ValueError: another method or engine, or one that has no such structure.
         TypeError: an argument that `fit` does not have.
+
+    Computes in float64 whatever JAX's settings, and changes none of them. In processes of
+    `multiprocessing`, start them by ``get_context("spawn")``, or by joblib's default backend: JAX
+    does not work in one that is forked (Linux's default before Python 3.14) after it has run.
+
+    Examples:
+        Reaction times of 18 people over ten days with little sleep; each person has a line with an
+        intercept and a slope of their own:
+
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+        >>> fit.params.round(2).to_dict()
+        {'(Intercept)': 251.41, 'Days': 10.47}
+        >>> fit.coefficients().loc["Days", ["std_error", "df"]].round(2).to_dict()
+        {'std_error': 1.55, 'df': 17.0}
+        >>> fit.variances.round(1).to_list()
+        [612.1, 35.1, 654.9]
+
+        ``print(fit)`` shows the summary, and `LMMResults` lists what else there is: tests,
+        marginal means, intervals, predictions, tables for papers.
     """
     refuse_arguments("fit", others)
     is_reml(method)

@@ -308,6 +308,7 @@ def _model(
         fitter.engine_name,
         tuple(frame.fixed_terms),
         own,
+        frame.library,
     )
 
 

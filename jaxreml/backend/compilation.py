@@ -45,14 +45,19 @@ def enable_compilation_cache(path: str | Path | None = None) -> Path:
 def quick_compilation(platform: str) -> dict[str, bool] | None:
     """`compiler_options` of `jax.jit` for programs of hundreds of small operations.
 
-    On a CPU, XLA's older way to emit fused loops: half the time to compile, and code as fast. None
-    elsewhere, and where this version of XLA has no such option.
+    On a CPU, XLA's older way to emit fused loops: half the time to compile, and code as fast. On a
+    GPU, matrix products by cuBLAS: those by cuBLASLt fail where XLA records them into a command
+    buffer (jaxlib 0.11.2, "the requested functionality is not supported"). None elsewhere, and
+    where this version of XLA has no such option.
     """
     import jax
 
-    if platform != "cpu":
+    options = {
+        "cpu": {"xla_cpu_use_fusion_emitters": False},
+        "gpu": {"xla_gpu_enable_cublaslt": False},
+    }.get(platform)
+    if options is None:
         return None
-    options = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except Exception:

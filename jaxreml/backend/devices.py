@@ -52,6 +52,15 @@ def has_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
+def working_bytes(device: Any) -> int | None:
+    """Bytes that each of the larger arrays of a program may take on an accelerator, a thousand of
+    which fill three quarters of its memory; None for a CPU, whose cache decides instead."""
+    if device.platform == "cpu":
+        return None
+    statistics = device.memory_stats() or {}
+    return statistics.get("bytes_limit", 2**33) * 3 // 4 // 1000
+
+
 def _none(kind: str | None, reason: str) -> DataError:
     asked = (kind or os.environ.get("JAX_PLATFORMS") or "cpu").partition(",")[0]
     what = asked.upper() if asked in ("cpu", "tpu") else "GPU"

@@ -87,6 +87,11 @@ class Images(Array):
         super().__init__(values, [f"{i},{j},{k}" for i, j, k in index])
         self.labels = images.index if isinstance(images, pd.Series) else None
 
+    def __repr__(self) -> str:
+        n, voxels = self.values.shape
+        size = " x ".join(map(str, self.mask.shape))
+        return f"<Images: {n} of {size} voxels, {voxels} in the mask>"
+
     def _pieces(self, nib: Any, images: Any) -> Iterator[_Piece]:
         """What to read, volume by volume, shapes and spaces checked."""
         several = isinstance(images, list | tuple | pd.Series | np.ndarray)

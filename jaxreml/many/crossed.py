@@ -15,10 +15,12 @@ import numpy as np
 from jax import Array
 
 from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.devices import working_bytes
 from jaxreml.backend.runtime import neutral
 from jaxreml.backend.threads import cores
 from jaxreml.many.base import Known, Options
 from jaxreml.many.contributions import Parts
+from jaxreml.many.lanes import power_of_two
 from jaxreml.many.numbers import Table
 from jaxreml.many.steps import of_rows, pack, tests_of
 from jaxreml.model.basis import Basis
@@ -30,8 +32,9 @@ from jaxreml.optimum.effects import conditional_modes, criterion, relative_covar
 from jaxreml.optimum.estimate import estimate
 from jaxreml.optimum.report import Estimate
 
-LANES = 64  # most responses that `estimate` is mapped over at a time
-NUMBERS = 2**21  # and most numbers in the larger arrays of them
+LANES = 64  # most responses that `estimate` is mapped over at a time on a CPU,
+LANES_APART = 1024  # and on an accelerator
+NUMBERS = 2**21  # most numbers in the larger arrays of them on a CPU
 
 
 class CrossedEngine:
@@ -42,9 +45,11 @@ class CrossedEngine:
         self.design = Design.of(basis, basis.blank())  # what all responses share
         of_x: Crossed = basis.structure
         numbers = of_x.rest.size + sum(own.tail.size + own.matrix.size for own in of_x.stages)
-        self.lanes = options.lanes or min(max(NUMBERS // numbers, 1), LANES)
-        # Large factorisations take all cores each.
-        self.threads = cores() if self.lanes == LANES else 1
+        apart = working_bytes(options.devices[0])
+        most, room = (LANES, NUMBERS) if apart is None else (LANES_APART, apart // 8)
+        self.lanes = options.lanes or min(max(room // numbers, 1), most)
+        # Large factorisations take all cores each; on an accelerator the second thread copies.
+        self.threads = 2 if apart else cores() if self.lanes == most else 1
 
     def fit(
         self, values: np.ndarray, columns: np.ndarray, kept: np.ndarray | None, table: Table
@@ -54,7 +59,8 @@ class CrossedEngine:
         devices = options.devices
         programs = _programs(options.reml, options.df, options.max_iterations)
         blank = self.design if options.df.startswith("kenward-roger") else None
-        lanes = 1 if columns.size == 1 else self.lanes  # a pattern of missing values of its own
+        # A pattern of missing values of its own often has one response.
+        lanes = 1 if columns.size == 1 else min(self.lanes, max(LANES, power_of_two(columns.size)))
 
         def work(k: int) -> tuple[np.ndarray, np.ndarray, Any]:
             chunk = columns[k : k + lanes]

@@ -240,6 +240,11 @@ def fitting(numbers: int, cache: int, least: int, most: int) -> int:
     return min(max(2 ** int(math.log2(lanes)), least), most)
 
 
+def power_of_two(count: int) -> int:
+    """The least that is not below."""
+    return 2 ** math.ceil(math.log2(count))
+
+
 def _constant(X: np.ndarray) -> np.ndarray:
     coefficients = np.linalg.lstsq(X, np.ones(len(X)))[0]
     exact = np.max(np.abs(X @ coefficients - 1), initial=0.0) < 1e-12

@@ -19,10 +19,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.devices import working_bytes
 from jaxreml.backend.runtime import neutral
 from jaxreml.backend.threads import cores
 from jaxreml.many.base import Known, Options
-from jaxreml.many.lanes import Lanes, fitting
+from jaxreml.many.lanes import Lanes, fitting, power_of_two
 from jaxreml.many.numbers import Table
 from jaxreml.many.programs import programs
 from jaxreml.many.screening import Grid, suspects
@@ -33,8 +34,9 @@ from jaxreml.model.response import Response
 from jaxreml.optimum.rivals import has_one_optimum, starts
 from jaxreml.status import Status
 
-CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk
-FEW, MANY = 32, 256  # lanes of a chunk, at least and at most
+CACHE_BYTES = 2**20  # of each of the larger arrays of a chunk, on a CPU
+FEW, MANY = 32, 256  # lanes of a chunk, at least and at most, on a CPU;
+FEW_APART, MANY_APART = 256, 2**14  # on an accelerator, whose launches cost more than numbers do
 LOOK = 20  # steps of the first chunk of a pass
 OF_A_PASS = 4  # what a response costs in another pass, besides its steps, in steps
 
@@ -109,8 +111,12 @@ class Passes:
         self.screens, self.grid = engine.screens, engine.grid
         self.shifts = bool(np.any(engine.lanes.constant))
         self.first_row = 0 if kept is None else int(np.argmax(kept))
+        self.room = _Room.of(self.options.devices[0])
+        most = self.room.lanes(engine.lanes.largest)
         few = count <= FEW or not engine.in_step
-        self.lanes = self.options.lanes or (FEW if few else _lanes(engine.lanes.largest))
+        shared = -(-count // len(self.options.devices))
+        wanted = self.room.least if few else max(power_of_two(shared), self.room.usual)
+        self.lanes = self.options.lanes or min(wanted, most)
         self.size = self.lanes * len(self.options.devices)  # of all devices
         self.suspects: list[_Part] = []  # responses that may have a lower optimum
 
@@ -246,7 +252,7 @@ class Passes:
 
     def _block(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values less shifts, (groups, n, lanes), and these, (groups, lanes)."""
-        groups = columns.reshape(-1, min(_lanes(len(self.values)), self.lanes))
+        groups = columns.reshape(-1, min(self.room.lanes(len(self.values)), self.lanes))
         shifts = self.values[self.first_row, groups] * self.shifts
         block = np.empty((len(groups), len(self.values), groups.shape[1]))
         for group, shift, out in zip(groups, shifts, block, strict=True):
@@ -257,6 +263,27 @@ class Passes:
         if self.kept is not None:
             block[:, ~self.kept] = 0.0
         return block, shifts
+
+
+class _Room(NamedTuple):
+    """How many lanes a device works on well: bytes of an array; lanes at least, as a rule (more
+    only for as many responses) and at most."""
+
+    size: int
+    least: int
+    usual: int
+    most: int
+
+    @classmethod
+    def of(cls, device: Any) -> _Room:
+        apart = working_bytes(device)
+        if apart is None:
+            return cls(CACHE_BYTES, FEW, MANY, MANY)
+        return cls(apart, FEW_APART, FEW_APART, MANY_APART)
+
+    def lanes(self, numbers: int) -> int:
+        """Of so many numbers each."""
+        return fitting(numbers, self.size, self.least, self.most)
 
 
 class _Part(NamedTuple):
@@ -316,8 +343,3 @@ def _threads(devices: list[Any]) -> int:
     if len(devices) == 1 and devices[0].platform == "cpu":
         return cores()
     return 2
-
-
-def _lanes(numbers: int) -> int:
-    """How many lanes of so many numbers each stay in the cache."""
-    return fitting(numbers, CACHE_BYTES, FEW, MANY)

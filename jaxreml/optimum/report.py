@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
@@ -14,12 +16,13 @@ from jaxreml.model.objective import Expansion
 from jaxreml.optimum import newton
 from jaxreml.optimum.hessian import inertia
 from jaxreml.optimum.search import Point, inner_hessian
+from jaxreml.status import Status
 
 Array = Any  # NumPy's or JAX's
 
 
 @record
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """The optimum and what follows from it: a pytree of arrays, m variance parameters.
 
@@ -70,6 +73,24 @@ class Estimate:
     def params(self) -> Array:
         """`parameters`, by its former name."""
         return self.parameters
+
+    def __repr__(self) -> str:
+        """What it is, also of several designs, under `jit` and of a pytree of anything."""
+        try:
+            *several, parameters = np.shape(self.parameters)
+            what = f"{parameters} variance parameters and {np.shape(self.beta)[-1]} fixed effects"
+            of = f", of {' x '.join(map(str, several))} designs" if several else ""
+        except (TypeError, ValueError, IndexError):
+            return f"<Estimate of {type(self.parameters).__name__}>"
+        try:
+            status, criterion = np.asarray(self.status), np.asarray(self.criterion)
+            if several:
+                bad = int(np.sum(status != Status.CONVERGED))
+                return f"<Estimate of {what}{of}, {bad} without an optimum>"
+            ended = Status(int(status)).name.lower().replace("_", " ")
+            return f"<Estimate of {what}, criterion {float(criterion):.4f}, {ended}>"
+        except (TypeError, ValueError):  # traced: there are no numbers
+            return f"<Estimate of {what}{of}, traced>"
 
 
 def report(

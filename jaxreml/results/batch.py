@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +10,60 @@ from typing import Any
 
 import numpy as np
 
+from jaxreml.data.outputs import in_library
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import fractions, testing
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import annotated, batch_rows, batch_summaries, batch_tables, parquet
+from jaxreml.results import annotated, batch_rows, batch_summaries, batch_tables, displays, parquet
+from jaxreml.results.made_by import made_by
 from jaxreml.results.moderated import moderated
 from jaxreml.results.results import LMMResults
 from jaxreml.status import Status
 
 
+@made_by("`jaxreml.fit_many`")
 @dataclass(frozen=True, eq=False, repr=False)
 class BatchResults(FittedBatch):
-    """One model fitted to many responses: a `FittedBatch`, its tables and files,
-    and what it says about rows.
+    """One model fitted to many responses, as `jaxreml.fit_many` returns it.
+
+    What there is, by subject, each with a row per response:
+
+    To look at: `summary`, `top_table`, `tidy`, `glance`, `to_frame`; `jaxreml.batch_plots` draws;
+    notebooks show discoveries and the first responses.
+
+    Fixed effects: `params`, `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted`, `contrasts`,
+    `test`, `anova`, `moderated` (empirical Bayes).
+
+    Variances: `variances`, `log_variances`, `log_variance_se`, `correlations`, `sigma`,
+    `residual_df`, `variance_fractions`, `variance_shares`, `icc`, `r2`, `repeatability`,
+    `heritability`; `random_effects` if they were asked for.
+
+    Likelihood: `llf`, `criterion`, `aic`, `bic`, `dof`; `jaxreml.compare` for two batches.
+
+    How each ended: `converged`, `status`, `message`, `is_singular`, `nobs`, `n_missing`, `n_iter`.
+
+    One response: `estimate`, the fit with everything that `jaxreml.fit` reports.
+
+    Rows: `fitted_values`, `fitted_blocks`, `residual_blocks`, `simulated_blocks`.
+
+    Files and other libraries: `to_csv`, `to_parquet`, `read_parquet`, `to_xarray`, `to_anndata`.
 
     Attributes:
-        model, responses, fits, frame: as in `FittedBatch`.
+        model, responses, fits, frame: as in `jaxreml.many.fitted.FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
         revisit: see `inference.batches.testing`; likewise.
         values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
+
+    A pickle has the results and the rows of the model, but not the responses: `refit`, `revisit`
+    and `values` are None in it, as in results read from a file. Copies have all.
+
+    Examples:
+        >>> import jaxreml, numpy as np
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> both = data[["Reaction"]].to_numpy() * [[1.0, 2.0]]
+        >>> results = jaxreml.fit_many("~ Days + (Days | Subject)", data, both)
+        >>> results.params["Days"].round(2).tolist()
+        [10.47, 20.93]
     """
 
     refit: Callable[[int], LMMResults] | None = None
@@ -35,28 +71,29 @@ class BatchResults(FittedBatch):
     values: Callable[[int, int], np.ndarray] | None = None
 
     # Tests
-    test = testing.test
-    anova = testing.anova
+    test = in_library(testing.test, "response", always=True)
+    anova = in_library(testing.anova, "response", always=True)
     moderated = moderated
-    top_table = batch_summaries.top_table
+    top_table = in_library(batch_summaries.top_table)
 
     # Shares of variance
-    variance_fractions = fractions.variance_fractions
-    variance_shares = fractions.variance_shares
-    icc = fractions.icc
-    r2 = fractions.r2
-    repeatability = fractions.repeatability
-    heritability = fractions.heritability
+    variance_fractions = in_library(fractions.variance_fractions, "response", always=True)
+    variance_shares = in_library(fractions.variance_shares, "response", always=True)
+    icc = in_library(fractions.icc, "response", always=True)
+    r2 = in_library(fractions.r2, "response", always=True)
+    repeatability = in_library(fractions.repeatability, "response", always=True)
+    heritability = in_library(fractions.heritability, "response", always=True)
 
     # Tables and files
     summary = batch_summaries.summary
-    tidy = batch_tables.tidy
-    glance = batch_tables.glance
-    to_frame = batch_tables.to_frame
+    tidy = in_library(batch_tables.tidy)
+    glance = in_library(batch_tables.glance)
+    to_frame = in_library(batch_tables.to_frame)
     to_xarray = batch_tables.to_xarray
     to_csv = batch_summaries.to_csv
     to_parquet = parquet.write_parquet
     to_anndata = annotated.to_anndata
+    _repr_html_ = displays.of_batch
     fitted_values = batch_rows.fitted_values
     fitted_blocks = batch_rows.fitted_blocks
     residual_blocks = batch_rows.residual_blocks
@@ -85,9 +122,23 @@ class BatchResults(FittedBatch):
         if self.refit is None:
             raise DataError(
                 "the values of the responses are not at hand (a stream, or results read from a "
-                "file): use jaxreml.fit on the response itself"
+                "file or a pickle): use jaxreml.fit on the response itself"
             )
         return self.refit(self.position(i))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "refit": None, "revisit": None, "values": None}
+
+    def __copy__(self) -> BatchResults:
+        return self._with(dict(vars(self)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchResults:
+        return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, state: dict[str, Any]) -> BatchResults:
+        found = type(self).__new__(type(self))
+        vars(found).update(state)
+        return found
 
     def __repr__(self) -> str:
         failed = int(np.sum(self.fits.status != Status.CONVERGED))

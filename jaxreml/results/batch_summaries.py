@@ -116,15 +116,15 @@ def summary(results: FittedBatch) -> str:
     ]
     failures = sorted(count_failures(fits.status).items(), key=lambda item: -item[1])
     lines += [f"  {count} without: {sentence}" for sentence, count in failures]
-    lines.append(_rows(results))
-    table = _discoveries(results)
+    lines.append(rows_in_words(results))
+    table = discoveries_of(results)
     if len(table):
         lines += ["", f"Discoveries at a false discovery rate of {RATE:.0%}, df {model.df!r}:"]
         lines.append(table.to_string())
     return "\n".join(lines)
 
 
-def _rows(results: FittedBatch) -> str:
+def rows_in_words(results: FittedBatch) -> str:
     """How many rows were used and left out."""
     fits, dropped = results.fits, results.model.n_dropped
     if not len(results):
@@ -137,7 +137,7 @@ def _rows(results: FittedBatch) -> str:
     return text + (f"; {missing} responses have missing values" if missing else "")
 
 
-def _discoveries(results: FittedBatch) -> pd.DataFrame:
+def discoveries_of(results: FittedBatch) -> pd.DataFrame:
     """Per coefficient and contrast how many are up and down, and of how many tests."""
     names = [*results.model.fixed_names, *results.model.contrasts]
     fits = results.fits
@@ -166,7 +166,7 @@ def to_csv(results: Any, path: str | Path, *, overwrite: bool = False) -> None:
             not exist.
     """
     path = check_new(path, overwrite)
-    frame = results.to_frame()
+    frame = results.to_frame(output="pandas")
     compression = "gzip" if path.suffix == ".gz" else None
     write_whole(
         path, lambda temporary: frame.to_csv(temporary, index=False, compression=compression)

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from jaxreml.data.outputs import in_library
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import moderation
 from jaxreml.many.fitted import FittedBatch
-from jaxreml.results import batch_summaries, batch_tables
+from jaxreml.results import batch_summaries, batch_tables, displays
+from jaxreml.results.made_by import made_by
 from jaxreml.status import Status
 
 
+@made_by("`BatchResults.moderated`")
 @dataclass(frozen=True, eq=False, repr=False)
 class ModeratedResults(FittedBatch):
     """A `FittedBatch` whose `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted` and `contrasts`
@@ -36,10 +39,14 @@ class ModeratedResults(FittedBatch):
     posterior_variance: pd.Series
     trend: pd.Series | None = None
 
-    top_table = batch_summaries.top_table
-    tidy = batch_tables.tidy
+    top_table = in_library(batch_summaries.top_table)
+    tidy = in_library(batch_tables.tidy)
     to_csv = batch_summaries.to_csv
 
+    def _repr_html_(self) -> str:
+        return displays.of_batch(self, self._prior())
+
+    @in_library
     def to_frame(self) -> pd.DataFrame:
         """The columns of `BatchResults.to_frame`, and prior_df, prior_variance and
         posterior_variance after residual_df."""
@@ -51,9 +58,12 @@ class ModeratedResults(FittedBatch):
 
     def summary(self) -> str:
         """`BatchResults.summary`, with what was moderated."""
+        return f"{batch_summaries.summary(self)}\n\n{self._prior()}"
+
+    def _prior(self) -> str:
         prior = f"prior df {_range(self.prior_df)}, prior variance {_range(self.prior_variance)}"
         trend = "" if self.trend is None else ", with a trend"
-        return f"{batch_summaries.summary(self)}\n\nResidual variances moderated: {prior}{trend}"
+        return f"Residual variances moderated: {prior}{trend}"
 
     def __repr__(self) -> str:
         known = self.prior_df.dropna()

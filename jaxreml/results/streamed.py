@@ -25,13 +25,15 @@ from jaxreml.data.sources import import_parquet
 from jaxreml.errors import DataError
 from jaxreml.many.fitted import BatchModel, benjamini_hochberg
 from jaxreml.many.numbers import count_failures
-from jaxreml.results import batch_tables, parquet
+from jaxreml.results import batch_tables, displays, parquet
 from jaxreml.results.batch import BatchResults
+from jaxreml.results.made_by import made_by
 from jaxreml.status import Status
 
 MARK = b"jaxreml.part"  # key of a part's schema metadata
 
 
+@made_by("`jaxreml.fit_many` with output=")
 @dataclass(frozen=True, repr=False)
 class StreamedResults:
     """What `fit_many` wrote to a file.
@@ -60,6 +62,9 @@ class StreamedResults:
             f"<StreamedResults {str(self.path)!r}, {self.model.formula!r}, {self.n_responses} "
             f"responses, {self.n_failed} without an optimum>"
         )
+
+    def _repr_html_(self) -> str:
+        return displays.of_stream(self)
 
     def read(self) -> BatchResults:
         """The results, in memory."""

@@ -45,8 +45,26 @@ def tidy(
         apply to the effects asked for. Standard errors of SDs and correlations are the delta
         method's; those of conditional modes are `LMMResults.random_effects_se`.
 
+        For a paper take `LMMResults.to_latex` or ``jaxreml.frame_table(fit.tidy()).to_latex()``:
+        the frame's own ``to_latex``, pandas', leaves underscores as they are, which LaTeX refuses,
+        and prints small p-values as 0.00.
+
     Raises:
         ValueError: another effect, or a level outside (0, 1).
+
+    Examples:
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+        >>> fit.tidy()[["group", "term", "estimate"]].round(2)
+              group                   term  estimate
+        0      None            (Intercept)    251.41
+        1      None                   Days     10.47
+        2   Subject        sd__(Intercept)     24.74
+        3   Subject               sd__Days      5.92
+        4   Subject  cor__(Intercept).Days      0.07
+        5  Residual        sd__Observation     25.59
+        >>> latex = jaxreml.frame_table(fit.tidy()).to_latex()
     """
     check_conf_level(conf_level)
     wanted = chosen(effects, EFFECTS)
@@ -152,8 +170,35 @@ _METHODS = {
 }
 
 
-def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
-    """The fit as text, in the layout of lmerTest's summary; `df` as for `LMMResults.test`."""
+def tests_in_words(df: str) -> str:
+    """Of which degrees of freedom tests are, as a sentence for the note of a table."""
+    return {
+        "satterthwaite": "Tests use Satterthwaite's degrees of freedom",
+        "residual": "Tests use the residual degrees of freedom",
+        "inf": "Tests are normal",
+    }.get(df, "Tests use Kenward and Roger's degrees of freedom and standard errors")
+
+
+def summary(
+    fit: FittedModel,
+    df: str = "satterthwaite",
+    *,
+    conf_level: float | None = None,
+    show_stars: bool = True,
+) -> str:
+    """The fit as text, in the layout of lmerTest's summary.
+
+    Args:
+        fit: the fit.
+        df: degrees of freedom of the fixed effects, as for `LMMResults.test`.
+        conf_level: level of Wald intervals of the fixed effects; without them if left out.
+        show_stars: whether p-values have stars.
+
+    Raises:
+        ValueError: another `df`, or a level outside (0, 1).
+    """
+    if conf_level is not None:
+        check_conf_level(conf_level)
     by = "REML" if fit.method == "REML" else "maximum likelihood"
     parts = [
         f"Linear mixed model fit by {by}. {_METHODS[df]}\n"
@@ -164,7 +209,7 @@ def summary(fit: FittedModel, df: str = "satterthwaite") -> str:
         "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),
     ]
     if fit.fixed_names:
-        parts.append("Fixed effects:\n" + _fixed_effects(wald.coefficients(fit, df)))
+        parts.append("Fixed effects:\n" + _fixed_effects(fit, df, conf_level, show_stars))
     if len(fit.fixed_names) > 1:
         parts.append("Correlation of Fixed Effects:\n" + _fixed_correlations(fit))
     notes = []
@@ -259,14 +304,16 @@ def _p_value(value: float) -> str:
     return "< 2e-16" if value < 2e-16 else f"{value:.3g}" if value >= 1e-4 else f"{value:.2e}"
 
 
-def _stars(value: float) -> str:
-    for bound, stars in ((0.001, "***"), (0.01, "**"), (0.05, "*"), (0.1, ".")):
+def stars(value: float, *, dots: bool = True) -> str:
+    """The stars of a p-value as R prints them, with or without a dot for those below 0.1."""
+    for bound, marks in ((0.001, "***"), (0.01, "**"), (0.05, "*"), (0.1, "." * dots)):
         if value < bound:
-            return stars
+            return marks
     return ""
 
 
-def _fixed_effects(table: pd.DataFrame) -> str:
+def _fixed_effects(fit: FittedModel, df: str, conf_level: float | None, show_stars: bool) -> str:
+    table = wald.coefficients(fit, df)
     p_values = table["p_value"].to_numpy()
     columns = [
         list(table.index),
@@ -275,11 +322,17 @@ def _fixed_effects(table: pd.DataFrame) -> str:
         [f"{value:.2f}" for value in table["df"]],
         [f"{value:.3f}" for value in table["statistic"]],
         [_p_value(value) for value in p_values],
-        [_stars(value).ljust(3) for value in p_values],
     ]
-    header = ["", "Estimate", "Std. Error", "df", "t value", "Pr(>|t|)", ""]
+    header = ["", "Estimate", "Std. Error", "df", "t value", "Pr(>|t|)"]
+    if conf_level is not None:
+        limits = wald.conf_int(fit, conf_level, df).to_numpy().T
+        columns[3:3] = map(_digits, limits)
+        header[3:3] = [f"{50 * (1 + side * conf_level):g} %" for side in (-1, 1)]
+    if show_stars:
+        columns.append([stars(value).ljust(3) for value in p_values])
+        header.append("")
     text = _table([header, *map(list, zip(*columns, strict=True))], left=1)
-    if np.any(p_values < 0.1):
+    if show_stars and np.any(p_values < 0.1):
         text += "\n---\nSignif. codes:  0 '***' 0.001 '**' 0.01 '*' 0.05 '.' 0.1 ' ' 1"
     return text
 

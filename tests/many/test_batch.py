@@ -17,7 +17,7 @@ import jaxreml
 from jaxreml.data.frame import covariate_frame
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.host import HostEngine
-from jaxreml.many.lanes import Lanes
+from jaxreml.many.lanes import Lanes, fitting
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import Unstructured
@@ -268,6 +268,24 @@ def test_chunks_and_order_change_nothing(sleep_batch):
     np.testing.assert_array_equal(a.status, b.status)
     np.testing.assert_allclose(a.criterion, b.criterion, atol=1e-9)
     np.testing.assert_allclose(a.beta, b.beta, rtol=1e-7)
+
+
+def test_an_accelerators_larger_chunks_change_nothing(monkeypatch):
+    data = table(n=60, levels=12)
+    values = responses(data, 300, group="g", slope="x")
+    frame = covariate_frame("~ x + (1 | g)", data)
+    expected = BatchFitter(frame, engine="numpy").fit(values)
+    monkeypatch.setattr("jaxreml.many.passes.working_bytes", lambda device: 2**21)
+    asked = []
+    monkeypatch.setattr(
+        "jaxreml.many.passes.fitting", lambda *room: asked.append(fitting(*room)) or asked[-1]
+    )
+    found = BatchFitter(frame, engine="jax").fit(values)
+    assert max(asked) > 256  # the most on a CPU
+    np.testing.assert_array_equal(found.status, expected.status)
+    good = found.status == Status.CONVERGED
+    assert good.sum() > 290
+    np.testing.assert_allclose(found.criterion[good], expected.criterion[good], rtol=1e-10)
 
 
 def test_iteration_limit_is_a_status(sleep_batch):

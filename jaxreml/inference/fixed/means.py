@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.data.outputs import converted
 from jaxreml.data.tables import nearest
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -27,6 +28,8 @@ from jaxreml.inference.fixed.grid import OVERALL, ReferenceGrid, is_numeric, ref
 from jaxreml.inference.fixed.nested import described, with_outer
 from jaxreml.inference.fixed.terms import FixedTerms
 from jaxreml.inference.fixed.wald import approximation, each
+from jaxreml.typeset.frames import frame_table
+from jaxreml.typeset.table import Table, Tabulated
 
 STEP = 1e-4  # of a covariate's range, for slopes of curves
 ROUNDING = 1e-13
@@ -34,7 +37,7 @@ WEIGHTS = ("equal", "proportional")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MarginalMeans:
+class MarginalMeans(Tabulated):
     """Marginal means, or slopes, and contrasts between them.
 
     Attributes:
@@ -54,6 +57,21 @@ class MarginalMeans:
     notes: tuple[str, ...]
     contrast_notes: tuple[str, ...]
     _functions: Functions
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The columns of `table` whose levels the means have."""
+        return tuple(self._functions.labels)
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """Those of `factors` within whose levels means are compared."""
+        return self._functions.by
+
+    @property
+    def conf_level(self) -> float:
+        """Confidence level of the intervals."""
+        return self._functions.conf_level
 
     def contrast(
         self,
@@ -77,6 +95,58 @@ class MarginalMeans:
             interval is simultaneous (Bonferroni's for "holm" and "BH").
         """
         return self._functions.contrasted(contrast, _names(by, self._functions.by), adjust)[0]
+
+    def as_table(self, table: str = "means", **options: Any) -> Table:
+        """The means or their contrasts as a table for a paper, with their notes below.
+
+        Args:
+            table: "means", or "contrasts" where some were asked for.
+            options: digits, rename, caption, label and note, as for `jaxreml.frame_table`.
+
+        Raises:
+            ValueError: another table, or contrasts where there are none.
+
+        Examples:
+            >>> import jaxreml
+            >>> data = jaxreml.datasets.load("sleepstudy")
+            >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+            >>> means = fit.emmeans("Days", at={"Days": [0, 9]})
+            >>> print("\\n".join(means.to_markdown().splitlines()[:4]))
+            | Days | Estimate |  *SE* | *df* |           95% CI |   *t* |    *p* |
+            | ---: | -------: | ----: | ---: | ---------------: | ----: | -----: |
+            |    0 |   251.41 |  6.82 |   17 | [237.01, 265.80] | 36.84 | < .001 |
+            |    9 |   345.61 | 14.63 |   17 | [314.75, 376.47] | 23.63 | < .001 |
+        """
+        frames = {
+            "means": (self.table, self.notes),
+            "contrasts": (self.contrasts, self.contrast_notes),
+        }
+        frame, notes = frames.get(table, (None, ()))
+        if frame is None:
+            known = '"means"' if self.contrasts is None else '"means" or "contrasts"'
+            raise ValueError(f"table must be {known}, not {table!r}")
+        made = frame_table(frame, conf_level=self._functions.conf_level, **options)
+        shown = [note for note in notes if not note.startswith("Confidence level used")]
+        return replace(made, notes=(*shown, *made.notes))
+
+    def _repr_html_(self) -> str:
+        tables = ["means"] if self.contrasts is None else ["means", "contrasts"]
+        return "".join(self.as_table(table).to_html() for table in tables)
+
+    def to_frame(self, contrasts: bool = False, *, output: str | None = None) -> Any:
+        """The means, or the contrasts asked for, in the library that the data came in.
+
+        Args:
+            contrasts: these instead of the means.
+            output: "pandas", "polars" or "pyarrow" for another library.
+
+        Raises:
+            ValueError: contrasts that were not asked for.
+        """
+        frame = self.contrasts if contrasts else self.table
+        if frame is None:
+            raise ValueError('no contrasts were asked for: emmeans(..., contrast="pairwise")')
+        return converted(frame, self._functions.fit.library if output is None else output)
 
     def __str__(self) -> str:
         parts = ["\n".join([self.table.to_string(index=False), "", *self.notes])]

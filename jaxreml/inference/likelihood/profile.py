@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -22,6 +23,9 @@ from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.inference.likelihood.charts import Parameter, pair, readings
 from jaxreml.inference.likelihood.charts import parameters as known_parameters
 from jaxreml.inference.likelihood.search import EXACT, MENDINGS, Limit, Search
+from jaxreml.typeset.content import Column, Section
+from jaxreml.typeset.frames import frame_table
+from jaxreml.typeset.table import Table, Tabulated
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 RANGE_LEVEL = 0.99  # a profile covers the intervals of this level at least, as lme4's
 
 
-class Profile:
+class Profile(Tabulated):
     """Profile likelihoods of parameters of a fit; `LMMResults.profile` makes one.
 
     Attributes:
@@ -182,8 +186,29 @@ class Profile:
                 found |= {(own, side): limit for side, limit in sides.items()}
         return found
 
+    def as_table(self, conf_level: float = 0.95, **options: Any) -> Table:
+        """The intervals as a table for a paper.
+
+        Args:
+            conf_level: their level.
+            options: digits, rename, caption, label and note, as for `jaxreml.frame_table`.
+        """
+        frame = self.conf_int(conf_level).drop(columns=["group", "term"])
+        made = frame_table(frame, conf_level=conf_level, **options)
+        by = "maximum likelihood" if self.method == "ML" else "REML, of fixed effects by ML"
+        return replace(made, notes=(f"Profile likelihood intervals by {by}", *made.notes))
+
+    def _repr_html_(self) -> str:
+        """The parameters; their intervals take searches, which showing an object should not."""
+        rows = [[own.name, own.group or "", own.term] for own in self._chosen]
+        heads = tuple(Column(name, align="l") for name in ("Parameter", "Group", "Term"))
+        notes = ("Intervals by conf_int() or as_table(), points by frame, regions by contour()",)
+        title = f"Profile likelihoods of {self._fit.formula}, {self.method}"
+        return Table(heads, (Section("", rows),), (), title, "", notes).to_html()
+
     def __repr__(self) -> str:
-        return f"<Profile of {', '.join(self.parameters)}>"
+        names = ", ".join(self.parameters)
+        return f"<Profile of {self._fit.formula!r}, {self.method}: {names}>"
 
 
 def _quantile(level: float) -> float:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from scipy.linalg import block_diag
 
 from jaxreml.backend.compilation import remembered
 from jaxreml.backend.lazy import jnp
@@ -156,6 +158,22 @@ def _shares(fit: FittedModel, rows: ratios.Ratios, conf_level: float) -> pd.Data
     above, below = ratios.matrices(rows, [*fit.ngroups, RESIDUAL, FIXED])
     linear = linearise(fit, _program(fit.term_sizes), *moments, above, below)
     return wald(linear, list(rows), conf_level, "logit")
+
+
+def shares(fit: FittedModel, rows: ratios.Ratios) -> dict[str, float]:
+    """Ratios of sums of variances without standard errors, which nothing is compiled for."""
+    frame = fit.frame
+    moments = RowMoments.of(frame.X, frame.terms)
+    parts = []
+    for name, squares in moments.squares.items():
+        of_terms = zip(fit.groups, fit.cov_re_arrays, strict=True)
+        covariance = block_diag(*(matrix for (group, _), matrix in of_terms if group == name))
+        parts.append(row_variances.random_variance(squares, covariance))
+    parts += [fit.sigma**2, row_variances.fixed_variance(moments.spread, fit.beta)]
+    above, below = ratios.matrices(rows, [*moments.squares, RESIDUAL, FIXED])
+    with np.errstate(invalid="ignore"):
+        values = (above @ parts) / (below @ parts)
+    return dict(zip(rows, map(float, values), strict=True))
 
 
 @remembered

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.inference.resampling import intervals
@@ -28,13 +30,15 @@ from jaxreml.inference.resampling.statistics import (
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits, count_failures, require_some
 from jaxreml.status import Status
+from jaxreml.typeset.frames import frame_table
+from jaxreml.typeset.table import Table, Tabulated
 
 METHODS = ("percentile", "basic", "bca", "studentized")
 SCORES = 10_000  # most draws that an acceleration is made from
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Bootstrap:
+class Bootstrap(Tabulated):
     """Statistics of responses drawn from a fit.
 
     Attributes:
@@ -84,6 +88,68 @@ class Bootstrap:
         define it."""
         defined = self.draws.notna().sum().rename("n_defined")
         return pd.concat([self.estimate, self.bias, self.std_error, defined], axis=1)
+
+    def to_xarray(self) -> Any:
+        """The draws as an xarray Dataset: a variable per statistic, over ``chain`` (one) and
+        ``draw``, as ArviZ has them; the fit's value is the variable's attribute ``estimate``.
+
+        Raises:
+            DataError: xarray is not installed.
+
+        Example:
+            >>> import jaxreml
+            >>> data = jaxreml.datasets.load("sleepstudy")
+            >>> fit = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
+            >>> draws = fit.bootstrap(nsim=100, seed=1).to_xarray()
+            >>> days = draws["beta[Days]"]
+            >>> dict(days.sizes), round(days.attrs["estimate"], 2)
+            ({'chain': 1, 'draw': 100}, 10.47)
+        """
+        try:
+            import xarray
+        except ImportError:
+            raise DataError("to_xarray needs xarray: pip install 'jaxreml[xarray]'") from None
+        dimensions, own = ("chain", "draw"), self.estimate.to_numpy(float)
+        variables = {
+            str(name): (
+                dimensions,
+                self.draws.iloc[:, [k]].to_numpy().T,
+                {"estimate": float(own[k])},
+            )
+            for k, name in enumerate(self.draws.columns)
+        }
+        attributes = {
+            "formula": self.fit.formula,
+            "method": self.fit.method,
+            "nsim": self.nsim,
+            "seed": self.seed,
+            "n_failed": self.n_failed,
+        }
+        coordinates = {"chain": [0], "draw": np.arange(len(self.draws))}
+        return xarray.Dataset(variables, coordinates, attributes)
+
+    def to_inference_data(self) -> Any:
+        """The draws for ArviZ, in the group ``posterior``, where its summaries and plots look.
+
+        They are a sampling distribution, not a posterior: what ArviZ calls an HDI is an interval of
+        the draws, and diagnostics of chains say nothing about independent draws.
+
+        Returns:
+            An ``InferenceData``; an xarray ``DataTree`` with ArviZ 1, which works on these.
+
+        Raises:
+            DataError: ArviZ is not installed.
+        """
+        try:
+            import arviz
+        except ImportError:
+            raise DataError("to_inference_data needs ArviZ: pip install arviz") from None
+        draws = self.to_xarray()
+        if hasattr(arviz, "InferenceData"):
+            return arviz.InferenceData(posterior=draws)
+        import xarray
+
+        return xarray.DataTree.from_dict({"posterior": draws})
 
     def conf_int(self, conf_level: float = 0.95, method: str = "percentile") -> pd.DataFrame:
         """Confidence intervals of all statistics.
@@ -195,6 +261,31 @@ class Bootstrap:
             variance = variance + np.einsum("ki,ij,kj->k", of_beta, fit.vcov_array, of_beta)
             values = np.mean(parts**3, axis=0) / variance**1.5 / 6
         return pd.Series(values, self.estimate.index, name="acceleration")
+
+    def as_table(
+        self, conf_level: float = 0.95, method: str = "percentile", **options: Any
+    ) -> Table:
+        """Estimates, bias, standard errors and intervals as a table for a paper.
+
+        Args:
+            conf_level, method: of the intervals, as for `conf_int`.
+            options: digits, rename, caption, label and note, as for `jaxreml.frame_table`.
+        """
+        limits = self.conf_int(conf_level, method)
+        frame = pd.concat([self.to_frame().drop(columns="n_defined"), limits], axis=1)
+        made = frame_table(frame, conf_level=conf_level, **options)
+        return replace(made, notes=(f"{self._in_words()}; {method} intervals", *made.notes))
+
+    def _in_words(self) -> str:
+        left_out = f", {self.n_failed} left out for want of an optimum" if self.n_failed else ""
+        return (
+            f"Parametric bootstrap of {self.fit.formula}, {self.fit.method}, {self.nsim} draws"
+            f"{left_out}, {self.share_singular:.1%} singular"
+        )
+
+    def _repr_html_(self) -> str:
+        made = frame_table(self.to_frame().rename(columns={"n_defined": "Draws"}))
+        return replace(made, notes=(self._in_words(), "Intervals by conf_int()")).to_html()
 
     def __repr__(self) -> str:
         return (

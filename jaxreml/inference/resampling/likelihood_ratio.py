@@ -18,7 +18,7 @@ LOWER = 1e-6  # ... by which the likelihood of a larger model may be lower, as o
 OUTSIDE = 1e-8  # share of columns outside the span of others that is rounding
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NullDistribution:
     """Likelihood-ratio statistics of responses drawn from the smaller of two models.
 
@@ -46,6 +46,12 @@ class NullDistribution:
         """Monte Carlo standard error of `p_value`."""
         p = self.p_value
         return float(np.sqrt(p * (1 - p) / (1 + self.draws.size)))
+
+    def __repr__(self) -> str:
+        return (
+            f"<NullDistribution of a likelihood ratio of {self.statistic:.4g}, {self.draws.size} "
+            f"draws, p = {self.p_value:.3g}>"
+        )
 
 
 def null_distribution(

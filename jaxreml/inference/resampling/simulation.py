@@ -25,7 +25,7 @@ BLOCK = 2**23  # numbers of a block of responses
 NEGATIVE = 1e-10  # eigenvalues of a covariance matrix, relative to its entries, that are rounding
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Population:
     """A linear mixed model with known parameters.
 
@@ -58,6 +58,12 @@ class Population:
     def simulate(self, nsim: int = 1, seed: int = 0) -> pd.DataFrame:
         """Draw responses with new random effects; see `simulate`."""
         return _labelled(self, self.mean, nsim, seed, new=True)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Population {self.frame.formula.text!r}, {len(self.frame.X)} rows, known parameters, "
+            f"for {self.method}>"
+        )
 
     def blocks(self, nsim: int, seed: int) -> Iterator[np.ndarray]:
         """The responses of `simulate` in blocks (rows, b) of bounded size."""

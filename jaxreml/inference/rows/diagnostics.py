@@ -104,7 +104,7 @@ def _row_changes(fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
     return across * root[:, None], leverage(fit).to_numpy()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Influence:
     """What estimates change by when a group of rows is left out; one row per group.
 
@@ -126,6 +126,14 @@ class Influence:
     cooks_distance: pd.Series
     parameters: pd.DataFrame
     refits: pd.DataFrame
+
+    def __repr__(self) -> str:
+        largest = self.cooks_distance.idxmax() if self.cooks_distance.notna().any() else "none"
+        return (
+            f"<Influence of {len(self.params)} groups of rows on {self.params.shape[1]} fixed "
+            f"effects and {self.parameters.shape[1]} variance parameters; largest Cook's distance: "
+            f"{largest!r}>"
+        )
 
 
 def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influence:
