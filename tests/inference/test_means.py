@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from functools import cache
 
@@ -197,6 +198,15 @@ def test_means_that_cannot_be_estimated_have_a_reason():
     assert lost["estimate"].isna().all() and lost["p_value"].isna().all()
     assert means.contrasts["reason"].astype(bool).sum() == 2
     assert "reason" not in fitted("unbalanced").emmeans("a").table
+
+
+def test_only_slopes_that_are_averaged_over_an_interaction_are_misleading():
+    fit = fits.fitted_to("orthodont", "distance ~ age * Sex + (1 | Subject)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit.emtrends("Sex", "age")  # the slope of each sex: as emmeans, without a note
+    with pytest.warns(UserWarning, match="involvement in interactions: age:Sex"):
+        fit.emtrends("1", "age")
 
 
 def test_slopes_of_curves_are_derivatives():
