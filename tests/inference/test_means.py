@@ -336,6 +336,7 @@ def test_refusals(monkeypatch):
         (("a",), {"adjust": "tukey"}, ValueError, "all pairwise differences"),
         (("a",), {"adjust": "fdr"}, ValueError, "adjust must be one of"),
         (("a",), {"contrast": "pair"}, ValueError, "must be one of pairwise"),
+        (("a",), {"contrast": "tukey"}, ValueError, "adjustments go to adjust="),
         (("a",), {"contrast": {"d": [1, -1]}}, ValueError, "3 coefficients"),
         (("a",), {"contrast": {"d": [1, -1, np.nan]}}, ValueError, "'d' has values that are not"),
         (("a",), {"contrast": {"d": ["a", "b", "c"]}}, ValueError, "'d' must be numbers"),
