@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from functools import cache
 
@@ -199,6 +200,15 @@ def test_means_that_cannot_be_estimated_have_a_reason():
     assert "reason" not in fitted("unbalanced").emmeans("a").table
 
 
+def test_only_slopes_that_are_averaged_over_an_interaction_are_misleading():
+    fit = fits.fitted_to("orthodont", "distance ~ age * Sex + (1 | Subject)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit.emtrends("Sex", "age")  # the slope of each sex: as emmeans, without a note
+    with pytest.warns(UserWarning, match="involvement in interactions: age:Sex"):
+        fit.emtrends("1", "age")
+
+
 def test_slopes_of_curves_are_derivatives():
     table = references.table("unbalanced")
     fit = jaxreml.fit("y ~ np.log(x + 10) * a + I(x**2) + (1|g)", table)
@@ -326,6 +336,7 @@ def test_refusals(monkeypatch):
         (("a",), {"adjust": "tukey"}, ValueError, "all pairwise differences"),
         (("a",), {"adjust": "fdr"}, ValueError, "adjust must be one of"),
         (("a",), {"contrast": "pair"}, ValueError, "must be one of pairwise"),
+        (("a",), {"contrast": "tukey"}, ValueError, "adjustments go to adjust="),
         (("a",), {"contrast": {"d": [1, -1]}}, ValueError, "3 coefficients"),
         (("a",), {"contrast": {"d": [1, -1, np.nan]}}, ValueError, "'d' has values that are not"),
         (("a",), {"contrast": {"d": ["a", "b", "c"]}}, ValueError, "'d' must be numbers"),
