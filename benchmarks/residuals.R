@@ -19,8 +19,8 @@ if (task$model == "us") {
     out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + us(0 + visit | subject)), data,
                                             dispformula = ~ 0, REML = TRUE))
 } else {
-  out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = corAR1(form = ~ v | subject)))
-  out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + (1 | subject) + ar1(0 + visit | subject)), data,
+  if ("lme" %in% task$peers) out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = corAR1(form = ~ v | subject)))
+  if ("glmmTMB" %in% task$peers) out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + (1 | subject) + ar1(0 + visit | subject)), data,
                                           dispformula = ~ 0, REML = TRUE))
 }
 cat(toJSON(list(results = out, nlme = as.character(packageVersion("nlme")),
