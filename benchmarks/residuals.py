@@ -93,7 +93,7 @@ def studies(quick: bool) -> list[dict[str, Any]]:
 
 
 def of_r(study: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Times and criteria of the peers, each in a process of its own; none of one beyond the limit."""
+    """Times and criteria of the peers, each in a process of its own."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.csv"

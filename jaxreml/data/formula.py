@@ -148,8 +148,8 @@ def _refuse_covariance(piece: str) -> None:
     if re.fullmatch(rf"({'|'.join(COVARIANCES)})\s*\(.*\|.*\)", piece, re.DOTALL):
         raise FormulaError(
             f"{piece!r}: random effects have (x | g), any covariance, and (x || g), none between "
-            "terms, but no others by name yet. For the residuals of a subject's visits leave it out "
-            f"of the formula and write fit(..., residual={piece!r})"
+            "terms, but no others by name yet. For the residuals of a subject's visits leave it "
+            f"out of the formula and write fit(..., residual={piece!r})"
         )
 
 
