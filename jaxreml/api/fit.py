@@ -44,10 +44,11 @@ def fit(
         max_iterations: evaluations of the criterion with its derivatives.
         engine: "numpy" (nothing is compiled) or "jax"; NumPy if left out.
         residual: a covariance of the residuals within subjects, as ``"us(visit | subject)"``:
-            "us", "diag", "cs", "csh", "ar1", "ar1h", "ad", "adh", "toep" or "toeph" of visits, levels of a
-            factor or numbers; "sp_exp" or "sp_gau" of times; ``"us(visit | arm/subject)"`` for one
-            of each arm. Random effects beside it must be of the same subjects; there need not be
-            any. With `weights`, it is that of the residuals times the roots of these.
+            "us", "diag", "cs", "csh", "ar1", "ar1h", "ad", "adh", "toep" or "toeph" of visits,
+            levels of a factor or numbers; "sp_exp" or "sp_gau" of times;
+            ``"us(visit | arm/subject)"`` for one of each arm. Random effects beside it must be of
+            the same subjects; there need not be any. With `weights`, it is that of the residuals
+            times the roots of these.
         others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:
