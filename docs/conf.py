@@ -1,7 +1,7 @@
 """How the site is built: `pip install '.[docs]' && sphinx-build -W docs docs/_build`.
 
-Pages are MyST Markdown; those with a `kernelspec` are run while the site is built (myst-nb), so that
-their outputs and figures are what the code prints. An error in a cell stops the build.
+Pages are MyST Markdown; those with a `kernelspec` are run while the site is built (myst-nb), so
+that their outputs and figures are what the code prints. An error in a cell stops the build.
 """
 
 from __future__ import annotations

@@ -64,6 +64,26 @@ def reml_objective(parameters: Array, design: Design, *, harville: bool = False)
         ValueError: `parameters` of the wrong length.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
+
+    Examples:
+        The criterion of a fit at its optimum, its gradient there, and a step away:
+
+        >>> import jax
+        >>> import numpy as np
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     at = jax.numpy.array(fit.parameters)
+        ...     value, slope = jax.value_and_grad(jaxreml.reml_objective)(at, design)
+        ...     away = jaxreml.reml_objective(at + 0.1, design)
+        >>> design.parameter_names
+        ('log_variance[Subject, (Intercept)]', 'log_variance[Subject, Days]', ...
+        >>> round(float(value), 2), bool(np.abs(slope).max() < 1e-3), round(float(away), 2)
+        (1743.63, True, 1744.61)
+
+        It is a pure function: under `jax.jit`, `jax.hessian`, `jax.vmap` and any optimiser.
     """
     value = _objective(parameters, design, reml=True)
     return value - design.log_gram_x if harville else value
@@ -74,6 +94,14 @@ def ml_objective(parameters: Array, design: Design) -> Array:
 
     It depends on the span of X's columns alone: X may be an output of a network. Otherwise as
     `reml_objective`, dependent columns of a traced X included.
+
+    Examples:
+        >>> import jax
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     value = jaxreml.ml_objective(fit.parameters, design)
+        >>> round(float(value), 3)
+        1751.997
     """
     return _objective(parameters, design, reml=False)
 

@@ -50,6 +50,32 @@ def estimate(
         ValueError: another method.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
+
+    Examples:
+        The optimum of a design as a pytree of arrays:
+
+        >>> import jax
+        >>> import numpy as np
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     found = jaxreml.estimate(design)
+        >>> jaxreml.Status(int(found.status))
+        <Status.CONVERGED: 0>
+        >>> np.round(found.beta, 2), np.round(found.log_variances, 2)
+        (Array([251.41,  10.47], dtype=float64), Array([6.42, 3.56, 6.48], dtype=float64))
+
+        By how much the slope changes with each response, the variances estimated anew:
+
+        >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
+        >>> terms = [jaxreml.Term(data["Subject"], effects=X)]
+        >>> def slope(y):
+        ...     return jaxreml.estimate(jaxreml.Design.from_arrays(y, X, terms)).beta[1]
+        >>> with jax.enable_x64(True):
+        ...     change = jax.grad(slope)(jax.numpy.array(data["Reaction"]))
+        >>> np.round(change[:4], 4)
+        Array([-0.003 , -0.0024, -0.0017, -0.001 ], dtype=float64)
     """
     reml = is_reml(method)
     require_precision(design)

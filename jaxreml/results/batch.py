@@ -96,7 +96,13 @@ class BatchResults(FittedBatch):
 
     @classmethod
     def read_parquet(cls, path: str | Path) -> BatchResults:
-        """Read results that `to_parquet` or a streaming `fit_many` wrote."""
+        """Read results that `to_parquet` or a streaming `fit_many` wrote.
+
+        Examples:
+            >>> results.to_parquet("genes.parquet", overwrite=True)
+            >>> jaxreml.BatchResults.read_parquet("genes.parquet").params.equals(results.params)
+            True
+        """
         return parquet.read_parquet(path, cls)
 
     def estimate(self, i: int | str) -> LMMResults:
@@ -113,6 +119,14 @@ class BatchResults(FittedBatch):
         Raises:
             DataError: no such response, or its values are not at hand (results read from a file
                 or made from a stream).
+
+        Examples:
+            >>> results.estimate("gene1")
+            <LMMResults 'gene1 ~ Days + (1 | Subject)', REML, criterion 598.1191>
+            >>> results.estimate(0).conf_int().round(2)
+                         lower  upper
+            (Intercept)  -0.20   1.15
+            Days          0.12   0.24
         """
         if self.refit is None:
             raise DataError(

@@ -76,6 +76,11 @@ def write_parquet(results: FittedBatch, path: str | Path, *, overwrite: bool = F
 
     Raises:
         DataError: as `check_new` and `to_table`.
+
+    Examples:
+        >>> results.to_parquet("genes.parquet", overwrite=True)
+        >>> jaxreml.BatchResults.read_parquet("genes.parquet")
+        <BatchResults '~ Days + (1 | Subject)', REML, 40 responses, 0 without an ...
     """
     path = check_new(path, overwrite)
     pq = import_parquet("to_parquet")

@@ -130,7 +130,13 @@ class LMMResults(FittedModel):
 
     @classmethod
     def load(cls, path: str | Path) -> LMMResults:
-        """Read a fit that `save` wrote; see `storage.read`."""
+        """Read a fit that `save` wrote; see `storage.read`.
+
+        Examples:
+            >>> fit.save("sleep.json", data=False)
+            >>> jaxreml.LMMResults.load("sleep.json").has_rows
+            False
+        """
         return storage.read(path, cls)
 
 
@@ -139,5 +145,10 @@ def load(path: str | Path) -> LMMResults:
 
     Raises:
         DataError: a file that is not one, or of a later version.
+
+    Examples:
+        >>> fit.save("sleep.json")
+        >>> jaxreml.load("sleep.json").params.equals(fit.params)
+        True
     """
     return LMMResults.load(path)

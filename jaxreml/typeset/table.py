@@ -95,15 +95,37 @@ class Tabulated:
         raise NotImplementedError
 
     def to_latex(self, **options: Any) -> str:
-        """The table in LaTeX, for the package booktabs; options as for `as_table`."""
+        """The table in LaTeX, for the package booktabs; options as for `as_table`.
+
+        Examples:
+            >>> means = scores.emmeans("Machine")
+            >>> means.to_latex(caption="Marginal means.", label="tab:means").splitlines()[0]
+            '\\\\begin{table}[htbp]'
+        """
         return self.as_table(**options).to_latex()
 
     def to_html(self, **options: Any) -> str:
-        """The table as an HTML element; options as for `as_table`."""
+        """The table as an HTML element; options as for `as_table`.
+
+        Examples:
+            >>> scores.emmeans("Machine").to_html()[:7]
+            '<table '
+        """
         return self.as_table(**options).to_html()
 
     def to_markdown(self, **options: Any) -> str:
-        """The table as a pipe table of Markdown; options as for `as_table`."""
+        """The table as a pipe table of Markdown; options as for `as_table`.
+
+        Examples:
+            >>> print(scores.emmeans("Machine").to_markdown())
+            | Machine | Estimate | *SE* | *df* |         95% CI |   *t* |    *p* |
+            | ------- | -------: | ---: | ---: | -------------: | ----: | -----: |
+            | A       |    52.36 | 2.23 |  5.8 | [46.86, 57.85] | 23.49 | < .001 |
+            | B       |    60.32 | 2.23 |  5.8 | [54.83, 65.82] | 27.06 | < .001 |
+            | C       |    66.27 | 2.23 |  5.8 | [60.78, 71.77] | 29.73 | < .001 |
+            <BLANKLINE>
+            *Note.* Degrees-of-freedom method: satterthwaite.
+        """
         return self.as_table(**options).to_markdown()
 
     def _repr_html_(self) -> str:

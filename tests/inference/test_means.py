@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from functools import cache
 
@@ -197,6 +198,19 @@ def test_means_that_cannot_be_estimated_have_a_reason():
     assert lost["estimate"].isna().all() and lost["p_value"].isna().all()
     assert means.contrasts["reason"].astype(bool).sum() == 2
     assert "reason" not in fitted("unbalanced").emmeans("a").table
+
+
+def test_slopes_warn_of_what_interacts_with_them_alone():
+    """emmeans counts the covariate among the variables of the slopes: age * Sex is no surprise."""
+    fit = fits.fitted("orthodont")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit.emtrends("Sex", "age")
+        fit.emtrends("1", "age")
+    table = references.table("unbalanced").assign(c=lambda t: np.arange(len(t)) % 2)
+    three = jaxreml.fit("y ~ x * a * C(c) + (1|g)", table)
+    with pytest.warns(UserWarning, match="interactions: x:a:"):
+        three.emtrends("a", "x")
 
 
 def test_slopes_of_curves_are_derivatives():

@@ -54,6 +54,15 @@ def joint_tests(
     Raises:
         ValueError: another method.
         DataError: names or levels that are not the model's, no factors, a fit without an optimum.
+
+    Examples:
+        >>> children = jaxreml.datasets.load("orthodont")
+        >>> growth = jaxreml.fit("distance ~ age * Sex + (age | Subject)", children)
+        >>> growth.joint_tests()[["term", "num_df", "den_df", "statistic"]].round(2)
+              term  num_df  den_df  statistic
+        0      age       1    25.0      88.00
+        1      Sex       1    25.0       9.29
+        2  age:Sex       1    25.0       5.12
     """
     within = (by,) if isinstance(by, str) else tuple(by or ())
     grid = _grid(fit, at)

@@ -83,6 +83,16 @@ def compare(
         DataError: fits to different rows, responses or weights; fits without an optimum.
         ValueError: fewer than two fits, something else than fits, another method; fits by REML that
             must not be compared so.
+
+    Examples:
+        >>> smaller = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
+        >>> table = jaxreml.compare(smaller, fit, names=["intercepts", "slopes"])
+        >>> table[["npar", "AIC", "chisq", "df"]].round(1)
+                    npar     AIC  chisq   df
+        intercepts     4  1802.1    NaN  NaN
+        slopes         6  1763.9   42.1  2.0
+        >>> jaxreml.compare(smaller, fit, method="mixture", refit=False)["chisq"].round(1).tolist()
+        [nan, 42.8]
     """
     if fits and all(isinstance(fit, FittedBatch) for fit in fits):
         if len(fits) != 2:

@@ -1,0 +1,134 @@
+"""Every public name has an example in its docstring, and every example runs and prints what it says.
+
+Examples are given what stands in docs/api/given.py, which the pages of the reference show: so they
+are short, and nothing is fitted for each of them.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import jaxreml
+from jaxreml.inference.fixed.means import MarginalMeans
+from jaxreml.inference.likelihood.profile import Profile
+from jaxreml.inference.resampling.bootstrap import Bootstrap
+from jaxreml.inference.resampling.simulation import Population
+from jaxreml.inference.rows.diagnostics import Influence
+from jaxreml.inference.selection.deletion import Elimination
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+GIVEN = Path(__file__).parents[2] / "docs" / "api" / "given.py"
+CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
+           jaxreml.StreamedResults, MarginalMeans, Profile, Bootstrap, Population, Influence,
+           Elimination, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
+           jaxreml.Status]  # fmt: skip
+MODULES = [jaxreml.plots, jaxreml.batch_plots, jaxreml.counts, jaxreml.datasets]
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+# Public in name only: what the rooms of the package use of each other's classes.
+INTERNAL = {
+    "FittedModel": {"frame", "frame_of", "design", "approximations", "prototype", "henderson",
+                    "groups", "term_sizes", "cov_re_arrays", "require_optimum"},
+    "FittedBatch": {"messages", "message_codes"},
+    "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",
+               "with_response", "blank", "combined", "without_names"},
+    "Population": {"blocks"},
+}  # fmt: skip
+NEEDS = {"jaxreml.results.annotated.to_anndata": "anndata"}  # packages that `test` does not bring
+
+
+def documented(thing: object) -> object:
+    """What has the docstring of a member of a class."""
+    if isinstance(thing, property):
+        return thing.fget
+    return getattr(thing, "func", getattr(thing, "__func__", thing))
+
+
+def members(kind: type) -> dict[str, object]:
+    """The public methods and properties of a class by their names, inherited ones included."""
+    found = {}
+    for owner in kind.__mro__:
+        if owner.__module__.startswith("jaxreml"):
+            hidden = INTERNAL.get(owner.__name__, set())
+            for name, thing in vars(owner).items():
+                own = documented(thing)
+                if not name.startswith("_") and inspect.isfunction(own) and name not in hidden:
+                    found.setdefault(f"{kind.__name__}.{name}", own)
+    return found
+
+
+def public() -> dict[str, object]:
+    found = {}
+    for name in jaxreml.__all__:
+        thing = getattr(jaxreml, name)
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            found[name] = thing
+    for module in MODULES:
+        for name, thing in vars(module).items():
+            own = getattr(thing, "__module__", "") == module.__name__
+            if own and not name.startswith("_") and inspect.isfunction(thing) and thing.__doc__:
+                found[f"{module.__name__}.{name}"] = thing
+    for kind in CLASSES:
+        found |= {kind.__name__: kind, **members(kind)}
+    return found
+
+
+def examples() -> dict[str, doctest.DocTest]:
+    """All docstrings of the package with an example, by where they stand."""
+    finder, found = doctest.DocTestFinder(exclude_empty=True), {}
+    for module in pkgutil.walk_packages(jaxreml.__path__, "jaxreml."):
+        if ".cli" not in module.name:
+            for test in finder.find(importlib.import_module(module.name), module.name):
+                if test.examples:
+                    found[test.name] = test
+    return found
+
+
+EXAMPLES = examples()
+
+
+@cache
+def given() -> dict[str, object]:
+    found: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(GIVEN.read_text(), str(GIVEN), "exec"), found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path, monkeypatch):
+    """Files go to a folder of the example's own; figures and JAX's settings do not stay."""
+    import jax
+    import matplotlib.pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    names = [name for name in jax.config.values if name.startswith(("jax_compilation_cache",
+                                                                   "jax_persistent_cache"))]  # fmt: skip
+    before = {name: jax.config.values[name] for name in names}
+    yield
+    plt.close("all")
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_print_what_they_say(name):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    test = EXAMPLES[name]
+    test.globs |= given()
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+def test_every_public_name_has_an_example():
+    bare = [name for name, thing in public().items() if ">>>" not in (thing.__doc__ or "")]
+    assert not bare
