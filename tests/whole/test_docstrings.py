@@ -1,4 +1,4 @@
-"""Every public name has an example in its docstring, and every example runs and prints what it says.
+"""Every public name has an example in its docstring, and every example prints what it says.
 
 Examples are given what stands in docs/api/given.py, which the pages of the reference show: so they
 are short, and nothing is fitted for each of them.
@@ -109,9 +109,8 @@ def apart(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     monkeypatch.chdir(tmp_path)
-    names = [name for name in jax.config.values if name.startswith(("jax_compilation_cache",
-                                                                   "jax_persistent_cache"))]  # fmt: skip
-    before = {name: jax.config.values[name] for name in names}
+    caching = ("jax_compilation_cache", "jax_persistent_cache")
+    before = {name: value for name, value in jax.config.values.items() if name.startswith(caching)}
     yield
     plt.close("all")
     for name, value in before.items():
