@@ -345,6 +345,7 @@ def _model(
         fitter.engine_name,
         tuple(frame.fixed_terms),
         own,
+        frame.library,
     )
 
 

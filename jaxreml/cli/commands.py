@@ -363,7 +363,8 @@ def _fit_to_file(
         return jaxreml.fit_many(*arguments, output=output, overwrite=overwrite, **options)
     results = jaxreml.fit_many(*arguments, output=None, **options)
     effects = ("fixed", "contrasts", "ran_pars") if results.model.contrasts else None
-    results.tidy(effects or ("fixed", "ran_pars")).to_csv(output, index=False)
+    frame = results.tidy(effects or ("fixed", "ran_pars"), output="pandas")
+    frame.to_csv(output, index=False)
     status = results.fits.status
     failures = frequent_failures(status), first_failed(results.responses, status)
     return StreamedResults(output, results.model, len(results), *failures)

@@ -34,6 +34,7 @@ from jaxreml.data.formula import (
     single_name,
 )
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
+from jaxreml.data.outputs import library_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -59,6 +60,7 @@ class ModelFrame:
             in a column used.
         fixed_encoding: how the columns of X, and those left out as aliased, are made.
         offset_encodings: how each ``offset()`` of the formula is made.
+        library: that the user's table is of, as `outputs.library_of` says.
     """
 
     formula: ParsedFormula
@@ -73,6 +75,7 @@ class ModelFrame:
     rows: np.ndarray
     fixed_encoding: Encoding
     offset_encodings: tuple[Encoding, ...]
+    library: str = "pandas"
 
     @property
     def n_dropped(self) -> int:
@@ -204,7 +207,8 @@ def with_response(
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     table = table.assign(**{name: y}, **(columns or {}))
-    return _model_frame(parsed, table, context=context, **extras)
+    found = _model_frame(parsed, table, context=context, **extras)
+    return replace(found, library=frame.library)
 
 
 def split_extras(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -266,6 +270,7 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
+        library=library_of(data),
     )
 
 

@@ -107,13 +107,18 @@ def dummy(
     return FactorValues(columns, kind="numerical", format="{name}[{field}]", encoded=False)
 
 
+def exp10(x: Any) -> Any:
+    """Ten to the power of x; a function with a name, so that fits can be pickled."""
+    return 10.0**x
+
+
 R_NAMES: dict[str, Any] = {
     "factor": TRANSFORMS["C"],
     "dummy": dummy,
     "ns": ns,
     "ifelse": np.where,
     "pi": np.pi,
-    "exp10": lambda x: 10.0**x,
+    "exp10": exp10,
     "ceiling": np.ceil,
     "asin": np.arcsin,
     "acos": np.arccos,

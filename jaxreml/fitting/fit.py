@@ -115,4 +115,5 @@ def _fields(
         "context": context,
         "optimality": optimality,
         "made_from": (frame, design),
+        "library": frame.library,
     }

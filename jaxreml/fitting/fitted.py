@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,6 +80,8 @@ class FittedModel:
             variance at zero".
         engine: the library that worked on it, "numpy" or "jax".
         made_from: its model frame and design; None of a fit that was loaded.
+        library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
+            are of it.
     """
 
     formula: str
@@ -114,6 +116,7 @@ class FittedModel:
     optimality: str = ""
     engine: str = ""
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
+    library: str = "pandas"
 
     @cached_property
     def frame(self) -> ModelFrame:
@@ -128,7 +131,8 @@ class FittedModel:
     def frame_of(self, formula: str) -> ModelFrame:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
         table, extras = split_extras(self.table)
-        return model_frame(formula, table, **extras, context=self.context)
+        found = model_frame(formula, table, **extras, context=self.context)
+        return replace(found, library=self.library)
 
     @cached_property
     def design(self) -> Design:

@@ -41,6 +41,7 @@ class BatchModel:
         engine: "numpy" or "jax", as in `LMMResults`.
         fixed_terms: terms of the fixed effects, without the intercept.
         own: what the responses do not share: "weights", "offset", "covariate".
+        library: that the data came in, as in `LMMResults`.
     """
 
     formula: str
@@ -56,6 +57,7 @@ class BatchModel:
     engine: str = ""
     fixed_terms: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+    library: str = "pandas"
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -117,6 +119,11 @@ class FittedBatch:
 
     def __len__(self) -> int:
         return len(self.responses)
+
+    @property
+    def library(self) -> str:
+        """That the data came in; frames that methods return are of it."""
+        return self.model.library
 
     # Fixed effects
 

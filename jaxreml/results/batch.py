@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxreml.data.outputs import in_library
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import fractions, testing
 from jaxreml.many.fitted import FittedBatch
@@ -52,6 +54,9 @@ class BatchResults(FittedBatch):
         revisit: see `inference.batches.testing`; likewise.
         values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
 
+    A pickle has the results and the rows of the model, but not the responses: `refit`, `revisit`
+    and `values` are None in it, as in results read from a file. Copies have all.
+
     Examples:
         >>> import jaxreml, numpy as np
         >>> data = jaxreml.datasets.load("sleepstudy")
@@ -66,24 +71,24 @@ class BatchResults(FittedBatch):
     values: Callable[[int, int], np.ndarray] | None = None
 
     # Tests
-    test = testing.test
-    anova = testing.anova
+    test = in_library(testing.test, "response", always=True)
+    anova = in_library(testing.anova, "response", always=True)
     moderated = moderated
-    top_table = batch_summaries.top_table
+    top_table = in_library(batch_summaries.top_table)
 
     # Shares of variance
-    variance_fractions = fractions.variance_fractions
-    variance_shares = fractions.variance_shares
-    icc = fractions.icc
-    r2 = fractions.r2
-    repeatability = fractions.repeatability
-    heritability = fractions.heritability
+    variance_fractions = in_library(fractions.variance_fractions, "response", always=True)
+    variance_shares = in_library(fractions.variance_shares, "response", always=True)
+    icc = in_library(fractions.icc, "response", always=True)
+    r2 = in_library(fractions.r2, "response", always=True)
+    repeatability = in_library(fractions.repeatability, "response", always=True)
+    heritability = in_library(fractions.heritability, "response", always=True)
 
     # Tables and files
     summary = batch_summaries.summary
-    tidy = batch_tables.tidy
-    glance = batch_tables.glance
-    to_frame = batch_tables.to_frame
+    tidy = in_library(batch_tables.tidy)
+    glance = in_library(batch_tables.glance)
+    to_frame = in_library(batch_tables.to_frame)
     to_xarray = batch_tables.to_xarray
     to_csv = batch_summaries.to_csv
     to_parquet = parquet.write_parquet
@@ -131,9 +136,23 @@ class BatchResults(FittedBatch):
         if self.refit is None:
             raise DataError(
                 "the values of the responses are not at hand (a stream, or results read from a "
-                "file): use jaxreml.fit on the response itself"
+                "file or a pickle): use jaxreml.fit on the response itself"
             )
         return self.refit(self.position(i))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "refit": None, "revisit": None, "values": None}
+
+    def __copy__(self) -> BatchResults:
+        return self._with(dict(vars(self)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchResults:
+        return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, state: dict[str, Any]) -> BatchResults:
+        found = type(self).__new__(type(self))
+        vars(found).update(state)
+        return found
 
     def __repr__(self) -> str:
         failed = int(np.sum(self.fits.status != Status.CONVERGED))

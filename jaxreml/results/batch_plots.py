@@ -16,7 +16,16 @@ import pandas as pd
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import discoveries
 from jaxreml.results.batch_summaries import top_table
-from jaxreml.results.plots import FAINT, new_axes
+from jaxreml.results.plots.canvas import (
+    BLUE,
+    FAINT,
+    PALETTE,
+    VERMILLION,
+    label_below,
+    legend_above,
+    new_axes,
+    point_size,
+)
 
 if TYPE_CHECKING:
     from jaxreml.results.batch import BatchResults
@@ -61,8 +70,8 @@ def volcano_data(results: Batch, coef: str, *, level: float = 0.05) -> pd.DataFr
 def volcano(
     results: Batch, coef: str, *, level: float = 0.05, labels: int = 10, ax: Any = None
 ) -> Any:
-    """-log10 p against the estimate: discoveries red if they are up and blue if down, the `labels`
-    surest of them named; other arguments as for `volcano_data`."""
+    """-log10 p against the estimate: discoveries vermillion if they are up and blue if down, the
+    `labels` surest of them named; other arguments as for `volcano_data`."""
     frame = volcano_data(results, coef, level=level)
     ax = new_axes(ax)
     _discoveries(ax, frame, "estimate", "neg_log10_p")
@@ -141,7 +150,7 @@ def p_histogram(results: Batch, coef: str, *, bins: int = BINS, ax: Any = None) 
     frame = p_histogram_data(results, coef, bins=bins)
     ax = new_axes(ax)
     width = frame["right"] - frame["left"]
-    ax.bar(frame["left"], frame["count"], width, align="edge", color="C0", edgecolor="white",
+    ax.bar(frame["left"], frame["count"], width, align="edge", color=BLUE, edgecolor="white",
            linewidth=0.5)  # fmt: skip
     p = top_table(results, coef, None, "none")["p_value"].to_numpy()
     try:
@@ -194,7 +203,7 @@ def qq_p(results: Batch, coef: str, *, ax: Any = None) -> Any:
 def variance_fractions_data(results: BatchResults) -> pd.DataFrame:
     """`BatchResults.variance_fractions` of responses with an optimum: the parts by their medians,
     the largest first, and Residual last."""
-    frame = results.variance_fractions().dropna()
+    frame = results.variance_fractions(output="pandas").dropna()
     middle = np.median(frame.to_numpy()[:, :-1], axis=0) if len(frame) else np.zeros(0)
     return frame.iloc[:, [*np.argsort(-middle, kind="stable"), -1]]
 
@@ -214,15 +223,13 @@ def variance_fractions(results: BatchResults, *, ax: Any = None) -> Any:
         drawn = ax.violinplot(few, places[varies], widths=0.85, showextrema=False, points=200)
         for place, body in zip(places[varies], drawn["bodies"], strict=True):
             last = place == places[-1]
-            body.set(facecolor="0.75" if last else f"C{place % 10}", alpha=0.7, linewidth=0)
+            body.set(
+                facecolor="0.75" if last else PALETTE[place % len(PALETTE)], alpha=0.7, linewidth=0
+            )
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
     ax.vlines(places, low, high, color="black", linewidth=5, alpha=0.7)
     ax.scatter(places, middle, s=22, color="white", edgecolor="black", linewidth=0.8, zorder=3)
-    ax.set_xticks(places, list(frame.columns))
-    if max(map(len, frame.columns)) * len(places) > 55:
-        ax.tick_params("x", rotation=35)
-        for label in ax.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+    label_below(ax, list(frame.columns))
     ax.set(ylabel="fraction of the variance", ylim=(0, 1))
     return ax
 
@@ -261,17 +268,17 @@ def moderation(results: ModeratedResults, mean: Any = None, *, ax: Any = None) -
     and the prior towards which they are drawn; arguments as for `moderation_data`."""
     frame = moderation_data(results, mean)
     ax = new_axes(ax)
-    size = _size(len(frame))
-    drawn = (("residual_sd", "as fitted", "0.45", 0.4), ("posterior_sd", "moderated", "C0", 0.25))
+    size = point_size(len(frame))
+    drawn = (("residual_sd", "as fitted", "0.45", 0.4), ("posterior_sd", "moderated", BLUE, 0.25))
     for column, label, color, alpha in drawn:
         ax.scatter(frame["covariate"], frame[column], s=size, color=color, alpha=alpha,
                    linewidths=0, rasterized=True, label=label)  # fmt: skip
-    ax.plot(frame["covariate"], frame["prior_sd"], color="C3", linewidth=2, label="prior")
+    ax.plot(frame["covariate"], frame["prior_sd"], color=VERMILLION, linewidth=2, label="prior")
     _log_scale(ax)
     usual = mean is None and frame["covariate"].equals(results.mean[frame.index])
     what = "mean of the response" if usual else "covariate"
     ax.set(xlabel=what, ylabel="residual standard deviation")
-    _legend(ax)
+    legend_above(ax)
     return ax
 
 
@@ -280,11 +287,11 @@ def mean_variance(voom: Any, *, ax: Any = None) -> Any:
     against mean log counts, a point per gene; its frame is ``voom.trend``."""
     ax = new_axes(ax)
     frame = voom.trend.sort_values("mean_log_count")
-    ax.scatter(frame["mean_log_count"], frame["sqrt_sd"], s=_size(len(frame)), linewidths=0,
+    ax.scatter(frame["mean_log_count"], frame["sqrt_sd"], s=point_size(len(frame)), linewidths=0,
                rasterized=True, **QUIET)  # fmt: skip
-    ax.plot(frame["mean_log_count"], frame["fitted"], color="C3", linewidth=2, label="trend")
+    ax.plot(frame["mean_log_count"], frame["fitted"], color=VERMILLION, linewidth=2, label="trend")
     ax.set(xlabel="mean log2 count", ylabel="square root of the residual SD")
-    _legend(ax)
+    legend_above(ax)
     return ax
 
 
@@ -302,30 +309,14 @@ def _logs(p_values: Any) -> np.ndarray:
     return -np.log10(np.maximum(np.asarray(p_values, float), FEWEST))
 
 
-def _size(count: int) -> float:
-    """Area of the points of a plot that has so many."""
-    return float(np.clip(60000 / max(count, 1), 4, 16))
-
-
 def _discoveries(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
     """Points, discoveries over the others, with how many there are."""
-    size, found, up = _size(len(frame)), frame["discovery"], frame["estimate"] > 0
+    size, found, up = point_size(len(frame)), frame["discovery"], frame["estimate"] > 0
     ax.scatter(frame[x][~found], frame[y][~found], s=size, linewidths=0, rasterized=True, **QUIET)
-    for chosen, color, word in ((found & up, "C3", "up"), (found & ~up, "C0", "down")):
+    for chosen, color, word in ((found & up, VERMILLION, "up"), (found & ~up, BLUE, "down")):
         ax.scatter(frame[x][chosen], frame[y][chosen], s=1.6 * size, color=color, alpha=0.7,
                    linewidths=0, rasterized=True, label=f"{np.sum(chosen)} {word}")  # fmt: skip
-    _legend(ax)
-
-
-def _legend(ax: Any) -> None:
-    """Above the axes, where it is over no point; in full colour."""
-    legend = ax.legend(
-        frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2,
-        handletextpad=0.5, columnspacing=1.2,
-    )  # fmt: skip
-    for handle in legend.legend_handles:
-        if hasattr(handle, "set_sizes"):
-            handle.set(alpha=1, sizes=[24])
+    legend_above(ax)
 
 
 def _name(ax: Any, frame: Any, x: str, y: str, size: np.ndarray, count: int) -> None:

@@ -99,8 +99,8 @@ def residual_blocks(
     """
     if results.values is None:
         raise DataError(
-            "the values of the responses are not at hand (a stream, or results read from a file): "
-            "take fitted_blocks from the responses"
+            "the values of the responses are not at hand (a stream, or results read "
+            "from a file or pickle): take fitted_blocks from the responses"
         )
     start = 0
     for names, fitted in fitted_blocks(results, size, random=random):

@@ -191,7 +191,7 @@ def to_csv(results: Any, path: str | Path, *, overwrite: bool = False) -> None:
         (40, 40)
     """
     path = check_new(path, overwrite)
-    frame = results.to_frame()
+    frame = results.to_frame(output="pandas")
     compression = "gzip" if path.suffix == ".gz" else None
     write_whole(
         path, lambda temporary: frame.to_csv(temporary, index=False, compression=compression)

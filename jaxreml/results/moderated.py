@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from jaxreml.data.outputs import in_library
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import moderation
 from jaxreml.many.fitted import FittedBatch
@@ -47,13 +48,14 @@ class ModeratedResults(FittedBatch):
     posterior_variance: pd.Series
     trend: pd.Series | None = None
 
-    top_table = batch_summaries.top_table
-    tidy = batch_tables.tidy
+    top_table = in_library(batch_summaries.top_table)
+    tidy = in_library(batch_tables.tidy)
     to_csv = batch_summaries.to_csv
 
     def _repr_html_(self) -> str:
         return displays.of_batch(self, self._prior())
 
+    @in_library
     def to_frame(self) -> pd.DataFrame:
         """The columns of `BatchResults.to_frame`, and prior_df, prior_variance and
         posterior_variance after residual_df.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxreml.data.outputs import in_library
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.fixed.anova import anova
@@ -21,8 +22,9 @@ from jaxreml.inference.resampling.simulation import simulate
 from jaxreml.inference.rows import diagnostics
 from jaxreml.inference.rows.prediction import predict
 from jaxreml.inference.selection.deletion import drop1, ranova, step
-from jaxreml.results import fit_tables, storage, tables
+from jaxreml.results import fit_tables, maketables, storage, tables
 from jaxreml.results.made_by import made_by
+from jaxreml.results.plots.residuals import diagnostics as plot
 
 
 @made_by("`jaxreml.fit`")
@@ -51,13 +53,16 @@ class LMMResults(FittedModel):
     Simulation: `simulate`, `bootstrap`; `jaxreml.power`.
 
     Rows: `predict`, `fittedvalues`, `resid`, `residuals`, `leverage`, `cooks_distance`, `dfbetas`,
-    `influence`, `nobs`, `ngroups`, `n_dropped`. `jaxreml.plots` draws them.
+    `influence`, `nobs`, `ngroups`, `n_dropped`. `plot` and `jaxreml.plots` draw them.
 
     How it ended: `converged`, `is_singular`, `message`, `status`, `n_iter`, `gradient_norm`.
 
     Files: `save` and `load`; it can also be pickled and copied.
 
     Its fields, plain values and arrays, are those of `jaxreml.fitting.fitted.FittedModel`.
+
+    Properties are pandas, labelled. Methods return frames of the library that the data came in
+    (`library`: pandas, polars or pyarrow), and of another with ``output="polars"`` for example.
 
     Examples:
         >>> import jaxreml
@@ -70,57 +75,65 @@ class LMMResults(FittedModel):
     """
 
     # Fixed effects
-    coefficients = wald.coefficients
-    test = wald.test
-    conf_int = wald.conf_int
-    anova = anova
-    joint_tests = joint_tests
+    coefficients = in_library(wald.coefficients, "term")
+    test = in_library(wald.test, "hypothesis")
+    conf_int = in_library(wald.conf_int, "parameter")
+    anova = in_library(anova, "term")
+    joint_tests = in_library(joint_tests)
     emmeans = emmeans
-    contrast = contrasts = contrast  # the second by its former name
+    contrast = contrasts = in_library(contrast)  # the second by its former name
     emtrends = emtrends
     df_satterthwaite = property(wald.df_satterthwaite)
     pvalues = property(wald.pvalues)
     vcov_kenward_roger = property(wald.vcov_kenward_roger)
 
     # Models with a term less
-    drop1 = drop1
-    ranova = ranova
+    drop1 = in_library(drop1, "term")
+    ranova = in_library(ranova, "term")
     step = step
 
     # Variance parameters and functions of all parameters
-    delta = delta
-    variance_parameters = variance_parameters
-    parameters_vcov = parameters_vcov
-    icc = shares.icc
-    variance_shares = shares.variance_shares
-    repeatability = shares.repeatability
-    heritability = shares.heritability
-    r2 = shares.r2
+    delta = in_library(delta, "function")
+    variance_parameters = in_library(variance_parameters, "parameter")
+    parameters_vcov = in_library(parameters_vcov, "parameter")
+    icc = in_library(shares.icc, "function")
+    variance_shares = in_library(shares.variance_shares, "part")
+    repeatability = in_library(shares.repeatability, "function")
+    heritability = in_library(shares.heritability, "function")
+    r2 = in_library(shares.r2, "function")
 
     # Likelihood and simulation
     profile = profile
-    simulate = simulate
+    simulate = in_library(simulate)
     bootstrap = bootstrap
 
     # Rows
-    predict = predict
-    residuals = diagnostics.residuals
-    leverage = diagnostics.leverage
-    cooks_distance = diagnostics.cooks_distance
-    dfbetas = diagnostics.dfbetas
+    predict = in_library(predict)
+    residuals = in_library(diagnostics.residuals)
+    leverage = in_library(diagnostics.leverage)
+    cooks_distance = in_library(diagnostics.cooks_distance)
+    dfbetas = in_library(diagnostics.dfbetas)
     influence = diagnostics.influence
 
-    # Tables and files
+    # Tables, figures and files
     summary = tables.summary
-    tidy = tables.tidy
-    glance = tables.glance
-    augment = tables.augment
+    tidy = in_library(tables.tidy)
+    glance = in_library(tables.glance)
+    augment = in_library(tables.augment)
     to_latex = fit_tables.to_latex
     to_html = fit_tables.to_html
     to_markdown = fit_tables.to_markdown
     report = fit_tables.report
     _repr_html_ = fit_tables.repr_html
+    plot = plot
     save = storage.save
+
+    # maketables' plug-in format
+    __maketables_coef_table__ = property(maketables.coef_table)
+    __maketables_depvar__ = property(maketables.depvar)
+    __maketables_stat__ = maketables.stat
+    __maketables_default_stat_keys__ = property(maketables.default_stat_keys)
+    __maketables_vcov_info__ = property(maketables.vcov_info)
 
     def __str__(self) -> str:
         return self.summary()

@@ -16,6 +16,7 @@ from matplotlib.image import imread
 
 from jaxreml import Status
 
+DAYS = np.array([0.0, 9.0])  # the ends of sleepstudy
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
@@ -198,6 +199,29 @@ def check_eqtl(figures: dict, text: str) -> None:
     assert "genes found" in text and figures["plot"].stat().st_size > 10_000
 
 
+def check_shrinkage(figures: dict, text: str) -> None:
+    fit, lines, spread, errors = (figures[k] for k in ("fit", "lines", "spread", "errors"))
+    assert fit.nobs == 138 and fit.converged
+    rows = fit.table[fit.table["Subject"] == "352"]
+    X = np.column_stack([np.ones(3), rows["Days"]])
+    own = np.linalg.solve(X.T @ X, X.T @ rows["Reaction"])
+    np.testing.assert_allclose(lines.loc["352", ["own_intercept", "own_slope"]], own)
+    mixed = lines.loc["352", "mixed_intercept"] + lines.loc["352", "mixed_slope"] * DAYS
+    at = {"Days": DAYS, "Subject": ["352"] * 2}
+    np.testing.assert_allclose(mixed, fit.predict(at))
+    # Drawn to the mean: a little where there are ten days, most of the way where there are three.
+    assert 0.5 < spread.loc[False, "mixed_slope"] / spread.loc[False, "own_slope"] < 1
+    assert spread.loc[True, "mixed_slope"] / spread.loc[True, "own_slope"] < 0.2
+    assert errors["mixed"] < 0.6 * errors["own"] and f"mixed model {errors['mixed']:.0f}" in text
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#D55E00"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 500
+    of_docs = EXAMPLES[0].parents[1] / "docs" / "_static" / "shrinkage.png"
+    for drawn in (figures["plot"], of_docs):
+        assert 10_000 < drawn.stat().st_size < 60_000
+    assert imread(of_docs).shape == imread(figures["plot"]).shape
+
+
 CHECKS = {
     "dream": check_dream,
     "eqtl": check_eqtl,
@@ -205,6 +229,7 @@ CHECKS = {
     "insteval": check_insteval,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
+    "shrinkage": check_shrinkage,
     "voxels": check_voxels,
 }
 
@@ -223,7 +248,7 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    drawn = ("dream", "eqtl", "genes", "insteval", "voxels")
+    drawn = ("dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
     arguments = [tmp_path / f"{name}.png"] if name in drawn else []
     module = load(name)
     text = io.StringIO()

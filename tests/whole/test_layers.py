@@ -18,7 +18,7 @@ import jaxreml
 PACKAGE = Path(jaxreml.__file__).parent
 # The rooms from the top down: a file may import those of its own room and of the rooms below.
 ROOMS = [
-    {"cli"},
+    {"cli", "maketables", "marginaleffects", "sklearn"},
     {"api"},
     {"results"},
     {"inference"},

@@ -144,8 +144,8 @@ def _each(results: Any, df: str) -> Iterator[_Known]:
     """The responses that have an optimum and all fixed effects."""
     if results.revisit is None:
         raise DataError(
-            "the values of the responses are not at hand (a stream, or results read from a file): "
-            "ask fit_many for contrasts"
+            "the values of the responses are not at hand (a stream, or results read "
+            "from a file or pickle): ask fit_many for contrasts"
         )
     fits, p = results.fits, len(results.model.fixed_names)
     good = (fits.status == Status.CONVERGED) & (fits.rank == p)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.data.outputs import converted
 from jaxreml.data.tables import nearest
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -65,6 +66,21 @@ class MarginalMeans(Tabulated):
     notes: tuple[str, ...]
     contrast_notes: tuple[str, ...]
     _functions: Functions
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The columns of `table` whose levels the means have."""
+        return tuple(self._functions.labels)
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """Those of `factors` within whose levels means are compared."""
+        return self._functions.by
+
+    @property
+    def conf_level(self) -> float:
+        """Confidence level of the intervals."""
+        return self._functions.conf_level
 
     def contrast(
         self,
@@ -133,6 +149,21 @@ class MarginalMeans(Tabulated):
     def _repr_html_(self) -> str:
         tables = ["means"] if self.contrasts is None else ["means", "contrasts"]
         return "".join(self.as_table(table).to_html() for table in tables)
+
+    def to_frame(self, contrasts: bool = False, *, output: str | None = None) -> Any:
+        """The means, or the contrasts asked for, in the library that the data came in.
+
+        Args:
+            contrasts: these instead of the means.
+            output: "pandas", "polars" or "pyarrow" for another library.
+
+        Raises:
+            ValueError: contrasts that were not asked for.
+        """
+        frame = self.contrasts if contrasts else self.table
+        if frame is None:
+            raise ValueError('no contrasts were asked for: emmeans(..., contrast="pairwise")')
+        return converted(frame, self._functions.fit.library if output is None else output)
 
     def __str__(self) -> str:
         parts = ["\n".join([self.table.to_string(index=False), "", *self.notes])]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level
+from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
 from jaxreml.inference.resampling import intervals
@@ -113,6 +114,68 @@ class Bootstrap(Tabulated):
         """
         defined = self.draws.notna().sum().rename("n_defined")
         return pd.concat([self.estimate, self.bias, self.std_error, defined], axis=1)
+
+    def to_xarray(self) -> Any:
+        """The draws as an xarray Dataset: a variable per statistic, over ``chain`` (one) and
+        ``draw``, as ArviZ has them; the fit's value is the variable's attribute ``estimate``.
+
+        Raises:
+            DataError: xarray is not installed.
+
+        Example:
+            >>> import jaxreml
+            >>> data = jaxreml.datasets.load("sleepstudy")
+            >>> fit = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
+            >>> draws = fit.bootstrap(nsim=100, seed=1).to_xarray()
+            >>> days = draws["beta[Days]"]
+            >>> dict(days.sizes), round(days.attrs["estimate"], 2)
+            ({'chain': 1, 'draw': 100}, 10.47)
+        """
+        try:
+            import xarray
+        except ImportError:
+            raise DataError("to_xarray needs xarray: pip install 'jaxreml[xarray]'") from None
+        dimensions, own = ("chain", "draw"), self.estimate.to_numpy(float)
+        variables = {
+            str(name): (
+                dimensions,
+                self.draws.iloc[:, [k]].to_numpy().T,
+                {"estimate": float(own[k])},
+            )
+            for k, name in enumerate(self.draws.columns)
+        }
+        attributes = {
+            "formula": self.fit.formula,
+            "method": self.fit.method,
+            "nsim": self.nsim,
+            "seed": self.seed,
+            "n_failed": self.n_failed,
+        }
+        coordinates = {"chain": [0], "draw": np.arange(len(self.draws))}
+        return xarray.Dataset(variables, coordinates, attributes)
+
+    def to_inference_data(self) -> Any:
+        """The draws for ArviZ, in the group ``posterior``, where its summaries and plots look.
+
+        They are a sampling distribution, not a posterior: what ArviZ calls an HDI is an interval of
+        the draws, and diagnostics of chains say nothing about independent draws.
+
+        Returns:
+            An ``InferenceData``; an xarray ``DataTree`` with ArviZ 1, which works on these.
+
+        Raises:
+            DataError: ArviZ is not installed.
+        """
+        try:
+            import arviz
+        except ImportError:
+            raise DataError("to_inference_data needs ArviZ: pip install arviz") from None
+        draws = self.to_xarray()
+        if hasattr(arviz, "InferenceData"):
+            return arviz.InferenceData(posterior=draws)
+        import xarray
+
+        return xarray.DataTree.from_dict({"posterior": draws})
 
     def conf_int(self, conf_level: float = 0.95, method: str = "percentile") -> pd.DataFrame:
         """Confidence intervals of all statistics.
