@@ -122,7 +122,12 @@ class FittedBatch:
 
     @property
     def library(self) -> str:
-        """That the data came in; frames that methods return are of it."""
+        """That the data came in; frames that methods return are of it.
+
+        Examples:
+            >>> results.library
+            'pandas'
+        """
         return self.model.library
 
     # Fixed effects

@@ -41,8 +41,12 @@ INTERNAL = {
     "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",
                "with_response", "blank", "combined", "without_names"},
     "Population": {"blocks"},
+    "Array": {"columns", "ids", "not_numeric", "read"},
+    "Images": {"columns", "ids", "not_numeric", "read"},
 }  # fmt: skip
+FOR_THE_ROOMS = {"check_counts", "factors_of", "library_sizes", "log_cpm_of", "read_counts"}
 NEEDS = {"jaxreml.results.annotated.to_anndata": "anndata"}  # packages that `test` does not bring
+OTHERS = ("sklearn", "marginaleffects")  # modules for other packages
 
 
 def documented(thing: object) -> object:
@@ -73,12 +77,24 @@ def public() -> dict[str, object]:
             found[name] = thing
     for module in MODULES:
         for name, thing in vars(module).items():
-            own = getattr(thing, "__module__", "") == module.__name__
-            if own and not name.startswith("_") and inspect.isfunction(thing) and thing.__doc__:
+            own = getattr(thing, "__module__", "").startswith(module.__name__)
+            hidden = name.startswith("_") or name in FOR_THE_ROOMS
+            if own and inspect.isfunction(thing) and not hidden:
                 found[f"{module.__name__}.{name}"] = thing
     for kind in CLASSES:
         found |= {kind.__name__: kind, **members(kind)}
     return found
+
+
+def of_others() -> dict[str, object]:
+    """What `jaxreml.sklearn` and `jaxreml.marginaleffects` have of their own."""
+    found = {}
+    for module in OTHERS:
+        home = importlib.import_module(f"jaxreml.{module}")
+        for name, thing in vars(home).items():
+            if getattr(thing, "__module__", "") == home.__name__ and not name.startswith("_"):
+                found[f"{module}.{name}"] = thing
+    return found | members(importlib.import_module("jaxreml.sklearn").MixedRegressor)
 
 
 def examples() -> dict[str, doctest.DocTest]:
@@ -130,4 +146,11 @@ def test_examples_print_what_they_say(name):
 
 def test_every_public_name_has_an_example():
     bare = [name for name, thing in public().items() if ">>>" not in (thing.__doc__ or "")]
+    assert not bare
+
+
+def test_what_is_for_other_packages_has_examples():
+    for package in OTHERS:
+        pytest.importorskip(package)
+    bare = [name for name, thing in of_others().items() if ">>>" not in (thing.__doc__ or "")]
     assert not bare

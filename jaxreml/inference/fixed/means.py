@@ -69,17 +69,34 @@ class MarginalMeans(Tabulated):
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """The columns of `table` whose levels the means have."""
+        """The columns of `table` whose levels the means have.
+
+        Examples:
+            >>> scores.emmeans("Machine").factors
+            ('Machine',)
+        """
         return tuple(self._functions.labels)
 
     @property
     def by(self) -> tuple[str, ...]:
-        """Those of `factors` within whose levels means are compared."""
+        """Those of `factors` within whose levels means are compared.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> growth = jaxreml.fit("distance ~ age * Sex + (age | Subject)", children)
+            >>> growth.emmeans("Sex", by="age", at={"age": [8, 14]}).by
+            ('age',)
+        """
         return self._functions.by
 
     @property
     def conf_level(self) -> float:
-        """Confidence level of the intervals."""
+        """Confidence level of the intervals.
+
+        Examples:
+            >>> scores.emmeans("Machine", conf_level=0.9).conf_level
+            0.9
+        """
         return self._functions.conf_level
 
     def contrast(
@@ -159,6 +176,16 @@ class MarginalMeans(Tabulated):
 
         Raises:
             ValueError: contrasts that were not asked for.
+
+        Examples:
+            >>> means = scores.emmeans("Machine", contrast="pairwise")
+            >>> means.to_frame(contrasts=True)[["contrast", "estimate"]].round(1)
+              contrast  estimate
+            0    A - B      -8.0
+            1    A - C     -13.9
+            2    B - C      -6.0
+            >>> type(means.to_frame(output="polars")).__module__.split(".")[0]
+            'polars'
         """
         frame = self.contrasts if contrasts else self.table
         if frame is None:

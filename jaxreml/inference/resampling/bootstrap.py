@@ -122,14 +122,10 @@ class Bootstrap(Tabulated):
         Raises:
             DataError: xarray is not installed.
 
-        Example:
-            >>> import jaxreml
-            >>> data = jaxreml.datasets.load("sleepstudy")
-            >>> fit = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
-            >>> draws = fit.bootstrap(nsim=100, seed=1).to_xarray()
-            >>> days = draws["beta[Days]"]
+        Examples:
+            >>> days = draws.to_xarray()["beta[Days]"]
             >>> dict(days.sizes), round(days.attrs["estimate"], 2)
-            ({'chain': 1, 'draw': 100}, 10.47)
+            ({'chain': 1, 'draw': 200}, 10.47)
         """
         try:
             import xarray
@@ -165,6 +161,11 @@ class Bootstrap(Tabulated):
 
         Raises:
             DataError: ArviZ is not installed.
+
+        Examples:
+            >>> found = draws.to_inference_data()
+            >>> found.posterior["sigma"].shape
+            (1, 200)
         """
         try:
             import arviz
