@@ -37,8 +37,10 @@ def top_table(
         sort_by: "p_value", "statistic" or "estimate", the largest in size first, or "none" for the
             order of the responses.
         adjust: of the p-values over all responses, not only those shown: "bh", "by", "holm",
-            "bonferroni" or "none"; see `inference.discoveries.adjusted`.
-        q_value: whether to add Storey's q-values (`inference.discoveries.q_values`).
+            "bonferroni" or "none"; see
+            `jaxreml.inference.discoveries.adjusted`.
+        q_value: whether to add Storey's q-values
+            (`jaxreml.inference.discoveries.q_values`).
 
     Returns:
         A row per response, which the index names; columns mean (of the response), estimate,

@@ -20,8 +20,10 @@ from jaxreml.status import Status
 @made_by("`BatchResults.moderated`")
 @dataclass(frozen=True, eq=False, repr=False)
 class ModeratedResults(FittedBatch):
-    """A `FittedBatch` whose `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted` and `contrasts`
-    are moderated; all else is that of the fits.
+    """Moderated tests of many responses, as `BatchResults.moderated` makes them.
+
+    `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted` and `contrasts` are moderated; all else is
+    that of the fits.
 
     Attributes:
         model, responses, fits: as in `FittedBatch`; standard errors and degrees of freedom of

@@ -143,7 +143,7 @@ class LMMResults(FittedModel):
 
     @classmethod
     def load(cls, path: str | Path) -> LMMResults:
-        """Read a fit that `save` wrote; see `storage.read`.
+        """Read a fit that `save` wrote; the same as `jaxreml.load`.
 
         Examples:
             >>> fit.save("sleep.json", data=False)

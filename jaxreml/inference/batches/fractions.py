@@ -30,7 +30,7 @@ def variance_fractions(results: FittedBatch) -> pd.DataFrame:
 
     It differs in what that leaves to the coding: a factor of several columns is one term here,
     where calcVarPart has a fraction for each column; random slopes count with the values of their
-    covariates (`inference.shares`), where it has the variance of a slope as such. The sum of the
+    covariates, where it has the variance of a slope as such. The sum of the
     terms' fractions is that of `variance_shares` with ``fixed=True``, but for its divisor n - 1.
 
     Returns:

@@ -41,7 +41,8 @@ def joint_tests(
     Args:
         fit: the fit.
         by: variables within whose levels the others are tested.
-        at: values of variables, see `grid.reference_grid`; covariates are at the mean -1 and +1.
+        at: values of variables, see `jaxreml.inference.grid.reference_grid`; covariates are at the
+            mean -1 and +1.
         df: method for the denominator degrees of freedom, see `jaxreml.inference.wald`; of a joint
             test emmeans takes the smallest among its orthogonal rows.
 

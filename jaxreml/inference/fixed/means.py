@@ -388,7 +388,7 @@ def emmeans(
         fit: the fit.
         specs: variables to whose levels the means belong; "1" for the overall mean.
         by: further ones, within whose levels means are compared.
-        at: values of variables, see `reference_grid`.
+        at: values of variables, see `jaxreml.inference.grid.reference_grid`.
         contrast: also these contrasts, such as "pairwise", see `MarginalMeans.contrast`.
         adjust: for the p-values and intervals of the contrasts, see there; without contrasts for
             those of the means, None for none.
@@ -486,7 +486,20 @@ def contrast(
     at: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Contrasts between marginal means: `emmeans(..., contrast=contrast).contrasts`.
+    """Contrasts between marginal means: those of ``emmeans(..., contrast=contrast)`` alone.
+
+    Args:
+        fit, specs, by, at: as for `emmeans`.
+        contrast: their family, as for `MarginalMeans.contrast`, or weights of the means by the
+            contrast's name.
+        options: adjust, df, weights and conf_level, as for `emmeans`.
+
+    Returns:
+        A row per contrast: contrast, the levels of `by`, estimate, std_error, df, lower, upper,
+        statistic, p_value.
+
+    Raises:
+        DataError, ValueError: as for `emmeans`.
 
     Examples:
         >>> scores.contrast("Machine", "trt.vs.ctrl")[["contrast", "estimate", "df"]].round(2)

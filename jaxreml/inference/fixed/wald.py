@@ -177,7 +177,7 @@ def each(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
 
     Args:
         fit: the fit.
-        L: linear functions of the fixed effects, see `jaxreml.data.hypotheses`.
+        L: linear functions of the fixed effects, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar, what they are under the hypothesis.
         df: name of the approximation, see the module.
 
@@ -276,10 +276,10 @@ def test(
     Args:
         fit: the fit.
         L: (k, p) or (p,) numbers; a dict from names of fixed effects to coefficients; or
-            equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses`.
+            equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar.
         df: "satterthwaite", "kenward-roger", "kenward-roger-linear", "residual" or "inf"; see
-            `inference.wald`.
+            `jaxreml.inference.wald`.
         joint: all rows together, one F test; or each by itself, with t tests.
 
     Returns:

@@ -56,7 +56,7 @@ def compare(
     """Compare fits to the same data.
 
     Two results of `fit_many` are compared response by response, see
-    `inference.batches.comparison.compare_batches`: nothing is fitted again.
+    `jaxreml.inference.batches.comparison.compare_batches`: nothing is fitted again.
 
     Args:
         fits: two or more.
@@ -68,7 +68,8 @@ def compare(
             tested, for it is on its boundary then. "mixture": for one random effect more, with
             its covariances (and fixed effects) df parameters, half chi-squared with df - 1 and
             half with df (Self and Liang 1987, JASA 82:605, cases 5 and 6; Stram and Lee 1994,
-            Biometrics 50:1171). "bootstrap": simulated, see `likelihood_ratio.null_distribution`.
+            Biometrics 50:1171). "bootstrap": simulated, see
+            `jaxreml.inference.likelihood_ratio.null_distribution`.
         names: of the fits, for the rows; "fit 1", ... in the order given if left out.
         nsim, seed: responses drawn for "bootstrap", and of the random numbers.
 

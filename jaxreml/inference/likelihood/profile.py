@@ -283,8 +283,8 @@ def profile(
     Args:
         fit: the fit.
         parameters: names as in ``profile().parameters``, lme4's: ``sd_(Intercept)|g``,
-            ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; "theta_" and
-            "beta_" for all variance parameters and all fixed effects. All if left out.
+            ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; ``"theta_"`` and
+            ``"beta_"`` for all variance parameters and all fixed effects. All if left out.
         conf_level: level of the intervals to cover, 0.99 at least.
         method: "ML", for any fit as lme4 does, or "REML" to profile the variance parameters
             by the restricted likelihood. Fixed effects have no restricted likelihood: their

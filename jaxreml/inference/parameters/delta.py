@@ -100,7 +100,7 @@ def delta(
     Args:
         fit: the fit.
         function: a JAX function g(beta, components) with a scalar or a vector as its value; see
-            `inference.components`.
+            `jaxreml.inference.components`.
         conf_level: of the intervals.
         names: of the values.
         transform: the scale on which the interval is made, to be transformed back: None, "log",

@@ -37,7 +37,7 @@ def icc(fit: FittedModel, group: str | None = None, conf_level: float = 0.95) ->
         conf_level: of the interval.
 
     Returns:
-        One row, as `delta.delta`.
+        One row, as `delta`.
 
     Raises:
         DataError: an unknown grouping factor; a fit without an optimum.
@@ -61,7 +61,7 @@ def variance_shares(
         conf_level: of the intervals.
 
     Returns:
-        A row per part, as `delta.delta`; the estimates sum to one.
+        A row per part, as `delta`; the estimates sum to one.
 
     Raises:
         DataError: a fit without an optimum.
@@ -97,7 +97,7 @@ def repeatability(
         conf_level: of the interval.
 
     Returns:
-        One row, as `delta.delta`.
+        One row, as `delta`.
 
     Raises:
         DataError: an unknown grouping factor; a fit without an optimum.
@@ -137,7 +137,7 @@ def heritability(
         conf_level: of the interval, made from the logit of the ratio.
 
     Returns:
-        One row, as `delta.delta`.
+        One row, as `delta`.
 
     Raises:
         DataError: an unknown grouping factor; a fit without an optimum.
@@ -165,7 +165,7 @@ def r2(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFrame:
         conf_level: of the intervals.
 
     Returns:
-        Rows marginal and conditional, as `delta.delta`.
+        Rows marginal and conditional, as `delta`.
 
     Raises:
         DataError: a fit without an optimum.

@@ -44,8 +44,8 @@ def power(
             others keep their values; or names, for the sizes that the model has.
         n: sample sizes: numbers of levels or rows of what `along` or `within` names; as the model
             if left out.
-        along, within: as for `extension.extend`: a grouping factor to have n levels (or a numeric
-            column n values), or one whose levels are to have n rows.
+        along, within: as for `jaxreml.inference.extension.extend`: a grouping factor to have n
+            levels (or a numeric column n values), or one whose levels are to have n rows.
         nsim: responses drawn for each sample size.
         alpha: level of the tests.
         seed: of the random numbers.

@@ -50,7 +50,7 @@ def residuals_fitted(fit: FittedModel, *, ax: Any = None) -> Any:
 
 
 def scale_location_data(fit: FittedModel) -> pd.DataFrame:
-    """Columns fitted and root_abs_residual, the square root of |scaled residual|; a row per row
+    """Columns fitted and root_abs_residual, the root of absolute scaled residuals; a row per row
     used.
 
     Examples:
