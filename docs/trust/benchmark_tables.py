@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-TEXT = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+TEXT = (Path(__file__).resolve().parents[2] / "benchmarks" / "README.md").read_text()
 
 
 def _cells(line: str) -> list[str]:

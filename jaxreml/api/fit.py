@@ -41,8 +41,7 @@ def fit(
             left out.
         context: names the formula may use besides columns, functions for example.
         max_iterations: evaluations of the criterion with its derivatives.
-        engine: "numpy" (nothing is compiled) or "jax"; chosen if left out: "jax" for more than a
-            few hundred effects of several factors.
+        engine: "numpy" (nothing is compiled) or "jax"; NumPy if left out.
         others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:

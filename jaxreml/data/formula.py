@@ -69,7 +69,10 @@ def parse(formula: str, *, need_random: bool = True) -> ParsedFormula:
             nested or multiplied bars, a random term that is subtracted, or no random term.
     """
     if not isinstance(formula, str):
-        raise FormulaError(f"the formula must be a string, not {type(formula).__name__}")
+        raise FormulaError(
+            f"the formula must be a string, not {type(formula).__name__}; it comes first, the data "
+            "second"
+        )
     text = _outside_quotes(r"\s+|\^", lambda piece: "**" if piece == "^" else " ", formula).strip()
     sides = [piece for piece, _ in _split(text, "~")]
     if len(sides) != 2:
@@ -84,10 +87,10 @@ def parse(formula: str, *, need_random: bool = True) -> ParsedFormula:
     random: list[RandomTerm] = []
     _collect(right, fixed, offsets, random)
     if need_random and not random:
-        raise FormulaError(
-            f"the formula {text!r} has no random term; add one such as (1 | group), or use least "
-            "squares"
-        )
+        remedy = "add one such as (1 | group), or use least squares"
+        if "|" in right:  # as in "x (1 | g)", which reads as a call of the function x
+            remedy = "is a + missing before the brackets with a bar?"
+        raise FormulaError(f"the formula {text!r} has no random term; {remedy}")
     fixed_text = " ".join(fixed).removeprefix("+ ") or "1"
     return ParsedFormula(text, response, fixed_text, tuple(offsets), tuple(random))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,11 @@ def column_names(data: Any) -> list[Any]:
     try:
         return nw.from_native(data, eager_only=True).columns
     except TypeError:
+        if isinstance(data, str | os.PathLike):
+            raise DataError(
+                f"data must be a table, not the name of a file, {os.fspath(data)!r}; read it "
+                "first, for example with pandas.read_csv"
+            ) from None
         if hasattr(data, "collect"):
             raise DataError("data is a lazy frame; call .collect() on it first") from None
         if hasattr(data, "obs"):

@@ -170,7 +170,7 @@ class FittedModel:
         def __getattr__(self, name: str) -> Any:
             if name in ROWS:
                 raise DataError(
-                    f"the fit was saved without its rows (data=False), which this needs ({name}): "
+                    "the fit was saved without its rows (data=False), which this needs: "
                     "save it with data=True"
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

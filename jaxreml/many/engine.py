@@ -1,11 +1,12 @@
 """`BatchFitter`, on which `fit_many` stands: one model, blocks of responses in, numbers out.
 
 Responses with the same rows missing go together, through the engine of the design's structure.
+Where few share their rows, those of many patterns may go side by side (`BatchFitter.own_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,6 +37,8 @@ from jaxreml.status import Status
 
 # Responses that are fitted one after the other, where programs for many had to be compiled.
 FEW = 32
+# Responses with the same rows, or weights, from which on these get an engine of their own.
+TOGETHER = 16
 
 
 class BatchFitter:
@@ -54,6 +57,10 @@ class BatchFitter:
         engine: "numpy" or "jax"; chosen if left out: NumPy on the CPU, for grouped designs, and for
             others where there are `FEW` responses at most.
         count: how many responses there will be, if that is known.
+
+    Attributes:
+        own_rows: gives what works on responses side by side that lack rows of their own each
+            (`OwnFitter`, whose `table` and `estimates` it uses); None where nothing does.
 
     Raises:
         DataError: as `fit`, and `local_devices`.
@@ -76,6 +83,7 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
+        self.own_rows: Callable[[], Any] | None = None
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
         p = frame.X.shape[1]
@@ -173,9 +181,22 @@ class BatchFitter:
         table.status[infinite] = Status.INFINITE
         todo = (missing < n) & ~infinite
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
-        for columns, kept in _patterns(values, np.flatnonzero(todo & (missing > 0))):
+        patterns, apart = self._patterns(values, np.flatnonzero(todo & (missing > 0)))
+        for columns, kept in patterns:
             self._fit_pattern(values, columns, kept, table)
+        if apart.size and self.own_rows is not None:
+            table.take(apart, self.own_rows().table(values[:, apart]))
         return table
+
+    def _patterns(
+        self, values: np.ndarray, columns: np.ndarray
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """`_patterns` of columns that lack rows, and those that go side by side instead."""
+        patterns = list(_patterns(values, columns))
+        least = 0 if self.own_rows is None else TOGETHER
+        apart = [own for own, _ in patterns if own.size < least]
+        together = [pattern for pattern in patterns if pattern[0].size >= least]
+        return together, np.sort(np.concatenate(apart)) if apart else columns[:0]
 
     def basis_in(self, kept: np.ndarray) -> Basis:
         """The basis of the rows `kept`, (n,) booleans, in which no column of X may depend on
@@ -216,14 +237,19 @@ class BatchFitter:
 
         Args:
             values: (n, b), as for `fit`.
-            theta: (b, m), `Fits.theta`; responses without any are left out.
+            theta: (b, m), `Fits.theta`; responses without any are left out, as those that lack a
+                coefficient should be.
 
         Yields:
             Some columns, what their rows say of the fixed effects, and estimates, lanes last.
         """
         optimal, lacking = np.isfinite(theta).all(axis=1), np.isnan(values).any(axis=0)
         whole = np.flatnonzero(optimal & ~lacking)
-        for columns, kept in [(whole, None), *_patterns(values, np.flatnonzero(optimal & lacking))]:
+        patterns, apart = self._patterns(values, np.flatnonzero(optimal & lacking))
+        if apart.size and self.own_rows is not None:
+            for own, known, estimate in self.own_rows().estimates(values[:, apart], theta[apart]):
+                yield apart[own], known, estimate
+        for columns, kept in [(whole, None), *patterns]:
             engine: Any = self.engine if kept is None else self._in_rows(kept)
             if isinstance(engine, HostEngine):
                 found = engine.estimates(values, columns, kept, theta)

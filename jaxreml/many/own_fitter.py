@@ -1,4 +1,4 @@
-"""`OwnFitter`: blocks of responses with weights or a covariate of their own.
+"""`OwnFitter`: blocks of responses with weights, rows or a covariate of their own.
 
 They go in lanes, each with its own cross-products (`own_designs`), or one by one: other designs
 than those of one grouping factor, and what lanes cannot be trusted with. Responses with the same
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +18,13 @@ from jaxreml.arguments import check_engine
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
 from jaxreml.many.base import Known
-from jaxreml.many.engine import BatchFitter
+from jaxreml.many.engine import TOGETHER, BatchFitter
+from jaxreml.many.host import HostEngine
 from jaxreml.many.lanes import MOST_EFFECTS
 from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.own_designs import OwnDesigns, OwnPasses
 from jaxreml.optimum.report import Estimate
 from jaxreml.status import Status
-
-TOGETHER = 16  # responses of the same weights, from which on these are taken for the model's
 
 
 class _Block(NamedTuple):
@@ -103,13 +103,13 @@ class OwnFitter:
         rest = np.flatnonzero(~whole)
         if rest.size:
             parts: Any = (None if own is None else own[:, rest] for own in (values, weights, x))
-            table.take(rest, self._of_own_rows(*parts))
+            table.take(rest, self.table(*parts))
         return table.fits()
 
-    def _of_own_rows(
-        self, values: np.ndarray, weights: np.ndarray | None, x: np.ndarray | None
+    def table(
+        self, values: np.ndarray, weights: np.ndarray | None = None, x: np.ndarray | None = None
     ) -> Table:
-        """`fit` to a table, of responses that may lack rows."""
+        """`fit` to a `Table`, of responses that may lack rows."""
         block = self._block(values, weights, x)
         table = Table(self.frame, values.shape[1], self.modes, self.contrasts)
         apart: list[int] = []
@@ -257,8 +257,13 @@ def fitter_for(
     frame: ModelFrame, method: str, *, own: bool, covariate: str | None = None, **options: Any
 ) -> Any:
     """A `BatchFitter`, or an `OwnFitter` if the responses have weights or covariates of their
-    own."""
+    own. On NumPy, without weights, the first has the second for responses that lack rows few others
+    lack."""
     if own or covariate is not None:
         options.pop("count", None)
         return OwnFitter(frame, method, covariate=covariate, **options)
-    return BatchFitter(frame, method, **options)
+    fitter = BatchFitter(frame, method, **options)
+    if isinstance(fitter.engine, HostEngine) and frame.weights is None:
+        options.pop("count", None)
+        fitter.own_rows = cache(lambda: OwnFitter(frame, method, **options))
+    return fitter

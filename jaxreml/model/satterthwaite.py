@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jaxreml.backend.arrays import namespace
 from jaxreml.model.linalg import FLAT, flat_inverse
 
+NOISE = 1e-5  # entries of the Hessian below FLAT times this are rounding error
 UNMOVED = 1e-5  # relative change per unit of a flat direction that is rounding error
 
 
@@ -38,8 +39,8 @@ def spread(hessian: Any) -> Spread:
     both = free[:, None] & free
     eye = xp.eye(len(hessian), dtype=hessian.dtype)
     eye = eye.reshape(*eye.shape, *[1] * (hessian.ndim - 2))
-    # A logarithm with an entry far below one is not known
-    sizes = 1 + xp.where(free, xp.abs(sizes), 0.0)
+    # The logarithm of a variance that is next to zero has a tiny entry, of which digits are left.
+    sizes = NOISE + xp.where(free, xp.abs(sizes), 0.0)
     inverse, flat = flat_inverse(xp.where(both, hessian, eye), sizes, FLAT)
     return Spread(xp.where(both, 2 * inverse, 0.0), flat)
 

@@ -200,10 +200,8 @@ def report(
         'b = 10.47, SE = 1.55, 95% CI [7.21, 13.73], t(17.0) = 6.77, p < .001'
     """
     if term not in fit.fixed_names:
-        known = ", ".join(fit.fixed_names) or "none"
-        raise DataError(
-            f"there is no fixed effect {term!r}{nearest(term, list(fit.fixed_names))}: {known}"
-        )
+        hint = nearest(term, list(fit.fixed_names)).replace("The columns", "They")
+        raise DataError(f"there is no fixed effect {term!r}{hint}")
     row = coefficients(fit, df).loc[term]
     decimals = numbers.decimals_for(row["std_error"])
     parts = [f"{name} = {numbers.number(row[column], decimals)}"

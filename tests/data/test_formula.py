@@ -76,7 +76,8 @@ def test_offsets():
         ("y ~ (1 | g + h)", "not a column name"),
         ("y ~ (1 | g$h)", "not a column name"),
         ("y | x ~ (1 | g)", "left side"),
-        (3, "must be a string"),
+        ("y ~ x (1 | g)", "is a . missing before the brackets"),
+        (3, "must be a string, not int; it comes first"),
     ],
 )
 def test_refused(formula, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -283,3 +285,9 @@ def test_one_row_per_level_with_weights():
     many = jaxreml.fit_many("~ 1 + (1 | g)", frame, Y, weights="w")
     assert many.estimate(0).criterion == pytest.approx(fit.criterion)
     assert list(many.status) == [0, 0]
+
+
+def test_a_file_is_read_before():
+    for name in ("study.csv", Path("study.csv")):
+        with pytest.raises(DataError, match=r"not the name of a file, 'study.csv'; read it"):
+            model_frame("y ~ 1 + (1 | g)", name)

@@ -370,6 +370,23 @@ def test_a_variance_too_many_that_moves_nothing(df):
     np.testing.assert_allclose(many.df, expected.df, rtol=1e-5)
 
 
+def test_a_variance_next_to_zero_has_the_degrees_of_freedom_of_one_that_is_not():
+    """In a balanced design they do not depend on it until it is zero."""
+    rng = np.random.default_rng(0)
+    g = np.repeat(np.arange(20), 4)
+    x, noise = rng.normal(size=20)[g], rng.normal(size=80)
+    between = np.bincount(g, noise)[g] / 4
+    within = noise - between
+    X = np.column_stack([np.ones(80), x])
+    between -= X @ np.linalg.lstsq(X, between)[0]
+    equal = (within @ within / 60) / (between @ between / 18)  # mean squares, where it is zero
+    for excess in (0.1, 1e-3, 1e-5):
+        y = within + 0.3 * x + between * np.sqrt(equal * (1 + excess))
+        fit = jaxreml.fit("y ~ x + (1 | g)", {"y": y, "x": x, "g": g})
+        assert not fit.is_singular and fit.theta[0] ** 2 == pytest.approx(excess / 4, rel=1e-3)
+        np.testing.assert_allclose(fit.df_satterthwaite, 18, rtol=1e-3)
+
+
 def test_a_flat_variance_that_moves_the_fixed_effects():
     frame = nested_factor()
     half = np.where(frame["g"] < 9, "u", "v")  # a coefficient and a variance of two levels

@@ -200,16 +200,15 @@ def test_means_that_cannot_be_estimated_have_a_reason():
     assert "reason" not in fitted("unbalanced").emmeans("a").table
 
 
-def test_slopes_warn_of_what_interacts_with_them_alone():
-    """emmeans counts the covariate among the variables of the slopes: age * Sex is no surprise."""
-    fit = fits.fitted("orthodont")
+def test_only_slopes_that_are_averaged_over_an_interaction_are_misleading():
+    fit = fits.fitted_to("orthodont", "distance ~ age * Sex + (1 | Subject)")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit.emtrends("Sex", "age")
-        fit.emtrends("1", "age")
+        fit.emtrends("Sex", "age")  # the slope of each sex: as emmeans, without a note
+        fit.emtrends("1", "age")  # nor has it one for the overall slope
     table = references.table("unbalanced").assign(c=lambda t: np.arange(len(t)) % 2)
     three = jaxreml.fit("y ~ x * a * C(c) + (1|g)", table)
-    with pytest.warns(UserWarning, match="interactions: x:a:"):
+    with pytest.warns(UserWarning, match="involvement in interactions: x:a:"):
         three.emtrends("a", "x")
 
 
@@ -340,6 +339,7 @@ def test_refusals(monkeypatch):
         (("a",), {"adjust": "tukey"}, ValueError, "all pairwise differences"),
         (("a",), {"adjust": "fdr"}, ValueError, "adjust must be one of"),
         (("a",), {"contrast": "pair"}, ValueError, "must be one of pairwise"),
+        (("a",), {"contrast": "tukey"}, ValueError, "adjustments go to adjust="),
         (("a",), {"contrast": {"d": [1, -1]}}, ValueError, "3 coefficients"),
         (("a",), {"contrast": {"d": [1, -1, np.nan]}}, ValueError, "'d' has values that are not"),
         (("a",), {"contrast": {"d": ["a", "b", "c"]}}, ValueError, "'d' must be numbers"),

@@ -9,7 +9,8 @@ import pytest
 import jaxreml
 from jaxreml.data.frame import covariate_frame
 from jaxreml.errors import DataError
-from jaxreml.many.own_fitter import OwnFitter
+from jaxreml.many.engine import BatchFitter
+from jaxreml.many.own_fitter import OwnFitter, fitter_for
 from jaxreml.model.structures.grouped import Grouped
 from jaxreml.status import Status
 
@@ -126,6 +127,50 @@ def test_what_lanes_cannot_do_goes_alone(data):
     fits = crossed.fit(values[:, 3:], weights[:, 3:])
     single = alone("~ x + (1 | g) + (1 | h)", data, values[:, 3], weights[:, 3], "ML")
     np.testing.assert_allclose(fits.criterion[0], single.criterion, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("formula", "method", "df"),
+    [
+        ("~ f + x + (1 | g)", "REML", "kenward-roger"),
+        ("~ f + x + (t | g)", "ML", "satterthwaite"),
+    ],
+)
+def test_rows_of_their_own_are_as_engines_of_their_own(data, formula, method, df):
+    """Values missing here and there: of every pattern by itself, and of all side by side."""
+    data = data.assign(f=np.where(data["x"] > 0, "a", "b"))
+    values, _ = draw(data, 40)
+    values[np.random.default_rng(2).uniform(size=values.shape) < 0.1] = np.nan
+    values[data["f"] == "b", 0] = np.nan
+    values[data["g"] != "g03", 1] = np.nan
+    values[:, 2] = np.nan
+    values[~np.isnan(values[:, 3]), 3] = 4.0
+    values[0, 4] = np.inf
+    values[:, 5:25] = np.where(np.isnan(values[:, 5:6]), np.nan, draw(data, 20)[0])
+    values[:, 25] = draw(data, 1)[0][:, 0]
+    frame = covariate_frame(formula, data)
+    options = {"df": df, "contrasts": np.array([[0, 1.0, -1.0]]), "modes": True}
+    fitter = fitter_for(frame, method, own=False, **options)
+    ours = fitter.fit(values)
+    theirs = BatchFitter(frame, method, engine="numpy", **options).fit(values)
+    assert sorted(set(ours.status)) == sorted(
+        {Status.CONVERGED, Status.TOO_FEW_ROWS, Status.CONSTANT, Status.INFINITE}
+    )
+    for name in ("status", "rank", "n_missing", "nobs", "is_singular"):
+        assert getattr(ours, name).tolist() == getattr(theirs, name).tolist()
+    assert ours.rank[0] == 2 and np.isnan(ours.beta[0]).tolist() == [False, True, False]
+    for name in ("criterion", "beta", "se", "df", "contrast", "contrast_se", "mean", "sigma"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), 1e-6, 1e-9)
+    np.testing.assert_allclose(ours.modes[0], theirs.modes[0], atol=1e-6)
+    whole = (ours.status == Status.CONVERGED) & (ours.rank == 3)
+    again = {}
+    for places, known, estimate in fitter.estimates(
+        values, np.where(whole[:, None], ours.theta, np.nan)
+    ):
+        again |= zip(places, estimate.beta[np.argsort(known.coefficients)].T, strict=True)
+    assert sorted(again) == np.flatnonzero(whole).tolist()
+    for place, beta in again.items():
+        np.testing.assert_allclose(beta, ours.beta[place], 1e-9)
 
 
 def test_fit_many_takes_them_in_every_form(data, tmp_path):

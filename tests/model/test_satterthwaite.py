@@ -26,9 +26,11 @@ def test_by_definition_alone_and_in_lanes():
         np.testing.assert_allclose(together[:, k], expected)
 
 
-def test_balanced_one_way_has_one_less_than_levels():
-    """The mean's variance is one mean square's expectation over n: exact degrees of freedom."""
-    levels, rows, between, within = 7, 4, 1.3, 0.8
+@pytest.mark.parametrize("between", [1.3, 1e-3, 1e-6])
+def test_balanced_one_way_has_one_less_than_levels(between):
+    """The mean's variance is one mean square's expectation over n: exact degrees of freedom, also
+    where the variance between levels is next to zero."""
+    levels, rows, within = 7, 4, 0.8
     mean_square = within + rows * between
     # The criterion's Hessian at the optimum, in the two mean squares, and these in logarithms
     of_squares = np.diag([(levels - 1) / mean_square**2, levels * (rows - 1) / within**2])

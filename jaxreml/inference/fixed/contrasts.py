@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxreml.arguments import numbers
 from jaxreml.errors import DataError
+from jaxreml.inference.fixed.adjustments import ADJUSTMENTS
 
 ABSENT = 0.01  # values of a polynomial of unit length that are zero
 WHOLE = 0.05  # distance from an integer that is rounding
@@ -52,7 +53,7 @@ def family(contrast: str | Mapping[str, Any], labels: Sequence[str]) -> Contrast
     if contrast not in FAMILIES:
         raise ValueError(
             f"contrast must be one of {', '.join(FAMILIES)} or a dict of coefficients, not "
-            f"{contrast!r}"
+            f"{contrast!r}" + ("; adjustments go to adjust=" if contrast in ADJUSTMENTS else "")
         )
     if len(labels) < 2:
         raise DataError(

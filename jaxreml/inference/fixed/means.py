@@ -475,7 +475,7 @@ def emtrends(
         (function(ahead) - function(behind)) / (2 * step)
         for function in (grid.terms.encoding.matrix, grid.terms.frame.offsets)
     )
-    return _summarised(fit, grid, L, offset, specs, by, asked, noise, (var,))
+    return _summarised(fit, grid, L, offset, specs, by, asked, noise, var)
 
 
 def contrast(
@@ -523,9 +523,12 @@ def _summarised(
     by: str | Sequence[str] | None,
     options: Options,
     noise: float = ROUNDING,
-    trend: tuple[str, ...] = (),
+    trend: str | None = None,
 ) -> MarginalMeans:
-    """Average the functions of the grid's rows over the variables not named, and compare."""
+    """Average the functions of the grid's rows over the variables not named, and compare.
+
+    Where they are slopes in a covariate, `trend` is its name.
+    """
     contrast, adjust, df, weights, conf_level = options
     within = _names(by, ())
     names = [name for name in _names(specs, ()) if name != OVERALL]
@@ -547,7 +550,7 @@ def _summarised(
     of_means = "none" if contrast is not None else adjust or "none"
     table = functions.tabulated(of_means)
     over = tuple(n for n, v in grid.levels.items() if n not in names and len(v) > 1)
-    before, after = _notes(fit, grid, [*asked, *trend] if asked else [], over, df)
+    before, after = _notes(grid, [*asked, trend] if asked and trend else asked, over, df)
     families = {len(rows) for rows in functions.groups().values()}
     level = f"Confidence level used: {conf_level:g}"
     notes = tuple(filter(None, [*before, *after, level, _adjustment(of_means, families)]))
@@ -559,12 +562,11 @@ def _summarised(
 
 
 def _notes(
-    fit: FittedModel, grid: ReferenceGrid, names: list[str], over: tuple[str, ...], df: str
+    grid: ReferenceGrid, names: list[str], over: tuple[str, ...], df: str
 ) -> tuple[list[str], list[str]]:
-    """What to beware of, and how means of `names` are made.
+    """What to beware of, and how means of `names` are made, or slopes with the covariate in them.
 
-    As emmeans, warns of means of variables that interact with others, whose effects are averaged;
-    the covariate of slopes is one of the variables.
+    As emmeans, warns of means of variables that interact with others, whose effects are averaged.
     """
     before, after = [], []
     terms = grid.terms.variables_of_terms
