@@ -143,6 +143,15 @@ def on_missing(app: Any, env: Any, node: Any, shown: Any) -> Any:
     return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, shown, ends[0])
 
 
+def _returned(self: Any, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+    """What stands under Returns, as it is: napoleon takes words before a colon for a type."""
+    lines = self._dedent(self._consume_to_next_section())
+    return [("", "", lines)] if lines else []
+
+
+GoogleDocstring._consume_returns_section = _returned
+
+
 def setup(app: Any) -> dict[str, bool]:
     """What Sphinx calls."""
     app.add_directive("api", Api)

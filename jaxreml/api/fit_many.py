@@ -103,7 +103,11 @@ def fit_many(
     progress: bool | None = None,
     **others: Any,
 ) -> BatchResults | StreamedResults:
-    """Fit one linear mixed model to many responses.
+    """Fit one linear mixed model to many responses: genes, voxels, metrics, simulated draws.
+
+    Rows are samples and columns are responses: the model is fitted to every column. Results are
+    those of `fit`, response by response, in microseconds to milliseconds each. Counts and the like
+    that have genes in rows are to be transposed.
 
     Args:
         formula: as for `fit`, without a left side: ``"~ age + (1 | subject)"``.

@@ -32,7 +32,10 @@ Array = Any  # NumPy's or JAX's
 
 
 def reml_objective(parameters: Array, design: Design, *, harville: bool = False) -> Array:
-    r"""-2 log restricted likelihood.
+    r"""-2 log restricted likelihood of a design at given variance parameters.
+
+    A pure function of arrays: compile it, differentiate it, or minimise it by any optimiser. Its
+    lowest minimum is what `estimate` finds, and ``fit(...).criterion`` of the same model.
 
     It contains log|X'V^-1 X|, so it depends on the columns of X and not only on their span: with
     X A in the place of X it is 2 log|det A| higher. As a function of X it has no minimum: it falls
@@ -90,7 +93,7 @@ def reml_objective(parameters: Array, design: Design, *, harville: bool = False)
 
 
 def ml_objective(parameters: Array, design: Design) -> Array:
-    """-2 log likelihood with the fixed effects profiled out.
+    """-2 log likelihood of a design at given variance parameters, fixed effects profiled out.
 
     It depends on the span of X's columns alone: X may be an output of a network. Otherwise as
     `reml_objective`, dependent columns of a traced X included.

@@ -24,18 +24,19 @@ Array = Any  # NumPy's or JAX's
 def estimate(
     design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
 ) -> Estimate:
-    """Fit a design by REML or ML.
+    """Fit a design by REML or ML: from arrays to the optimum of the likelihood.
 
-    Pure: `jit`, `vmap` over stacked designs (`jaxreml.stack`), and derivatives to any order
-    with respect to the design, by the implicit function theorem at the optimum; they are zero where
-    `status` is not CONVERGED, so that such a lane of a `vmap`, masked by its status, adds nothing
-    to a derivative in what lanes share. Fixed effects and
-    residual variance are profiled out; the rest is a safeguarded Newton iteration with exact
-    derivatives on square roots of the relative covariance matrices, which have no bounds: the
-    criterion is even in each of their columns, and the Cholesky factor is taken at the end. As
-    there can be several optima, it starts from moment estimates and from k + 2 other places for k
-    effects in all (`rivals.starts`), and takes the lowest; with more than 130,000 cross-products it
-    compares the optimum with variances at zero only.
+    The function is pure. It can be compiled by `jit`, mapped by `vmap` over stacked designs
+    (`jaxreml.stack`), and differentiated to any order with respect to the design, by the implicit
+    function theorem at the optimum. Derivatives are zero where `status` is not CONVERGED, so that
+    such a lane of a `vmap`, masked by its status, adds nothing to a derivative in what lanes share.
+
+    Fixed effects and residual variance are profiled out; the rest is a safeguarded Newton iteration
+    with exact derivatives on square roots of the relative covariance matrices, which have no
+    bounds: the criterion is even in each of their columns, and the Cholesky factor is taken at the
+    end. As there can be several optima, it starts from moment estimates and from k + 2 other places
+    for k effects in all, and takes the lowest; with more than 130,000 cross-products it compares
+    the optimum with variances at zero only.
 
     Args:
         design: the data.

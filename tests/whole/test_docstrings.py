@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 from functools import cache
 from pathlib import Path
 
@@ -147,6 +148,36 @@ def test_examples_print_what_they_say(name):
 def test_every_public_name_has_an_example():
     bare = [name for name, thing in public().items() if ">>>" not in (thing.__doc__ or "")]
     assert not bare
+
+
+def named_in_the_reference() -> list[str]:
+    """The full names that the directives ``{api}`` of docs/api write."""
+    text = "".join(path.read_text() for path in sorted(GIVEN.parent.glob("*.md")))
+    found = re.findall(r"^```{api} ?(\S*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [f"{owner}.{name}".lstrip(".") for owner, names in found for name in names.split()]
+
+
+def resolved(name: str) -> object:
+    """What a dotted name below jaxreml has its docstring in, before it was wrapped."""
+    found = jaxreml
+    for part in name.split("."):
+        known = inspect.getattr_static(found, part, None) or getattr(found, part, None)
+        found = known or importlib.import_module(f"{found.__name__}.{part}")
+    own = documented(found)
+    return own if inspect.isclass(own) else inspect.unwrap(own)
+
+
+def test_the_reference_has_every_public_name_once():
+    names = named_in_the_reference()
+    assert len(set(names)) == len(names)
+    written = {id(resolved(name)) for name in names}
+    wanted = public() | of_others()
+    missing = [
+        name
+        for name, thing in wanted.items()
+        if id(thing if inspect.isclass(thing) else inspect.unwrap(thing)) not in written
+    ]
+    assert not missing
 
 
 def test_what_is_for_other_packages_has_examples():

@@ -397,6 +397,9 @@ def emmeans(
         weights: of the cells averaged over: "equal", or "proportional" to their numbers of rows.
         conf_level: confidence level.
 
+    Returns:
+        A `MarginalMeans`: means in ``table``, contrasts in ``contrasts`` if they were asked for.
+
     Raises:
         ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
         DataError: names or levels that are not the model's; a fit that did not converge.
