@@ -130,8 +130,8 @@ def on_missing(app: Any, env: Any, node: Any, shown: Any) -> Any:
     if node.get("refdomain") != "py" or not target:
         return None
     known = env.domaindata["py"]["objects"]
-    elsewhere = "py:module" in node or "py:class" in node
-    if "." in target:
+    elsewhere = node.get("py:module") or node.get("py:class")
+    if "." in target or target[0].isupper():
         ends = [name for name in known if name.endswith(f".{target}")]
     elif elsewhere and target.islower() and "_" not in target:  # more often an argument
         ends = []

@@ -51,7 +51,7 @@ class BatchResults(FittedBatch):
     Attributes:
         model, responses, fits, frame: as in `jaxreml.many.fitted.FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
-        revisit: see `inference.batches.testing`; likewise.
+        revisit: goes through the fits once more, for `test` and `anova`; likewise.
         values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
 
     A pickle has the results and the rows of the model, but not the responses: `refit`, `revisit`

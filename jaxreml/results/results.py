@@ -32,7 +32,7 @@ from jaxreml.results.plots.residuals import diagnostics as plot
 class LMMResults(FittedModel):
     """A fitted linear mixed model, as `jaxreml.fit` returns it and `jaxreml.load` reads it.
 
-    What there is, by subject; `help(LMMResults.predict)` and so on say more.
+    What there is, by subject; ``help(LMMResults.predict)`` and so on say more.
 
     To look at: `summary` (``print(fit)``), `tidy`, `glance` and `augment` (frames as broom.mixed
     makes them), `to_latex`, `to_html` and `to_markdown` (tables for papers), `report` (a
