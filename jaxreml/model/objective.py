@@ -34,8 +34,8 @@ Array = Any  # NumPy's or JAX's
 def reml_objective(parameters: Array, design: Design, *, harville: bool = False) -> Array:
     r"""-2 log restricted likelihood of a design at given variance parameters.
 
-    A pure function of arrays: compile it, differentiate it, or minimise it by any optimiser. Its
-    lowest minimum is what `estimate` finds, and ``fit(...).criterion`` of the same model.
+    A pure function of arrays: compile it, differentiate it, map it by `jax.vmap`, or minimise it by
+    any optimiser. `estimate` finds its lowest minimum, which is ``fit(...).criterion`` too.
 
     It contains log|X'V^-1 X|, so it depends on the columns of X and not only on their span: with
     X A in the place of X it is 2 log|det A| higher. As a function of X it has no minimum: it falls
@@ -85,8 +85,6 @@ def reml_objective(parameters: Array, design: Design, *, harville: bool = False)
         ('log_variance[Subject, (Intercept)]', 'log_variance[Subject, Days]', ...
         >>> round(float(value), 2), bool(np.abs(slope).max() < 1e-3), round(float(away), 2)
         (1743.63, True, 1744.61)
-
-        It is a pure function: under `jax.jit`, `jax.hessian`, `jax.vmap` and any optimiser.
     """
     value = _objective(parameters, design, reml=True)
     return value - design.log_gram_x if harville else value

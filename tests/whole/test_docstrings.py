@@ -10,7 +10,6 @@ import doctest
 import importlib
 import inspect
 import os
-import pkgutil
 import re
 from functools import cache
 from pathlib import Path
@@ -46,7 +45,12 @@ INTERNAL = {
     "Images": {"columns", "ids", "not_numeric", "read"},
 }  # fmt: skip
 FOR_THE_ROOMS = {"check_counts", "factors_of", "library_sizes", "log_cpm_of", "read_counts"}
-NEEDS = {"jaxreml.results.annotated.to_anndata": "anndata"}  # packages that `test` does not bring
+NEEDS = {  # packages that are imported, or that `test` does not bring
+    "jaxreml.results.annotated": "anndata",
+    "jaxreml.sklearn": "sklearn",
+    "jaxreml.marginaleffects": "marginaleffects",
+    "jaxreml.maketables": "maketables",
+}
 OTHERS = ("sklearn", "marginaleffects")  # modules for other packages
 
 
@@ -98,18 +102,14 @@ def of_others() -> dict[str, object]:
     return found | members(importlib.import_module("jaxreml.sklearn").MixedRegressor)
 
 
-def examples() -> dict[str, doctest.DocTest]:
-    """All docstrings of the package with an example, by where they stand."""
-    finder, found = doctest.DocTestFinder(exclude_empty=True), {}
-    for module in pkgutil.walk_packages(jaxreml.__path__, "jaxreml."):
-        if ".cli" not in module.name:
-            for test in finder.find(importlib.import_module(module.name), module.name):
-                if test.examples:
-                    found[test.name] = test
-    return found
-
-
-EXAMPLES = examples()
+def modules_with_examples() -> list[str]:
+    """By their text: nothing is imported before a test runs."""
+    root = Path(jaxreml.__file__).parent
+    names = (path for path in sorted(root.rglob("*.py")) if ">>>" in path.read_text())
+    return [
+        ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in names
+    ]
 
 
 @cache
@@ -134,14 +134,16 @@ def apart(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", modules_with_examples())
 def test_examples_print_what_they_say(name):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    test = EXAMPLES[name]
-    test.globs |= given()
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
+    for test in doctest.DocTestFinder().find(importlib.import_module(name), name):
+        test.globs |= given()
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).attempted
     assert not report, "".join(report)
 
 
