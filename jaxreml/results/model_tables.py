@@ -95,18 +95,19 @@ def model_table(
 
     Examples:
         >>> line = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
-        >>> both = jaxreml.model_table(line, fit, names=["Intercepts", "Slopes"], parts=["fixed", "random"])
+        >>> both = jaxreml.model_table(line, fit, names=["Line", "Lines"], columns=["estimate"])
         >>> both
-        <Table of 6 rows and 5 columns: , Estimate, SE, Estimate, SE>
+        <Table of 14 rows and 3 columns: , Estimate, Estimate>
         >>> print(both.to_markdown())
-        |                                           | Intercepts: Estimate | ...
-        | ----------------------------------------- | -------------------: | ...
-        | **Fixed effects**                         |                      |            ...
-        | (Intercept)                               |               251.41 |            ...
-        | Days                                      |                10.47 |            ...
-        | **Random effects**                        |                      |            ...
-        | Subject: SD of (Intercept)                |                37.12 |            ...
-        | Subject: SD of Days                       |                      |            ...
+        |                                           | Line: Estimate | Lines: Estimate |
+        | ----------------------------------------- | -------------: | --------------: |
+        | **Fixed effects**                         |                |                 |
+        | (Intercept)                               |         251.41 |          251.41 |
+        | Days                                      |          10.47 |           10.47 |
+        | **Random effects**                        |                |                 |
+        | Subject: SD of (Intercept)                |          37.12 |           24.74 |
+        | Subject: SD of Days                       |                |            5.92 |
+        | Subject: correlation of (Intercept), Days |                |            0.07 |
         ...
         >>> latex = both.to_latex()
     """

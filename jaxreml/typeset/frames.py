@@ -107,7 +107,7 @@ def frame_table(
         | ----------- | -------: | ---: | ---: | ----: | -----: |
         | (Intercept) |   251.41 | 6.82 |   17 | 36.84 | < .001 |
         | Days        |    10.47 | 1.55 |   17 |  6.77 | < .001 |
-        >>> latex = jaxreml.frame_table(fit.anova(), caption="F tests.", label="tab:tests").to_latex()
+        >>> latex = jaxreml.frame_table(fit.anova(), caption="F tests.").to_latex()
     """
     frame = _as_pandas(frame)
     if conf_level is not None:
