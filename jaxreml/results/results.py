@@ -72,6 +72,17 @@ class LMMResults(FittedModel):
         <LMMResults 'Reaction ~ Days + (Days | Subject)', REML, criterion 1743.6283>
         >>> fit.params.round(2).to_dict()
         {'(Intercept)': 251.41, 'Days': 10.47}
+        >>> fit.random_effects["Subject"].round(1).head(2)
+                 (Intercept)  Days
+        Subject
+        308              2.3   9.2
+        309            -40.4  -8.6
+        >>> fit.report("Days")
+        'b = 10.47, SE = 1.55, 95% CI [7.21, 13.73], t(17.0) = 6.77, p < .001'
+        >>> fit.predict({"Days": [12], "Subject": ["308"]}).round(1).tolist()
+        [489.7]
+
+        ``print(fit)`` shows the summary of lmerTest, and ``fit.plot()`` draws the residuals.
     """
 
     # Fixed effects

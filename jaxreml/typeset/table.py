@@ -26,9 +26,6 @@ class Table(Content):
         notes: sentences below the table.
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> jaxreml.frame_table(fit.anova())
         <Table of 1 row and 7 columns: , Sum sq., Mean sq., df1, df2, F, p>
     """
@@ -38,6 +35,11 @@ class Table(Content):
 
         Args:
             path: also write it to this file.
+
+        Examples:
+            >>> latex = jaxreml.frame_table(fit.anova()).to_latex("anova.tex")
+            >>> latex.count(r"\toprule")
+            1
         """
         return _written(writers.latex(self), path)
 
@@ -46,6 +48,9 @@ class Table(Content):
 
         Args:
             path: also write it to this file.
+
+        Examples:
+            >>> html = jaxreml.frame_table(fit.anova()).to_html("anova.html")
         """
         return _written(writers.html(self), path)
 
@@ -54,13 +59,25 @@ class Table(Content):
 
         Args:
             path: also write it to this file.
+
+        Examples:
+            >>> print(jaxreml.frame_table(fit.anova()).to_markdown())
+            |      |  Sum sq. | Mean sq. | *df1* | *df2* |   *F* |    *p* |
+            | ---- | -------: | -------: | ----: | ----: | ----: | -----: |
+            | Days | 30031.01 | 30031.01 |     1 |    17 | 45.85 | < .001 |
         """
         return _written(writers.markdown(self), path)
 
     def described(
         self, caption: str | None = None, label: str | None = None, note: str | None = None
     ) -> Table:
-        """The table with another caption and label, and `note` after its other notes."""
+        """The table with another caption and label, and `note` after its other notes.
+
+        Examples:
+            >>> table = jaxreml.frame_table(fit.anova()).described("F tests.", note="18 people.")
+            >>> table.caption, table.notes
+            ('F tests.', ('18 people.',))
+        """
         return replace(
             self,
             caption=self.caption if caption is None else caption,

@@ -23,12 +23,13 @@ from jaxreml.inference.resampling.bootstrap import Bootstrap
 from jaxreml.inference.resampling.simulation import Population
 from jaxreml.inference.rows.diagnostics import Influence
 from jaxreml.inference.selection.deletion import Elimination
+from jaxreml.typeset.table import Table
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 GIVEN = Path(__file__).parents[2] / "docs" / "api" / "given.py"
 CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
            jaxreml.StreamedResults, MarginalMeans, Profile, Bootstrap, Population, Influence,
-           Elimination, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
+           Elimination, Table, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
            jaxreml.Status]  # fmt: skip
 MODULES = [jaxreml.plots, jaxreml.batch_plots, jaxreml.counts, jaxreml.datasets]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
