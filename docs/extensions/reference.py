@@ -137,7 +137,7 @@ def on_missing(app: Any, env: Any, node: Any, shown: Any) -> Any:
         ends = []
     else:
         ends = [f"jaxreml.{target}"] if f"jaxreml.{target}" in known else []
-    if len(ends) != 1:
+    if len({known[name].node_id for name in ends}) != 1:  # names may have second ones
         return None
     found = known[ends[0]]
     return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, shown, ends[0])

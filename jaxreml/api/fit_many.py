@@ -105,9 +105,9 @@ def fit_many(
 ) -> BatchResults | StreamedResults:
     """Fit one linear mixed model to many responses: genes, voxels, metrics, simulated draws.
 
-    Rows are samples and columns are responses: the model is fitted to every column. Results are
-    those of `fit`, response by response, in microseconds to milliseconds each. Counts and the like
-    that have genes in rows are to be transposed.
+    Rows are samples and columns are responses: the model is fitted to every column (a table with
+    genes in its rows is to be transposed). Results are those of `fit`, response by response; what
+    depends on the design alone is computed once for all.
 
     Args:
         formula: as for `fit`, without a left side: ``"~ age + (1 | subject)"``.
