@@ -6,7 +6,12 @@ that their outputs and figures are what the code prints. An error in a cell stop
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import jaxreml
+
+sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "jaxreml"
 author = "the jaxreml developers"
@@ -20,6 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
+    "reference",
 ]
 exclude_patterns = ["_build", "_templates"]
 nitpicky = False
@@ -34,11 +40,13 @@ nb_execution_show_tb = True
 nb_merge_streams = True
 
 # Docstrings
+default_role = "py:obj"  # `fit` in a docstring leads to it, where there is such a name
 autodoc_typehints = "none"  # docstrings say what arguments are
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Attributes", "params_style")]  # several names in one line
 napoleon_use_rtype = False
 
 # Looks

@@ -261,11 +261,8 @@ def predictions(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -
     Returns:
         The package's result, a polars frame in `data`, with a column ``df``.
 
-    Example:
-        >>> import jaxreml
+    Examples:
         >>> from jaxreml.marginaleffects import predictions
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> found = predictions(fit, newdata=data[["Days"]][:3], df="kenward-roger").data
         >>> found["estimate"].round(1).to_list(), found["df"].round(1).to_list()
         ([251.4, 261.9, 272.3], [17.0, 17.0, 17.0])
@@ -274,33 +271,56 @@ def predictions(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -
 
 
 def avg_predictions(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -> Any:
-    """Averages of `predictions`, as ``marginaleffects.avg_predictions``."""
+    """Averages of `predictions`, as ``marginaleffects.avg_predictions``.
+
+    Examples:
+        >>> from jaxreml.marginaleffects import avg_predictions
+        >>> avg_predictions(scores, by="Machine").data["estimate"].round(1).to_list()
+        [52.4, 60.3, 66.3]
+    """
     return _called("avg_predictions", fit, df, options)
 
 
 def comparisons(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -> Any:
-    """Predictions compared at other values, as ``marginaleffects.comparisons``."""
+    """Predictions compared at other values, as ``marginaleffects.comparisons``.
+
+    Examples:
+        >>> from jaxreml.marginaleffects import comparisons
+        >>> found = comparisons(fit, variables={"Days": 7}, newdata=data[["Days"]][:1]).data
+        >>> found["estimate"].round(1).to_list()
+        [73.3]
+    """
     return _called("comparisons", fit, df, options)
 
 
 def avg_comparisons(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -> Any:
-    """Averages of `comparisons`, as ``marginaleffects.avg_comparisons``."""
+    """Averages of `comparisons`, as ``marginaleffects.avg_comparisons``.
+
+    Examples:
+        >>> from jaxreml.marginaleffects import avg_comparisons
+        >>> avg_comparisons(fit, variables={"Days": 7}).data["estimate"].round(1).to_list()
+        [73.3]
+    """
     return _called("avg_comparisons", fit, df, options)
 
 
 def slopes(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -> Any:
-    """Slopes of the predictions, as ``marginaleffects.slopes``."""
+    """Slopes of the predictions, as ``marginaleffects.slopes``.
+
+    Examples:
+        >>> from jaxreml.marginaleffects import slopes
+        >>> found = slopes(fit, variables="Days", newdata=data[["Days"]][:2]).data
+        >>> found["estimate"].round(2).to_list()
+        [10.47, 10.47]
+    """
     return _called("slopes", fit, df, options)
 
 
 def avg_slopes(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) -> Any:
     """Averages of `slopes`, as ``marginaleffects.avg_slopes``.
 
-    Example:
-        >>> import jaxreml
+    Examples:
         >>> from jaxreml.marginaleffects import avg_slopes
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> found = avg_slopes(fit, variables="Days").data
         >>> [round(value, 3) for value in found.select("estimate", "std_error", "df").row(0)]
         [10.467, 1.546, 17.0]
@@ -312,5 +332,11 @@ def hypotheses(fit: LMMResults, *, df: str = "satterthwaite", **options: Any) ->
     """Functions of the coefficients, as ``marginaleffects.hypotheses``; nonlinear ones too.
 
     Coefficients are b0, b1, ... in the order of `LMMResults.params`.
+
+    Examples:
+        >>> from jaxreml.marginaleffects import hypotheses
+        >>> found = hypotheses(scores, hypothesis="b1 / b2 = 1").data
+        >>> found["estimate"].round(2).to_list(), found["df"].round(0).to_list()
+        ([-0.43], [46.0])
     """
     return _called("hypotheses", fit, df, options)

@@ -62,19 +62,17 @@ class MixedRegressor(RegressorMixin, BaseEstimator):
     fixed effects, the mean over the population of groups. Rows of a dataframe with a missing value
     are dropped by `fit`, and predicted as NaN.
 
-    Example:
-        >>> import jaxreml
+    Examples:
         >>> from jaxreml.sklearn import MixedRegressor
         >>> from sklearn.model_selection import GroupKFold, cross_val_score
-        >>> data = jaxreml.datasets.load("sleepstudy")
         >>> X, y = data[["Days", "Subject"]], data["Reaction"]
         >>> model = MixedRegressor("~ Days + (Days | Subject)").fit(X, y)
         >>> model.coef_.round(3), round(model.intercept_, 2)
         (array([10.467]), 251.41)
         >>> model.predict(X.iloc[:2]).round(2)  # of a subject that the fit knows
         array([253.66, 273.33])
-        >>> scores = cross_val_score(model, X, y, groups=X["Subject"], cv=GroupKFold(3))
-        >>> len(scores)  # each of subjects that the fit does not know
+        >>> found = cross_val_score(model, X, y, groups=X["Subject"], cv=GroupKFold(3))
+        >>> len(found)  # each of subjects that the fit does not know
         3
     """
 
@@ -107,6 +105,12 @@ class MixedRegressor(RegressorMixin, BaseEstimator):
         Raises:
             ValueError: no groups, or groups of both kinds.
             FormulaError, DataError: as `jaxreml.fit`.
+
+        Examples:
+            >>> from jaxreml.sklearn import MixedRegressor
+            >>> model = MixedRegressor(groups="Subject", slopes=["Days"])
+            >>> model.fit(data[["Days", "Subject"]], data["Reaction"]).coef_.round(2).tolist()
+            [10.47]
         """
         table = self._table(X, groups, reset=True)
         y = column_or_1d(y, warn=True)
@@ -143,6 +147,13 @@ class MixedRegressor(RegressorMixin, BaseEstimator):
 
         Returns:
             (m,) predictions, or a pair of them and their standard deviations.
+
+        Examples:
+            >>> from jaxreml.sklearn import MixedRegressor
+            >>> model = MixedRegressor()
+            >>> model = model.fit(data[["Days"]], data["Reaction"], groups=data["Subject"])
+            >>> model.predict(pd.DataFrame({"Days": [3]}), groups=["someone new"]).round(1).tolist()
+            [282.8]
         """
         check_is_fitted(self, "results_")
         if groups is not None and not self._grouped_beside:
@@ -161,7 +172,14 @@ class MixedRegressor(RegressorMixin, BaseEstimator):
         return np.asarray(found["prediction"]), np.asarray(found["std_error"])
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> float:
-        """R2 of the predictions, as of any regressor; arguments as for `predict`."""
+        """R2 of the predictions, as of any regressor; arguments as for `predict`.
+
+        Examples:
+            >>> from jaxreml.sklearn import MixedRegressor
+            >>> X, y = data[["Days", "Subject"]], data["Reaction"]
+            >>> round(MixedRegressor("~ Days + (1 | Subject)").fit(X, y).score(X, y), 2)
+            0.73
+        """
         from sklearn.metrics import r2_score
 
         return float(r2_score(y, self.predict(X, groups=groups), sample_weight=sample_weight))

@@ -6,7 +6,16 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """How an optimisation ended; `sentence` says it in words."""
+    """How an optimisation ended; `sentence` says it in words.
+
+    Examples:
+        >>> jaxreml.Status(fit.status)
+        <Status.CONVERGED: 0>
+        >>> jaxreml.Status.MAX_ITERATIONS.sentence.split(";")[0]
+        'the iteration limit was reached before the gradient vanished'
+        >>> results.status.value_counts().to_dict()
+        {0: 40}
+    """
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
@@ -25,7 +34,12 @@ class Status(IntEnum):
 
     @property
     def sentence(self) -> str:
-        """One sentence for people."""
+        """One sentence for people.
+
+        Examples:
+            >>> jaxreml.Status.CONSTANT.sentence
+            'the response is constant: there is nothing to fit'
+        """
         return _SENTENCES[self]
 
 

@@ -27,6 +27,10 @@ def fit(
 ) -> LMMResults:
     """Fit a linear mixed model to a table by a formula, as lme4's ``lmer``.
 
+    Fixed effects are the same for all rows; random effects differ between the levels of a grouping
+    factor. ``"y ~ x + (x | g)"`` is a line in x whose intercept and slope vary from one level of g
+    to the next.
+
     Args:
         formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
             ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; ``offset(z)``;

@@ -62,6 +62,16 @@ def score_tests(
 
     Raises:
         FormulaError, DataError, ValueError: as `fit_many`; several grouping factors.
+
+    Examples:
+        >>> snps = np.random.default_rng(1).binomial(2, 0.3, (180, 100))
+        >>> found = jaxreml.score_tests("~ Days + (1 | Subject)", data, data["Reaction"], snps)
+        >>> found.shape
+        (100, 6)
+        >>> found.nsmallest(2, "p_value")[["estimate", "std_error", "p_value"]].round(3)
+            estimate  std_error  p_value
+        53   -10.559      3.916    0.008
+        42     8.111      3.768    0.033
     """
     from scipy.special import stdtr
 

@@ -42,6 +42,15 @@ class Voom:
         status: per gene, how the fit of the model to its unweighted values ended, a `Status` code.
             Genes without an optimum are no part of the trend, and their weights are the trend at
             fitted values by least squares, without random effects.
+
+    Examples:
+        >>> found = jaxreml.voom(counts, "~ Days + (1 | Subject)", data)
+        >>> found.values.shape, found.weights.shape
+        ((180, 40), (180, 40))
+        >>> found.trend.round(2).head(2)
+               mean_log_count  sqrt_sd  fitted
+        gene1            5.64     1.02    0.99
+        gene2            5.14     0.95    1.04
     """
 
     values: pd.DataFrame
@@ -110,6 +119,15 @@ def voom(
             statsmodels is not installed.
         FormulaError: as `fit_many`.
         ValueError: another `genes_in`; a `span` that is no share; another `normalisation`.
+
+    Examples:
+        >>> found = jaxreml.voom(counts, "~ Days + (1 | Subject)", data)
+        >>> model = "~ Days + (1 | Subject)"
+        >>> weighted = jaxreml.fit_many(model, data, found.values, weights=found.weights)
+        >>> weighted.moderated().top_table("Days", 2)[["mean", "estimate", "p_adjusted"]].round(3)
+                 mean  estimate  p_adjusted
+        gene5  14.847     0.184         0.0
+        gene2  14.506     0.161         0.0
     """
     if genes_in not in (None, "rows", "columns"):
         raise ValueError(f'genes_in must be "rows", "columns" or None, not {genes_in!r}')

@@ -28,6 +28,10 @@ def enable_compilation_cache(path: str | Path | None = None) -> Path:
 
     Returns:
         The folder.
+
+    Examples:
+        >>> jaxreml.enable_compilation_cache("programs").name
+        'programs'
     """
     import jax
 

@@ -44,6 +44,11 @@ def normalisation_factors(counts: Any, method: str = "tmm", *, lib_size: Any = N
     Raises:
         DataError: what are no counts, named; a sample without any; an upper quartile of zero.
         ValueError: another method.
+
+    Examples:
+        >>> factors = jaxreml.counts.normalisation_factors(counts)
+        >>> factors.round(2).head(3).tolist(), factors.prod().round(6).item()
+        ([0.93, 0.91, 1.17], 1.0)
     """
     own = read_counts(counts)
     sizes = library_sizes(own, lib_size)
@@ -64,6 +69,13 @@ def log_cpm(counts: Any, lib_size: Any = None) -> pd.DataFrame:
 
     Raises:
         DataError: what are no counts, named; a sample without any.
+
+    Examples:
+        >>> sizes = counts.sum(axis=1) * jaxreml.counts.normalisation_factors(counts)
+        >>> jaxreml.counts.log_cpm(counts, sizes).iloc[:2, :3].round(2)
+           gene1  gene2  gene3
+        0  13.39  14.11  14.73
+        1  11.75  15.26  15.32
     """
     own = read_counts(counts)
     sizes = library_sizes(own, lib_size)
@@ -97,6 +109,11 @@ def filter_by_expression(
 
     Raises:
         DataError: what are no counts, named; a sample without any; groups of another number.
+
+    Examples:
+        >>> kept = jaxreml.counts.filter_by_expression(counts, group=data["Days"] > 4)
+        >>> len(kept), kept.sum().item()
+        (40, 40)
     """
     own = read_counts(counts)
     sizes = library_sizes(own, lib_size)

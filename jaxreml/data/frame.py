@@ -293,7 +293,15 @@ def design(
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> Design:
-    """The `Design` of a formula and a table; arguments and errors as `fit`'s."""
+    """The `Design` of a formula and a table; arguments and errors as `fit`'s.
+
+    Examples:
+        >>> design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        >>> design.parameter_names
+        ('log_variance[Subject, (Intercept)]', 'log_variance[Subject, Days]', ...
+        >>> design.n, design.p
+        (180, 2)
+    """
     frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
     return frame.design(structure)
 

@@ -45,9 +45,16 @@ class Images(Array):
             or in another space than the mask; a mask without voxels.
 
     Examples:
-        >>> images = jaxreml.Images(visits["path"], "mask.nii.gz")
-        >>> results = jaxreml.fit_many("~ age + (1 | person)", visits, images)
-        >>> images.save(results.tvalues["age"], "t_age.nii.gz")
+        Twelve images, of four people at three visits (paths of .nii files do as well):
+
+        >>> import nibabel
+        >>> voxels = np.random.default_rng(1).normal(size=(12, 4, 4, 3))
+        >>> scans = [nibabel.Nifti1Image(volume, np.eye(4)) for volume in voxels]
+        >>> mask = nibabel.Nifti1Image(np.ones((4, 4, 3), np.uint8), np.eye(4))
+        >>> images = jaxreml.Images(scans, mask)
+        >>> visits = pd.DataFrame({"visit": [0, 1, 2] * 4, "person": np.repeat(list("abcd"), 3)})
+        >>> results = jaxreml.fit_many("~ visit + (1 | person)", visits, images)
+        >>> images.save(results.tvalues["visit"], "t_visit.nii.gz")
     """
 
     def __init__(self, images: Any, mask: Any):
@@ -135,6 +142,13 @@ class Images(Array):
 
         Raises:
             DataError: voxels that the mask does not have, or an array of another length.
+
+        Examples:
+            >>> import nibabel
+            >>> ones = nibabel.Nifti1Image(np.ones((4, 4, 3), np.uint8), np.eye(4))
+            >>> images = jaxreml.Images([ones, ones], mask=ones)
+            >>> images.image(np.arange(48.0)).shape
+            (4, 4, 3)
         """
         nib = _import_nibabel()
         array = np.asarray(values, float)
@@ -150,7 +164,14 @@ class Images(Array):
         return nib.Nifti1Image(volume.reshape(*self.mask.shape, *array.shape[1:]), self.affine)
 
     def save(self, values: Any, path: str | Path, fill: float = np.nan) -> None:
-        """Write `image(values, fill)` to a .nii or .nii.gz file."""
+        """Write `image(values, fill)` to a .nii or .nii.gz file.
+
+        Examples:
+            >>> import nibabel
+            >>> ones = nibabel.Nifti1Image(np.ones((4, 4, 3), np.uint8), np.eye(4))
+            >>> images = jaxreml.Images([ones, ones], mask=ones)
+            >>> images.save(np.arange(48.0), "map.nii.gz")
+        """
         _import_nibabel().save(self.image(values, fill), Path(path))
 
     def coordinates(self, voxels: Any = None) -> pd.DataFrame:
@@ -161,6 +182,13 @@ class Images(Array):
 
         Raises:
             DataError: voxels that the mask does not have.
+
+        Examples:
+            >>> import nibabel
+            >>> ones = nibabel.Nifti1Image(np.ones((4, 4, 3), np.uint8), np.eye(4))
+            >>> images = jaxreml.Images([ones, ones], mask=ones)
+            >>> images.coordinates().tail(1).to_dict("list")
+            {'i': [3], 'j': [3], 'k': [2], 'x': [3.0], 'y': [3.0], 'z': [2.0]}
         """
         voxels = self.names if voxels is None else pd.Index(voxels)
         index = np.stack(np.unravel_index(self._places(voxels), self.mask.shape), axis=1)

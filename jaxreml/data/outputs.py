@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -127,9 +128,17 @@ def in_library(
     )
     parameters.insert(place, added)
     method.__signature__ = own.replace(parameters=parameters)  # pyright: ignore
-    method.__doc__ = (
-        f"{inspect.cleandoc(function.__doc__ or '')}\n\n"
-        'The frame is one of pandas, polars or pyarrow as the data were; ``output="pandas"``, '
-        '``"polars"`` or\n``"pyarrow"`` asks for one.\n'
-    )
+    method.__doc__ = _with_output(inspect.cleandoc(function.__doc__ or ""))
     return method
+
+
+def _with_output(docstring: str) -> str:
+    """A docstring that has the argument ``output`` as the last of its Args."""
+    head, *sections = re.split(r"\n\n(?=(?:Returns|Yields|Raises|Examples?):\n)", docstring)
+    if "\nArgs:\n" not in head:
+        head += "\n\nArgs:"
+    entry = (
+        '    output: "pandas", "polars" or "pyarrow" for a frame of this library; that which the\n'
+        "        data came in if left out."
+    )
+    return "\n\n".join([f"{head}\n{entry}", *sections])

@@ -21,7 +21,15 @@ __all__ = ["SOURCES", "Source", "load", "names"]
 
 
 class Source(NamedTuple):
-    """Where a data set comes from, and the model that textbooks fit to it."""
+    """Where a data set comes from, and the model that textbooks fit to it.
+
+    Examples:
+        >>> source = jaxreml.datasets.SOURCES["dyestuff"]
+        >>> source.title
+        'Yield of dyestuff from six batches of an intermediate product'
+        >>> source.formula
+        'Yield ~ 1 + (1 | Batch)'
+    """
 
     title: str
     source: str
@@ -96,7 +104,12 @@ SOURCES: dict[str, Source] = {
 
 
 def names() -> list[str]:
-    """Return the names that `load` takes."""
+    """Return the names that `load` takes.
+
+    Examples:
+        >>> jaxreml.datasets.names()[:4]
+        ['dyestuff', 'dyestuff2', 'sleepstudy', 'penicillin']
+    """
     return list(SOURCES)
 
 
@@ -115,6 +128,14 @@ def load(name: str) -> pandas.DataFrame:
 
     Raises:
         ValueError: no data set has this name.
+
+    Examples:
+        >>> jaxreml.datasets.load("sleepstudy").head(2)
+           Reaction  Days Subject
+        0  249.5600   0.0     308
+        1  258.7047   1.0     308
+        >>> jaxreml.datasets.load("cake")["recipe"].cat.categories.tolist()
+        ['A', 'B', 'C']
     """
     key = name.lower()
     if key not in SOURCES:

@@ -164,7 +164,12 @@ class FittedModel:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the rows are there: not those of a fit saved with ``data=False``."""
+        """Whether the rows are there: not those of a fit saved with ``data=False``.
+
+        Examples:
+            >>> fit.has_rows
+            True
+        """
         return "table" in vars(self)
 
     if not TYPE_CHECKING:
@@ -181,22 +186,44 @@ class FittedModel:
 
     @property
     def params(self) -> pd.Series:
-        """Fixed-effects estimates."""
+        """Fixed-effects estimates.
+
+        Examples:
+            >>> fit.params.round(2).to_dict()
+            {'(Intercept)': 251.41, 'Days': 10.47}
+        """
         return pd.Series(self.beta, self._fixed_index, name="params")
 
     @property
     def bse(self) -> pd.Series:
-        """Standard errors of the fixed effects."""
+        """Standard errors of the fixed effects.
+
+        Examples:
+            >>> fit.bse.round(2).to_dict()
+            {'(Intercept)': 6.82, 'Days': 1.55}
+        """
         return pd.Series(np.sqrt(np.diagonal(self.vcov_array)), self._fixed_index, name="bse")
 
     @property
     def tvalues(self) -> pd.Series:
-        """Estimates over standard errors."""
+        """Estimates over standard errors.
+
+        Examples:
+            >>> fit.tvalues.round(2).to_dict()
+            {'(Intercept)': 36.84, 'Days': 6.77}
+        """
         return (self.params / self.bse).rename("tvalues")
 
     @property
     def vcov(self) -> pd.DataFrame:
-        """Covariance matrix of the fixed effects, sigma2 (X' V0^-1 X)^-1."""
+        """Covariance matrix of the fixed effects, sigma2 (X' V0^-1 X)^-1.
+
+        Examples:
+            >>> fit.vcov.round(2)
+                         (Intercept)  Days
+            (Intercept)        46.57 -1.45
+            Days               -1.45  2.39
+        """
         return pd.DataFrame(self.vcov_array, self._fixed_index, self._fixed_index)
 
     # Variance parameters
@@ -206,6 +233,13 @@ class FittedModel:
         """One row per random effect, the residual last: variance, SD, log-variance and its SE.
 
         A variance of zero has log-variance -inf and SE NaN; the other SEs are given it.
+
+        Examples:
+            >>> fit.variance_components.round(2)
+                  group         term  variance     sd  log_variance  log_variance_se
+            0   Subject  (Intercept)    612.09  24.74          6.42             0.47
+            1   Subject         Days     35.07   5.92          3.56             0.42
+            2  Residual     Residual    654.94  25.59          6.48             0.12
         """
         positions = self.covariance.positions
         variances = [np.diagonal(matrix) for matrix in self.cov_re_arrays]
@@ -234,22 +268,47 @@ class FittedModel:
 
     @property
     def variances(self) -> pd.Series:
-        """Variances by group and term, the residual's last."""
+        """Variances by group and term, the residual's last.
+
+        Examples:
+            >>> fit.variances.round(1)
+            group     term
+            Subject   (Intercept)    612.1
+                      Days            35.1
+            Residual  Residual       654.9
+            Name: variance, dtype: float64
+        """
         return self._by_effect("variance")
 
     @property
     def log_variances(self) -> pd.Series:
-        """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
+        """Log-variances by group and term, the residual's last; -inf for a variance of zero.
+
+        Examples:
+            >>> fit.log_variances.round(2).tolist()
+            [6.42, 3.56, 6.48]
+        """
         return self._by_effect("log_variance")
 
     @property
     def log_variance_se(self) -> pd.Series:
-        """Asymptotic standard errors of the log-variances; NaN on the boundary."""
+        """Asymptotic standard errors of the log-variances; NaN on the boundary.
+
+        Examples:
+            >>> fit.log_variance_se.round(2).tolist()
+            [0.47, 0.42, 0.12]
+        """
         return self._by_effect("log_variance_se")
 
     @property
     def correlations(self) -> pd.DataFrame:
-        """Correlations of random effects: columns group, term1, term2, correlation."""
+        """Correlations of random effects: columns group, term1, term2, correlation.
+
+        Examples:
+            >>> fit.correlations.round(2)
+                 group        term1 term2  correlation
+            0  Subject  (Intercept)  Days         0.07
+        """
         frame = pd.DataFrame(correlation_labels(self.groups), columns=["group", "term1", "term2"])
         return frame.assign(correlation=correlations_of(self.cov_re_arrays))
 
@@ -259,6 +318,12 @@ class FittedModel:
 
         Raises:
             DataError: residuals are independent.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> visits = jaxreml.fit("distance ~ age", children, residual="us(age | Subject)")
+            >>> visits.residual_cov.round(1).to_numpy().tolist()[0]
+            [5.9, 3.3, 4.8, 4.0]
         """
         if self.residual is None:
             raise DataError("the residuals are independent: sigma is their standard deviation")
@@ -266,14 +331,30 @@ class FittedModel:
 
     @property
     def residual_corr(self) -> pd.DataFrame:
-        """Correlation matrix of the residuals of one subject's visits; errors as `residual_cov`."""
+        """Correlation matrix of the residuals of one subject's visits; errors as `residual_cov`.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> visits = jaxreml.fit("distance ~ age", children, residual="us(age | Subject)")
+            >>> visits.residual_corr.round(2).to_numpy().tolist()[0]
+            [1.0, 0.63, 0.71, 0.6]
+        """
         matrix = self.residual_cov
         sds = np.sqrt(np.diagonal(matrix))
         return matrix / np.outer(sds, sds)
 
     @property
     def cov_re(self) -> pd.DataFrame:
-        """Covariance matrix of the random effects of one level of every term, block-diagonal."""
+        """Covariance matrix of the random effects of one level of every term, block-diagonal.
+
+        Examples:
+            >>> fit.cov_re.round(1)
+            group                   Subject
+            term                (Intercept)  Days
+            group   term
+            Subject (Intercept)       612.1   9.6
+                    Days                9.6  35.1
+        """
         labels = variance_labels(self.groups)[:-1]
         index = pd.MultiIndex.from_arrays(
             [[label[k] for label in labels] for k in range(2)], names=["group", "term"]
@@ -283,7 +364,15 @@ class FittedModel:
 
     @property
     def random_effects(self) -> dict[str, pd.DataFrame]:
-        """Conditional modes per grouping factor: a row per level, a column per effect."""
+        """Conditional modes per grouping factor: a row per level, a column per effect.
+
+        Examples:
+            >>> fit.random_effects["Subject"].round(1).head(2)
+                     (Intercept)  Days
+            Subject
+            308              2.3   9.2
+            309            -40.4  -8.6
+        """
         return self._by_level([grouping.modes for grouping in self.groupings])
 
     @property
@@ -292,6 +381,13 @@ class FittedModel:
 
         Given the fixed effects and variance parameters, as lme4's ``condVar`` and broom.mixed's
         ``std.error``.
+
+        Examples:
+            >>> fit.random_effects_se["Subject"].round(1).head(2)
+                     (Intercept)  Days
+            Subject
+            308             12.1   2.3
+            309             12.1   2.3
         """
         variances = [np.einsum("jaa->ja", grouping.modes_vcov) for grouping in self.groupings]
         return self._by_level([np.sqrt(part) for part in variances])
@@ -305,47 +401,92 @@ class FittedModel:
 
     @property
     def llf(self) -> float:
-        """Log-likelihood, restricted under REML."""
+        """Log-likelihood, restricted under REML.
+
+        Examples:
+            >>> round(fit.llf, 2)
+            -871.81
+        """
         return -self.criterion / 2
 
     @property
     def dof(self) -> int:
-        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
+        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual.
+
+        Examples:
+            >>> fit.dof, fit.df_resid
+            (6, 174)
+        """
         return len(self.beta) + len(self.parameters)
 
     @property
     def df_resid(self) -> int:
-        """Observations less `dof`."""
+        """Observations less `dof`.
+
+        Examples:
+            >>> fit.nobs - fit.dof == fit.df_resid
+            True
+        """
         return self.nobs - self.dof
 
     @property
     def aic(self) -> float:
-        """Akaike's criterion, of the restricted likelihood under REML, as lme4's."""
+        """Akaike's criterion, of the restricted likelihood under REML, as lme4's.
+
+        Examples:
+            >>> round(fit.aic, 1)
+            1755.6
+        """
         return self.criterion + 2 * self.dof
 
     @property
     def bic(self) -> float:
-        """Schwarz's criterion with log(nobs), of the restricted likelihood under REML as lme4's."""
+        """Schwarz's criterion with log(nobs), of the restricted likelihood under REML as lme4's.
+
+        Examples:
+            >>> round(fit.bic, 1)
+            1774.8
+        """
         return self.criterion + float(np.log(self.nobs)) * self.dof
 
     @cached_property
     def nobs(self) -> int:
-        """Rows used."""
+        """Rows used.
+
+        Examples:
+            >>> fit.nobs
+            180
+        """
         return len(self.y)
 
     @property
     def ngroups(self) -> dict[str, int]:
-        """Levels of each grouping factor."""
+        """Levels of each grouping factor.
+
+        Examples:
+            >>> fit.ngroups
+            {'Subject': 18}
+        """
         return {grouping.name: len(grouping.levels) for grouping in self.groupings}
 
     @property
     def converged(self) -> bool:
-        """Whether an optimum was found and certified."""
+        """Whether an optimum was found and certified.
+
+        Examples:
+            >>> fit.converged
+            True
+        """
         return self.status == Status.CONVERGED
 
     @property
     def message(self) -> str:
-        """How the fit ended, in words."""
+        """How the fit ended, in words.
+
+        Examples:
+            >>> fit.message.split(":")[0]
+            'converged'
+        """
         sentence = Status(self.status).sentence
         if not self.converged:
             return sentence
@@ -415,17 +556,32 @@ class FittedModel:
 
     @property
     def fittedvalues(self) -> pd.Series:
-        """X beta + Z b + offset, in the labels of the rows used."""
+        """X beta + Z b + offset, in the labels of the rows used.
+
+        Examples:
+            >>> fit.fittedvalues.round(1).head(2).tolist()
+            [253.7, 273.3]
+        """
         return pd.Series(self.fitted, self.table.index, name="fittedvalues")
 
     @property
     def resid(self) -> pd.Series:
-        """Response less fitted values."""
+        """Response less fitted values.
+
+        Examples:
+            >>> fit.resid.round(1).head(2).tolist()
+            [-4.1, -14.6]
+        """
         return pd.Series(self.y - self.fitted, self.table.index, name="resid")
 
     @property
     def prior_weights(self) -> np.ndarray:
-        """(n,), ones where the fit has none."""
+        """(n,), ones where the fit has none.
+
+        Examples:
+            >>> fit.prior_weights[:3].tolist()
+            [1.0, 1.0, 1.0]
+        """
         return np.ones(self.nobs) if self.weights is None else self.weights
 
     @cached_property

@@ -122,29 +122,58 @@ class FittedBatch:
 
     @property
     def library(self) -> str:
-        """That the data came in; frames that methods return are of it."""
+        """That the data came in; frames that methods return are of it.
+
+        Examples:
+            >>> results.library
+            'pandas'
+        """
         return self.model.library
 
     # Fixed effects
 
     @property
     def params(self) -> pd.DataFrame:
-        """Fixed-effects estimates, a column per coefficient."""
+        """Fixed-effects estimates, a column per coefficient.
+
+        Examples:
+            >>> results.params.round(2).head(2)
+                   (Intercept)  Days
+            gene1         0.48  0.18
+            gene2        -0.12  0.20
+        """
         return self._fixed(self.fits.beta)
 
     @property
     def bse(self) -> pd.DataFrame:
-        """Standard errors of the fixed effects."""
+        """Standard errors of the fixed effects.
+
+        Examples:
+            >>> results.bse.round(3).head(2)
+                   (Intercept)   Days
+            gene1        0.327  0.029
+            gene2        0.294  0.023
+        """
         return self._fixed(self.fits.se)
 
     @property
     def tvalues(self) -> pd.DataFrame:
-        """Estimates over standard errors."""
+        """Estimates over standard errors.
+
+        Examples:
+            >>> results.tvalues["Days"].round(2).head(2).tolist()
+            [6.29, 8.58]
+        """
         return self._fixed(self.fits.beta / self.fits.se)
 
     @property
     def df(self) -> pd.DataFrame:
-        """Degrees of freedom of the fixed effects, by the method that `fit_many` was asked for."""
+        """Degrees of freedom of the fixed effects, by the method that `fit_many` was asked for.
+
+        Examples:
+            >>> results.df["Days"].round(1).head(2).tolist()
+            [161.0, 161.0]
+        """
         return self._fixed(self.fits.df)
 
     @property
@@ -153,6 +182,10 @@ class FittedBatch:
 
         Raises:
             DataError: `fit_many` was asked for others.
+
+        Examples:
+            >>> results.df_satterthwaite.equals(results.df)
+            True
         """
         if self.model.df != "satterthwaite":
             raise DataError(f"the degrees of freedom are those of df={self.model.df!r}: use `df`")
@@ -160,7 +193,12 @@ class FittedBatch:
 
     @cached_property
     def pvalues(self) -> pd.DataFrame:
-        """Two-sided p-values of t tests with `df`."""
+        """Two-sided p-values of t tests with `df`.
+
+        Examples:
+            >>> results.pvalues["Days"].lt(0.05).sum().item()
+            6
+        """
         from scipy.special import stdtr
 
         return self._fixed(2 * stdtr(self.fits.df, -np.abs(self.fits.beta / self.fits.se)))
@@ -168,7 +206,16 @@ class FittedBatch:
     @cached_property
     def contrasts(self) -> pd.DataFrame:
         """The contrasts that `fit_many` was asked for: a row per response, columns by contrast and
-        estimate, std_error, df, statistic, p_value, p_adjusted (as `pvalues_adjusted`)."""
+        estimate, std_error, df, statistic, p_value, p_adjusted (as `pvalues_adjusted`).
+
+        Examples:
+            >>> asked = {"a week": {"Days": 7}}
+            >>> week = jaxreml.fit_many("~ Days + (1 | Subject)", data, genes, contrasts=asked)
+            >>> week.contrasts["a week"][["estimate", "std_error", "df"]].round(2).head(2)
+                   estimate  std_error     df
+            gene1      1.27       0.20  161.0
+            gene2      1.40       0.16  161.0
+        """
         from scipy.special import stdtr
 
         fits = self.fits
@@ -193,76 +240,154 @@ class FittedBatch:
     @cached_property
     def pvalues_adjusted(self) -> pd.DataFrame:
         """`pvalues` adjusted over the responses for the false discovery rate, each coefficient by
-        itself (Benjamini and Hochberg 1995); responses without one stay out."""
+        itself (Benjamini and Hochberg 1995); responses without one stay out.
+
+        Examples:
+            >>> results.pvalues_adjusted["Days"].lt(0.05).sum().item()
+            5
+        """
         return self._fixed(benjamini_hochberg(self.pvalues.to_numpy()))
 
     # Variance parameters
 
     @cached_property
     def variances(self) -> pd.DataFrame:
-        """Variances by group and term, the residual's last."""
+        """Variances by group and term, the residual's last.
+
+        Examples:
+            >>> results.variances.round(2).head(2)
+            group     Subject Residual
+            term  (Intercept) Residual
+            gene1        1.50     1.23
+            gene2        1.27     0.81
+        """
         diagonals = [np.diagonal(matrix, axis1=1, axis2=2) for matrix in self._covariances]
         residual = self.fits.sigma[:, None] ** 2
         return self._by_effect(np.concatenate([*diagonals, residual], axis=1))
 
     @property
     def log_variances(self) -> pd.DataFrame:
-        """Log-variances by group and term, the residual's last; -inf for a variance of zero."""
+        """Log-variances by group and term, the residual's last; -inf for a variance of zero.
+
+        Examples:
+            >>> results.log_variances.round(2).head(2)
+            group     Subject Residual
+            term  (Intercept) Residual
+            gene1        0.41     0.21
+            gene2        0.24    -0.21
+        """
         return self._by_effect(self.fits.parameters[:, self._positions])
 
     @property
     def log_variance_se(self) -> pd.DataFrame:
-        """Asymptotic standard errors of the log-variances; NaN on the boundary."""
+        """Asymptotic standard errors of the log-variances; NaN on the boundary.
+
+        Examples:
+            >>> results.log_variance_se.round(2).head(2)
+            group     Subject Residual
+            term  (Intercept) Residual
+            gene1        0.37     0.11
+            gene2        0.36     0.11
+        """
         return self._by_effect(self.fits.parameters_se[:, self._positions])
 
     @cached_property
     def correlations(self) -> pd.DataFrame:
-        """Correlations of the random effects, a column per group and pair of terms."""
+        """Correlations of the random effects, a column per group and pair of terms.
+
+        Examples:
+            >>> both = jaxreml.fit_many("~ Days + (Days | Subject)", data, data[["Reaction"]])
+            >>> both.correlations.round(2)
+            group        Subject
+            term1    (Intercept)
+            term2           Days
+            Reaction        0.07
+        """
         names = ["group", "term1", "term2"]
         columns = pd.MultiIndex.from_tuples(self.model.correlation_labels, names=names)
         return pd.DataFrame(correlations_of(self._covariances), self.responses, columns)
 
     @property
     def sigma(self) -> pd.Series:
-        """Residual standard deviations."""
+        """Residual standard deviations.
+
+        Examples:
+            >>> results.sigma.round(2).head(2).tolist()
+            [1.11, 0.9]
+        """
         return self._series(self.fits.sigma, "sigma")
 
     @property
     def residual_df(self) -> pd.Series:
         """Degrees of freedom of `sigma` squared, tr((I - H)'(I - H)) with H the hat matrix, random
-        effects included: n - p where no variance between groups is found, less where there is."""
+        effects included: n - p where no variance between groups is found, less where there is.
+
+        Examples:
+            >>> results.residual_df.round(1).head(2).tolist()
+            [161.1, 161.1]
+        """
         return self._series(self.fits.residual_df, "residual_df")
 
     # Fit statistics
 
     @property
     def criterion(self) -> pd.Series:
-        """-2 log (restricted) likelihood."""
+        """-2 log (restricted) likelihood.
+
+        Examples:
+            >>> results.criterion.round(1).head(2).tolist()
+            [598.1, 528.1]
+        """
         return self._series(self.fits.criterion, "criterion")
 
     @property
     def llf(self) -> pd.Series:
-        """Log-likelihood, restricted under REML."""
+        """Log-likelihood, restricted under REML.
+
+        Examples:
+            >>> results.llf.round(1).head(2).tolist()
+            [-299.1, -264.0]
+        """
         return self._series(-self.fits.criterion / 2, "llf")
 
     @property
     def dof(self) -> pd.Series:
-        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual."""
+        """Parameters counted by `aic` and `bic`: fixed effects, variance parameters, residual.
+
+        Examples:
+            >>> results.dof.head(2).tolist()
+            [4, 4]
+        """
         return self._series(self.fits.rank + self.fits.theta.shape[1] + 1, "dof")
 
     @property
     def df_resid(self) -> pd.Series:
-        """Observations less `dof`."""
+        """Observations less `dof`.
+
+        Examples:
+            >>> results.df_resid.head(2).tolist()
+            [176, 176]
+        """
         return (self.nobs - self.dof).rename("df_resid")
 
     @property
     def aic(self) -> pd.Series:
-        """Akaike's criterion, as `LMMResults.aic`."""
+        """Akaike's criterion, as `LMMResults.aic`.
+
+        Examples:
+            >>> results.aic.round(1).head(2).tolist()
+            [606.1, 536.1]
+        """
         return (self.criterion + 2 * self.dof).rename("aic")
 
     @property
     def bic(self) -> pd.Series:
-        """Schwarz's criterion, as `LMMResults.bic`."""
+        """Schwarz's criterion, as `LMMResults.bic`.
+
+        Examples:
+            >>> results.bic.round(1).head(2).tolist()
+            [618.9, 548.8]
+        """
         with np.errstate(divide="ignore"):  # no rows
             return (self.criterion + np.log(self.nobs) * self.dof).rename("bic")
 
@@ -270,17 +395,32 @@ class FittedBatch:
 
     @property
     def status(self) -> pd.Series:
-        """`Status` codes, 0 for an optimum."""
+        """`Status` codes, 0 for an optimum.
+
+        Examples:
+            >>> results.status.value_counts().to_dict()
+            {0: 40}
+        """
         return self._series(self.fits.status, "status")
 
     @property
     def converged(self) -> pd.Series:
-        """Whether an optimum was found and certified."""
+        """Whether an optimum was found and certified.
+
+        Examples:
+            >>> results.converged.all().item()
+            True
+        """
         return self._series(self.fits.status == Status.CONVERGED, "converged")
 
     @property
     def message(self) -> pd.Series:
-        """How each fit ended, in words, and what the rows of the response say nothing about."""
+        """How each fit ended, in words, and what the rows of the response say nothing about.
+
+        Examples:
+            >>> results.message.iloc[0].split(":")[0]
+            'converged'
+        """
         codes, sentences = self.message_codes
         return self._series([sentences[code] for code in codes], "message")
 
@@ -310,37 +450,72 @@ class FittedBatch:
 
     @property
     def is_singular(self) -> pd.Series:
-        """Whether a variance is zero or a correlation +-1."""
+        """Whether a variance is zero or a correlation +-1.
+
+        Examples:
+            >>> results.is_singular.sum().item()
+            0
+        """
         return self._series(self.fits.is_singular, "is_singular")
 
     @property
     def gradient_norm(self) -> pd.Series:
-        """Norm of the gradient at the optimum, recomputed by a separately compiled program."""
+        """Norm of the gradient at the optimum, recomputed by a separately compiled program.
+
+        Examples:
+            >>> results.gradient_norm.lt(1e-6).all().item()
+            True
+        """
         return self._series(self.fits.gradient_norm, "gradient_norm")
 
     @property
     def n_iter(self) -> pd.Series:
-        """Evaluations of the criterion with its derivatives."""
+        """Evaluations of the criterion with its derivatives.
+
+        Examples:
+            >>> results.n_iter.max().item() < 20
+            True
+        """
         return self._series(self.fits.n_iter, "n_iter")
 
     @property
     def nobs(self) -> pd.Series:
-        """Rows used."""
+        """Rows used.
+
+        Examples:
+            >>> results.nobs.head(2).tolist()
+            [180, 180]
+        """
         return self._series(self.fits.nobs, "nobs")
 
     @property
     def mean(self) -> pd.Series:
-        """Means of the responses over the rows used."""
+        """Means of the responses over the rows used.
+
+        Examples:
+            >>> results.mean.round(2).head(2).tolist()
+            [1.29, 0.79]
+        """
         return self._series(self.fits.mean, "mean")
 
     @property
     def n_missing(self) -> pd.Series:
-        """Rows left out because the response is missing there."""
+        """Rows left out because the response is missing there.
+
+        Examples:
+            >>> results.n_missing.sum().item()
+            0
+        """
         return self._series(self.fits.n_missing, "n_missing")
 
     @property
     def n_dropped(self) -> pd.Series:
-        """Rows left out because of missing values, of the data or of the response."""
+        """Rows left out because of missing values, of the data or of the response.
+
+        Examples:
+            >>> results.n_dropped.sum().item()
+            0
+        """
         return self._series(self.fits.n_missing + self.model.n_dropped, "n_dropped")
 
     # Random effects
@@ -352,6 +527,13 @@ class FittedBatch:
 
         Raises:
             DataError: `fit_many` was not asked for them.
+
+        Examples:
+            >>> results.random_effects["Subject"].round(2).head(2)
+                              (Intercept)
+            response Subject
+            gene1    308            -1.08
+                     309             0.32
         """
         if self.fits.modes is None:
             raise DataError("the conditional modes were not kept: call fit_many(..., modes=True)")
@@ -364,7 +546,12 @@ class FittedBatch:
         return frames_by_group(groups, levels, values)
 
     def position(self, i: int | str) -> int:
-        """Position of a response given by position or name; DataError if there is none."""
+        """Position of a response given by position or name; DataError if there is none.
+
+        Examples:
+            >>> results.position("gene3")
+            2
+        """
         if isinstance(i, int | np.integer):
             if not -len(self) <= i < len(self):
                 raise DataError(f"there is no response {i}: there are {len(self)}")

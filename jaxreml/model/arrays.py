@@ -29,6 +29,13 @@ class Term:
         name: the grouping factor's name.
         effect_names: q names.
         covariance: of the effects: a `Block` made from their number.
+
+    Examples:
+        >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
+        >>> term = jaxreml.Term(data["Subject"], X, name="Subject", effect_names=("1", "Days"))
+        >>> design = jaxreml.Design.from_arrays(data["Reaction"], X, term)
+        >>> design.parameter_names
+        ('log_variance[Subject, 1]', 'log_variance[Subject, Days]', 'z[Subject, 1, ...
     """
 
     group: Any

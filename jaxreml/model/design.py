@@ -44,7 +44,7 @@ TROUBLES = (
 
 
 @record
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Design:
     """One data set and one model: a pytree, an argument of every objective and of `estimate`.
 
@@ -74,6 +74,13 @@ class Design:
         names: per term the grouping factor's name and the effects' names.
         covariance: of the random effects.
         dtype: name of the floating type everything is in.
+
+    Examples:
+        >>> design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        >>> design
+        <Design of 180 rows, 2 fixed effects, ((Intercept), Days | Subject); grouped, ...
+        >>> design.names
+        (('Subject', ('(Intercept)', 'Days')),)
     """
 
     structure: Full
@@ -90,6 +97,12 @@ class Design:
     names: tuple[tuple[str, tuple[str, ...]], ...] = field(metadata={"static": True})
     covariance: Covariance = field(metadata={"static": True})
     dtype: str = field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        rows = f"{self.n} rows, " if isinstance(self.n, int) else ""
+        terms = ", ".join(f"({', '.join(effects)} | {group})" for group, effects in self.names)
+        kind = type(self.structure).__name__.lower()
+        return f"<Design of {rows}{self.p} fixed effects, {terms}; {kind}, {self.dtype}>"
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -114,7 +127,12 @@ class Design:
 
     @property
     def rank(self) -> Array:
-        """(), that of X."""
+        """(), that of X.
+
+        Examples:
+            >>> int(jaxreml.design("Reaction ~ Days + (1 | Subject)", data).rank)
+            2
+        """
         return self.p - self.absent.sum(axis=0, dtype=self.dtype)
 
     @property
@@ -123,6 +141,10 @@ class Design:
 
         ``log_variance[g, x]`` is the log-variance of effect x of factor g; ``z[g, x1, x2]`` the
         inverse hyperbolic tangent of the (partial) correlation of x1 and x2.
+
+        Examples:
+            >>> jaxreml.design("Reaction ~ Days + (1 | Subject)", data).parameter_names
+            ('log_variance[Subject, (Intercept)]', 'log_variance[Residual]')
         """
         return self.covariance.parameter_names(self.names)
 
@@ -175,6 +197,13 @@ class Design:
                 the residual (one row per level), a grouping factor with one level, missing labels
                 or labels that have no order.
             PrecisionError: float32 arrays that were not asked for.
+
+        Examples:
+            >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
+            >>> terms = [(data["Subject"], X)]
+            >>> design = jaxreml.Design.from_arrays(data["Reaction"], X, terms)
+            >>> design.n, design.p, len(design.parameter_names)
+            (180, 2, 4)
         """
         kind = floating_type([y, X, weights, offset], dtype)
         y, X = read_rows(y, X, kind)
@@ -227,6 +256,17 @@ class Design:
                 symmetric, X that is not of full rank, a term that can take the place of the
                 residual, one level.
             PrecisionError: float32 arrays that were not asked for.
+
+        Examples:
+            What a database would sum by subject:
+
+            >>> y = data["Reaction"].to_numpy()
+            >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
+            >>> Z, z = X.reshape(18, 10, 2), y.reshape(18, 10)
+            >>> zz, zy = Z.transpose(0, 2, 1) @ Z, np.einsum("jrq,jr->jq", Z, z)
+            >>> design = jaxreml.Design.from_moments(zz, zz, zy, X.T @ X, X.T @ y, y @ y, n=180)
+            >>> design.n, design.p
+            (180, 2)
         """
         arrays = {"zz": zz, "zx": zx, "zy": zy, "xx": xx, "xy": xy, "yy": yy}
         return Design.of(*of_moments(arrays, n, log_weights, names, dtype))
@@ -354,6 +394,19 @@ def stack(designs: Iterable[Design]) -> Design:
 
     Raises:
         DataError: designs that differ in more than the number of levels and in names; none.
+
+    Examples:
+        One model for two responses at once, as a batch of designs:
+
+        >>> import jax
+        >>> model = "Reaction ~ Days + (Days | Subject)"
+        >>> tables = [data, data.assign(Reaction=2 * data["Reaction"])]
+        >>> with jax.enable_x64(True):
+        ...     designs = jaxreml.stack(jaxreml.design(model, table) for table in tables)
+        ...     found = jax.vmap(jaxreml.estimate)(designs)
+        >>> np.round(found.beta, 2)
+        Array([[251.41,  10.47],
+               [502.81,  20.93]], dtype=float64)
     """
     designs = list(designs)
     if not designs:

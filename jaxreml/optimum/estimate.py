@@ -24,18 +24,19 @@ Array = Any  # NumPy's or JAX's
 def estimate(
     design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
 ) -> Estimate:
-    """Fit a design by REML or ML.
+    """Fit a design by REML or ML: from arrays to the optimum of the likelihood.
 
-    Pure: `jit`, `vmap` over stacked designs (`jaxreml.stack`), and derivatives to any order
-    with respect to the design, by the implicit function theorem at the optimum; they are zero where
-    `status` is not CONVERGED, so that such a lane of a `vmap`, masked by its status, adds nothing
-    to a derivative in what lanes share. Fixed effects and
-    residual variance are profiled out; the rest is a safeguarded Newton iteration with exact
-    derivatives on square roots of the relative covariance matrices, which have no bounds: the
-    criterion is even in each of their columns, and the Cholesky factor is taken at the end. As
-    there can be several optima, it starts from moment estimates and from k + 2 other places for k
-    effects in all (`rivals.starts`), and takes the lowest; with more than 130,000 cross-products it
-    compares the optimum with variances at zero only.
+    The function is pure. It can be compiled by `jit`, mapped by `vmap` over stacked designs
+    (`jaxreml.stack`), and differentiated to any order with respect to the design, by the implicit
+    function theorem at the optimum. Derivatives are zero where `status` is not CONVERGED, so that
+    such a lane of a `vmap`, masked by its status, adds nothing to a derivative in what lanes share.
+
+    Fixed effects and residual variance are profiled out; the rest is a safeguarded Newton iteration
+    with exact derivatives on square roots of the relative covariance matrices, which have no
+    bounds: the criterion is even in each of their columns, and the Cholesky factor is taken at the
+    end. As there can be several optima, it starts from moment estimates and from k + 2 other places
+    for k effects in all, and takes the lowest; with more than 130,000 cross-products it compares
+    the optimum with variances at zero only.
 
     Args:
         design: the data.
@@ -50,6 +51,32 @@ def estimate(
         ValueError: another method.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
+
+    Examples:
+        The optimum of a design as a pytree of arrays:
+
+        >>> import jax
+        >>> import numpy as np
+        >>> import jaxreml
+        >>> data = jaxreml.datasets.load("sleepstudy")
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     found = jaxreml.estimate(design)
+        >>> jaxreml.Status(int(found.status))
+        <Status.CONVERGED: 0>
+        >>> np.round(found.beta, 2), np.round(found.log_variances, 2)
+        (Array([251.41,  10.47], dtype=float64), Array([6.42, 3.56, 6.48], dtype=float64))
+
+        By how much the slope changes with each response, the variances estimated anew:
+
+        >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
+        >>> terms = [jaxreml.Term(data["Subject"], effects=X)]
+        >>> def slope(y):
+        ...     return jaxreml.estimate(jaxreml.Design.from_arrays(y, X, terms)).beta[1]
+        >>> with jax.enable_x64(True):
+        ...     change = jax.grad(slope)(jax.numpy.array(data["Reaction"]))
+        >>> np.round(change[:4], 4)
+        Array([-0.003 , -0.0024, -0.0017, -0.001 ], dtype=float64)
     """
     reml = is_reml(method)
     require_precision(design)

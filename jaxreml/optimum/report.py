@@ -50,6 +50,16 @@ class Estimate:
         is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
         status: (), a `Status`. Other than CONVERGED: do not use the numbers. The derivatives of
             all of them are zero there.
+
+    Examples:
+        >>> import jax
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     found = jaxreml.estimate(design)
+        >>> found
+        <Estimate of 4 variance parameters and 2 fixed effects, criterion 1743.6283, ...
+        >>> np.round(found.theta, 3), round(float(found.sigma), 2)
+        (Array([0.967, 0.015, 0.231], dtype=float64), 25.59)
     """
 
     theta: Array
@@ -71,7 +81,16 @@ class Estimate:
 
     @property
     def params(self) -> Array:
-        """`parameters`, by its former name."""
+        """`parameters`, by its former name.
+
+        Examples:
+            >>> import jax
+            >>> with jax.enable_x64(True):
+            ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+            ...     found = jaxreml.estimate(design)
+            >>> np.round(found.params, 2)
+            Array([6.42, 3.56, 0.07, 6.48], dtype=float64)
+        """
         return self.parameters
 
     def __repr__(self) -> str:

@@ -24,6 +24,13 @@ def to_anndata(results: FittedBatch, adata: Any, key: str = "jaxreml") -> None:
 
     Raises:
         DataError: a response that is no variable.
+
+    Examples:
+        >>> import anndata
+        >>> adata = anndata.AnnData(genes.rename(index=str))
+        >>> results.to_anndata(adata)
+        >>> adata.varm["jaxreml"]["beta[Days]"].round(2).head(2).tolist()
+        [0.18, 0.2]
     """
     missing = results.responses[~results.responses.isin(adata.var_names)]
     if len(missing):

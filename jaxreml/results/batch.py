@@ -51,7 +51,7 @@ class BatchResults(FittedBatch):
     Attributes:
         model, responses, fits, frame: as in `jaxreml.many.fitted.FittedBatch`.
         refit: fits response number i alone; None if the values of the responses are not at hand.
-        revisit: see `inference.batches.testing`; likewise.
+        revisit: goes through the fits once more, for `test` and `anova`; likewise.
         values: gives responses start..stop-1 on the rows of the model, (n, b); likewise.
 
     A pickle has the results and the rows of the model, but not the responses: `refit`, `revisit`
@@ -101,7 +101,13 @@ class BatchResults(FittedBatch):
 
     @classmethod
     def read_parquet(cls, path: str | Path) -> BatchResults:
-        """Read results that `to_parquet` or a streaming `fit_many` wrote."""
+        """Read results that `to_parquet` or a streaming `fit_many` wrote.
+
+        Examples:
+            >>> results.to_parquet("genes.parquet", overwrite=True)
+            >>> jaxreml.BatchResults.read_parquet("genes.parquet").params.equals(results.params)
+            True
+        """
         return parquet.read_parquet(path, cls)
 
     def estimate(self, i: int | str) -> LMMResults:
@@ -118,6 +124,14 @@ class BatchResults(FittedBatch):
         Raises:
             DataError: no such response, or its values are not at hand (results read from a file
                 or made from a stream).
+
+        Examples:
+            >>> results.estimate("gene1")
+            <LMMResults 'gene1 ~ Days + (1 | Subject)', REML, criterion 598.1191>
+            >>> results.estimate(0).conf_int().round(2)
+                         lower  upper
+            (Intercept)  -0.20   1.15
+            Days          0.12   0.24
         """
         if self.refit is None:
             raise DataError(

@@ -55,6 +55,11 @@ def volcano_data(results: Batch, coef: str, *, level: float = 0.05) -> pd.DataFr
 
     Raises:
         DataError: no such coefficient or contrast.
+
+    Examples:
+        >>> table = jaxreml.batch_plots.volcano_data(moderated, "Days")
+        >>> table["discovery"].sum().item()
+        5
     """
     table = top_table(results, coef, None, "none")
     return pd.DataFrame(
@@ -71,7 +76,12 @@ def volcano(
     results: Batch, coef: str, *, level: float = 0.05, labels: int = 10, ax: Any = None
 ) -> Any:
     """-log10 p against the estimate: discoveries vermillion if they are up and blue if down, the
-    `labels` surest of them named; other arguments as for `volcano_data`."""
+    `labels` surest of them named; other arguments as for `volcano_data`.
+
+    Examples:
+        >>> axes = jaxreml.batch_plots.volcano(moderated, "Days", labels=5)
+        >>> axes.figure.savefig("volcano.png", dpi=300)
+    """
     frame = volcano_data(results, coef, level=level)
     ax = new_axes(ax)
     _discoveries(ax, frame, "estimate", "neg_log10_p")
@@ -103,6 +113,13 @@ def mean_difference_data(
     Raises:
         DataError: no such coefficient or contrast.
         ValueError: `mean` has another length.
+
+    Examples:
+        >>> table = jaxreml.batch_plots.mean_difference_data(results, "Days")
+        >>> table[["mean", "estimate"]].round(2).head(2)
+               mean  estimate
+        gene1  1.29      0.18
+        gene2  0.79      0.20
     """
     table = top_table(results, coef, None, "none")
     if mean is not None:
@@ -124,7 +141,11 @@ def mean_difference(
     ax: Any = None,
 ) -> Any:
     """An MA plot, the estimate against the mean of the response, with discoveries as in `volcano`,
-    the `labels` largest of them named; other arguments as for `mean_difference_data`."""
+    the `labels` largest of them named; other arguments as for `mean_difference_data`.
+
+    Examples:
+        >>> axes = jaxreml.batch_plots.mean_difference(results, "Days")
+    """
     frame = mean_difference_data(results, coef, mean, level=level)
     ax = new_axes(ax)
     _discoveries(ax, frame, "mean", "estimate")
@@ -138,7 +159,16 @@ def mean_difference(
 
 def p_histogram_data(results: Batch, coef: str, *, bins: int = BINS) -> pd.DataFrame:
     """How many p-values of a coefficient or contrast are where: columns left, right and count, a
-    row per bin."""
+    row per bin.
+
+    Examples:
+        >>> jaxreml.batch_plots.p_histogram_data(results, "Days", bins=4)
+           left  right  count
+        0  0.00   0.25     14
+        1  0.25   0.50     10
+        2  0.50   0.75      6
+        3  0.75   1.00     10
+    """
     p = top_table(results, coef, None, "none")["p_value"]
     counts, edges = np.histogram(p, bins, (0.0, 1.0))
     return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
@@ -146,7 +176,11 @@ def p_histogram_data(results: Batch, coef: str, *, bins: int = BINS) -> pd.DataF
 
 def p_histogram(results: Batch, coef: str, *, bins: int = BINS, ax: Any = None) -> Any:
     """Histogram of p-values, with the height that true null hypotheses have by Storey's estimate of
-    their share; arguments as for `p_histogram_data`."""
+    their share; arguments as for `p_histogram_data`.
+
+    Examples:
+        >>> axes = jaxreml.batch_plots.p_histogram(results, "Days", bins=10)
+    """
     frame = p_histogram_data(results, coef, bins=bins)
     ax = new_axes(ax)
     width = frame["right"] - frame["left"]
@@ -171,6 +205,12 @@ def qq_p_data(results: Batch, coef: str) -> pd.DataFrame:
         A row per response with a test, the least p-value first: expected, observed, lower and
         upper, all -log10; the last two are the band that 95 % of each are in, if all hypotheses are
         true and tests independent.
+
+    Examples:
+        >>> jaxreml.batch_plots.qq_p_data(results, "Days").round(1).tail(2)
+                expected  observed  lower  upper
+        gene33       0.0       0.0    0.0    0.1
+        gene6        0.0       0.0    0.0    0.0
     """
     from scipy.special import betaincinv
 
@@ -186,7 +226,11 @@ def qq_p_data(results: Batch, coef: str) -> pd.DataFrame:
 
 def qq_p(results: Batch, coef: str, *, ax: Any = None) -> Any:
     """Quantile plot of p-values, with the band in which those of true null hypotheses are and the
-    genomic inflation lambda (Devlin and Roeder 1999)."""
+    genomic inflation lambda (Devlin and Roeder 1999).
+
+    Examples:
+        >>> axes = jaxreml.batch_plots.qq_p(results, "Days")
+    """
     frame = qq_p_data(results, coef)
     ax = new_axes(ax)
     inflation = discoveries.inflation(10.0 ** -frame["observed"].to_numpy())
@@ -202,7 +246,13 @@ def qq_p(results: Batch, coef: str, *, ax: Any = None) -> Any:
 
 def variance_fractions_data(results: BatchResults) -> pd.DataFrame:
     """`BatchResults.variance_fractions` of responses with an optimum: the parts by their medians,
-    the largest first, and Residual last."""
+    the largest first, and Residual last.
+
+    Examples:
+        >>> parts = jaxreml.batch_plots.variance_fractions_data(results)
+        >>> parts.median().round(1).to_dict()
+        {'Subject': 0.5, 'Days': 0.0, 'Residual': 0.5}
+    """
     frame = results.variance_fractions(output="pandas").dropna()
     middle = np.median(frame.to_numpy()[:, :-1], axis=0) if len(frame) else np.zeros(0)
     return frame.iloc[:, [*np.argsort(-middle, kind="stable"), -1]]
@@ -210,7 +260,11 @@ def variance_fractions_data(results: BatchResults) -> pd.DataFrame:
 
 def variance_fractions(results: BatchResults, *, ax: Any = None) -> Any:
     """A violin for each part of the variance, over the responses, with a box from quartile to
-    quartile and the median."""
+    quartile and the median.
+
+    Examples:
+        >>> axes = jaxreml.batch_plots.variance_fractions(results)
+    """
     frame = variance_fractions_data(results)
     if not len(frame):
         raise DataError("no response has an optimum: there is nothing to draw")
@@ -248,6 +302,13 @@ def moderation_data(results: ModeratedResults, mean: Any = None) -> pd.DataFrame
 
     Raises:
         ValueError: `mean` has another length.
+
+    Examples:
+        >>> table = jaxreml.batch_plots.moderation_data(moderated)
+        >>> table[["residual_sd", "prior_sd", "posterior_sd"]].round(2).head(2)
+                residual_sd  prior_sd  posterior_sd
+        gene40         0.85      1.02          0.86
+        gene17         0.82      1.02          0.83
     """
     own = results.mean if results.trend is None else results.trend
     covariate = own if mean is None else np.asarray(mean, float)
@@ -265,7 +326,11 @@ def moderation_data(results: ModeratedResults, mean: Any = None) -> pd.DataFrame
 
 def moderation(results: ModeratedResults, mean: Any = None, *, ax: Any = None) -> Any:
     """Residual standard deviations against the mean or the trend's covariate: as fitted, moderated,
-    and the prior towards which they are drawn; arguments as for `moderation_data`."""
+    and the prior towards which they are drawn; arguments as for `moderation_data`.
+
+    Examples:
+        >>> axes = jaxreml.batch_plots.moderation(results.moderated(trend=True))
+    """
     frame = moderation_data(results, mean)
     ax = new_axes(ax)
     size = point_size(len(frame))
@@ -284,7 +349,12 @@ def moderation(results: ModeratedResults, mean: Any = None, *, ax: Any = None) -
 
 def mean_variance(voom: Any, *, ax: Any = None) -> Any:
     """The trend that `jaxreml.voom` makes weights of: square roots of residual standard deviations
-    against mean log counts, a point per gene; its frame is ``voom.trend``."""
+    against mean log counts, a point per gene; its frame is ``voom.trend``.
+
+    Examples:
+        >>> found = jaxreml.voom(counts, "~ Days + (1 | Subject)", data)
+        >>> axes = jaxreml.batch_plots.mean_variance(found)
+    """
     ax = new_axes(ax)
     frame = voom.trend.sort_values("mean_log_count")
     ax.scatter(frame["mean_log_count"], frame["sqrt_sd"], s=point_size(len(frame)), linewidths=0,

@@ -38,6 +38,12 @@ def fitted_values(
     Raises:
         DataError: no such response; results read from a file, or made without ``modes=True``;
             offsets or covariates of the responses' own.
+
+    Examples:
+        >>> results.fitted_values(["gene1", "gene2"]).round(2).head(2)
+           gene1  gene2
+        0  -0.61    0.2
+        1  -0.43    0.4
     """
     if isinstance(responses, slice):
         places = np.arange(len(results))[responses]
@@ -61,6 +67,12 @@ def fitted_blocks(
 
     Yields:
         Their names and (n, size) values, which `fit_many` takes as responses too.
+
+    Examples:
+        >>> for names, values in results.fitted_blocks(size=30):
+        ...     print(len(names), values.shape)
+        30 (180, 30)
+        10 (180, 10)
     """
     size = size or max(1, BLOCK_BYTES // (8 * len(_frame(results).X)))
     for start in range(0, len(results), size):
@@ -78,6 +90,12 @@ def residual_blocks(
 
     Raises:
         DataError: as `fitted_values`; the values of the responses are not at hand.
+
+    Examples:
+        >>> for names, values in results.residual_blocks(size=30, random=False):
+        ...     print(len(names), values.std().round(1))
+        30 1.5
+        10 1.5
     """
     if results.values is None:
         raise DataError(
@@ -112,6 +130,14 @@ def simulated_blocks(
     Raises:
         DataError: results read from a file; a name that is no fixed effect; weights, offsets or
             covariates of the responses' own.
+
+    Examples:
+        How often p-values are below 0.05 where there is nothing to be found:
+
+        >>> nothing = results.simulated_blocks(null="Days")
+        >>> null = jaxreml.fit_many("~ Days + (1 | Subject)", data, nothing)
+        >>> (null.pvalues["Days"] < 0.05).mean().round(3).item()
+        0.0
     """
     frame, names = _frame(results, ("weights", "offset")), list(results.model.fixed_names)
     wanted = [null] if isinstance(null, str) else list(null or [])

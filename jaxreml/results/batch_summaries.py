@@ -37,8 +37,10 @@ def top_table(
         sort_by: "p_value", "statistic" or "estimate", the largest in size first, or "none" for the
             order of the responses.
         adjust: of the p-values over all responses, not only those shown: "bh", "by", "holm",
-            "bonferroni" or "none"; see `inference.discoveries.adjusted`.
-        q_value: whether to add Storey's q-values (`inference.discoveries.q_values`).
+            "bonferroni" or "none"; see
+            `jaxreml.inference.discoveries.adjusted`.
+        q_value: whether to add Storey's q-values
+            (`jaxreml.inference.discoveries.q_values`).
 
     Returns:
         A row per response, which the index names; columns mean (of the response), estimate,
@@ -48,6 +50,15 @@ def top_table(
     Raises:
         DataError: no such coefficient or contrast, or one of each; no q-values.
         ValueError: another order or adjustment, or an `n` below 1.
+
+    Examples:
+        >>> results.top_table("Days", 3)[["estimate", "statistic", "p_adjusted"]].round(3)
+               estimate  statistic  p_adjusted
+        gene5     0.228      9.406         0.0
+        gene2     0.200      8.576         0.0
+        gene4     0.196      6.815         0.0
+        >>> results.top_table("Days", 1, q_value=True)["q_value"].lt(0.05).tolist()
+        [True]
     """
     if sort_by not in ORDERS:
         known = ", ".join(f'"{name}"' for name in ORDERS)
@@ -105,6 +116,17 @@ def summary(results: FittedBatch) -> str:
 
     Discoveries are counted at a false discovery rate of 5 %, each coefficient and contrast by
     itself, with the signs of their estimates.
+
+    Examples:
+        >>> print(results.summary())
+        ~ Days + (1 | Subject), REML, structure 'grouped', engine 'numpy'
+        40 responses, 40 with an optimum, 0 of them singular
+        180 rows
+        <BLANKLINE>
+        Discoveries at a false discovery rate of 5%, df 'satterthwaite':
+                     up  down  tests
+        (Intercept)   0     0     40
+        Days          5     0     40
     """
     model, fits = results.model, results.fits
     good = fits.status == Status.CONVERGED
@@ -164,6 +186,11 @@ def to_csv(results: Any, path: str | Path, *, overwrite: bool = False) -> None:
     Raises:
         DataError: the file exists and `overwrite` is not given; it is a folder; its folder does
             not exist.
+
+    Examples:
+        >>> results.to_csv("genes.csv", overwrite=True)
+        >>> pd.read_csv("genes.csv").shape
+        (40, 40)
     """
     path = check_new(path, overwrite)
     frame = results.to_frame(output="pandas")

@@ -52,6 +52,14 @@ def tidy(
 
     Raises:
         ValueError: other `effects`, or a level that is not between 0 and 1.
+
+    Examples:
+        >>> results.tidy()[["response", "group", "term", "estimate"]].round(2).head(4)
+          response     group             term  estimate
+        0    gene1       NaN      (Intercept)      0.48
+        1    gene1       NaN             Days      0.18
+        2    gene1   Subject  sd__(Intercept)      1.23
+        3    gene1  Residual  sd__Observation      1.11
     """
     wanted = chosen(effects, EFFECTS)
     check_conf_level(conf_level)
@@ -123,6 +131,12 @@ def glance(results: FittedBatch) -> pd.DataFrame:
     Columns response, nobs, sigma, log_lik, aic, bic, reml_crit or deviance, df_residual,
     converged, is_singular, n_dropped (rows of the data and of the response), n_missing (those of
     the response), status, message.
+
+    Examples:
+        >>> results.glance()[["response", "nobs", "sigma", "log_lik"]].round(2).head(2)
+          response  nobs  sigma  log_lik
+        0    gene1   180   1.11  -299.06
+        1    gene2   180   0.90  -264.03
     """
     return pd.DataFrame(
         {
@@ -191,6 +205,12 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
 
     Raises:
         DataError: names of columns of the data with commas give two columns one name.
+
+    Examples:
+        >>> results.to_frame()[["response", "beta[Days]", "se[Days]", "p[Days]"]].round(3).head(2)
+          response  beta[Days]  se[Days]  p[Days]
+        0    gene1       0.181     0.029      0.0
+        1    gene2       0.200     0.023      0.0
     """
     model, fits = results.model, results.fits
     columns = field_columns(model)
@@ -258,6 +278,13 @@ def to_xarray(results: FittedBatch) -> Any:
 
     Raises:
         DataError: xarray is not installed.
+
+    Examples:
+        >>> table = results.to_xarray()
+        >>> list(table.sizes)
+        ['response', 'term', 'component', 'pair', 'factor', 'part', 'level_Subject', ...
+        >>> table["beta"].sel(response="gene1", term="Days").round(2).item()
+        0.18
     """
     try:
         import xarray

@@ -121,9 +121,6 @@ def to_latex(
             and rename.
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> latex = fit.to_latex("coefficients", columns=["estimate", "std_error", "p_value"])
         >>> print(latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip())
         (Intercept) & 251.41 & 6.82 & $<$ .001 \\
@@ -143,7 +140,12 @@ def to_html(
     digits: int | None = None,
     **options: Any,
 ) -> str:
-    """A table of the fit as an HTML element; arguments as for `to_latex`."""
+    """A table of the fit as an HTML element; arguments as for `to_latex`.
+
+    Examples:
+        >>> fit.to_html("random_effects", caption="Variances").count("<tr>")
+        2
+    """
     texts = {"caption": caption, "label": label, "note": note}
     return as_table(fit, table, digits=digits, **texts, **options).to_html()
 
@@ -161,16 +163,12 @@ def to_markdown(
     """A table of the fit as a pipe table of Markdown; arguments as for `to_latex`.
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> print(fit.to_markdown("anova"))
         |      |  Sum sq. | Mean sq. | *df1* | *df2* |   *F* |    *p* |
         | ---- | -------: | -------: | ----: | ----: | ----: | -----: |
         | Days | 30031.01 | 30031.01 |     1 |    17 | 45.85 | < .001 |
         <BLANKLINE>
         *Note.* Type III tests. Tests use Satterthwaite's degrees of freedom.
-        <BLANKLINE>
     """
     texts = {"caption": caption, "label": label, "note": note}
     return as_table(fit, table, digits=digits, **texts, **options).to_markdown()
@@ -198,9 +196,6 @@ def report(
         ValueError: another `df`, or a level outside (0, 1).
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> fit.report("Days")
         'b = 10.47, SE = 1.55, 95% CI [7.21, 13.73], t(17.0) = 6.77, p < .001'
     """

@@ -94,13 +94,21 @@ def model_table(
         ValueError: no fits, something else than fits, other columns, names of another number.
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
         >>> line = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
-        >>> lines = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
-        >>> both = jaxreml.model_table(line, lines, names=["Intercepts", "Slopes"])
+        >>> both = jaxreml.model_table(line, fit, names=["Line", "Lines"], columns=["estimate"])
         >>> both
-        <Table of 14 rows and 5 columns: , Estimate, SE, Estimate, SE>
+        <Table of 14 rows and 3 columns: , Estimate, Estimate>
+        >>> print(both.to_markdown())
+        |                                           | Line: Estimate | Lines: Estimate |
+        | ----------------------------------------- | -------------: | --------------: |
+        | **Fixed effects**                         |                |                 |
+        | (Intercept)                               |         251.41 |          251.41 |
+        | Days                                      |          10.47 |           10.47 |
+        | **Random effects**                        |                |                 |
+        | Subject: SD of (Intercept)                |          37.12 |           24.74 |
+        | Subject: SD of Days                       |                |            5.92 |
+        | Subject: correlation of (Intercept), Days |                |            0.07 |
+        ...
         >>> latex = both.to_latex()
     """
     models = _models(fits)

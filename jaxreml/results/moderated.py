@@ -20,8 +20,10 @@ from jaxreml.status import Status
 @made_by("`BatchResults.moderated`")
 @dataclass(frozen=True, eq=False, repr=False)
 class ModeratedResults(FittedBatch):
-    """A `FittedBatch` whose `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted` and `contrasts`
-    are moderated; all else is that of the fits.
+    """Moderated tests of many responses, as `BatchResults.moderated` makes them.
+
+    `bse`, `tvalues`, `df`, `pvalues`, `pvalues_adjusted` and `contrasts` are moderated; all else is
+    that of the fits.
 
     Attributes:
         model, responses, fits: as in `FittedBatch`; standard errors and degrees of freedom of
@@ -31,6 +33,15 @@ class ModeratedResults(FittedBatch):
         prior_variance: the residual variance that each is drawn towards.
         posterior_variance: the moderated residual variance.
         trend: the covariate of the prior variance, or None.
+
+    Examples:
+        >>> moderated = results.moderated()
+        >>> moderated
+        <ModeratedResults '~ Days + (1 | Subject)', REML, 40 responses, 10.07 prior ...
+        >>> results.bse["Days"].round(4).head(3).tolist()
+        [0.0288, 0.0234, 0.0281]
+        >>> moderated.bse["Days"].round(4).head(3).tolist()
+        [0.0286, 0.0236, 0.028]
     """
 
     _: KW_ONLY
@@ -49,7 +60,12 @@ class ModeratedResults(FittedBatch):
     @in_library
     def to_frame(self) -> pd.DataFrame:
         """The columns of `BatchResults.to_frame`, and prior_df, prior_variance and
-        posterior_variance after residual_df."""
+        posterior_variance after residual_df.
+
+        Examples:
+            >>> list(moderated.to_frame().columns)[:4]
+            ['response', 'nobs', 'n_missing', 'rank']
+        """
         frame = batch_tables.to_frame(self)
         place = list(frame.columns).index("residual_df")
         for k, name in enumerate(("prior_df", "prior_variance", "posterior_variance"), 1):
@@ -57,7 +73,21 @@ class ModeratedResults(FittedBatch):
         return frame
 
     def summary(self) -> str:
-        """`BatchResults.summary`, with what was moderated."""
+        """`BatchResults.summary`, with what was moderated.
+
+        Examples:
+            >>> print(moderated.summary())
+            ~ Days + (1 | Subject), REML, structure 'grouped', engine 'numpy'
+            40 responses, 40 with an optimum, 0 of them singular
+            180 rows
+            <BLANKLINE>
+            Discoveries at a false discovery rate of 5%, df 'satterthwaite':
+                         up  down  tests
+            (Intercept)   0     0     40
+            Days          5     0     40
+            <BLANKLINE>
+            Residual variances moderated: prior df 10.07, prior variance 1.039
+        """
         return f"{batch_summaries.summary(self)}\n\n{self._prior()}"
 
     def _prior(self) -> str:
@@ -107,6 +137,15 @@ def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) 
             values that are not finite; results of a version that kept no `residual_df` or `mean`;
             statsmodels is not installed.
         ValueError: a trend of another length.
+
+    Examples:
+        >>> moderated = results.moderated()
+        >>> moderated.top_table("Days", 3)[["estimate", "df", "p_value", "p_adjusted"]].round(3)
+               estimate       df  p_value  p_adjusted
+        gene5     0.228  171.075      0.0         0.0
+        gene2     0.200  171.075      0.0         0.0
+        gene4     0.196  171.075      0.0         0.0
+        >>> trended = results.moderated(trend=True, robust=True)
     """
     fits = results.fits
     good = np.flatnonzero(fits.status == Status.CONVERGED)

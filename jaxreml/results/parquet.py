@@ -75,7 +75,14 @@ def write_parquet(results: FittedBatch, path: str | Path, *, overwrite: bool = F
     """Write results to a parquet file.
 
     Raises:
-        DataError: as `check_new` and `to_table`.
+        DataError: the file exists and `overwrite` is not given; it is a folder; its folder does
+            not exist; names of responses that are neither all strings nor all integers; pyarrow is
+            not installed.
+
+    Examples:
+        >>> results.to_parquet("genes.parquet", overwrite=True)
+        >>> jaxreml.BatchResults.read_parquet("genes.parquet")
+        <BatchResults '~ Days + (1 | Subject)', REML, 40 responses, 0 without an ...
     """
     path = check_new(path, overwrite)
     pq = import_parquet("to_parquet")

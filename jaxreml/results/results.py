@@ -32,7 +32,7 @@ from jaxreml.results.plots.residuals import diagnostics as plot
 class LMMResults(FittedModel):
     """A fitted linear mixed model, as `jaxreml.fit` returns it and `jaxreml.load` reads it.
 
-    What there is, by subject; `help(LMMResults.predict)` and so on say more.
+    What there is, by subject; ``help(LMMResults.predict)`` and so on say more.
 
     To look at: `summary` (``print(fit)``), `tidy`, `glance` and `augment` (frames as broom.mixed
     makes them), `to_latex`, `to_html` and `to_markdown` (tables for papers), `report` (a
@@ -72,6 +72,17 @@ class LMMResults(FittedModel):
         <LMMResults 'Reaction ~ Days + (Days | Subject)', REML, criterion 1743.6283>
         >>> fit.params.round(2).to_dict()
         {'(Intercept)': 251.41, 'Days': 10.47}
+        >>> fit.random_effects["Subject"].round(1).head(2)
+                 (Intercept)  Days
+        Subject
+        308              2.3   9.2
+        309            -40.4  -8.6
+        >>> fit.report("Days")
+        'b = 10.47, SE = 1.55, 95% CI [7.21, 13.73], t(17.0) = 6.77, p < .001'
+        >>> fit.predict({"Days": [12], "Subject": ["308"]}).round(1).tolist()
+        [489.7]
+
+        ``print(fit)`` shows the summary of lmerTest, and ``fit.plot()`` draws the residuals.
     """
 
     # Fixed effects
@@ -143,7 +154,13 @@ class LMMResults(FittedModel):
 
     @classmethod
     def load(cls, path: str | Path) -> LMMResults:
-        """Read a fit that `save` wrote; see `storage.read`."""
+        """Read a fit that `save` wrote; the same as `jaxreml.load`.
+
+        Examples:
+            >>> fit.save("sleep.json", data=False)
+            >>> jaxreml.LMMResults.load("sleep.json").has_rows
+            False
+        """
         return storage.read(path, cls)
 
 
@@ -152,5 +169,10 @@ def load(path: str | Path) -> LMMResults:
 
     Raises:
         DataError: a file that is not one, or of a later version.
+
+    Examples:
+        >>> fit.save("sleep.json")
+        >>> jaxreml.load("sleep.json").params.equals(fit.params)
+        True
     """
     return LMMResults.load(path)

@@ -39,6 +39,11 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     Raises:
         DataError: labels of a type that cannot be written, named; a formula whose columns cannot be
             made again without the rows.
+
+    Examples:
+        >>> fit.save("sleep.json")
+        >>> jaxreml.load("sleep.json")
+        <LMMResults 'Reaction ~ Days + (Days | Subject)', REML, criterion 1743.6283>
     """
     if not data:
         fit.require_independent("save the rowless form (data=False)")

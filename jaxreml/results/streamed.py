@@ -44,6 +44,15 @@ class StreamedResults:
         n_responses: how many there are.
         failures: how many have no optimum, by reason.
         failed: the names of the first of these, by reason.
+
+    Examples:
+        >>> written = jaxreml.fit_many(
+        ...     "~ Days + (1 | Subject)", data, genes, output="genes.parquet", overwrite=True
+        ... )
+        >>> written
+        <StreamedResults 'genes.parquet', '~ Days + (1 | Subject)', 40 responses, 0 ...
+        >>> written.n_responses, written.failures
+        (40, {})
     """
 
     path: Path
@@ -54,7 +63,15 @@ class StreamedResults:
 
     @property
     def n_failed(self) -> int:
-        """Responses without an optimum."""
+        """Responses without an optimum.
+
+        Examples:
+            >>> written = jaxreml.fit_many(
+            ...     "~ Days + (1 | Subject)", data, genes, output="genes.parquet", overwrite=True
+            ... )
+            >>> written.n_failed
+            0
+        """
         return sum(self.failures.values())
 
     def __repr__(self) -> str:
@@ -67,7 +84,15 @@ class StreamedResults:
         return displays.of_stream(self)
 
     def read(self) -> BatchResults:
-        """The results, in memory."""
+        """The results, in memory.
+
+        Examples:
+            >>> written = jaxreml.fit_many(
+            ...     "~ Days + (1 | Subject)", data, genes, output="genes.parquet", overwrite=True
+            ... )
+            >>> written.read().top_table("Days", 1)["estimate"].round(2).to_dict()
+            {'gene5': 0.23}
+        """
         return BatchResults.read_parquet(self.path)
 
 

@@ -54,9 +54,6 @@ def tidy(
         ValueError: another effect, or a level outside (0, 1).
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> fit.tidy()[["group", "term", "estimate"]].round(2)
               group                   term  estimate
         0      None            (Intercept)    251.41
@@ -65,7 +62,10 @@ def tidy(
         3   Subject               sd__Days      5.92
         4   Subject  cor__(Intercept).Days      0.07
         5  Residual        sd__Observation     25.59
-        >>> latex = jaxreml.frame_table(fit.tidy()).to_latex()
+        >>> fit.tidy("ran_vals")[["level", "term", "estimate"]].round(1).head(2)
+          level         term  estimate
+        0   308  (Intercept)       2.3
+        1   308         Days       9.2
     """
     check_conf_level(conf_level)
     wanted = chosen(effects, EFFECTS)
@@ -161,14 +161,27 @@ def _by_level(frames: dict[str, pd.DataFrame], effect: str) -> pd.DataFrame:
 
 
 def glance(fit: FittedModel) -> pd.DataFrame:
-    """One row of fit statistics, as broom.mixed's `glance`, with how the fit ended."""
+    """One row of fit statistics, as broom.mixed's `glance`, with how the fit ended.
+
+    Examples:
+        >>> fit.glance()[["nobs", "sigma", "log_lik", "aic"]].round(1)
+           nobs  sigma  log_lik     aic
+        0   180   25.6   -871.8  1755.6
+    """
     return pd.DataFrame(statistics(fit, fit.method))
 
 
 def augment(fit: FittedModel) -> pd.DataFrame:
     """The columns used with `fitted`, `resid`, `fixed` (fitted values without random effects), and
     `weights` and `offset` if there are any. A column of the data of that name gets a trailing
-    underscore here."""
+    underscore here.
+
+    Examples:
+        >>> fit.augment().round(1).head(2)
+           Reaction  Days Subject  fitted  resid  fixed
+        0     249.6   0.0     308   253.7   -4.1  251.4
+        1     258.7   1.0     308   273.3  -14.6  261.9
+    """
     added = {"fitted": fit.fitted, "resid": fit.y - fit.fitted, "fixed": fit.fixed_fitted}
     if fit.weights is not None:
         added["weights"] = fit.weights
@@ -217,6 +230,24 @@ def summary(
 
     Raises:
         ValueError: another `df`, or a level outside (0, 1).
+
+    Examples:
+        >>> print(fit.summary(df="kenward-roger"))
+        Linear mixed model fit by REML. t-tests use Kenward-Roger's method
+        Formula: Reaction ~ Days + (Days | Subject)
+        Structure: grouped (numpy)
+        <BLANKLINE>
+        REML criterion at convergence: 1743.6
+        <BLANKLINE>
+        Scaled residuals:
+            Min      1Q Median     3Q    Max
+        -3.9536 -0.4634 0.0231 0.4634 5.1793
+        <BLANKLINE>
+        Random effects:
+         Groups   Name        Variance Std.Dev. Log-Var. Std.Error Corr
+         Subject  (Intercept)   612.09   24.740    6.417    0.4718
+                  Days           35.07    5.922    3.557    0.4215 0.07
+        ...
     """
     if conf_level is not None:
         check_conf_level(conf_level)

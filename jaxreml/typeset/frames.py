@@ -102,15 +102,12 @@ def frame_table(
         column. Columns without a value are left out; notes and reasons go below the table.
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> print(jaxreml.frame_table(fit.coefficients()).to_markdown())
         |             | Estimate | *SE* | *df* |   *t* |    *p* |
         | ----------- | -------: | ---: | ---: | ----: | -----: |
         | (Intercept) |   251.41 | 6.82 |   17 | 36.84 | < .001 |
         | Days        |    10.47 | 1.55 |   17 |  6.77 | < .001 |
-        <BLANKLINE>
+        >>> latex = jaxreml.frame_table(fit.anova(), caption="F tests.").to_latex()
     """
     frame = _as_pandas(frame)
     if conf_level is not None:

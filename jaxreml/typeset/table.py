@@ -26,9 +26,6 @@ class Table(Content):
         notes: sentences below the table.
 
     Examples:
-        >>> import jaxreml
-        >>> data = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
         >>> jaxreml.frame_table(fit.anova())
         <Table of 1 row and 7 columns: , Sum sq., Mean sq., df1, df2, F, p>
     """
@@ -38,6 +35,11 @@ class Table(Content):
 
         Args:
             path: also write it to this file.
+
+        Examples:
+            >>> latex = jaxreml.frame_table(fit.anova()).to_latex("anova.tex")
+            >>> latex.count(r"\toprule")
+            1
         """
         return _written(writers.latex(self), path)
 
@@ -46,6 +48,9 @@ class Table(Content):
 
         Args:
             path: also write it to this file.
+
+        Examples:
+            >>> html = jaxreml.frame_table(fit.anova()).to_html("anova.html")
         """
         return _written(writers.html(self), path)
 
@@ -54,13 +59,25 @@ class Table(Content):
 
         Args:
             path: also write it to this file.
+
+        Examples:
+            >>> print(jaxreml.frame_table(fit.anova()).to_markdown())
+            |      |  Sum sq. | Mean sq. | *df1* | *df2* |   *F* |    *p* |
+            | ---- | -------: | -------: | ----: | ----: | ----: | -----: |
+            | Days | 30031.01 | 30031.01 |     1 |    17 | 45.85 | < .001 |
         """
         return _written(writers.markdown(self), path)
 
     def described(
         self, caption: str | None = None, label: str | None = None, note: str | None = None
     ) -> Table:
-        """The table with another caption and label, and `note` after its other notes."""
+        """The table with another caption and label, and `note` after its other notes.
+
+        Examples:
+            >>> table = jaxreml.frame_table(fit.anova()).described("F tests.", note="18 people.")
+            >>> table.caption, table.notes
+            ('F tests.', ('18 people.',))
+        """
         return replace(
             self,
             caption=self.caption if caption is None else caption,
@@ -95,15 +112,37 @@ class Tabulated:
         raise NotImplementedError
 
     def to_latex(self, **options: Any) -> str:
-        """The table in LaTeX, for the package booktabs; options as for `as_table`."""
+        """The table in LaTeX, for the package booktabs; options as for `as_table`.
+
+        Examples:
+            >>> means = scores.emmeans("Machine")
+            >>> means.to_latex(caption="Marginal means.", label="tab:means").splitlines()[0]
+            '\\\\begin{table}[htbp]'
+        """
         return self.as_table(**options).to_latex()
 
     def to_html(self, **options: Any) -> str:
-        """The table as an HTML element; options as for `as_table`."""
+        """The table as an HTML element; options as for `as_table`.
+
+        Examples:
+            >>> scores.emmeans("Machine").to_html()[:7]
+            '<table '
+        """
         return self.as_table(**options).to_html()
 
     def to_markdown(self, **options: Any) -> str:
-        """The table as a pipe table of Markdown; options as for `as_table`."""
+        """The table as a pipe table of Markdown; options as for `as_table`.
+
+        Examples:
+            >>> print(scores.emmeans("Machine").to_markdown())
+            | Machine | Estimate | *SE* | *df* |         95% CI |   *t* |    *p* |
+            | ------- | -------: | ---: | ---: | -------------: | ----: | -----: |
+            | A       |    52.36 | 2.23 |  5.8 | [46.86, 57.85] | 23.49 | < .001 |
+            | B       |    60.32 | 2.23 |  5.8 | [54.83, 65.82] | 27.06 | < .001 |
+            | C       |    66.27 | 2.23 |  5.8 | [60.78, 71.77] | 29.73 | < .001 |
+            <BLANKLINE>
+            *Note.* Degrees-of-freedom method: satterthwaite.
+        """
         return self.as_table(**options).to_markdown()
 
     def _repr_html_(self) -> str:

@@ -205,8 +205,11 @@ def test_only_slopes_that_are_averaged_over_an_interaction_are_misleading():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit.emtrends("Sex", "age")  # the slope of each sex: as emmeans, without a note
-    with pytest.warns(UserWarning, match="involvement in interactions: age:Sex"):
-        fit.emtrends("1", "age")
+        fit.emtrends("1", "age")  # nor has it one for the overall slope
+    table = references.table("unbalanced").assign(c=lambda t: np.arange(len(t)) % 2)
+    three = jaxreml.fit("y ~ x * a * C(c) + (1|g)", table)
+    with pytest.warns(UserWarning, match="involvement in interactions: x:a:"):
+        three.emtrends("a", "x")
 
 
 def test_slopes_of_curves_are_derivatives():

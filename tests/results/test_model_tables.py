@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import inspect
 import pydoc
 from dataclasses import replace
@@ -249,6 +247,10 @@ def test_representations_say_what_things_are():
     assert "18 groups of rows" in repr(fit.influence(by="Subject", method="first-order"))
     traced = jaxreml.Estimate(*[None] * 16)
     assert repr(traced) == "<Estimate of NoneType>"
+    design = jaxreml.design("Reaction ~ Days + (Days | Subject)", fit.table)
+    assert repr(design) == (
+        "<Design of 180 rows, 2 fixed effects, ((Intercept), Days | Subject); grouped, float64>"
+    )
 
 
 @pytest.mark.parametrize("kind", [jaxreml.LMMResults, jaxreml.BatchResults,
@@ -259,13 +261,3 @@ def test_help_begins_with_what_it_is_and_not_with_a_constructor(kind):
     assert kind.__doc__.splitlines()[0] in lines[start + 1]
     assert not inspect.signature(kind).parameters
     assert "Not called directly" in kind.__init__.__doc__
-
-
-@pytest.mark.parametrize("module", [
-    "typeset.numbers", "typeset.writers", "typeset.table", "typeset.frames", "results.results",
-    "results.batch", "results.model_tables", "results.fit_tables", "inference.fixed.means",
-    "api.fit", "results.tables",
-])  # fmt: skip
-def test_examples_in_docstrings(module):
-    found = doctest.testmod(importlib.import_module(f"jaxreml.{module}"))
-    assert found.attempted and not found.failed

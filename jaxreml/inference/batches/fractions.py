@@ -30,7 +30,7 @@ def variance_fractions(results: FittedBatch) -> pd.DataFrame:
 
     It differs in what that leaves to the coding: a factor of several columns is one term here,
     where calcVarPart has a fraction for each column; random slopes count with the values of their
-    covariates (`inference.shares`), where it has the variance of a slope as such. The sum of the
+    covariates, where it has the variance of a slope as such. The sum of the
     terms' fractions is that of `variance_shares` with ``fixed=True``, but for its divisor n - 1.
 
     Returns:
@@ -39,6 +39,12 @@ def variance_fractions(results: FittedBatch) -> pd.DataFrame:
 
     Raises:
         DataError: results of a version that kept no contributions.
+
+    Examples:
+        >>> results.variance_fractions().round(2).head(2)
+               Subject  Days  Residual
+        gene1     0.50  0.09      0.41
+        gene2     0.53  0.14      0.34
     """
     model, fits = results.model, results.fits
     parts = _contributions(results)
@@ -58,7 +64,14 @@ def variance_shares(
     results: FittedBatch, *, fixed: bool = False, conf_level: float = 0.95
 ) -> pd.DataFrame:
     """`LMMResults.variance_shares` of each response: columns by part, and estimate, std_error,
-    lower and upper."""
+    lower and upper.
+
+    Examples:
+        >>> results.variance_shares()["Subject"].round(2).head(2)
+               estimate  std_error  lower  upper
+        gene1      0.55       0.10   0.36   0.72
+        gene2      0.61       0.09   0.43   0.77
+    """
     rows = ratios.variance_shares(results.model.grouping_factors, fixed=fixed)
     return _ratios(results, rows, conf_level)
 
@@ -66,13 +79,27 @@ def variance_shares(
 def icc(
     results: FittedBatch, group: str | None = None, *, conf_level: float = 0.95
 ) -> pd.DataFrame:
-    """`LMMResults.icc` of each response: columns estimate, std_error, lower and upper."""
+    """`LMMResults.icc` of each response: columns estimate, std_error, lower and upper.
+
+    Examples:
+        >>> results.icc().round(2).head(2)
+               estimate  std_error  lower  upper
+        gene1      0.55       0.10   0.36   0.72
+        gene2      0.61       0.09   0.43   0.77
+    """
     return _one(results, ratios.icc(results.model.grouping_factors, group), conf_level)
 
 
 def r2(results: FittedBatch, *, conf_level: float = 0.95) -> pd.DataFrame:
     """`LMMResults.r2` of each response: columns by marginal and conditional, and estimate,
-    std_error, lower and upper."""
+    std_error, lower and upper.
+
+    Examples:
+        >>> results.r2()["marginal"].round(2).head(2)
+               estimate  std_error  lower  upper
+        gene1      0.09       0.03   0.04   0.17
+        gene2      0.14       0.04   0.08   0.23
+    """
     return _ratios(results, ratios.r2(results.model.grouping_factors), conf_level)
 
 
@@ -84,7 +111,14 @@ def repeatability(
     adjusted: bool = True,
     conf_level: float = 0.95,
 ) -> pd.DataFrame:
-    """`LMMResults.repeatability` of each response: columns as `icc`."""
+    """`LMMResults.repeatability` of each response: columns as `icc`.
+
+    Examples:
+        >>> results.repeatability("Subject", measurements=10).round(2).head(2)
+               estimate  std_error  lower  upper
+        gene1      0.92       0.03   0.85   0.96
+        gene2      0.94       0.02   0.88   0.97
+    """
     groups = results.model.grouping_factors
     rows = ratios.repeatability(groups, group, measurements, adjusted=adjusted)
     return _one(results, rows, conf_level)
@@ -98,7 +132,14 @@ def heritability(
     multiple: float = 1.0,
     conf_level: float = 0.95,
 ) -> pd.DataFrame:
-    """`LMMResults.heritability` of each response: columns as `icc`."""
+    """`LMMResults.heritability` of each response: columns as `icc`.
+
+    Examples:
+        >>> results.heritability("Subject", {"Residual": 10}).round(2).head(2)
+               estimate  std_error  lower  upper
+        gene1      0.92       0.03   0.85   0.96
+        gene2      0.94       0.02   0.88   0.97
+    """
     rows = ratios.heritability(results.model.grouping_factors, group, per, multiple)
     return multiple * _one(results, rows, conf_level)
 

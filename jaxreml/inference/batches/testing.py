@@ -58,6 +58,16 @@ def test(
         DataError: the values of the responses are not at hand; names that are not fixed effects.
         FormulaError: an equation that is none.
         ValueError: other hypotheses that are none, or another `df`.
+
+    Examples:
+        >>> results.test("Days = 0.2").round(2).head(2)
+               statistic  num_df  den_df  p_value  p_adjusted
+        gene1       0.44     1.0   161.0     0.51        0.55
+        gene2       0.00     1.0   161.0     0.99        0.99
+        >>> results.test({"Days": 7}, joint=False)[0].round(2).head(2)
+               estimate  std_error     df  statistic  p_value  p_adjusted
+        gene1      1.27       0.20  161.0       6.29      0.0         0.0
+        gene2      1.40       0.16  161.0       8.58      0.0         0.0
     """
     names = results.model.fixed_names
     stated, values, labels = hypotheses(names, L, rhs)
@@ -91,6 +101,12 @@ def anova(results: Any, kind: str | int = "III", df: str | None = None) -> pd.Da
     Raises:
         ValueError: another kind or method.
         DataError: as `test`; results with a covariate of each fit's own.
+
+    Examples:
+        >>> results.anova()["Days"].round(2).head(2)
+               statistic  num_df  den_df  p_value  p_adjusted
+        gene1      39.54     1.0   161.0      0.0         0.0
+        gene2      73.55     1.0   161.0      0.0         0.0
     """
     number = tables.TYPES.get(str(kind))
     if number is None:

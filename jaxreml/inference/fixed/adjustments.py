@@ -52,8 +52,8 @@ def p_values(
         adjust: "none", "bonferroni", "holm" (1979, Scand. J. Stat. 6:65), "sidak" (1967, JASA
             62:626), "BH" (Benjamini and Hochberg 1995, JRSS B 57:289), "tukey" (the studentized
             range of `means` means; p-values below 1e-12 may be 0), "dunnettx" (emmeans'
-            approximation for comparisons with a control, see `_dunnett`) or "mvt" (the joint
-            distribution of t statistics so correlated, see `_joint`).
+            approximation for comparisons with a control) or "mvt" (the joint distribution of t
+            statistics so correlated).
         means: number of means that are compared.
         correlation: (m, m), of the estimates, NaN where there is none; for "mvt".
 

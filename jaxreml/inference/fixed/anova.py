@@ -50,6 +50,14 @@ def anova(fit: FittedModel, kind: str | int = "III", df: str = "satterthwaite") 
     Raises:
         ValueError: another kind or method.
         DataError: a fit that did not converge.
+
+    Examples:
+        >>> scores.anova().round(2)
+                  sum_sq  mean_sq  num_df  den_df  statistic  p_value
+        term
+        Machine  1755.26   877.63     2.0    46.0       87.8      0.0
+        >>> scores.anova("II", df="kenward-roger")["den_df"].round(1).to_dict()
+        {'Machine': 46.0}
     """
     number = TYPES.get(str(kind))
     if number is None:

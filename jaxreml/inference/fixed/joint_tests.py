@@ -41,7 +41,8 @@ def joint_tests(
     Args:
         fit: the fit.
         by: variables within whose levels the others are tested.
-        at: values of variables, see `grid.reference_grid`; covariates are at the mean -1 and +1.
+        at: values of variables, see `jaxreml.inference.grid.reference_grid`; covariates are at the
+            mean -1 and +1.
         df: method for the denominator degrees of freedom, see `jaxreml.inference.wald`; of a joint
             test emmeans takes the smallest among its orthogonal rows.
 
@@ -54,6 +55,15 @@ def joint_tests(
     Raises:
         ValueError: another method.
         DataError: names or levels that are not the model's, no factors, a fit without an optimum.
+
+    Examples:
+        >>> children = jaxreml.datasets.load("orthodont")
+        >>> growth = jaxreml.fit("distance ~ age * Sex + (age | Subject)", children)
+        >>> growth.joint_tests()[["term", "num_df", "den_df", "statistic"]].round(2)
+              term  num_df  den_df  statistic
+        0      age       1    25.0      88.00
+        1      Sex       1    25.0       9.29
+        2  age:Sex       1    25.0       5.12
     """
     within = (by,) if isinstance(by, str) else tuple(by or ())
     grid = _grid(fit, at)

@@ -49,6 +49,15 @@ class MarginalMeans(Tabulated):
         averaged_over: factors averaged over.
         notes, contrast_notes: how the means and the contrasts were made, and of what to beware, as
             emmeans prints it.
+
+    Examples:
+        >>> means = scores.emmeans("Machine")
+        >>> means.table["estimate"].round(1).tolist()
+        [52.4, 60.3, 66.3]
+        >>> means.averaged_over, means.contrasts
+        ((), None)
+        >>> means.notes
+        ('Degrees-of-freedom method: satterthwaite', 'Confidence level used: 0.95')
     """
 
     table: pd.DataFrame
@@ -60,17 +69,34 @@ class MarginalMeans(Tabulated):
 
     @property
     def factors(self) -> tuple[str, ...]:
-        """The columns of `table` whose levels the means have."""
+        """The columns of `table` whose levels the means have.
+
+        Examples:
+            >>> scores.emmeans("Machine").factors
+            ('Machine',)
+        """
         return tuple(self._functions.labels)
 
     @property
     def by(self) -> tuple[str, ...]:
-        """Those of `factors` within whose levels means are compared."""
+        """Those of `factors` within whose levels means are compared.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> growth = jaxreml.fit("distance ~ age * Sex + (age | Subject)", children)
+            >>> growth.emmeans("Sex", by="age", at={"age": [8, 14]}).by
+            ('age',)
+        """
         return self._functions.by
 
     @property
     def conf_level(self) -> float:
-        """Confidence level of the intervals."""
+        """Confidence level of the intervals.
+
+        Examples:
+            >>> scores.emmeans("Machine", conf_level=0.9).conf_level
+            0.9
+        """
         return self._functions.conf_level
 
     def contrast(
@@ -93,6 +119,15 @@ class MarginalMeans(Tabulated):
         Returns:
             A row per contrast: contrast, the levels of `by`, and the columns of `table`; the
             interval is simultaneous (Bonferroni's for "holm" and "BH").
+
+        Examples:
+            >>> means = scores.emmeans("Machine")
+            >>> means.contrast("consec")[["contrast", "estimate", "p_value"]].round(2)
+              contrast  estimate  p_value
+            0    B - A      7.97      0.0
+            1    C - B      5.95      0.0
+            >>> means.contrast(adjust="holm")["p_value"].lt(0.05).tolist()
+            [True, True, True]
         """
         return self._functions.contrasted(contrast, _names(by, self._functions.by), adjust)[0]
 
@@ -107,15 +142,14 @@ class MarginalMeans(Tabulated):
             ValueError: another table, or contrasts where there are none.
 
         Examples:
-            >>> import jaxreml
-            >>> data = jaxreml.datasets.load("sleepstudy")
-            >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", data)
-            >>> means = fit.emmeans("Days", at={"Days": [0, 9]})
-            >>> print("\\n".join(means.to_markdown().splitlines()[:4]))
+            >>> table = fit.emmeans("Days", at={"Days": [0, 9]}).as_table()
+            >>> print(table.to_markdown())
             | Days | Estimate |  *SE* | *df* |           95% CI |   *t* |    *p* |
             | ---: | -------: | ----: | ---: | ---------------: | ----: | -----: |
             |    0 |   251.41 |  6.82 |   17 | [237.01, 265.80] | 36.84 | < .001 |
             |    9 |   345.61 | 14.63 |   17 | [314.75, 376.47] | 23.63 | < .001 |
+            <BLANKLINE>
+            *Note.* Degrees-of-freedom method: satterthwaite.
         """
         frames = {
             "means": (self.table, self.notes),
@@ -142,6 +176,16 @@ class MarginalMeans(Tabulated):
 
         Raises:
             ValueError: contrasts that were not asked for.
+
+        Examples:
+            >>> means = scores.emmeans("Machine", contrast="pairwise")
+            >>> means.to_frame(contrasts=True)[["contrast", "estimate"]].round(1)
+              contrast  estimate
+            0    A - B      -8.0
+            1    A - C     -13.9
+            2    B - C      -6.0
+            >>> type(means.to_frame(output="polars")).__module__.split(".")[0]
+            'polars'
         """
         frame = self.contrasts if contrasts else self.table
         if frame is None:
@@ -344,7 +388,7 @@ def emmeans(
         fit: the fit.
         specs: variables to whose levels the means belong; "1" for the overall mean.
         by: further ones, within whose levels means are compared.
-        at: values of variables, see `reference_grid`.
+        at: values of variables, see `jaxreml.inference.grid.reference_grid`.
         contrast: also these contrasts, such as "pairwise", see `MarginalMeans.contrast`.
         adjust: for the p-values and intervals of the contrasts, see there; without contrasts for
             those of the means, None for none.
@@ -353,9 +397,27 @@ def emmeans(
         weights: of the cells averaged over: "equal", or "proportional" to their numbers of rows.
         conf_level: confidence level.
 
+    Returns:
+        A `MarginalMeans`: means in ``table``, contrasts in ``contrasts`` if they were asked for.
+
     Raises:
         ValueError: an unknown method, adjustment or weighting, or a level outside (0, 1).
         DataError: names or levels that are not the model's; a fit that did not converge.
+
+    Examples:
+        >>> scores.emmeans("Machine").table[["Machine", "estimate", "lower", "upper"]].round(1)
+          Machine  estimate  lower  upper
+        0       A      52.4   46.9   57.8
+        1       B      60.3   54.8   65.8
+        2       C      66.3   60.8   71.8
+        >>> pairs = scores.emmeans("Machine", contrast="pairwise").contrasts
+        >>> pairs[["contrast", "estimate", "std_error", "p_value"]].round(3)
+          contrast  estimate  std_error  p_value
+        0    A - B    -7.967      1.054      0.0
+        1    A - C   -13.917      1.054      0.0
+        2    B - C    -5.950      1.054      0.0
+        >>> fit.emmeans("Days", at={"Days": [0, 9]}).table["estimate"].round(1).tolist()
+        [251.4, 345.6]
     """
     options = Options(contrast, adjust, df, weights, conf_level).checked()
     grid = reference_grid(fit, at)
@@ -387,6 +449,14 @@ def emtrends(
 
     Raises:
         DataError: also a variable that is not a covariate of the fixed effects.
+
+    Examples:
+        >>> children = jaxreml.datasets.load("orthodont")
+        >>> growth = jaxreml.fit("distance ~ age * Sex + (age | Subject)", children)
+        >>> growth.emtrends("Sex", "age").table[["Sex", "estimate", "std_error"]].round(3)
+              Sex  estimate  std_error
+        0    Male     0.784      0.086
+        1  Female     0.480      0.104
     """
     asked = Options(**options).checked()
     grid = reference_grid(fit, at)
@@ -419,7 +489,29 @@ def contrast(
     at: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
-    """Contrasts between marginal means: `emmeans(..., contrast=contrast).contrasts`."""
+    """Contrasts between marginal means: those of ``emmeans(..., contrast=contrast)`` alone.
+
+    Args:
+        fit, specs, by, at: as for `emmeans`.
+        contrast: their family, as for `MarginalMeans.contrast`, or weights of the means by the
+            contrast's name.
+        options: adjust, df, weights and conf_level, as for `emmeans`.
+
+    Returns:
+        A row per contrast: contrast, the levels of `by`, estimate, std_error, df, lower, upper,
+        statistic, p_value.
+
+    Raises:
+        DataError, ValueError: as for `emmeans`.
+
+    Examples:
+        >>> scores.contrast("Machine", "trt.vs.ctrl")[["contrast", "estimate", "df"]].round(2)
+          contrast  estimate    df
+        0    B - A      7.97  46.0
+        1    C - A     13.92  46.0
+        >>> scores.contrast("Machine", {"A or B": [0.5, 0.5, 0]})["estimate"].round(1).tolist()
+        [56.3]
+    """
     found = emmeans(fit, specs, by, at, contrast=contrast, **options).contrasts
     assert found is not None
     return found
@@ -461,7 +553,7 @@ def _summarised(
     of_means = "none" if contrast is not None else adjust or "none"
     table = functions.tabulated(of_means)
     over = tuple(n for n, v in grid.levels.items() if n not in names and len(v) > 1)
-    before, after = _notes(grid, asked if trend is None else [*asked, trend], over, df)
+    before, after = _notes(grid, [*asked, trend] if asked and trend else asked, over, df)
     families = {len(rows) for rows in functions.groups().values()}
     level = f"Confidence level used: {conf_level:g}"
     notes = tuple(filter(None, [*before, *after, level, _adjustment(of_means, families)]))

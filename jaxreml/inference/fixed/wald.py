@@ -184,7 +184,7 @@ def each(fit: FittedModel, L: Any, rhs: Any = 0.0, df: str = "satterthwaite") ->
 
     Args:
         fit: the fit.
-        L: linear functions of the fixed effects, see `jaxreml.data.hypotheses`.
+        L: linear functions of the fixed effects, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar, what they are under the hypothesis.
         df: name of the approximation, see the module.
 
@@ -283,10 +283,10 @@ def test(
     Args:
         fit: the fit.
         L: (k, p) or (p,) numbers; a dict from names of fixed effects to coefficients; or
-            equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses`.
+            equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar.
         df: "satterthwaite", "kenward-roger", "kenward-roger-linear", "residual" or "inf"; see
-            `inference.wald`.
+            `jaxreml.inference.wald`.
         joint: all rows together, one F test; or each by itself, with t tests.
 
     Returns:
@@ -297,6 +297,21 @@ def test(
         DataError: names that are not fixed effects, or a fit without an optimum.
         FormulaError: an equation that is none.
         ValueError: other hypotheses that are none, or another `df`.
+
+    Examples:
+        The hypothesis that a day costs 10 ms; that two machines are equal, and all three:
+
+        >>> fit.test("Days = 10").round(3)
+           statistic  num_df  den_df  p_value
+        0      0.091       1    17.0    0.766
+        >>> scores.fixed_names
+        ('(Intercept)', 'Machine[T.B]', 'Machine[T.C]')
+        >>> scores.test("`Machine[T.B]` = `Machine[T.C]`", joint=False)[["estimate", "df"]].round(2)
+                                         estimate    df
+        `Machine[T.B]` = `Machine[T.C]`     -5.95  46.0
+        >>> scores.test(["`Machine[T.B]` = 0", "`Machine[T.C]` = 0"], df="kenward-roger").round(2)
+           statistic  num_df  den_df  p_value
+        0       87.8       2    46.0      0.0
     """
     fit.require_optimum("test fixed effects")
     return (joint_test if joint else each)(fit, L, rhs, df)
@@ -312,6 +327,14 @@ def coefficients(fit: FittedModel, df: str = "satterthwaite") -> pd.DataFrame:
 
     Returns:
         Columns estimate, std_error, df, statistic, p_value.
+
+    Examples:
+        >>> fit.coefficients().round(2)[["estimate", "std_error", "df", "statistic"]]
+                     estimate  std_error    df  statistic
+        (Intercept)    251.41       6.82  17.0      36.84
+        Days            10.47       1.55  17.0       6.77
+        >>> fit.coefficients("kenward-roger")["df"].round(1).tolist()
+        [17.0, 17.0]
     """
     table = each(fit, np.eye(len(fit.beta)), df=df)
     return table.set_index(pd.Index(fit.fixed_names))
@@ -333,6 +356,19 @@ def conf_int(
 
     Returns:
         Columns ``lower`` and ``upper``; with "profile" those of `Profile.conf_int`.
+
+    Examples:
+        >>> fit.conf_int().round(2)
+                      lower   upper
+        (Intercept)  237.01  265.80
+        Days           7.21   13.73
+        >>> fit.conf_int(0.9, df="inf").loc["Days"].round(2).tolist()
+        [7.92, 13.01]
+        >>> fit.conf_int(method="profile")[["term", "lower", "upper"]].round(2).tail(2)
+                            term   lower   upper
+        parameter
+        (Intercept)  (Intercept)  237.68  265.13
+        Days                Days    7.36   13.58
     """
     check_conf_level(conf_level)
     if method == "profile":
@@ -350,16 +386,32 @@ def df_satterthwaite(fit: FittedModel) -> pd.Series:
     2 v^2 / (g' A g), with v the variance of the coefficient, g its derivatives in the variance
     parameters and A their asymptotic covariance (Giesbrecht and Burns 1985, Biometrics
     41:477); parameters on the boundary are held there.
+
+    Examples:
+        >>> fit.df_satterthwaite.round(2).to_dict()
+        {'(Intercept)': 17.0, 'Days': 17.0}
     """
     return pd.Series(coefficients(fit)["df"])
 
 
 def pvalues(fit: FittedModel) -> pd.Series:
-    """Two-sided p-values of t tests with Satterthwaite's degrees of freedom."""
+    """Two-sided p-values of t tests with Satterthwaite's degrees of freedom.
+
+    Examples:
+        >>> (fit.pvalues < 0.001).to_dict()
+        {'(Intercept)': True, 'Days': True}
+    """
     return pd.Series(coefficients(fit)["p_value"], name="pvalues")
 
 
 def vcov_kenward_roger(fit: FittedModel) -> pd.DataFrame:
-    """Kenward and Roger's adjusted covariance matrix of the fixed effects; REML only."""
+    """Kenward and Roger's adjusted covariance matrix of the fixed effects; REML only.
+
+    Examples:
+        >>> fit.vcov_kenward_roger.round(2)
+                     (Intercept)  Days
+        (Intercept)        46.57 -1.45
+        Days               -1.45  2.39
+    """
     names = pd.Index(fit.fixed_names)
     return pd.DataFrame(approximation(fit, "kenward-roger").vcov, names, names)

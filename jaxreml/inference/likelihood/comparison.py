@@ -56,7 +56,7 @@ def compare(
     """Compare fits to the same data.
 
     Two results of `fit_many` are compared response by response, see
-    `inference.batches.comparison.compare_batches`: nothing is fitted again.
+    `jaxreml.inference.batches.comparison.compare_batches`: nothing is fitted again.
 
     Args:
         fits: two or more.
@@ -68,7 +68,8 @@ def compare(
             tested, for it is on its boundary then. "mixture": for one random effect more, with
             its covariances (and fixed effects) df parameters, half chi-squared with df - 1 and
             half with df (Self and Liang 1987, JASA 82:605, cases 5 and 6; Stram and Lee 1994,
-            Biometrics 50:1171). "bootstrap": simulated, see `likelihood_ratio.null_distribution`.
+            Biometrics 50:1171). "bootstrap": simulated, see
+            `jaxreml.inference.likelihood_ratio.null_distribution`.
         names: of the fits, for the rows; "fit 1", ... in the order given if left out.
         nsim, seed: responses drawn for "bootstrap", and of the random numbers.
 
@@ -83,6 +84,16 @@ def compare(
         DataError: fits to different rows, responses or weights; fits without an optimum.
         ValueError: fewer than two fits, something else than fits, another method; fits by REML that
             must not be compared so.
+
+    Examples:
+        >>> smaller = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
+        >>> table = jaxreml.compare(smaller, fit, names=["intercepts", "slopes"])
+        >>> table[["npar", "AIC", "chisq", "df"]].round(1)
+                    npar     AIC  chisq   df
+        intercepts     4  1802.1    NaN  NaN
+        slopes         6  1763.9   42.1  2.0
+        >>> jaxreml.compare(smaller, fit, method="mixture", refit=False)["chisq"].round(1).tolist()
+        [nan, 42.8]
     """
     if fits and all(isinstance(fit, FittedBatch) for fit in fits):
         if len(fits) != 2:

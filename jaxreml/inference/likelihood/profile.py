@@ -41,6 +41,11 @@ class Profile(Tabulated):
         method: the criterion of variance parameters, "ML" or "REML"; that of fixed effects is
             ML.
         conf_level: level of the intervals that `frame` covers.
+
+    Examples:
+        >>> profile = fit.profile("sigma")
+        >>> profile.parameters, profile.method, profile.conf_level
+        (('sigma',), 'ML', 0.99)
     """
 
     def __init__(
@@ -81,6 +86,12 @@ class Profile(Tabulated):
             A row per parameter, by lme4's names and in its order; columns group (None for fixed
             effects), term, estimate (of the likelihood profiled), lower and upper. NaN, with a
             ConvergenceWarning that says why, where a limit was not found.
+
+        Examples:
+            >>> fit.profile("sigma").conf_int(0.9)[["estimate", "lower", "upper"]].round(2)
+                       estimate  lower  upper
+            parameter
+            sigma         25.59   23.3  28.29
         """
         check_conf_level(conf_level)
         limits = self._limits(conf_level)
@@ -105,6 +116,13 @@ class Profile(Tabulated):
             one for each parameter of the fit with its value there. Rows of one parameter are
             sorted by value; they reach from one end of the interval of level `conf_level` to the
             other.
+
+        Examples:
+            >>> points = fit.profile("sigma").frame
+            >>> points[["value", "zeta"]].iloc[[0, -1]].round(2)
+                value  zeta
+            0   22.15 -2.58
+            18  30.03  2.58
         """
         quantile = _quantile(self.conf_level)
         self._limits(self.conf_level, points=True)
@@ -144,6 +162,15 @@ class Profile(Tabulated):
             DataError: another name; two correlations of one term, or a correlation and the SD of a
                 third effect, which cannot be held together.
             ValueError: the same parameter twice, another level, or fewer than 4 points.
+
+        Examples:
+            >>> profile = fit.profile(["(Intercept)", "Days"])
+            >>> edges = profile.contour("(Intercept)", "Days", [0.95], points=8)
+            >>> edges.round(2).head(3)
+               conf_level  (Intercept)   Days  deviance
+            0        0.95       269.09   9.92      5.99
+            1        0.95       263.91  12.88      5.99
+            2        0.95       251.41  14.43      5.99
         """
         from jaxreml.inference.likelihood.contours import contour
 
@@ -193,6 +220,15 @@ class Profile(Tabulated):
         Args:
             conf_level: their level.
             options: digits, rename, caption, label and note, as for `jaxreml.frame_table`.
+
+        Examples:
+            >>> table = fit.profile("sigma").as_table()
+            >>> print(table.to_markdown())
+            | Parameter | Estimate |         95% CI |
+            | --------- | -------: | -------------: |
+            | sigma     |    25.59 | [22.90, 28.86] |
+            <BLANKLINE>
+            *Note.* Profile likelihood intervals by maximum likelihood.
         """
         frame = self.conf_int(conf_level).drop(columns=["group", "term"])
         made = frame_table(frame, conf_level=conf_level, **options)
@@ -248,8 +284,8 @@ def profile(
     Args:
         fit: the fit.
         parameters: names as in ``profile().parameters``, lme4's: ``sd_(Intercept)|g``,
-            ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; "theta_" and
-            "beta_" for all variance parameters and all fixed effects. All if left out.
+            ``cor_x.(Intercept)|g``, ``sigma``, fixed effects by their names; ``"theta_"`` and
+            ``"beta_"`` for all variance parameters and all fixed effects. All if left out.
         conf_level: level of the intervals to cover, 0.99 at least.
         method: "ML", for any fit as lme4 does, or "REML" to profile the variance parameters
             by the restricted likelihood. Fixed effects have no restricted likelihood: their
@@ -262,5 +298,15 @@ def profile(
         DataError: the fit has no optimum, or does not have a parameter.
         JaxremlError: the profile finds a better one.
         ValueError: no parameters, another method, a level outside (0, 1).
+
+    Examples:
+        >>> profile = fit.profile(["sd_Days|Subject", "sigma"])
+        >>> profile
+        <Profile of 'Reaction ~ Days + (Days | Subject)', ML: sd_Days|Subject, sigma>
+        >>> profile.conf_int()[["term", "lower", "upper"]].round(2)
+                             term  lower  upper
+        parameter
+        sd_Days|Subject      Days    3.8   8.75
+        sigma            Residual   22.9  28.86
     """
     return Profile(fit, parameters, conf_level, method)

@@ -101,7 +101,7 @@ def delta(
     Args:
         fit: the fit.
         function: a JAX function g(beta, components) with a scalar or a vector as its value; see
-            `inference.components`.
+            `jaxreml.inference.components`.
         conf_level: of the intervals.
         names: of the values.
         transform: the scale on which the interval is made, to be transformed back: None, "log",
@@ -116,6 +116,14 @@ def delta(
             beta, that the model does not have; a value outside the range of its transform.
         ValueError: a g that JAX cannot differentiate or that returns something else; names or
             transforms of another number than the values; another transform.
+
+    Examples:
+        The effect of a day in residual standard deviations (JAX compiles the function):
+
+        >>> standardised = fit.delta(lambda beta, parts: beta[1] / parts["Residual"] ** 0.5)
+        >>> standardised[["estimate", "std_error", "lower", "upper"]].round(3)
+           estimate  std_error  lower  upper
+        g     0.409      0.065  0.282  0.536
     """
     fit.require_independent("take a function of the parameters")
     if not callable(function):
@@ -321,6 +329,14 @@ def variance_parameters(
     Raises:
         DataError: a fit without an optimum.
         ValueError: another scale.
+
+    Examples:
+        >>> fit.variance_parameters()[["estimate", "std_error", "lower", "upper"]].round(2)
+                                      estimate  std_error  lower  upper
+        sd_(Intercept)|Subject           24.74       5.84  15.58  39.28
+        cor_Days.(Intercept)|Subject      0.07       0.33  -0.52   0.61
+        sd_Days|Subject                   5.92       1.25   3.92   8.95
+        sigma                            25.59       1.51  22.80  28.72
     """
     if fit.residual is not None and scale != "log":
         return _with_residuals(fit, scale, conf_level)
@@ -342,6 +358,16 @@ def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
     """Asymptotic covariance matrix of the variance parameters; see `variance_parameters`.
 
     Rows and columns of parameters on the boundary are NaN, the others given them.
+
+    Examples:
+        >>> fit.parameters_vcov("sd").round(1)
+                                      sd_(Intercept)|Subject  ...  sigma
+        sd_(Intercept)|Subject                          34.1  ...   -0.8
+        cor_Days.(Intercept)|Subject                    -0.5  ...    0.0
+        sd_Days|Subject                                  0.2  ...   -0.1
+        sigma                                           -0.8  ...    2.3
+        <BLANKLINE>
+        [4 rows x 4 columns]
     """
     if scale != "log":
         fit.require_independent("give the covariance of SDs and correlations")

@@ -54,6 +54,10 @@ class Bootstrap(Tabulated):
         failures: how the refits without an optimum ended, with their numbers.
         share_singular: of the refits that converged, those with a variance of zero or a
             correlation of +-1.
+
+    Examples:
+        >>> draws.draws.shape, draws.n_failed, len(draws.estimate) == len(draws.std_error)
+        ((200, 9), 0, True)
     """
 
     fit: FittedModel
@@ -68,24 +72,46 @@ class Bootstrap(Tabulated):
 
     @property
     def n_failed(self) -> int:
-        """Refits without an optimum, left out of `draws`."""
+        """Refits without an optimum, left out of `draws`.
+
+        Examples:
+            >>> draws.n_failed
+            0
+        """
         return self.nsim - len(self.draws)
 
     @property
     def bias(self) -> pd.Series:
-        """Mean of the draws less the estimate; undefined draws (NaN) left out."""
+        """Mean of the draws less the estimate; undefined draws (NaN) left out.
+
+        Examples:
+            >>> draws.bias[["beta[Days]", "sigma"]].round(1).tolist()
+            [0.1, -0.1]
+        """
         return (self.draws.mean() - self.estimate).rename("bias")
 
     @property
     def std_error(self) -> pd.Series:
         """Standard deviation of the draws, undefined ones (NaN) left out; NaN if some are
-        infinite."""
+        infinite.
+
+        Examples:
+            >>> draws.std_error["beta[Days]"].round(1).item()
+            1.5
+        """
         with np.errstate(invalid="ignore"):
             return self.draws.std().rename("std_error")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per statistic: estimate, bias, std_error and n_defined, the draws that
-        define it."""
+        define it.
+
+        Examples:
+            >>> draws.to_frame().loc[["beta[Days]", "sigma"]].round(0)
+                        estimate  bias  std_error  n_defined
+            beta[Days]      10.0   0.0        2.0        200
+            sigma           26.0  -0.0        1.0        200
+        """
         defined = self.draws.notna().sum().rename("n_defined")
         return pd.concat([self.estimate, self.bias, self.std_error, defined], axis=1)
 
@@ -96,14 +122,10 @@ class Bootstrap(Tabulated):
         Raises:
             DataError: xarray is not installed.
 
-        Example:
-            >>> import jaxreml
-            >>> data = jaxreml.datasets.load("sleepstudy")
-            >>> fit = jaxreml.fit("Reaction ~ Days + (1 | Subject)", data)
-            >>> draws = fit.bootstrap(nsim=100, seed=1).to_xarray()
-            >>> days = draws["beta[Days]"]
+        Examples:
+            >>> days = draws.to_xarray()["beta[Days]"]
             >>> dict(days.sizes), round(days.attrs["estimate"], 2)
-            ({'chain': 1, 'draw': 100}, 10.47)
+            ({'chain': 1, 'draw': 200}, 10.47)
         """
         try:
             import xarray
@@ -139,6 +161,11 @@ class Bootstrap(Tabulated):
 
         Raises:
             DataError: ArviZ is not installed.
+
+        Examples:
+            >>> found = draws.to_inference_data()
+            >>> found.posterior["sigma"].shape
+            (1, 200)
         """
         try:
             import arviz
@@ -169,6 +196,11 @@ class Bootstrap(Tabulated):
         Raises:
             ValueError: an unknown method, a level for which the draws are too few, "studentized"
                 with a user's statistic.
+
+        Examples:
+            >>> limits = draws.conf_int(0.9, method="studentized")
+            >>> limits.loc["sigma", ["lower", "upper"]].round(0).tolist()
+            [23.0, 28.0]
         """
         if method not in METHODS:
             raise ValueError(f"method must be among {', '.join(METHODS)}, not {method!r}")
@@ -242,6 +274,10 @@ class Bootstrap(Tabulated):
         statistic's derivatives times the inverse information times the score. The fixed effects'
         part of it is normal; that of the variance parameters is taken from up to 10,000 draws.
         Parameters on the boundary are held there.
+
+        Examples:
+            >>> draws.acceleration[["beta[Days]", "sigma"]].round(2).tolist()
+            [0.0, 0.03]
         """
         fit, people = self.fit, of_fit(self.fit)
         params = components.finite(fit)
@@ -270,6 +306,11 @@ class Bootstrap(Tabulated):
         Args:
             conf_level, method: of the intervals, as for `conf_int`.
             options: digits, rename, caption, label and note, as for `jaxreml.frame_table`.
+
+        Examples:
+            >>> table = draws.as_table(method="basic")
+            >>> table
+            <Table of 9 rows and 5 columns: , Estimate, Bias, SE, 95% CI>
         """
         limits = self.conf_int(conf_level, method)
         frame = pd.concat([self.to_frame().drop(columns="n_defined"), limits], axis=1)
@@ -328,6 +369,15 @@ def bootstrap(
         DataError: the fit did not converge, or no refit did; a statistic that asks for what the
             model does not have.
         ValueError: nsim or seed out of range, or a function that is no statistic.
+
+    Examples:
+        >>> draws = fit.bootstrap(nsim=500, seed=1)
+        >>> draws
+        <Bootstrap of 'Reaction ~ Days + (Days | Subject)', 500 draws, 0 failed, 2.8% ...
+        >>> draws.conf_int(method="bca").loc[["beta[Days]", "sigma"], ["lower", "upper"]].round(0)
+                    lower  upper
+        beta[Days]    7.0   13.0
+        sigma        23.0   29.0
     """
     nsim = nsim if n is None else n
     check_count(nsim, seed)

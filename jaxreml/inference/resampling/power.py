@@ -44,8 +44,8 @@ def power(
             others keep their values; or names, for the sizes that the model has.
         n: sample sizes: numbers of levels or rows of what `along` or `within` names; as the model
             if left out.
-        along, within: as for `extension.extend`: a grouping factor to have n levels (or a numeric
-            column n values), or one whose levels are to have n rows.
+        along, within: as for `jaxreml.inference.extension.extend`: a grouping factor to have n
+            levels (or a numeric column n values), or one whose levels are to have n rows.
         nsim: responses drawn for each sample size.
         alpha: level of the tests.
         seed: of the random numbers.
@@ -61,6 +61,17 @@ def power(
         DataError: a fit that did not converge, an effect that the model does not have, a sample
             size that cannot be made, or no refit that converged.
         ValueError: arguments out of range.
+
+    Examples:
+        How surely a study of 6 or of 12 people would find a slope of 5 ms a day:
+
+        >>> table = jaxreml.power(fit, {"Days": 5}, [6, 12], along="Subject", nsim=200, seed=1)
+        >>> table[["effect", "size", "n", "nobs"]]
+          effect  size   n  nobs
+        0   Days   5.0   6    60
+        1   Days   5.0  12   120
+        >>> bool(table["power"].is_monotonic_increasing)
+        True
     """
     check_count(nsim, seed)
     check_conf_level(conf_level)

@@ -41,6 +41,10 @@ class Population:
         context: names the formula may use besides columns.
         residual: (q, q), a square root of the covariance matrix of a subject's residuals over
             sigma2, where ``frame.residual`` says whose they are.
+
+    Examples:
+        >>> planned.beta.tolist(), planned.sigma
+        ([250.0, 10.0], 25.0)
     """
 
     frame: ModelFrame
@@ -54,12 +58,22 @@ class Population:
 
     @property
     def mean(self) -> np.ndarray:
-        """X beta + offset, (n,)."""
+        """X beta + offset, (n,).
+
+        Examples:
+            >>> planned.mean[:3].tolist()
+            [250.0, 260.0, 270.0]
+        """
         mean = self.frame.X @ self.beta
         return mean if self.frame.offset is None else mean + self.frame.offset
 
     def simulate(self, nsim: int = 1, seed: int = 0) -> pd.DataFrame:
-        """Draw responses with new random effects; see `simulate`."""
+        """Draw responses with new random effects; see `simulate`.
+
+        Examples:
+            >>> planned.simulate(2, seed=1).shape
+            (180, 2)
+        """
         return _labelled(self, self.mean, nsim, seed, new=True)
 
     def __repr__(self) -> str:
@@ -171,6 +185,16 @@ def population(
     Raises:
         FormulaError, DataError: as `fit`; parameters that are missing or unknown.
         ValueError: parameters that are not finite, not positive or no covariance matrix, named.
+
+    Examples:
+        A study that is planned: there are covariates and guesses, but no responses yet:
+
+        >>> plan = pd.DataFrame({"day": list(range(5)) * 12, "person": np.repeat(np.arange(12), 5)})
+        >>> beta = {"(Intercept)": 250, "day": 10}
+        >>> variances = {"person": [[600, 0], [0, 35]]}
+        >>> planned = jaxreml.population("~ day + (day | person)", plan, beta, variances, sigma=25)
+        >>> planned
+        <Population '~ day + (day | person)', 60 rows, known parameters, for REML>
     """
     is_reml(method)
     parsed = parse(formula)
@@ -260,6 +284,14 @@ def simulate(
     Raises:
         DataError: the fit did not converge.
         ValueError: nsim, seed or re_form out of range.
+
+    Examples:
+        >>> drawn = fit.simulate(3, seed=1)
+        >>> drawn.shape, list(drawn.columns)
+        ((180, 3), ['sim_1', 'sim_2', 'sim_3'])
+        >>> refits = jaxreml.fit_many("~ Days + (Days | Subject)", data, drawn)
+        >>> len(refits)
+        3
     """
     people = of_fit(fit)
     if re_form not in (NEW, CONDITIONAL):

@@ -31,6 +31,10 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
             ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in;
             "normalized", scaled ones, made uncorrelated within subjects where the fit has a
             covariance of residuals, as nlme's.
+
+    Examples:
+        >>> fit.residuals("scaled").round(2).head(3).tolist()
+        [-0.16, -0.57, -1.65]
     """
     resid = fit.y - fit.fitted
     if kind == "marginal":
@@ -71,6 +75,10 @@ def leverage(fit: FittedModel) -> pd.Series:
     Row i of sqrt(w) [X, Z] through the inverse of Henderson's equations: by how much the fitted
     value moves with its own y at given variance parameters, beta and the random effects both
     following. The sum is the effective number of parameters. Without any n x n matrix.
+
+    Examples:
+        >>> fit.leverage().round(3).head(2).tolist(), round(float(fit.leverage().sum()), 1)
+        ([0.229, 0.17], 29.0)
     """
     fit.require_independent("give the leverage of rows")
     values = row_variances(fit.henderson, fit.design, fit.frame.X, _rows(fit.frame))
@@ -85,6 +93,10 @@ def cooks_distance(fit: FittedModel) -> pd.Series:
 
     Raises:
         ValueError: a model without fixed effects.
+
+    Examples:
+        >>> fit.cooks_distance().nlargest(2).round(2).to_dict()
+        {59: 4.33, 56: 2.12}
     """
     p = _number_of_fixed(fit)
     hat = leverage(fit).to_numpy()
@@ -105,6 +117,10 @@ def dfbetas(fit: FittedModel) -> pd.DataFrame:
 
     Raises:
         ValueError: a model without fixed effects.
+
+    Examples:
+        >>> fit.dfbetas().abs().max().round(2).to_dict()
+        {'(Intercept)': 0.18, 'Days': 0.27}
     """
     _number_of_fixed(fit)
     change, hat = _row_changes(fit)
@@ -140,6 +156,13 @@ class Influence:
         refits: columns ``rows``, the number left out, ``converged``, ``is_singular`` and
             ``message``. Numbers of a refit that did not converge are NaN. For the first-order
             method only ``rows``.
+
+    Examples:
+        >>> found = fit.influence(by="Subject", method="first-order")
+        >>> found.cooks_distance.nlargest(2).round(2).to_dict()
+        {'309': 0.15, '335': 0.13}
+        >>> found.dfbetas.shape, found.refits["rows"].unique().tolist()
+        ((18, 2), [10])
     """
 
     params: pd.DataFrame
@@ -174,6 +197,13 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         DataError: a fit without an optimum; a name that the model does not have; a fit that has no
             derivative or is too large for the first-order method.
         ValueError: another method, or labels that are not those of the rows.
+
+    Examples:
+        >>> found = fit.influence(by="Subject", method="first-order")
+        >>> found.cooks_distance.idxmax()
+        '309'
+        >>> found.params["Days"].round(2).head(3).to_dict()
+        {'308': -0.66, '309': 0.48, '310': 0.26}
     """
     fit.require_optimum("measure influence")
     fit.require_independent("measure influence")

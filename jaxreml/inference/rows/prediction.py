@@ -118,6 +118,17 @@ def predict(
         FormulaError: a `re_form` that the fit has not.
         ValueError: other arguments than these; an offset or weights that are missing; intervals
             of a fit without an optimum.
+
+    Examples:
+        >>> new = {"Days": [3, 12], "Subject": ["308", "someone new"]}
+        >>> fit.predict(new, allow_new_levels=True).round(1).tolist()
+        [312.7, 377.0]
+        >>> fit.predict(new, allow_new_levels=True, interval="prediction").round(0)
+           prediction  std_error  lower  upper
+        0       313.0       27.0  260.0  365.0
+        1       377.0       83.0  214.0  540.0
+        >>> fit.predict({"Days": [3]}, re_form="~0").round(1).tolist()
+        [282.8]
     """
     if interval not in (None, "confidence", "prediction"):
         raise ValueError(f'interval must be None, "confidence" or "prediction", not {interval!r}')

@@ -52,6 +52,17 @@ def drop1(
         ValueError: another method or test.
         DataError: a term that others contain or that the model does not have; a fit without an
             optimum.
+
+    Examples:
+        >>> scores.drop1()[["num_df", "den_df", "statistic"]].round(2)
+                 num_df  den_df  statistic
+        term
+        Machine     2.0    46.0       87.8
+        >>> scores.drop1(test="chi2")[["npar", "AIC", "chisq"]].round(1)
+                 npar    AIC  chisq
+        term
+        <none>      5  303.7    NaN
+        Machine     3  375.2   75.5
     """
     check_df(df, fit.method)
     if test not in ("F", "chi2"):
@@ -121,6 +132,13 @@ def ranova(fit: FittedModel, *, reduce_terms: bool = True) -> pd.DataFrame:
 
     Raises:
         DataError: a model without an optimum.
+
+    Examples:
+        >>> fit.ranova()[["npar", "chisq", "df"]].round(2)
+                                  npar  chisq   df
+        term
+        <none>                       6    NaN  NaN
+        Days in (Days | Subject)     4  42.84  2.0
     """
     fit.require_optimum("test random effects")
     fit.require_independent("test random effects")
@@ -175,6 +193,13 @@ class Elimination:
             those of the model found, NaN for the model begun with.
         formula: of the model found.
         fit: the model found; None if no random effects are left, which is least squares.
+
+    Examples:
+        >>> found = fit.step()
+        >>> found.formula
+        'Reaction ~ Days + (Days | Subject)'
+        >>> found.random["eliminated"].tolist()
+        [nan, 0.0]
     """
 
     random: pd.DataFrame
@@ -221,6 +246,18 @@ def step(
     Raises:
         ValueError: another method, or levels outside [0, 1].
         DataError: terms to keep that the model does not have; a model without an optimum.
+
+    Examples:
+        >>> cakes = jaxreml.datasets.load("cake")
+        >>> cake = jaxreml.fit("angle ~ recipe * temp + (1 | recipe:replicate)", cakes)
+        >>> cake.step().formula
+        'angle ~ temp + (1 | recipe:replicate)'
+        >>> cake.step(reduce_random=False).fixed[["eliminated", "p_value"]].round(3)
+                     eliminated  p_value
+        term
+        recipe:temp           1    0.959
+        recipe                2    0.781
+        temp                  0    0.000
     """
     check_df(df, fit.method)
     for name, level in (("alpha_random", alpha_random), ("alpha_fixed", alpha_fixed)):

@@ -65,15 +65,12 @@ def effects_data(
     Raises:
         DataError: a name that is not a variable of the fixed effects.
 
-    Example:
-        >>> import jaxreml
-        >>> sleepstudy = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", sleepstudy)
-        >>> frame = jaxreml.plots.effects_data(fit, "Days", at={"Days": [0, 9]})
-        >>> print(frame.round(1).to_string(index=False))
-         Days  estimate  std_error   df  lower  upper
-          0.0     251.4        6.8 17.0  237.0  265.8
-          9.0     345.6       14.6 17.0  314.7  376.5
+    Examples:
+        >>> ends = jaxreml.plots.effects_data(fit, "Days", at={"Days": [0, 9]})
+        >>> ends[["Days", "estimate", "lower", "upper"]].round(1)
+           Days  estimate  lower  upper
+        0   0.0     251.4  237.0  265.8
+        1   9.0     345.6  314.7  376.5
     """
     means = Effect(fit, variable, by, facet, dict(at or {})).means(df, weights, conf_level)
     columns = ["estimate", "std_error", "df", "lower", "upper"]
@@ -107,6 +104,13 @@ def effects_groups_data(
     Raises:
         DataError: also a name that is not a grouping factor.
         ValueError: the variable is the grouping factor.
+
+    Examples:
+        >>> lines = jaxreml.plots.effects_groups_data(fit, "Days", at={"Days": [0, 9]})
+        >>> lines.head(2).round(1)
+          Subject  Days  prediction
+        0     308   0.0       253.7
+        1     308   9.0       430.7
     """
     effect = Effect(fit, variable, by, facet, dict(at or {}))
     return effect.of_groups(effect.grouping if group is None else group)
@@ -144,6 +148,11 @@ def effects(
 
     Raises:
         DataError: as `effects_data`, and more levels of `by` than colours can tell apart.
+
+    Examples:
+        >>> axes = jaxreml.plots.effects(fit, "Days")
+        >>> axes.get_xlabel(), axes.get_ylabel()
+        ('Days', 'Reaction')
     """
     effect = Effect(fit, variable, by, facet, dict(at or {}))
     frame = effects_data(

@@ -39,6 +39,11 @@ def coefficients_data(
         intercept: whether the intercept is among them.
         standardise: per standard deviation of the column of X, so that effects of columns in
             different units can be compared.
+
+    Examples:
+        >>> jaxreml.plots.coefficients_data(fit).round(2)
+           term  estimate  lower  upper
+        0  Days     10.47   7.21  13.73
     """
     frame = wald.conf_int(fit, conf_level, df)
     frame.insert(0, "estimate", fit.params)
@@ -58,7 +63,12 @@ def coefficients(
     standardise: bool = False,
     ax: Any = None,
 ) -> Any:
-    """A forest plot of the fixed effects; arguments as for `coefficients_data`."""
+    """A forest plot of the fixed effects; arguments as for `coefficients_data`.
+
+    Examples:
+        >>> axes = jaxreml.plots.coefficients(scores, df="kenward-roger")
+        >>> axes.figure.savefig("coefficients.png", dpi=300)
+    """
     frame = coefficients_data(
         fit, conf_level=conf_level, df=df, intercept=intercept, standardise=standardise
     )
@@ -88,16 +98,13 @@ def emmeans_data(
     Raises:
         DataError: letters of one mean.
 
-    Example:
-        >>> import jaxreml
-        >>> machines = jaxreml.datasets.load("machines")
-        >>> fit = jaxreml.fit("score ~ Machine + (Machine | Worker)", machines)
-        >>> frame = jaxreml.plots.emmeans_data(fit.emmeans("Machine"))
-        >>> print(frame[["label", "estimate", "letters"]].round(2).to_string(index=False))
-        label  estimate letters
-            A     52.36       a
-            B     60.32       b
-            C     66.27       b
+    Examples:
+        >>> frame = jaxreml.plots.emmeans_data(scores.emmeans("Machine"))
+        >>> frame[["label", "estimate", "letters"]].round(2)
+          label  estimate letters
+        0     A     52.36       a
+        1     B     60.32       b
+        2     C     66.27       c
     """
     table, by = means.table, list(means.by)
     compared = [name for name in means.factors if name not in by]
@@ -126,6 +133,10 @@ def emmeans(
 
     Returns:
         The Axes, an array of them if there are several panels.
+
+    Examples:
+        >>> axes = jaxreml.plots.emmeans(scores.emmeans("Machine"))
+        >>> axes.figure.savefig("machines.pdf")
     """
     frame = emmeans_data(means, level=level, adjust=adjust, letters=letters)
     parts = [part for _, part in frame.groupby("panel", sort=False)]

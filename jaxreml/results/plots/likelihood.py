@@ -28,6 +28,12 @@ def profile_zeta_data(profile: Profile, parameter: str | None = None) -> pd.Data
 
     Raises:
         DataError: no such parameter.
+
+    Examples:
+        >>> jaxreml.plots.profile_zeta_data(fit.profile("sigma")).head(2).round(2)
+           value  zeta  wald
+        0  22.15 -2.58 -2.28
+        1  22.55 -2.24 -2.02
     """
     whole = profile.frame
     chosen = whole["parameter"] == _parameter(profile, parameter)
@@ -45,6 +51,9 @@ def profile_zeta(profile: Profile, parameter: str | None = None, *, ax: Any = No
         profile: of `LMMResults.profile`.
         parameter: its name; the first if left out.
         ax: the Axes to draw on.
+
+    Examples:
+        >>> axes = jaxreml.plots.profile_zeta(fit.profile("sigma"))
     """
     name = _parameter(profile, parameter)
     frame = profile_zeta_data(profile, name)
@@ -77,7 +86,14 @@ def profile_zeta(profile: Profile, parameter: str | None = None, *, ax: Any = No
 def profile_contour_data(
     profile: Profile, first: str, second: str, conf_levels: tuple[float, ...] = CONTOURS
 ) -> pd.DataFrame:
-    """The edges of joint likelihood regions of two parameters: `Profile.contour`."""
+    """The edges of joint likelihood regions of two parameters: `Profile.contour`.
+
+    Examples:
+        >>> profile = fit.profile(["(Intercept)", "Days"])
+        >>> edges = jaxreml.plots.profile_contour_data(profile, "(Intercept)", "Days", (0.95,))
+        >>> list(edges.columns)
+        ['conf_level', '(Intercept)', 'Days', 'deviance']
+    """
     return profile.contour(first, second, conf_levels)
 
 
@@ -94,6 +110,12 @@ def profile_contour(
 
     The edges are drawn as smooth curves through the points of `profile_contour_data`, with the
     corners that they have where a parameter is at its bound.
+
+    Examples:
+        >>> profile = fit.profile(["(Intercept)", "Days"])
+        >>> axes = jaxreml.plots.profile_contour(profile, "(Intercept)", "Days", (0.5, 0.95))
+        >>> axes.get_xlabel(), axes.get_ylabel()
+        ('(Intercept)', 'Days')
     """
     frame = profile_contour_data(profile, first, second, conf_levels)
     ax = new_axes(ax)

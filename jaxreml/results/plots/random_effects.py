@@ -55,15 +55,12 @@ def caterpillar_data(
     Raises:
         DataError: no such group or effect.
 
-    Example:
-        >>> import jaxreml
-        >>> sleepstudy = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", sleepstudy)
+    Examples:
         >>> frame = jaxreml.plots.caterpillar_data(fit, "Subject", "Days")
-        >>> print(frame.head(2).round(2).to_string(index=False))
-        effect level  estimate  std_error  lower  upper
-          Days   335    -10.75        2.3 -15.27  -6.23
-          Days   309     -8.62        2.3 -13.14  -4.10
+        >>> frame[["level", "estimate", "lower", "upper"]].round(1).head(2)
+          level  estimate  lower  upper
+        0   335     -10.8  -15.3   -6.2
+        1   309      -8.6  -13.1   -4.1
     """
     group, effects = _chosen(fit, group, effect)
     modes, errors = fit.random_effects[group], fit.random_effects_se[group]
@@ -100,6 +97,10 @@ def caterpillar(
 
     Returns:
         The Axes, an array of them if there are several effects.
+
+    Examples:
+        >>> axes = jaxreml.plots.caterpillar(fit, "Subject", "Days")
+        >>> axes.figure.savefig("subjects.png", dpi=300)
     """
     group, effects = _chosen(fit, group, effect)
     frame = caterpillar_data(fit, group, effects, conf_level=conf_level, sort=sort)
@@ -141,6 +142,12 @@ def qq_modes_data(
 
     Returns:
         Columns level, quantile, mode, std_error, in the order of the modes.
+
+    Examples:
+        >>> jaxreml.plots.qq_modes_data(fit, effect="Days").round(2).head(2)
+          level  quantile   mode  std_error
+        0   335     -1.91 -10.75        2.3
+        1   309     -1.38  -8.62        2.3
     """
     group, effect = _choose(fit, group, effect)
     frame = quantiles(pd.Series(fit.random_effects[group][effect]), "mode")
@@ -155,6 +162,9 @@ def qq_modes(
 
     The line goes through the quartiles: modes are shrunk, so that its slope is less than the
     standard deviation of the effect. Arguments as for `qq_modes_data`.
+
+    Examples:
+        >>> axes = jaxreml.plots.qq_modes(fit, effect="Days")
     """
     group, effect = _choose(fit, group, effect)
     frame = qq_modes_data(fit, group, effect)
@@ -186,6 +196,12 @@ def shrinkage_data(fit: FittedModel, group: str | None = None) -> pd.DataFrame:
 
     Returns:
         Columns level, effect, own, shrunk.
+
+    Examples:
+        >>> jaxreml.plots.shrinkage_data(fit).round(1).head(2)
+          level       effect   own  shrunk
+        0   308  (Intercept)  -7.2     2.3
+        1   308         Days  11.3     9.2
     """
     group, _ = _choose(fit, group, None)
     k = [grouping.name for grouping in fit.groupings].index(group)
@@ -227,6 +243,11 @@ def shrinkage(
         fit, group: as for `shrinkage_data`.
         effects: names of the two.
         ax: the Axes to draw on.
+
+    Examples:
+        >>> axes = jaxreml.plots.shrinkage(fit, "Subject")
+        >>> axes.get_xlabel(), axes.get_ylabel()
+        ('(Intercept) of Subject', 'Days of Subject')
     """
     group, first = _choose(fit, group, None)
     frame = shrinkage_data(fit, group)

@@ -23,6 +23,10 @@ def bootstrap_density_data(bootstrap: Bootstrap, statistic: str | None = None) -
 
     Raises:
         DataError: no such statistic, or one whose draws do not vary.
+
+    Examples:
+        >>> jaxreml.plots.bootstrap_density_data(draws, "sigma").shape
+        (200, 2)
     """
     draws = _draws(bootstrap, statistic)
     values = np.linspace(draws.min(), draws.max(), PLACES)
@@ -44,6 +48,9 @@ def bootstrap_density(
         statistic: its name; the first if left out.
         conf_level, method: of the interval, as for `Bootstrap.conf_int`.
         ax: the Axes to draw on.
+
+    Examples:
+        >>> axes = jaxreml.plots.bootstrap_density(draws, "sigma", method="basic")
     """
     name = _statistic(bootstrap, statistic)
     frame = bootstrap_density_data(bootstrap, name)

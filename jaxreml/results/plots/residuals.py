@@ -22,14 +22,25 @@ from jaxreml.results.plots.random_effects import qq_modes, quantiles
 
 
 def residuals_fitted_data(fit: FittedModel) -> pd.DataFrame:
-    """Columns fitted and scaled_residual, (y - fitted) sqrt(weight) / sigma; a row per row used."""
+    """Columns fitted and scaled_residual, (y - fitted) sqrt(weight) / sigma; a row per row used.
+
+    Examples:
+        >>> jaxreml.plots.residuals_fitted_data(fit).round(2).head(2)
+           fitted  scaled_residual
+        0  253.66            -0.16
+        1  273.33            -0.57
+    """
     scaled = residuals(fit, "scaled").to_numpy()
     return pd.DataFrame({"fitted": fit.fittedvalues, "scaled_residual": scaled}, fit.table.index)
 
 
 def residuals_fitted(fit: FittedModel, *, ax: Any = None) -> Any:
     """Scaled residuals against fitted values, with a smoother: it is level where the model's mean
-    is right."""
+    is right.
+
+    Examples:
+        >>> axes = jaxreml.plots.residuals_fitted(fit)
+    """
     frame = residuals_fitted_data(fit)
     ax = new_axes(ax)
     _cloud(ax, frame["fitted"], frame["scaled_residual"])
@@ -39,8 +50,15 @@ def residuals_fitted(fit: FittedModel, *, ax: Any = None) -> Any:
 
 
 def scale_location_data(fit: FittedModel) -> pd.DataFrame:
-    """Columns fitted and root_abs_residual, the square root of |scaled residual|; a row per row
-    used."""
+    """Columns fitted and root_abs_residual, the root of absolute scaled residuals; a row per row
+    used.
+
+    Examples:
+        >>> jaxreml.plots.scale_location_data(fit).round(2).head(2)
+           fitted  root_abs_residual
+        0  253.66               0.40
+        1  273.33               0.76
+    """
     frame = residuals_fitted_data(fit)
     root = np.sqrt(np.abs(frame.pop("scaled_residual")))
     return frame.assign(root_abs_residual=root)
@@ -48,7 +66,11 @@ def scale_location_data(fit: FittedModel) -> pd.DataFrame:
 
 def scale_location(fit: FittedModel, *, ax: Any = None) -> Any:
     """Square roots of absolute scaled residuals against fitted values, with a smoother: it is level
-    where the residual variance is the same for all."""
+    where the residual variance is the same for all.
+
+    Examples:
+        >>> axes = jaxreml.plots.scale_location(fit)
+    """
     frame = scale_location_data(fit)
     ax = new_axes(ax)
     _cloud(ax, frame["fitted"], frame["root_abs_residual"])
@@ -58,12 +80,23 @@ def scale_location(fit: FittedModel, *, ax: Any = None) -> Any:
 
 
 def qq_residuals_data(fit: FittedModel) -> pd.DataFrame:
-    """Columns quantile (normal) and scaled_residual, in order."""
+    """Columns quantile (normal) and scaled_residual, in order.
+
+    Examples:
+        >>> jaxreml.plots.qq_residuals_data(fit).round(2).head(2)
+            quantile  scaled_residual
+        7      -2.77            -3.95
+        59     -2.39            -3.84
+    """
     return quantiles(residuals(fit, "scaled"), "scaled_residual")
 
 
 def qq_residuals(fit: FittedModel, *, ax: Any = None) -> Any:
-    """Normal quantile plot of the scaled residuals, with the line they should follow."""
+    """Normal quantile plot of the scaled residuals, with the line they should follow.
+
+    Examples:
+        >>> axes = jaxreml.plots.qq_residuals(fit)
+    """
     frame = qq_residuals_data(fit)
     ax = new_axes(ax)
     ax.axline((0, 0), slope=1, color="black", linewidth=0.8, linestyle="--")
@@ -89,10 +122,7 @@ def diagnostics(
     Returns:
         An array of the four Axes: residuals_fitted, scale_location, qq_residuals, qq_modes.
 
-    Example:
-        >>> import jaxreml
-        >>> sleepstudy = jaxreml.datasets.load("sleepstudy")
-        >>> fit = jaxreml.fit("Reaction ~ Days + (Days | Subject)", sleepstudy)
+    Examples:
         >>> axes = fit.plot(effect="Days")
         >>> [own.get_ylabel() for own in axes[[0, 3]]]
         ['scaled residual', 'Days of Subject']
