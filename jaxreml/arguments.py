@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-DF_METHODS = ("satterthwaite", "kenward-roger", "kenward-roger-linear", "residual", "inf")
+DF_METHODS = (
+    "satterthwaite",
+    "kenward-roger",
+    "kenward-roger-sas",
+    "kenward-roger-linear",
+    "residual",
+    "inf",
+)
 _RANDOM = 'random effects are terms of the formula, such as "y ~ x + (1 | group)"'
 _GAUSSIAN = "responses are Gaussian here; for others use glmmTMB or lme4's glmer in R, or bambi"
 _ELSEWHERE = {

@@ -22,6 +22,7 @@ def fit(
     context: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     engine: str | None = None,
+    residual: str | None = None,
     **others: Any,
 ) -> LMMResults:
     """Fit a linear mixed model to a table by a formula, as lme4's ``lmer``.
@@ -46,6 +47,12 @@ def fit(
         context: names the formula may use besides columns, functions for example.
         max_iterations: evaluations of the criterion with its derivatives.
         engine: "numpy" (nothing is compiled) or "jax"; NumPy if left out.
+        residual: a covariance of the residuals within subjects, as ``"us(visit | subject)"``:
+            "us", "diag", "cs", "csh", "ar1", "ar1h", "ad", "adh", "toep" or "toeph" of visits,
+            levels of a factor or numbers; "sp_exp" or "sp_gau" of times;
+            ``"us(visit | arm/subject)"`` for one of each arm. Random effects beside it must be of
+            the same subjects; there need not be any. With `weights`, it is that of the residuals
+            times the roots of these.
         others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:
@@ -82,5 +89,7 @@ def fit(
     """
     refuse_arguments("fit", others)
     is_reml(method)
-    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    frame = model_frame(
+        formula, data, weights=weights, offset=offset, context=context, residual=residual
+    )
     return fit_frame(frame, method, structure, context, max_iterations, LMMResults, engine)

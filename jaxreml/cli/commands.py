@@ -133,6 +133,12 @@ def fit(
     formula: Annotated[str, typer.Argument(help='For example "y ~ x + (x | group)".')],
     ml: Ml = False,
     weights: Weights = None,
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            help='Covariance of the residuals within subjects, such as "us(visit | subject)".'
+        ),
+    ] = None,
     df: Degrees = Df.satterthwaite,
     anova: Annotated[
         bool, typer.Option("--anova", help="F tests of the terms too, of type III.")
@@ -164,7 +170,7 @@ def fit(
         table = read_table(data, Dialect.of(sep, na_values, encoding))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = jaxreml.fit(formula, table, method, weights=weights)
+            result = jaxreml.fit(formula, table, method, weights=weights, residual=residual)
         text = _render(result, layout, df.value, anova)
         if output is None:
             sys.stdout.write(text)

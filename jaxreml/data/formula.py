@@ -16,6 +16,8 @@ from jaxreml.errors import FormulaError
 _OPEN, _CLOSE = "([{", ")]}"
 _NAME = re.compile(r"`[^`]+`|[^\W\d]\w*", re.UNICODE)
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`")
+# Words for covariances in the formulas of other programs
+COVARIANCES = ("us", "diag", "cs", "csh", "ar1", "ar1h", "ad", "adh", "toep", "toeph", "sp_exp")
 RESIDUAL = "Residual"  # what the residual variance is called among the grouping factors
 
 
@@ -114,6 +116,7 @@ def _collect(right: str, fixed: list[str], offsets: list[str], random: list[Rand
                 continue
             raise FormulaError(f"a term is missing after {operator or '~'!r} in {right!r}")
         here = operator or "+"
+        _refuse_covariance(piece)
         inner = _unwrap(piece)
         bars = _count_bars(piece)
         if bars == 0:
@@ -138,6 +141,16 @@ def _collect(right: str, fixed: list[str], offsets: list[str], random: list[Rand
             random.extend(_random_terms(inner))
         else:
             _collect(inner, fixed, offsets, random)
+
+
+def _refuse_covariance(piece: str) -> None:
+    """Refuse glmmTMB's and mmrm's ``us(x | g)``, and say what it is here."""
+    if re.fullmatch(rf"({'|'.join(COVARIANCES)})\s*\(.*\|.*\)", piece, re.DOTALL):
+        raise FormulaError(
+            f"{piece!r}: random effects have (x | g), any covariance, and (x || g), none between "
+            "terms, but no others by name yet. For the residuals of a subject's visits leave it "
+            f"out of the formula and write fit(..., residual={piece!r})"
+        )
 
 
 def _random_terms(inner: str) -> list[RandomTerm]:

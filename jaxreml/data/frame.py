@@ -35,6 +35,7 @@ from jaxreml.data.formula import (
 )
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
 from jaxreml.data.outputs import library_of
+from jaxreml.data.residual import ResidualTerm, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -60,6 +61,7 @@ class ModelFrame:
             in a column used.
         fixed_encoding: how the columns of X, and those left out as aliased, are made.
         offset_encodings: how each ``offset()`` of the formula is made.
+        residual: the covariance of the residuals within subjects; None if they are independent.
         library: that the user's table is of, as `outputs.library_of` says.
     """
 
@@ -75,6 +77,7 @@ class ModelFrame:
     rows: np.ndarray
     fixed_encoding: Encoding
     offset_encodings: tuple[Encoding, ...]
+    residual: ResidualTerm | None = None
     library: str = "pandas"
 
     @property
@@ -119,6 +122,8 @@ class ModelFrame:
         terms = [
             Term(term.codes, term.effects, term.name, term.effect_names) for term in self.terms
         ]
+        if self.residual is not None:
+            terms.append(self.residual.term)
         return Design.from_arrays(
             self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
         )
@@ -131,6 +136,7 @@ def model_frame(
     weights: Any = None,
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
+    residual: str | None = None,
 ) -> ModelFrame:
     """Build the model frame of a formula.
 
@@ -140,16 +146,17 @@ def model_frame(
         weights: name of a column, or (n,) values: prior weights as in lme4.
         offset: name of a column, or (n,) values, added to any ``offset()`` of the formula.
         context: names that the formula may use besides columns, functions for example.
+        residual: the residuals' covariance, as in `jaxreml.fit`.
 
     Raises:
         FormulaError: a formula outside the grammar.
         DataError: data that the model cannot be fitted to; the message names the column, level or
             value and says what to do.
     """
-    parsed = parse(formula)
+    parsed = parse(formula, need_random=residual is None)
     if not parsed.response:
         raise FormulaError(f"the formula {parsed.text!r} has no response left of the ~")
-    return _model_frame(parsed, data, weights, offset, context)
+    return _model_frame(parsed, data, weights, offset, context, residual=residual)
 
 
 def covariate_frame(
@@ -226,9 +233,11 @@ def _model_frame(
     offset: Any,
     context: Mapping[str, Any] | None,
     columns: Mapping[str, np.ndarray] | None = None,
+    residual: str | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    table = _used_columns(parsed, data, {**context, **(columns or {})})
+    beside_formula = words_of(residual).columns if residual is not None else ()
+    table = _used_columns(parsed, data, {**context, **(columns or {})}, beside_formula)
     table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():
         if value is not None:
@@ -270,6 +279,7 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
+        residual=None if residual is None else residual_term(residual, table),
         library=library_of(data),
     )
 
@@ -296,8 +306,10 @@ def design(
     return frame.design(structure)
 
 
-def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) -> pd.DataFrame:
-    """A copy of the columns that the formula names, as pandas."""
+def _used_columns(
+    parsed: ParsedFormula, data: Any, context: Mapping[str, Any], others: tuple[str, ...]
+) -> pd.DataFrame:
+    """A copy of the columns that the formula names, and of others, as pandas."""
     expressions = [parsed.response] if parsed.response else []
     expressions += [parsed.fixed, *parsed.offsets]
     expressions += [bar.effects for bar in parsed.random]
@@ -308,6 +320,7 @@ def _used_columns(parsed: ParsedFormula, data: Any, context: Mapping[str, Any]) 
         _require_backticks(expression, columns, context)
     names = {name: True for expression in expressions for name in names_in(expression)}
     names |= {factor: False for bar in parsed.random for factor in bar.factors}
+    names |= dict.fromkeys(others, False)
     wanted = []
     for name, may_be_function in names.items():
         if name in EXTRAS.values():

@@ -14,6 +14,7 @@ from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.fitting.engines import engine_for, optimum, suited_structure
 from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.design import with_spare_levels
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_variances
@@ -73,7 +74,7 @@ def _fields(
     fixed = frame.X @ estimated.beta
     fitted = fixed.copy()
     groupings = []
-    for term, (modes, variances) in zip(frame.terms, effects, strict=True):
+    for term, (modes, variances) in zip(frame.terms, effects, strict=False):  # residuals last
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
         names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
         groupings.append(
@@ -90,6 +91,7 @@ def _fields(
         "fixed_names": frame.fixed_names,
         "aliased": frame.aliased,
         "groupings": tuple(groupings),
+        "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[-1][0]),
         "parameter_names": design.parameter_names,
         "theta": estimated.theta,
         "parameters": estimated.parameters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from jaxreml.data.frame import ModelFrame, model_frame, split_extras
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
+    RESIDUAL,
     Groups,
     correlation_labels,
     correlations_of,
@@ -23,7 +24,10 @@ from jaxreml.fitting.random_terms import (
     unpack,
     variance_labels,
 )
-from jaxreml.model.covariance.unstructured import unstructured
+from jaxreml.fitting.residuals import ResidualCovariance
+from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.natural import count_theta
+from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
@@ -79,6 +83,7 @@ class FittedModel:
             variance ratio), "the lowest of 5 searches", or, with much data, "not lower with a
             variance at zero".
         engine: the library that worked on it, "numpy" or "jax".
+        residual: the covariance of residuals within subjects; None if they are independent.
         made_from: its model frame and design; None of a fit that was loaded.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
@@ -115,6 +120,7 @@ class FittedModel:
     context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
     optimality: str = ""
     engine: str = ""
+    residual: ResidualCovariance | None = None
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
 
@@ -131,7 +137,8 @@ class FittedModel:
     def frame_of(self, formula: str) -> ModelFrame:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
         table, extras = split_extras(self.table)
-        found = model_frame(formula, table, **extras, context=self.context)
+        text = None if self.residual is None else self.residual.text
+        found = model_frame(formula, table, **extras, context=self.context, residual=text)
         return replace(found, library=self.library)
 
     @cached_property
@@ -234,10 +241,20 @@ class FittedModel:
             1   Subject         Days     35.07   5.92          3.56             0.42
             2  Residual     Residual    654.94  25.59          6.48             0.12
         """
+        positions = self.covariance.positions
         variances = [np.diagonal(matrix) for matrix in self.cov_re_arrays]
-        positions = unstructured(self._sizes).positions
-        variance = np.concatenate([*variances, [self.sigma**2]])
-        group, term = zip(*variance_labels(self.groups), strict=True)
+        labels, own = variance_labels(self.groups), [self.sigma**2]
+        if self.residual is not None and self.residual.block.log_variances:
+            # sigma2 is the first visit's, and the last of the parameters.
+            block = self.residual.block
+            k, count = len(labels) - 1, block.log_variances
+            positions = np.concatenate([positions[:k], positions[-1:], positions[k : k + count]])
+            names = block.variance_labels(self.residual.effects)
+            labels = labels[:-1] + [(RESIDUAL, name) for name in names]
+            first = [block.variances.index(k) for k in range(count + 1)]
+            own = np.diagonal(self.residual_cov.to_numpy())[first]
+        variance = np.concatenate([*variances, own])
+        group, term = zip(*labels, strict=True)
         return pd.DataFrame(
             {
                 "group": group,
@@ -296,6 +313,37 @@ class FittedModel:
         return frame.assign(correlation=correlations_of(self.cov_re_arrays))
 
     @property
+    def residual_cov(self) -> pd.DataFrame:
+        """Covariance matrix of the residuals of one subject's visits.
+
+        Raises:
+            DataError: residuals are independent.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> visits = jaxreml.fit("distance ~ age", children, residual="us(age | Subject)")
+            >>> visits.residual_cov.round(1).to_numpy().tolist()[0]
+            [5.9, 3.3, 4.8, 4.0]
+        """
+        if self.residual is None:
+            raise DataError("the residuals are independent: sigma is their standard deviation")
+        return self.residual.frame(self.sigma**2 * self._factors[-1] @ self._factors[-1].T)
+
+    @property
+    def residual_corr(self) -> pd.DataFrame:
+        """Correlation matrix of the residuals of one subject's visits; errors as `residual_cov`.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> visits = jaxreml.fit("distance ~ age", children, residual="us(age | Subject)")
+            >>> visits.residual_corr.round(2).to_numpy().tolist()[0]
+            [1.0, 0.63, 0.71, 0.6]
+        """
+        matrix = self.residual_cov
+        sds = np.sqrt(np.diagonal(matrix))
+        return matrix / np.outer(sds, sds)
+
+    @property
     def cov_re(self) -> pd.DataFrame:
         """Covariance matrix of the random effects of one level of every term, block-diagonal.
 
@@ -308,8 +356,11 @@ class FittedModel:
                     Days                9.6  35.1
         """
         labels = variance_labels(self.groups)[:-1]
-        index = pd.MultiIndex.from_tuples(labels, names=["group", "term"])
-        return pd.DataFrame(block_diag(*self.cov_re_arrays), index, index)
+        index = pd.MultiIndex.from_arrays(
+            [[label[k] for label in labels] for k in range(2)], names=["group", "term"]
+        )
+        matrix = block_diag(*self.cov_re_arrays) if labels else np.zeros((0, 0))
+        return pd.DataFrame(matrix, index, index)
 
     @property
     def random_effects(self) -> dict[str, pd.DataFrame]:
@@ -366,7 +417,7 @@ class FittedModel:
             >>> fit.dof, fit.df_resid
             (6, 174)
         """
-        return len(self.beta) + len(self.theta) + 1
+        return len(self.beta) + len(self.parameters)
 
     @property
     def df_resid(self) -> int:
@@ -459,6 +510,48 @@ class FittedModel:
         if not self.converged:
             raise DataError(f"cannot {purpose}: the fit has no optimum ({self.message})")
 
+    @cached_property
+    def residual_sds(self) -> np.ndarray:
+        """(n,), standard deviations of the residuals at weight 1."""
+        if self.residual is None:
+            return np.full(self.nobs, self.sigma)
+        sds = np.sqrt(np.diagonal(self.residual_cov.to_numpy()))
+        assert self.frame.residual is not None
+        return sds[self.frame.residual.places]
+
+    def require_independent(self, purpose: str) -> None:
+        """Raise DataError if residuals are correlated or of unequal variances by ``residual=``.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if self.residual is not None:
+            raise DataError(
+                f"cannot {purpose} of a fit with residual={self.residual.text!r}: this is there "
+                "for independent residuals only, so far"
+            )
+
+    @cached_property
+    def random_part(self) -> Self:
+        """The same fit without the parameters of the residuals' covariance: what is asked of the
+        random effects is asked of it."""
+        if self.residual is None:
+            return self
+        covariance = Covariance(tuple(map(Unstructured, self._sizes)))
+        theta, k = count_theta(self._sizes), len(covariance.parameter_names(self.groups)) - 1
+        kept = np.append(np.arange(k), len(self.parameters) - 1)
+        return replace(
+            self,
+            residual=None,
+            theta=self.theta[:theta],
+            parameters=self.parameters[kept],
+            parameters_vcov_array=self.parameters_vcov_array[np.ix_(kept, kept)],
+            hessian=self.hessian[np.ix_(kept, kept)],
+            vcov_slopes=self.vcov_slopes[kept],
+            parameter_names=tuple(self.parameter_names[i] for i in kept),
+            made_from=None,
+        )
+
     # Rows
 
     @property
@@ -521,20 +614,28 @@ class FittedModel:
         return tuple(len(grouping.effects) for grouping in self.groupings)
 
     @cached_property
+    def covariance(self) -> Covariance:
+        """The map from `parameters` to the covariances of the terms, the residuals' last."""
+        own = () if self.residual is None else (self.residual.block,)
+        return Covariance((*map(Unstructured, self._sizes), *own))
+
+    @cached_property
     def _factors(self) -> list[np.ndarray]:
-        """Relative Cholesky factor of each term's effects, with exact zeros where singular."""
-        return unpack(self.theta, self._sizes)
+        """Relative Cholesky factor of each term's effects, with exact zeros where singular, and of
+        the residuals of a subject where they have one."""
+        return unpack(self.theta, self.covariance.sizes)
 
     @cached_property
     def cov_re_arrays(self) -> list[np.ndarray]:
         """Covariance matrix of each term's effects."""
-        return [self.sigma**2 * factor @ factor.T for factor in self._factors]
+        factors = self._factors[: len(self.groupings)]
+        return [self.sigma**2 * factor @ factor.T for factor in factors]
 
     @property
     def _boundary(self) -> list[str]:
         """What is on the boundary of the parameter space, in words."""
         found = []
-        for grouping, factor in zip(self.groupings, self._factors, strict=True):
+        for grouping, factor in zip(self.groupings, self._factors, strict=False):
             positive = np.any(factor != 0, axis=1)
             zero = [e for e, varies in zip(grouping.effects, positive, strict=True) if not varies]
             found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]

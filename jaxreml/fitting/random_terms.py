@@ -26,6 +26,8 @@ def unpack(theta: np.ndarray, sizes: natural.Sizes) -> list[np.ndarray]:
 def correlations_of(matrices: list[np.ndarray]) -> np.ndarray:
     """Correlations (..., k) of each term's covariance matrices (..., q, q), in the order of
     `correlation_labels`; NaN where a variance is zero."""
+    if not matrices:
+        return np.zeros(0)
     parts = []
     for matrix in matrices:
         first, second = np.triu_indices(matrix.shape[-1], 1)

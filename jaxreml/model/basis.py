@@ -101,8 +101,11 @@ class Basis:
         n, kind = len(X), X.dtype
         (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
         roots, log_weights = root_weights(weights, used, kind)
-        if roots is not None:
-            columns = [own * roots[:, None] for own in columns]
+        if roots is not None:  # which residuals' covariances are of the residuals divided by
+            columns = [
+                columns * ((roots > 0) if own.covariance.residual else roots)[:, None]
+                for own, columns in zip(terms, columns, strict=True)
+            ]
         n_used = n if used is None else int(used.sum())
         _check_terms(terms, columns, used, n_used)
         covariance = Covariance(tuple(own.covariance for own in terms))
@@ -110,7 +113,9 @@ class Basis:
         effects = [
             (own.codes, units.rows(k, columns[k]), own.n_levels) for k, own in enumerate(terms)
         ]
-        projector = _projector(effects, structure, n, None if like is None else like.projector)
+        residual = any(own.covariance.residual for own in terms)
+        planned = None if like is None else like.projector
+        projector = _projector(effects, structure, n, planned, residual)
 
         rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
         scores, rest = projector.project(rows)
@@ -227,7 +232,7 @@ def _check_terms(
 ) -> None:
     """Refuse weighted columns (rows, q) that can take the place of the residual."""
     for own, weighted in zip(terms, columns, strict=True):
-        if namespace(weighted) is not np:
+        if namespace(weighted) is not np or own.covariance.residual:
             continue
         codes = own.codes
         if used is not None:
@@ -236,12 +241,19 @@ def _check_terms(
             raise DataError(instead_of_residual(own.name, own.n_levels, own.effect_names, n))
 
 
-def _projector(effects: Terms, structure: str | None, n: int, like: Any) -> Projector:
+def _projector(
+    effects: Terms, structure: str | None, n: int, like: Any, residual: bool
+) -> Projector:
     """Choose and prepare the structure, or check the one that was asked for."""
     if structure not in (None, *KINDS):
         raise DataError(f'structure must be "grouped", "crossed" or "dense", not {structure!r}')
     one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
     xp = namespace(*(columns for _, columns, _ in effects))
+    if residual and not one_factor:
+        raise DataError(
+            "a covariance of residuals within subjects goes with random effects of the same "
+            "subjects, so far, and not with those of several factors"
+        )
     if structure == "grouped" and not one_factor:
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'

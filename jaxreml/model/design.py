@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,10 @@ class Design:
         """Relative Cholesky factors of scaled effects, (q_k, q_k), of those in the user's units."""
         own = natural.split_triangles(theta, self.sizes)
         return tuple(self.units.inner_factor(k, factor) for k, factor in enumerate(own))
+
+    def omega_of_theta(self, theta: Array) -> Array:
+        """Relative covariances (m,) in scaled units of `Estimate.theta`."""
+        return self.covariance.omega_of_factors(self.scaled_factors(theta))
 
     @staticmethod
     def from_arrays(
@@ -314,6 +319,14 @@ class Design:
         return self.with_response(
             Response.blank(structure.silent(), self.p, structure.lanes, self.dtype)
         )
+
+    @cached_property
+    def collapsed(self) -> Design:
+        """For the same criterion, where subjects have a covariance of residuals: those with the
+        same visits make few levels, however many they are. On the host."""
+        if self.covariance.random.all() or not isinstance(self.structure, Grouped):
+            return self
+        return replace(self, structure=self.structure.collapsed())
 
     def combined(self, matrix: Array, absent: Array) -> Design:
         """The criterion of the columns [X y] C, for what follows from it alone: see

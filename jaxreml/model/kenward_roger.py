@@ -50,7 +50,32 @@ class Adjustment(NamedTuple):
     exists: Array
 
 
-def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
+class Observed(NamedTuple):
+    """What the observed information says of the parameters: W of SAS, JMP and mmrm.
+
+    Attributes:
+        directions: (m + 1, k + 1), derivatives of omega in scaled units and of log sigma2 in the
+            parameters.
+        vcov: (k + 1, k + 1), asymptotic covariance of these; zeros for those on the boundary.
+    """
+
+    directions: Array
+    vcov: Array
+
+    @staticmethod
+    def of(parameters: np.ndarray, vcov: np.ndarray, design: Design) -> Observed:
+        """Of `Estimate.parameters` and their covariance. On the host."""
+        covariance, free = design.covariance, np.isfinite(parameters)
+        finite, m = covariance.finite(parameters), natural.count_theta(design.sizes)
+        slopes, _ = covariance.in_parameters(finite, np.zeros(m + 1), np.zeros((m + 1, m + 1)))
+        slopes = np.asarray(slopes) * free
+        slopes[:-1] = design.units.of_omega(covariance) @ slopes[:-1]
+        return Observed(slopes, np.where(free & free[:, None], vcov, 0.0))
+
+
+def adjust(
+    theta: Array, parameters: Array, design: Design, observed: Observed | None = None
+) -> Adjustment:
     """The adjustment of a REML fit.
 
     V_0 = V / sigma2 = I + sum omega_i V_i is linear in its directions V_0 and V_i, and the
@@ -63,10 +88,12 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
             result and in `design`.
         parameters: (k + 1,), as in `Estimate`.
         design: the data; the response does not matter.
+        observed: W instead of the inverse of the expected information. Covariances that are not
+            linear in their parameters are taken to first order.
     """
     xp, p = namespace(theta, design.residual_ss), design.p
     lanes = theta.shape[1:]
-    omega = natural.omega_from_factors(design.scaled_factors(theta))
+    omega = design.omega_of_theta(theta)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom
     found = expand(omega, replace(design, n=design.n - degrees), reml=True)
@@ -86,22 +113,23 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
     traces = xp.einsum("iuju...->ij...", within)
     inside = linalg.border(traces, mixed, xp.full_like(last, p))
 
-    own = design.covariance.directions(parameters)
-    if own is None:
-        own = linalg.eye_like(information[:-1, :-1])
-    # I instead of V_0, which need not be among the directions of a covariance
-    own = xp.broadcast_to(own, (*own.shape[:2], *lanes))
-    row = np.append(np.zeros(own.shape[1]), 1.0).reshape(1, -1, *[1] * len(lanes))
-    row = xp.broadcast_to(xp.asarray(row, omega.dtype), (*row.shape[:2], *lanes))
-    free = xp.concatenate([xp.concatenate([own, -omega[:, None]], axis=1), row])
+    free = _directions(parameters, omega, design) if observed is None else observed.directions
     across = linalg.transpose(free)
     slopes = xp.einsum("di...,iuv...->duv...", across, first)
-    information = linalg.matmul(across, linalg.matmul(information, free))
     inside = linalg.matmul(across, linalg.matmul(inside, free))
-    # The squared size of a direction in the metric of V is that outside the space of X and inside.
-    sizes = linalg.diagonal(information + inside)
-    sizes = xp.where(sizes > 0, sizes, 1.0)
-    spread, flat = linalg.flat_inverse(information, sizes, SINGULAR)
+    if observed is None:
+        information = linalg.matmul(across, linalg.matmul(information, free))
+        # The squared size of a direction in the metric of V is that outside the space of X and
+        # inside.
+        sizes = linalg.diagonal(information + inside)
+        sizes = xp.where(sizes > 0, sizes, 1.0)
+        spread, flat = linalg.flat_inverse(information, sizes, SINGULAR)
+        along = xp.sum(flat * linalg.matmul(inside, flat), axis=0)  # tr(Q_dd)
+        bounds = xp.sum(xp.abs(flat) * xp.sqrt(sizes)[:, None], axis=0) ** 2
+        exists = xp.all(along <= UNMOVED * bounds, axis=0)  # false where NaN
+    else:
+        spread = observed.vcov
+        exists = xp.all(xp.isfinite(spread))
 
     # Sum of the spread times Q_ij
     weights = linalg.matmul(free, linalg.matmul(spread, across))
@@ -109,15 +137,28 @@ def adjust(theta: Array, parameters: Array, design: Design) -> Adjustment:
     mixed = xp.einsum("j...,juv...->uv...", weights[-1, :-1] + weights[:-1, -1], own_first)
     second = among - mixed + weights[-1, -1] * identity
 
-    along = xp.sum(flat * linalg.matmul(inside, flat), axis=0)  # tr(Q_dd)
-    bounds = xp.sum(xp.abs(flat) * xp.sqrt(sizes)[:, None], axis=0) ** 2
-    exists = xp.all(along <= UNMOVED * bounds, axis=0)  # false where NaN
     squares = xp.einsum("ij...,iuw...,jwv...->uv...", spread, slopes, slopes)
     root = linalg.solve_upper(design.basis, to_unit)
     vcov = identity + 2 * (second - squares)
     vcov = linalg.matmul(root, linalg.matmul(vcov, linalg.transpose(root)))
     vcov = xp.exp(parameters[-1]) * vcov
     return Adjustment((vcov + linalg.transpose(vcov)) / 2, root, slopes, spread, exists)
+
+
+def _directions(parameters: Array, omega: Array, design: Design) -> Array:
+    """(m + 1, d + 1) combinations of the V_i and V_0: derivatives in what the covariance is free
+    in, and in log sigma2, which for random effects is I."""
+    xp, lanes = namespace(omega), omega.shape[1:]
+    own = design.covariance.directions(parameters)
+    if own is None:
+        own = xp.eye(len(omega), dtype=omega.dtype).reshape(
+            len(omega), len(omega), *[1] * len(lanes)
+        )
+    own = xp.broadcast_to(own, (*own.shape[:2], *lanes))
+    row = np.append(np.zeros(own.shape[1]), 1.0).reshape(1, -1, *[1] * len(lanes))
+    row = xp.broadcast_to(xp.asarray(row, omega.dtype), (*row.shape[:2], *lanes))
+    of_scale = design.covariance.of_scale(parameters, omega)
+    return xp.concatenate([xp.concatenate([own, of_scale[:, None]], axis=1), row])
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:

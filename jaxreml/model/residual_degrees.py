@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
-from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand
 
@@ -31,7 +30,7 @@ def residual_degrees(theta: Array, design: Design) -> Array:
         design: the data, or others with the same restricted likelihood.
     """
     xp = namespace(theta, design.residual_ss)
-    omega = natural.omega_from_factors(design.scaled_factors(theta))
+    omega = design.omega_of_theta(theta)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as sigma2 goes into its residual sum of squares
     none = xp.full(omega.shape[1:], np.inf)

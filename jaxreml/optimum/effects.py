@@ -13,7 +13,6 @@ from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import evaluated
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.model import linalg
-from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.structures.base import Projection, Rows
@@ -21,6 +20,9 @@ from jaxreml.optimum.certificate import STEP, slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
 Array = Any  # NumPy's or JAX's
+
+
+MOST_WAYS = 12  # in which slopes are taken by differences
 
 
 class Inspection(NamedTuple):
@@ -67,15 +69,24 @@ def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
 def _inspection(theta: Array, design: Design, reml: bool, slopes: Any) -> Inspection:
     factors = design.scaled_factors(theta)
     value, gradient = slopes(theta, design, reml)
-    omega = natural.omega_from_factors(factors)
+    omega = design.covariance.omega_of_factors(factors)
     projection = design.structure.project(omega)
-    posterior = design.structure.posterior(projection, factors)
+    posterior = _posterior(projection, omega, factors, design)
     return Inspection(value, gradient, _modes(projection, omega, design), posterior, omega)
+
+
+def _posterior(
+    projection: Projection, omega: Array, factors: tuple[Array, ...], design: Design
+) -> Any:
+    if design.covariance.random.all():
+        return design.structure.posterior(projection, factors)
+    structure: Any = design.structure  # grouped: see `basis`
+    return structure.posterior_by_omega(projection, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
     """Omega (m,) at an estimate, in the units of the design."""
-    return natural.omega_from_factors(design.scaled_factors(estimate.theta))
+    return design.omega_of_theta(estimate.theta)
 
 
 def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
@@ -94,12 +105,20 @@ def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]
     """`criterion` by values of the objective alone, which curves by a few n at most."""
     covariance = design.covariance
 
+    fewer = design.collapsed
+
     def value(chart: Array) -> float:
-        return float(profiled(covariance.omega(chart), design, reml=reml))
+        return float(profiled(covariance.omega(chart), fewer, reml=reml))
 
     whole = covariance.chart(design.scaled_factors(theta))
     ways = np.eye(whole.size)[covariance.inside]
-    return slopes_by_differences(value, whole, ways, STEP / np.sqrt(design.n))
+    if len(ways) > MOST_WAYS:  # a slope that is not zero shows in as many directions at random
+        mixed = np.random.default_rng(0).standard_normal((len(ways), MOST_WAYS))
+        ways = np.sqrt(len(ways) / MOST_WAYS) * np.linalg.qr(mixed)[0].T @ ways
+    here, slopes = slopes_by_differences(value, whole, ways, STEP / np.sqrt(design.n))
+    if fewer is not design:
+        here = float(profiled(covariance.omega(whole), design, reml=reml))
+    return here, slopes
 
 
 def conditional_variances(
@@ -159,7 +178,7 @@ def henderson(theta: np.ndarray, design: Design) -> Henderson:
 def _henderson(theta: Array, design: Design) -> Henderson:
     structure, p = design.structure, design.p
     factors = design.scaled_factors(theta)
-    omega = natural.omega_from_factors(factors)
+    omega = design.covariance.omega_of_factors(factors)
     projection = structure.project(omega)
 
     def shift(column: Array) -> tuple[Array, ...]:
@@ -172,7 +191,7 @@ def _henderson(theta: Array, design: Design) -> Henderson:
     else:
         shifts = jax.vmap(shift, in_axes=1, out_axes=-1)(jnp.asarray(units))
     return Henderson(
-        structure.posterior(projection, factors),
+        _posterior(projection, omega, factors, design),
         tuple(part[..., :p] for part in shifts),
         linalg.cholesky(projection.gram[:p, :p]),
     )

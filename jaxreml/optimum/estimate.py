@@ -93,7 +93,7 @@ def estimate_on_host(
     Beside it, whether the optimum `is_proved` to be the lowest.
     """
     with np.errstate(all="ignore"):
-        trace, proved = found(design, is_reml(method), max_iterations, tolerance)
+        trace, proved = found(design.collapsed, is_reml(method), max_iterations, tolerance)
         status = outcome(trace.at, trace.point, trace, design)
         return report(trace.at, trace.point, trace, design, status), proved
 

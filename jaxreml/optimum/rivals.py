@@ -46,12 +46,16 @@ def starts(covariance: Covariance) -> np.ndarray:
     """Points of the chart to search from besides the moment estimates: (k + 2, r) for k > 1
     effects, else (2, r).
 
-    All relative SDs zero; all huge; and each one large with the others small.
+    All relative SDs zero; all huge; and each one large with the others small. Residuals are not
+    correlated there.
     """
+    random = np.flatnonzero(covariance.random)
     k = sum(covariance.sizes)
-    sds = [np.zeros(k), np.full(k, HUGE)]
-    if k > 1:
-        sds += [np.where(np.arange(k) == own, LARGE, SMALL) for own in range(k)]
+    sds = [np.zeros(k)]
+    if random.size:
+        sds.append(np.full(k, HUGE))
+    if random.size > 1:
+        sds += [np.where(np.arange(k) == own, LARGE, SMALL) for own in random]
     return np.array([covariance.uncorrelated(sd) for sd in sds])
 
 

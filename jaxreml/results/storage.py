@@ -20,6 +20,7 @@ import pandas as pd
 from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
+from jaxreml.fitting.residuals import ResidualCovariance
 
 FORMAT = "jaxreml.LMMResults"
 VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
@@ -44,6 +45,8 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
         >>> jaxreml.load("sleep.json")
         <LMMResults 'Reaction ~ Days + (Days | Subject)', REML, criterion 1743.6283>
     """
+    if not data:
+        fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in ROWS:
@@ -147,6 +150,8 @@ def encode(value: Any) -> Any:
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, Grouping):
         return {"grouping": [encode(getattr(value, f.name)) for f in fields(value)]}
+    if isinstance(value, ResidualCovariance):
+        return {"residual": [encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
         columns = [[str(name), _encode_column(column)] for name, column in value.items()]
         return {"frame": columns, "index": _encode_index(value.index)}
@@ -219,6 +224,8 @@ def decode(value: Any) -> Any:
         return {decode(key): decode(item) for key, item in content}
     if kind == "grouping":
         return Grouping(*(decode(item) for item in content))
+    if kind == "residual":
+        return ResidualCovariance(*(decode(item) for item in content))
     if kind in LABELS:
         return LABELS[kind][2](*(decode(part) for part in content))
     frame = pd.DataFrame({name: _decode_column(column) for name, column in content})

@@ -11,9 +11,10 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.random_terms import correlation_labels
+from jaxreml.fitting.random_terms import RESIDUAL, correlation_labels
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.parameters.delta import variance_parameters
+from jaxreml.inference.parameters.residuals import residual_parameters
 from jaxreml.results.tidy import chosen, intervals, ran_pars, statistics
 
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
@@ -89,6 +90,8 @@ def _tidy_fixed(fit: FittedModel, conf_level: float, df: str) -> pd.DataFrame:
 
 
 def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
+    if fit.residual is not None:
+        return _tidy_residuals(fit, conf_level)
     from scipy.special import ndtri
 
     components = fit.variance_components
@@ -107,6 +110,23 @@ def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
         ndtri((1 + conf_level) / 2),
     )
     return pd.DataFrame(labels, columns=["effect", "group", "term"]).assign(**columns)
+
+
+def _tidy_residuals(fit: FittedModel, conf_level: float) -> pd.DataFrame:
+    """Those of the random effects, and of the residuals of a subject."""
+    table = residual_parameters(fit, conf_level)
+    terms = []
+    for name in table.index:
+        kind, _, rest = name.removesuffix(f"|{RESIDUAL}").partition("_")
+        terms.append({"sd": f"sd__{rest}", "sigma": "sd__Observation"}.get(kind, f"cor__{rest}"))
+    columns = {"lower": "conf_low", "upper": "conf_high"}
+    own = table.drop(columns="note").rename(columns=columns).reset_index(drop=True)
+    own = pd.concat(
+        [pd.DataFrame({"effect": "ran_pars", "group": RESIDUAL, "term": terms}), own], axis=1
+    )
+    if not fit.groupings:
+        return own
+    return pd.concat([_tidy_ran_pars(fit.random_part, conf_level).iloc[:-1], own])
 
 
 def _tidy_modes(fit: FittedModel, conf_level: float) -> pd.DataFrame:
@@ -177,6 +197,7 @@ def augment(fit: FittedModel) -> pd.DataFrame:
 _METHODS = {
     "satterthwaite": "t-tests use Satterthwaite's method",
     "kenward-roger": "t-tests use Kenward-Roger's method",
+    "kenward-roger-sas": "t-tests use Kenward-Roger's method (observed information)",
     "kenward-roger-linear": "t-tests use Kenward-Roger's method",
     "residual": "t-tests use the residual degrees of freedom",
     "inf": "Tests are normal",
@@ -237,8 +258,12 @@ def summary(
         f"Structure: {fit.structure}" + (f" ({fit.engine})" if fit.engine else ""),
         _criterion(fit),
         *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
-        "Random effects:\n" + _random_effects(fit) + "\n" + _counts(fit),
+        *(["Random effects:\n" + _random_effects(fit)] if fit.groupings else []),
+        *(["Residuals of a subject:\n" + _residuals(fit)] if fit.residual else []),
+        _counts(fit),
     ]
+    if not fit.residual:  # as lme4 has it
+        parts[-2:] = [parts[-2] + "\n" + parts[-1]]
     if fit.fixed_names:
         parts.append("Fixed effects:\n" + _fixed_effects(fit, df, conf_level, show_stars))
     if len(fit.fixed_names) > 1:
@@ -289,7 +314,7 @@ def _criterion(fit: FittedModel) -> str:
 
 def _scaled_residuals(fit: FittedModel) -> str:
     root = 1.0 if fit.weights is None else np.sqrt(fit.weights)
-    scaled = (fit.y - fit.fitted) * root / fit.sigma
+    scaled = (fit.y - fit.fitted) * root / fit.residual_sds
     cells = [f"{value:.4f}" for value in np.quantile(scaled, [0, 0.25, 0.5, 0.75, 1])]
     return _table([["Min", "1Q", "Median", "3Q", "Max"], cells], left=0)
 
@@ -317,12 +342,35 @@ def _random_effects(fit: FittedModel) -> str:
                 cells.append(f"{matrix[i, j] / (sd[i] * sd[j]):.2f}" if shown else "")
             rows.append(cells)
             k += 1
-    rows.append([" Residual", ""] + [column[k] for column in columns] + [""] * (most - 1))
+    if fit.residual is None:
+        rows.append([" Residual", ""] + [column[k] for column in columns] + [""] * (most - 1))
     return _table(rows, left=2)
 
 
+def _residuals(fit: FittedModel) -> str:
+    """Variances of the visits, and correlations of one subject's."""
+    residual = fit.residual
+    assert residual is not None
+    components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
+    names = ("variance", "sd", "log_variance", "log_variance_se")
+    columns = [_digits(components[name].to_numpy()) for name in names]
+    correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
+    shown = q - 1 if residual.block.correlation.count else 0
+    header = [f" {residual.words.visit}", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
+    rows = [header + ["Corr"] * (shown > 0) + [""] * max(shown - 1, 0)]
+    for i, effect in enumerate(residual.effects):
+        cells = [f" {effect}", *(column[residual.block.variances[i]] for column in columns)]
+        start = i - i % q  # of the visits of its arm
+        own = [f"{correlation[i, start + j]:.2f}" if start + j < i else "" for j in range(shown)]
+        rows.append(cells + own)
+    return f" {residual.text}\n" + _table(rows, left=1)
+
+
 def _counts(fit: FittedModel) -> str:
-    groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
+    counts = dict(fit.ngroups)
+    if fit.residual is not None:
+        counts.setdefault(fit.residual.words.subject, len(fit.residual.subjects))
+    groups = "; ".join(f"{name}, {levels}" for name, levels in counts.items())
     text = f"Number of obs: {fit.nobs}, groups:  {groups}"
     if fit.n_dropped:
         text += f"\n  ({fit.n_dropped} rows with missing values dropped)"

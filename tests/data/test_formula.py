@@ -88,3 +88,10 @@ def test_refused(formula, message):
 def test_names_are_columns_not_functions_or_strings():
     text = "bs(x, df=4) * np.log(z) + C(f, levels=['a', 'b']) + `my x` + (u == v) + 2"
     assert names_in(text) == ["x", "z", "f", "my x", "u", "v"]
+
+
+def test_covariances_of_other_programs_are_named():
+    for text in ("us(visit | subject)", "ar1(0 + visit|subject)"):
+        with pytest.raises(FormulaError, match=r"write fit\(\.\.\., residual="):
+            parse(f"y ~ x + {text}")
+    assert parse("y ~ x", need_random=False).fixed == "x"

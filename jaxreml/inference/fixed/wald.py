@@ -9,8 +9,11 @@ The approximations, by the names of the argument `df`:
 ``"kenward-roger"``
     Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear, variances
     and covariances, as pbkrtest: with an adjusted covariance of the estimates. REML only.
+``"kenward-roger-sas"``
+    The same with the observed information in the place of the expected one, as SAS, JMP and R's
+    mmrm have it.
 ``"kenward-roger-linear"``
-    The same without the second derivatives of V, as mmrm calls it. They are zero in these
+    That of pbkrtest without the second derivatives of V, as mmrm calls it. They are zero in these
     coordinates, so both names give the same figures.
 ``"residual"``
     n - p.
@@ -35,7 +38,7 @@ from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.fixed.adjustments import f_tail
 from jaxreml.inference.likelihood.profile import Profile
 from jaxreml.model import satterthwaite
-from jaxreml.model.kenward_roger import Adjustment, adjust, joint_degrees, single_degrees
+from jaxreml.model.kenward_roger import Adjustment, Observed, adjust, joint_degrees, single_degrees
 
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
 CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
@@ -131,17 +134,21 @@ class KenwardRoger:
         return joint_degrees(self.adjustment, rows, rank)
 
 
-def kenward_roger(fit: FittedModel) -> KenwardRoger:
-    """The Kenward-Roger adjustment of a fit; `approximation` keeps it.
+def kenward_roger(fit: FittedModel, *, observed: bool = False) -> KenwardRoger:
+    """The Kenward-Roger adjustment of a fit, by the expected or the `observed` information;
+    `approximation` keeps it.
 
     Raises:
         DataError: variance parameters that cannot be told apart.
     """
     design = fit.design.without_names()
-    found = evaluated(adjust, fit.theta, fit.parameters, design, on_host=design.written_out)
+    known = ()
+    if observed:
+        known = (Observed.of(fit.parameters, fit.parameters_vcov_array, design),)
+    found = evaluated(adjust, fit.theta, fit.parameters, design, *known, on_host=design.written_out)
     if not found.exists:
         raise DataError(
-            "Kenward-Roger's method needs the expected information of the variance parameters, "
+            "Kenward-Roger's method needs the information of the variance parameters, "
             "which is singular here: they cannot be told apart, and the covariance of the fixed "
             "effects depends on them"
         )
@@ -163,8 +170,8 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
 
 
 def _approximation(fit: FittedModel, df: str) -> Approximation:
-    if df == "kenward-roger":
-        return kenward_roger(fit)
+    if df.startswith("kenward-roger"):
+        return kenward_roger(fit, observed=df == "kenward-roger-sas")
     if df == "satterthwaite":
         known = satterthwaite.spread(np.asarray(fit.hessian))
         return Satterthwaite(fit.vcov_array, fit.vcov_slopes, known)

@@ -226,8 +226,11 @@ def _pair(
     df = large.dof - small.dof
     if df == 0:
         return None, "as many parameters"
-    obstacle = nesting.mean_obstacle(small.frame, large.frame) or nesting.random_obstacle(
-        small.frame, large.frame
+    frames = small.frame, large.frame
+    obstacle = (
+        nesting.mean_obstacle(*frames)
+        or nesting.random_obstacle(*frames)
+        or nesting.residual_obstacle(*frames)
     )
     if obstacle:
         return None, f"not nested, {obstacle}"

@@ -87,6 +87,40 @@ def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     return ""
 
 
+# Families of residual covariances that a family is a special case of, on the same visits
+_WIDER = {
+    "diag": {"us", "csh", "ar1h", "adh", "toeph"},
+    "cs": {"csh", "toep", "toeph", "us"},
+    "csh": {"toeph", "us"},
+    "ar1": {"ar1h", "ad", "adh", "toep", "toeph", "us"},
+    "ar1h": {"adh", "toeph", "us"},
+    "ad": {"adh", "us"},
+    "adh": {"us"},
+    "toep": {"toeph", "us"},
+    "toeph": {"us"},
+    "sp_exp": {"us"},
+    "sp_gau": {"us"},
+}
+
+
+def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
+    """Why the residuals' covariance of `small` is not a special case of that of `large`, or ""."""
+    first, second = small.residual, large.residual
+    if first is None:
+        return ""
+    if second is None:
+        return f"the larger has independent residuals, and it has {first.words.text}"
+    visits, others = (own.places % len(own.visits) for own in (first, second))
+    if not (same_partition(first.codes, second.codes) and np.array_equal(visits, others)):
+        return f"{first.words.text} and {second.words.text} have other visits or subjects"
+    if first.words.arm is not None and not np.array_equal(first.places, second.places):
+        return f"{first.words.text} has a covariance for each {first.words.arm}"
+    family, wider = first.words.family, second.words.family
+    if family != wider and wider not in _WIDER[family]:
+        return f"{family} is no case of {wider}"
+    return ""
+
+
 def step(small: ModelFrame, large: ModelFrame) -> Step:
     """How the random terms of a nested model differ from those of the larger one."""
     images = [_images(term, large) for term in small.terms]

@@ -23,6 +23,7 @@ from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import components
+from jaxreml.inference.parameters.residuals import residual_parameters
 from jaxreml.model.covariance import natural
 
 Array = Any  # NumPy's or JAX's
@@ -124,6 +125,7 @@ def delta(
            estimate  std_error  lower  upper
         g     0.409      0.065  0.282  0.536
     """
+    fit.require_independent("take a function of the parameters")
     if not callable(function):
         raise ValueError(f"function must be a JAX function g(beta, components), not {function!r}")
     linear = linearise(fit, program(function, fit.term_sizes))
@@ -314,7 +316,8 @@ def variance_parameters(
 
     Args:
         fit: the fit.
-        scale: "sd" for SDs (intervals from the log scale) and correlations (from Fisher's z);
+        scale: what they are of; where residuals have a covariance, "sd" or "log".
+            "sd" for SDs (intervals from the log scale) and correlations (from Fisher's z);
             "variance" for variances (from the log scale) and covariances; "log" for the
             coordinates of the objectives, `LMMResults.parameters`.
         conf_level: of the intervals.
@@ -335,8 +338,20 @@ def variance_parameters(
         sd_Days|Subject                   5.92       1.25   3.92   8.95
         sigma                            25.59       1.51  22.80  28.72
     """
+    if fit.residual is not None and scale != "log":
+        return _with_residuals(fit, scale, conf_level)
     linear, names, transforms = _parameters(fit, scale)
     return wald(linear, names, conf_level, transforms)
+
+
+def _with_residuals(fit: FittedModel, scale: str, conf_level: float) -> pd.DataFrame:
+    """Of the random effects and of the residuals of a subject."""
+    if scale != "sd":
+        raise ValueError(f'scale must be "sd" or "log" where residuals have one, not {scale!r}')
+    own = residual_parameters(fit, conf_level)
+    if not fit.groupings:
+        return own
+    return pd.concat([variance_parameters(fit.random_part, scale, conf_level).iloc[:-1], own])
 
 
 def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
@@ -354,6 +369,8 @@ def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
         <BLANKLINE>
         [4 rows x 4 columns]
     """
+    if scale != "log":
+        fit.require_independent("give the covariance of SDs and correlations")
     linear, names, _ = _parameters(fit, scale)
     index = pd.Index(names)
     return pd.DataFrame(linear.vcov, index, index)

@@ -180,6 +180,7 @@ def r2(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFrame:
 
 
 def _shares(fit: FittedModel, rows: ratios.Ratios, conf_level: float) -> pd.DataFrame:
+    fit.require_independent("give shares of variance")
     """Ratios of sums of variances, a row each."""
     frame = fit.frame
     moments = RowMoments.of(frame.X, frame.terms)

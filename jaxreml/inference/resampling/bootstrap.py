@@ -381,6 +381,7 @@ def bootstrap(
     """
     nsim = nsim if n is None else n
     check_count(nsim, seed)
+    fit.require_independent("bootstrap")
     people = of_fit(fit)
     statistic = function or default(fit)
     names, own = evaluate(statistic, fits_of(fit), fit.term_sizes)

@@ -76,6 +76,8 @@ def power(
     check_count(nsim, seed)
     check_conf_level(conf_level)
     check_conf_level(alpha, "alpha")
+    if not isinstance(model, Population):
+        model.require_independent("simulate the power")
     people = model if isinstance(model, Population) else of_fit(model)
     wanted = _effects(effects, people)
     if n is None:

@@ -39,6 +39,8 @@ class Population:
         method: "REML" or "ML", by which responses are fitted.
         structure: as in `fit`.
         context: names the formula may use besides columns.
+        residual: (q, q), a square root of the covariance matrix of a subject's residuals over
+            sigma2, where ``frame.residual`` says whose they are.
 
     Examples:
         >>> planned.beta.tolist(), planned.sigma
@@ -52,6 +54,7 @@ class Population:
     method: str = "REML"
     structure: str | None = None
     context: Mapping[str, Any] | None = None
+    residual: np.ndarray | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -109,7 +112,14 @@ class Population:
     ) -> None:
         """Responses (b, rows); the first of them do not depend on b."""
         of_errors, *of_terms = map(np.random.default_rng, seed.spawn(1 + len(self.factors)))
-        of_errors.standard_normal(out=out)
+        if self.residual is None:
+            of_errors.standard_normal(out=out)
+        else:
+            own = self.frame.residual
+            assert own is not None
+            shape = len(out), len(own.subjects), len(self.residual)
+            standard = of_errors.standard_normal(shape)
+            out[:] = (standard @ self.residual.T)[:, own.codes, own.places]
         weights = self.frame.weights
         out *= self.sigma if weights is None else self.sigma / np.sqrt(weights)
         out += mean
@@ -131,8 +141,18 @@ def of_fit(fit: FittedModel) -> Population:
     """
     fit.require_optimum("simulate from it")
     factors = unpack(fit.sigma * fit.theta, tuple(q for _, q in fit.term_sizes))
+    root = None
+    if fit.residual is not None:
+        root = np.linalg.cholesky(fit.residual_cov.to_numpy() / fit.sigma**2)
     return Population(
-        fit.frame, fit.beta, tuple(factors), fit.sigma, fit.method, fit.structure, fit.context
+        fit.frame,
+        fit.beta,
+        tuple(factors),
+        fit.sigma,
+        fit.method,
+        fit.structure,
+        fit.context,
+        root,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import solve_triangular
 
 from jaxreml.data.estimability import RowSpace, independent_columns
 from jaxreml.data.frame import ModelFrame
@@ -27,7 +28,9 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
         fit: the fit.
         kind: "response", y less fitted values; "pearson", these times the root of the prior
             weight; "scaled", Pearson ones over sigma, as in lme4's summary; "studentized", scaled
-            ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in.
+            ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in;
+            "normalized", scaled ones, made uncorrelated within subjects where the fit has a
+            covariance of residuals, as nlme's.
 
     Examples:
         >>> fit.residuals("scaled").round(2).head(3).tolist()
@@ -39,14 +42,31 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
     elif kind in ("pearson", "scaled", "studentized"):
         resid = _pearson(fit)
         if kind != "pearson":
-            resid = resid / fit.sigma
+            resid = resid / fit.residual_sds
         if kind == "studentized":
             with np.errstate(divide="ignore", invalid="ignore"):
                 resid = resid / np.sqrt(1 - leverage(fit).to_numpy())
+    elif kind == "normalized":
+        resid = _uncorrelated(fit, _pearson(fit) / fit.sigma)
     elif kind != "response":
-        kinds = '"response", "pearson", "scaled", "studentized" or "marginal"'
+        kinds = '"response", "pearson", "scaled", "studentized", "normalized" or "marginal"'
         raise ValueError(f"kind must be {kinds}, not {kind!r}")
     return pd.Series(resid, fit.table.index, name=kind)
+
+
+def _uncorrelated(fit: FittedModel, resid: np.ndarray) -> np.ndarray:
+    """L^-1 of each subject's residuals over sigma, with L L' their relative covariance."""
+    own = fit.frame.residual
+    if own is None:
+        return resid
+    matrix = fit.residual_cov.to_numpy() / fit.sigma**2
+    order = np.lexsort((own.places, own.codes))
+    found = np.empty_like(resid)
+    for rows in np.split(order, np.flatnonzero(np.diff(own.codes[order])) + 1):
+        visits = own.places[rows]
+        root = np.linalg.cholesky(matrix[np.ix_(visits, visits)])
+        found[rows] = solve_triangular(root, resid[rows], lower=True)
+    return found
 
 
 def leverage(fit: FittedModel) -> pd.Series:
@@ -60,6 +80,7 @@ def leverage(fit: FittedModel) -> pd.Series:
         >>> fit.leverage().round(3).head(2).tolist(), round(float(fit.leverage().sum()), 1)
         ([0.229, 0.17], 29.0)
     """
+    fit.require_independent("give the leverage of rows")
     values = row_variances(fit.henderson, fit.design, fit.frame.X, _rows(fit.frame))
     return pd.Series(values * fit.prior_weights, fit.table.index, name="leverage")
 
@@ -185,6 +206,7 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         {'308': -0.66, '309': 0.48, '310': 0.26}
     """
     fit.require_optimum("measure influence")
+    fit.require_independent("measure influence")
     codes, labels = _groups(fit, by)
     if method == "first-order":
         beta, parameters = influence_derivatives.changes(fit, codes, len(labels), by is None)

@@ -13,6 +13,11 @@ Where columns of X depend on others, rows outside the row space of X, such as a 
 levels without data, are NaN, with an EstimabilityWarning: what their mean is would depend on which
 columns were left out. R's ``predict.lm(rankdeficient = "NA")``.
 
+With ``residual=`` the residuals that a subject has shown say something of those of its other
+visits: the prediction for such a visit, where all random effects are used, has their conditional
+mean, and its intervals the conditional variance; others have the mean and the variance of the
+visit.
+
 Both intervals take the variance parameters for known, as lme4 and merTools do; normal quantiles.
 """
 
@@ -33,6 +38,7 @@ from jaxreml.data.grouping import GroupingTerm, combined_codes, grouping_terms
 from jaxreml.data.tables import beside, nearest, texts_of_names, to_pandas
 from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.optimum.effects import row_variances
 
 Mask = tuple[np.ndarray, ...]  # per term (q,) booleans, which effects
@@ -49,6 +55,7 @@ class Rows(NamedTuple):
         effects: per term (k, q).
         codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
         offset, weights: (k,).
+        subjects, visits: (k,), of the residuals' covariance; -1 for those not seen.
     """
 
     index: pd.Index
@@ -59,6 +66,8 @@ class Rows(NamedTuple):
     codes: list[np.ndarray]
     offset: np.ndarray
     weights: np.ndarray
+    subjects: np.ndarray
+    visits: np.ndarray
 
 
 def predict(
@@ -85,7 +94,8 @@ def predict(
             A row with a missing value in a column that is needed has NaN for its prediction,
             and so has, with an EstimabilityWarning, one whose fixed effects the data do not
             determine, such as a combination of levels without data.
-        re_form: which random effects to use: None for all, "~0" or False for none, or a
+        re_form: which random effects to use: None for all, and with ``residual=`` what a known
+            subject's residuals say of a visit that it lacks; "~0" or False for none, or a
             formula with some of them, such as ``"~ (1 | school)"``.
         allow_new_levels: predict for levels of grouping factors that the fit has not seen,
             whose random effects are taken for zero. Refused by name otherwise.
@@ -158,16 +168,40 @@ def predict(
         here, places = chosen * known[:, None], np.where(known, codes, 0)
         mean += np.sum(here * grouping.modes[places], axis=1)
         own.append((places, here))
+    beyond = np.zeros(len(mean))  # the variance of an observation over sigma2 / weight, less 1
+    if fit.residual is not None:
+        places, here, beyond = _of_other_visits(fit, rows, re_form is None)
+        mean += np.sum(here * fit.residual.modes[places], axis=1)
+        own.append((places, here))
     if interval is None:
         return _series(rows, mean, "prediction")
     sigma2 = fit.sigma**2
     variance += sigma2 * row_variances(fit.henderson, fit.design, rows.X, own)
     if interval == "prediction":
-        variance += sigma2 / rows.weights
+        variance += sigma2 * (1 + beyond) / rows.weights
     se = np.sqrt(np.where(rows.estimable, variance, np.nan))
     half = ndtri((1 + conf_level) / 2) * se
     columns = {"prediction": mean, "std_error": se, "lower": mean - half, "upper": mean + half}
     return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
+
+
+def _of_other_visits(
+    fit: FittedModel, rows: Rows, wanted: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The part of each row in the design's last term, as levels (k,) and effects (k, q), nonzero
+    for visits without a response of subjects that have others; and for the other rows what their
+    visit's variance over sigma2 is beyond 1, (k,)."""
+    residual = fit.residual
+    assert residual is not None
+    places, visits = np.maximum(rows.subjects, 0), np.maximum(rows.visits, 0)
+    known = (rows.subjects >= 0) & (rows.visits >= 0)
+    other = known & (residual.seen[places, visits] == 0) & wanted
+    here = np.zeros((len(places), len(residual.effects)))
+    here[np.arange(len(here)), visits] = other / np.sqrt(rows.weights)
+    ratios = np.diagonal(fit.residual_cov.to_numpy()) / fit.sigma**2
+    unknown = np.nan if residual.block.log_variances else 0.0
+    beyond = np.where(other, 0.0, np.where(rows.visits >= 0, ratios[visits] - 1, unknown))
+    return places, here, beyond
 
 
 def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -235,6 +269,8 @@ def _own_rows(fit: FittedModel) -> Rows:
         [term.codes for term in frame.terms],
         np.zeros(n) if frame.offset is None else frame.offset,
         np.ones(n) if frame.weights is None else frame.weights,
+        np.zeros(n, int) if frame.residual is None else frame.residual.codes,
+        np.zeros(n, int) if frame.residual is None else frame.residual.places,
     )
 
 
@@ -250,6 +286,9 @@ def _new_rows(
     used_terms = zip(frame.terms, used, strict=True)
     factors = [name for term, keep in used_terms if keep.any() for name in term.factors]
     encoded = [name for encoding in encodings for name in encoding.variables]
+    if fit.residual is not None:  # known ones are of use, and others do no harm
+        present = set(texts_of_names(newdata))
+        factors += [name for name in fit.residual.words.columns if name in present]
     table = _columns(frame, newdata, encoded, factors, {"offset": offset, "weights": weights})
     index = table.index
     table, complete = complete_rows(table)
@@ -263,6 +302,9 @@ def _new_rows(
     effects = [np.zeros((k, len(term.effect_names))) for term in frame.terms]
     codes = [np.zeros(k, int) for _ in frame.terms]
     total_offset, prior = _extras(table)
+    subjects, visits = np.full(k, -1), np.full(k, -1)
+    if fit.residual is not None and k:
+        subjects, visits = _subjects_and_visits(fit.residual, table)
     if k:
         full = frame.fixed_encoding.matrix(table)
         X = full[:, frame.kept]
@@ -273,7 +315,28 @@ def _new_rows(
                 effects[i] = term.encoding.matrix(table)
             if keep.any():
                 codes[i] = _codes(term, frame.table, table)
-    return Rows(index, complete, estimable, X, effects, codes, total_offset, prior)
+    return Rows(
+        index, complete, estimable, X, effects, codes, total_offset, prior, subjects, visits
+    )
+
+
+def _subjects_and_visits(
+    residual: ResidualCovariance, table: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `Rows` has them, of the columns that are there."""
+
+    def codes(name: str | None, labels: tuple[Any, ...]) -> np.ndarray:
+        if name is None or name not in table:
+            return np.full(len(table), -1)
+        return codes_of(pd.Series(table[name]), list(labels))
+
+    words = residual.words
+    subjects, visits = codes(words.subject, residual.subjects), codes(words.visit, residual.visits)
+    if words.arm is None:
+        return subjects, visits
+    arms = codes(words.arm, residual.arms)
+    known = (arms >= 0) & (visits >= 0)
+    return subjects, np.where(known, arms * len(residual.visits) + visits, -1)
 
 
 def _require_extras(frame: ModelFrame, with_left_out: bool, offset: Any, weights: Any) -> None:

@@ -63,6 +63,9 @@ class Block(ABC):
     any_basis = False
     # Whether it writes out all derivatives, for NumPy's arrays too; by JAX otherwise.
     written_out = False
+    # Whether it is that of the residuals, I + Omega times sigma2 (`residual`): then Omega need not
+    # be semidefinite, and `factor` and `chart` are of I + Omega.
+    residual = False
 
     @property
     @abstractmethod
@@ -116,10 +119,18 @@ class Block(ABC):
     def faces(self) -> np.ndarray:
         """Factors (faces, r) that take a point of the chart to where variances are zero."""
 
+    def omega_of_factor(self, factor: Array) -> Array:
+        """Relative covariances of what `factor` gives, (q, q, ...) to (q (q + 1) / 2, ...)."""
+        return natural.omega_from_factors((factor,))
+
     def factor_at(self, parameters: Array, log_sigma2: Array) -> Array:
         """Lower Cholesky factor (q, q) at `parameters` as `natural` takes them. It is needed
         where `any_basis` only."""
         raise NotImplementedError
+
+    def last_name(self, effects: tuple[str, ...]) -> str:
+        """What sigma2 is the variance of, where the block is the residuals'."""
+        return "Residual"
 
     @property
     def inside(self) -> np.ndarray:
@@ -160,6 +171,17 @@ class Block(ABC):
 
         return _over_lanes(both, parameters, log_sigma2, gradient)
 
+    def in_scale(
+        self, parameters: Array, log_sigma2: Array, gradient: Array
+    ) -> tuple[Array, Array]:
+        """`derivatives` in the parameters and log sigma2, the last: (q (q + 1) / 2, k + 1, ...) and
+        (k + 1, k + 1, ...). Relative covariances are inversely proportional to sigma2."""
+        xp, omega = namespace(parameters), self.natural(parameters, log_sigma2)
+        slope, bend = self.derivatives(parameters, log_sigma2, gradient)
+        mixed = -xp.sum(gradient[:, None] * slope, axis=0)
+        slope = xp.concatenate([slope, -omega[:, None]], axis=1)
+        return slope, linalg.border(bend, mixed, xp.sum(gradient * omega, axis=0))
+
     def directions(self, parameters: Array, log_sigma2: Array) -> Array | None:
         """Tangents of omega that Kenward and Roger's adjustment is in, as columns; None for all.
 
@@ -194,6 +216,11 @@ class Covariance:
     def sizes(self) -> natural.Sizes:
         """Effects per term."""
         return tuple(block.size for block in self.blocks)
+
+    @cached_property
+    def random(self) -> np.ndarray:
+        """(q,) booleans, which effects of all terms are random effects: not the residuals' ones."""
+        return np.repeat([not block.residual for block in self.blocks], self.sizes)
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -231,7 +258,11 @@ class Covariance:
         names: list[str] = []
         for block, (group, effects) in zip(self.blocks, terms, strict=True):
             names += block.parameter_names(group, effects)
-        return (*names, "log_variance[Residual]")
+        last = "Residual"
+        for block, (_, effects) in zip(self.blocks, terms, strict=True):
+            if block.residual:
+                last = block.last_name(effects)
+        return (*names, f"log_variance[{last}]")
 
     def charts(self, chart: Array) -> list[tuple[Block, Array]]:
         """The blocks with what each has of the chart."""
@@ -300,6 +331,11 @@ class Covariance:
         """Lower Cholesky factors (q_k, q_k, ...) at a `canonical` point."""
         return tuple(block.factor(own) for block, own in self.charts(chart))
 
+    def omega_of_factors(self, factors: tuple[Array, ...]) -> Array:
+        """Relative covariances (m, ...) of what `factors` gives."""
+        pairs = zip(self.blocks, factors, strict=True)
+        return _joined([block.omega_of_factor(factor) for block, factor in pairs])
+
     def chart(self, factors: tuple[Array, ...]) -> Array:
         """The inverse of `factors`."""
         pairs = zip(self.blocks, factors, strict=True)
@@ -319,7 +355,7 @@ class Covariance:
     def faces(self) -> np.ndarray:
         """Factors of the chart (faces, r): one block's, and all variances at zero first."""
         length = sum(block.length for block in self.blocks)
-        found = [np.zeros(length)]
+        found = [np.concatenate([np.full(own.length, float(own.residual)) for own in self.blocks])]
         start = 0
         for block in self.blocks:
             for face in block.faces:
@@ -366,25 +402,32 @@ class Covariance:
             The Jacobian of (omega, log sigma2) in `parameters`, (m + 1, k + 1, ...), and the
             Hessian in `parameters`, (k + 1, k + 1, ...).
         """
-        last = parameters[-1]
+        last, xp = parameters[-1], namespace(parameters)
         gradient = gradient[:-1]
-        slopes, bends = [], []
         pairs = zip(self.own_parameters(parameters), self.parts(gradient), strict=True)
-        for (block, own), (_, slope) in pairs:
-            first, second = block.derivatives(own, last, slope)
-            slopes.append(first)
-            bends.append(second)
-        inner, bend = linalg.block_diagonal(slopes), linalg.block_diagonal(bends)
-        # Relative covariances are inversely proportional to sigma2.
-        omega, _ = self.natural(parameters)
-        xp = namespace(inner)
-        mixed = -xp.sum(gradient[:, None] * inner, axis=0)
-        curvature = linalg.border(bend, mixed, xp.sum(gradient * omega, axis=0))
-        jacobian = xp.concatenate([inner, -omega[:, None]], axis=1)
+        found = [block.in_scale(own, last, slope) for (block, own), (_, slope) in pairs]
+        inner = linalg.block_diagonal([slope[:, :-1] for slope, _ in found])
+        of_scale = _joined([slope[:, -1] for slope, _ in found])
+        curvature = linalg.border(
+            linalg.block_diagonal([bend[:-1, :-1] for _, bend in found]),
+            _joined([bend[:-1, -1] for _, bend in found]),
+            sum(bend[-1, -1] for _, bend in found),
+        )
+        jacobian = xp.concatenate([inner, of_scale[:, None]], axis=1)
         unit = xp.concatenate([xp.zeros_like(inner[:1]), xp.ones_like(jacobian[:1, :1])], axis=1)
         jacobian = xp.concatenate([jacobian, unit])
         across = linalg.transpose(jacobian)
         return jacobian, linalg.matmul(across, linalg.matmul(hessian, jacobian)) + curvature
+
+    def of_scale(self, parameters: Array, omega: Array) -> Array:
+        """How omega (m, ...) changes with log sigma2 where `parameters` stay."""
+        pairs = zip(self.own_parameters(parameters), self.parts(omega), strict=True)
+        return _joined(
+            [
+                block.in_scale(own, parameters[-1], part)[0][:, -1] if block.residual else -part
+                for (block, own), (_, part) in pairs
+            ]
+        )
 
     def directions(self, parameters: Array) -> Array | None:
         """Tangents of omega as columns, (m, d); None if they are those of all its entries."""

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model import linalg
+from jaxreml.model.covariance.natural import triangle
 
 Array = Any  # NumPy's or JAX's
 
@@ -120,6 +122,8 @@ def correlation_slopes(z: Array, q: int) -> tuple[Array, Array]:
     place of one or two.
     """
     xp, pairs = namespace(z), list(map(_tanh_and_sech, z))
+    if on_host(z):
+        return _slopes_by_row(pairs, z, q)
     count = range(len(z))
     first = [_product_rows(pairs, q, {k: 1}) for k in count]
     second: dict[tuple[int, int], Array] = {}
@@ -131,6 +135,48 @@ def correlation_slopes(z: Array, q: int) -> tuple[Array, Array]:
     return xp.stack(first, axis=2), xp.stack(rows, axis=2)
 
 
+def _slopes_by_row(
+    pairs: list[tuple[np.ndarray, np.ndarray]], z: np.ndarray, q: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`correlation_slopes` on the host: a row moves with its own coordinates only."""
+    count, lanes = len(z), z.shape[1:]
+    first = np.zeros((q, q, count, *lanes), z.dtype)
+    second = np.zeros((q, q, count, count, *lanes), z.dtype)
+    place = 0
+    for i in range(1, q):
+        own = range(place, place + i)
+        for k in own:
+            first[i, : i + 1, k] = _product_row(pairs, own, {k: 1})
+            second[i, : i + 1, k, k] = _product_row(pairs, own, {k: 2})
+            for j in range(place, k):
+                mixed = _product_row(pairs, own, {j: 1, k: 1})
+                second[i, : i + 1, j, k] = second[i, : i + 1, k, j] = mixed
+        place += i
+    return first, second
+
+
+def correlations(z: Array, q: int) -> Array:
+    """The lower triangle (t, ...) of the correlation matrix at coordinates (c, ...)."""
+    xp = namespace(z)
+    if q == 1:
+        return xp.ones((1, *z.shape[1:]), z.dtype)
+    factor = correlation_factor(z, q)
+    return linalg.matmul(factor, linalg.transpose(factor))[triangle(q)]
+
+
+def correlation_derivatives(z: Array, q: int) -> tuple[Array, Array]:
+    """First and second derivatives of `correlations`: (t, c, ...) and (t, c, c, ...)."""
+    xp, lower = namespace(z), triangle(q)
+    factor = correlation_factor(z, q)
+    first, second = correlation_slopes(z, q)
+    half = xp.einsum("iak...,ja...->ijk...", first, factor)
+    slope = half + half.swapaxes(0, 1)
+    half = xp.einsum("iakl...,ja...->ijkl...", second, factor)
+    half = half + xp.einsum("iak...,jal...->ijkl...", first, first)
+    bend = half + half.swapaxes(0, 1)
+    return slope[lower], bend[lower]
+
+
 def _product_rows(pairs: list[tuple[Array, Array]], q: int, orders: dict[int, int]) -> Array:
     """`correlation_factor` of the coordinates' tanh and sech, differentiated so many times in these
     coordinates.
@@ -138,25 +184,28 @@ def _product_rows(pairs: list[tuple[Array, Array]], q: int, orders: dict[int, in
     Each derivative is made of tanh and sech: finite everywhere, zero at +-inf, with all its digits
     where 1 - tanh^2 would have lost them.
     """
+    ends = [i * (i + 1) // 2 for i in range(q)]
+    own = [range(end - i, end) for i, end in enumerate(ends)]
+    return _factor_of([_product_row(pairs, row, orders) for row in own])
+
+
+def _product_row(
+    pairs: list[tuple[Array, Array]], own: range, orders: dict[int, int]
+) -> list[Array]:
+    """A row of `_product_rows`, whose coordinates are `own`."""
     one = pairs[0][0]
     xp = namespace(one)
-    rows: list[list[Array]] = []
-    place = 0
-    for i in range(q):
-        own = range(place, place + i)
-        place += i
-        rest = xp.ones_like(one) if set(orders) <= set(own) else xp.zeros_like(one)
-        row = []
-        for coordinate in own:
-            tanh, small = pairs[coordinate]
-            order = orders.get(coordinate, 0)
-            later = any(other > coordinate for other in orders)
-            entry = (tanh, small**2, -2 * small**2 * tanh)[order]
-            # Coordinates behind this one do not move it.
-            row.append(xp.zeros_like(rest) if later else entry * rest)
-            rest = rest * (small, -small * tanh, small * (tanh**2 - small**2))[order]
-        rows.append([*row, rest])
-    return _factor_of(rows)
+    rest = xp.ones_like(one) if set(orders) <= set(own) else xp.zeros_like(one)
+    row = []
+    for coordinate in own:
+        tanh, small = pairs[coordinate]
+        order = orders.get(coordinate, 0)
+        later = any(other > coordinate for other in orders)
+        entry = (tanh, small**2, -2 * small**2 * tanh)[order]
+        # Coordinates behind this one do not move it.
+        row.append(xp.zeros_like(rest) if later else entry * rest)
+        rest = rest * (small, -small * tanh, small * (tanh**2 - small**2))[order]
+    return [*row, rest]
 
 
 def tails(row: Array, i: int) -> tuple[list[Array], list[Array]]:

@@ -194,7 +194,7 @@ class Unstructured(Block):
         if self.size > 1:
             undefined = self._undefined(log_variances, z)
             z = xp.where(xp.isnan(z) & undefined, 0.0, z)
-        return self._scale(log_variances, log_sigma2) * self._correlations(z)
+        return self._scale(log_variances, log_sigma2) * cholesky.correlations(z, self.size)
 
     def _undefined(self, log_variances: Array, z: Array) -> Array:
         """Which correlation coordinates, booleans like `z`, others leave undefined.
@@ -222,14 +222,6 @@ class Unstructured(Block):
         rows, columns = triangle(self.size)
         return xp.exp((log_variances[rows] + log_variances[columns]) / 2 - log_sigma2)
 
-    def _correlations(self, z: Array) -> Array:
-        """Correlations in the layout of omega, ones for variances."""
-        xp = namespace(z)
-        if self.size == 1:
-            return xp.ones((1, *z.shape[1:]), z.dtype)
-        factor = cholesky.correlation_factor(z, self.size)
-        return linalg.matmul(factor, linalg.transpose(factor))[triangle(self.size)]
-
     def derivatives(
         self, parameters: Array, log_sigma2: Array, gradient: Array
     ) -> tuple[Array, Array]:
@@ -237,12 +229,12 @@ class Unstructured(Block):
         xp, z = namespace(parameters), parameters[self.size :]
         scale = self._scale(parameters[: self.size], log_sigma2)
         linear = _pairs(self.size).astype(parameters.dtype)
-        omega = scale * self._correlations(z)
+        omega = scale * cholesky.correlations(z, self.size)
         jacobian = omega[:, None] * linear.reshape(*linear.shape, *[1] * (parameters.ndim - 1))
         curvature = xp.tensordot(linear.T, gradient[:, None] * jacobian, axes=1)
         if self.size == 1:
             return jacobian, curvature
-        slope, bend = self._correlation_derivatives(z)
+        slope, bend = cholesky.correlation_derivatives(z, self.size)
         by_z = scale[:, None] * slope
         mixed = xp.tensordot(linear.T, gradient[:, None] * by_z, axes=1)
         corner = xp.sum((gradient * scale)[:, None, None] * bend, axis=0)
@@ -253,18 +245,6 @@ class Unstructured(Block):
             ]
         )
         return xp.concatenate([jacobian, by_z], axis=1), curvature
-
-    def _correlation_derivatives(self, z: Array) -> tuple[Array, Array]:
-        """First and second derivatives of `_correlations`: (m, z, ...) and (m, z, z, ...)."""
-        xp, lower = namespace(z), triangle(self.size)
-        factor = cholesky.correlation_factor(z, self.size)
-        first, second = cholesky.correlation_slopes(z, self.size)
-        half = xp.einsum("iak...,ja...->ijk...", first, factor)
-        slope = half + half.swapaxes(0, 1)
-        half = xp.einsum("iakl...,ja...->ijkl...", second, factor)
-        half = half + xp.einsum("iak...,jal...->ijkl...", first, first)
-        bend = half + half.swapaxes(0, 1)
-        return slope[lower], bend[lower]
 
     def directions(self, parameters: Array, log_sigma2: Array) -> None:
         """All: V is linear in variances and covariances."""

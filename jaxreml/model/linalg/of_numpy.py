@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxreml.model.linalg.plain import (
 
 Array = np.ndarray
 lapack: Any = scipy.linalg.lapack
+PER_LANE = 4  # recurrences of an order over so many lanes each are quicker than LAPACK's calls
 BLOCK = 128  # rows of a matrix that are transposed at a time, to stay in the cache
 
 
@@ -30,11 +32,17 @@ def _lanes_last(matrix: Array, lanes: tuple[int, ...]) -> Array:
     return np.moveaxis(matrix, 0, -1).reshape(*matrix.shape[1:], *lanes)
 
 
+def _is_unrolled(order: int, lanes: tuple[int, ...]) -> bool:
+    """Whether recurrences go over the lanes: not one matrix after the other, where these are
+    many."""
+    return order <= UNROLLED_ORDER or PER_LANE * order <= math.prod(lanes)
+
+
 def cholesky(matrix: Array) -> Array:
     """As `linalg.cholesky`."""
     if not matrix.size:
         return matrix
-    if matrix.ndim > 2 and len(matrix) <= UNROLLED_ORDER:
+    if matrix.ndim > 2 and _is_unrolled(len(matrix), matrix.shape[2:]):
         return unrolled_cholesky(matrix)
     if matrix.ndim > 2:
         each = [cholesky(own) for own in _lanes_first(matrix)]
@@ -49,7 +57,7 @@ def solve_lower(factor: Array, right: Array, transposed: bool = False) -> Array:
     k, lanes = len(factor), np.broadcast_shapes(factor.shape[2:], right.shape[2:])
     if not right.size:
         return np.broadcast_to(right, (*right.shape[:2], *lanes))
-    if k <= UNROLLED_ORDER:  # BLAS would wake its threads
+    if _is_unrolled(k, factor.shape[2:]):  # BLAS would wake its threads
         if right.ndim < factor.ndim:
             right = right.reshape(*right.shape, *[1] * (factor.ndim - right.ndim))
         return unrolled_solve(factor, right, transposed)

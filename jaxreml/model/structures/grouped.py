@@ -26,6 +26,10 @@ Array = Any  # NumPy's or JAX's
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
 COLLINEAR = 1e-10
+SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
+MANY_EQUAL = 8  # levels with one F beyond which they are made fewer
+NOTHING = 1e-15  # singular values of scores, relative to the largest, that are rounding
+FEW_EFFECTS = 4  # up to which traces of pairs are one linear map
 
 
 class Levels(Explicit):
@@ -48,7 +52,11 @@ class Levels(Explicit):
 
     def _cholesky(self, omega: Array) -> Array:
         """Factors of P = I + F Omega F', (q, q, J), for Omega (q, q, 1)."""
-        scaled = linalg.matmul(self.factors, omega)
+        xp = namespace(omega)
+        if omega.ndim == 3 and xp is np:  # one product for all levels
+            scaled = np.tensordot(omega[:, :, 0], self.factors, (0, 1)).swapaxes(0, 1)
+        else:
+            scaled = linalg.matmul(self.factors, omega)
         inner = linalg.matmul(scaled, linalg.transpose(self.factors))
         return linalg.cholesky(inner + linalg.eye_like(inner))
 
@@ -59,6 +67,8 @@ class Levels(Explicit):
     def pair_trace(self, left: Array, right: Array) -> Array:
         lower = natural.triangle(sum(self.sizes))
         products = linalg.row_products(left[lower], right[lower])
+        if sum(self.sizes) > FEW_EFFECTS:
+            return sum_pairs(products, self.sizes)
         flat = products.reshape(-1, *products.shape[2:])
         traces = namespace(flat).tensordot(pairing(self.sizes).astype(flat.dtype), flat, axes=1)
         m = natural.count_theta(self.sizes)
@@ -76,6 +86,11 @@ class Levels(Explicit):
         modes = linalg.matmul(self._omega(omega), cross)[:, 0]
         parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
         return tuple(part.swapaxes(0, 1) for part in parts)
+
+    def posterior_by_omega(self, projection: Projection, omega: Array) -> Array:
+        """`posterior` of covariances that need not be semidefinite: Omega - Omega B Omega."""
+        matrix = self._omega(omega)
+        return matrix - linalg.matmul(linalg.matmul(matrix, projection.inner), matrix)
 
 
 class Products(NamedTuple):
@@ -210,6 +225,35 @@ class Grouped(OfColumns, Levels):
             forms.append(product if a == b else product + linalg.transpose(product))
         return namespace(cross).stack(forms)
 
+    def collapsed(self) -> Grouped:
+        """The same criterion with fewer levels: of those with the same F, c'P^-1 c depends on the
+        cross-products of their scores alone, which few levels have too. On the host."""
+        factors, scores = np.asarray(self.factors), np.asarray(self.scores)
+        (q, k), n_levels = scores.shape[:2], factors.shape[-1]
+        flat = factors.reshape(q * q, n_levels)
+        marks = np.random.default_rng(0).uniform(1, 2, q * q) @ flat
+        scale = np.abs(marks).max(initial=1.0)
+        _, first, own, counts = np.unique(
+            np.round(marks / scale, 9), return_index=True, return_inverse=True, return_counts=True
+        )
+        if np.abs(flat - flat[:, first[own]]).max(initial=0.0) > SAME * np.abs(flat).max():
+            return self
+        new_factors, new_scores, new_counts = [], [], []
+        for place, members in enumerate(
+            np.split(np.argsort(own, kind="stable"), np.cumsum(counts)[:-1])
+        ):
+            rows = scores[:, :, members].reshape(q * k, -1).T
+            if len(rows) > MANY_EQUAL:
+                rows = _fewer_rows(rows)
+            of_logdet = np.zeros(len(rows))
+            of_logdet[0] = counts[place]
+            new_scores.append(rows.T.reshape(q, k, -1))
+            new_factors.append(np.repeat(factors[:, :, members[:1]], len(rows), axis=2))
+            new_counts.append(of_logdet)
+        joined = (np.concatenate(part, axis=-1) for part in (new_factors, new_scores, new_counts))
+        factors, scores, counts = joined
+        return replace(self, factors=factors, scores=scores, counts=counts)  # pyright: ignore
+
     def padded(self, n_levels: int) -> Grouped:
         """With levels without rows, up to `n_levels`; on the host."""
         pad = [(0, 0), (0, 0), (0, n_levels - self.factors.shape[-1])]
@@ -254,6 +298,35 @@ class Grouped(OfColumns, Levels):
             for b, (others, right) in enumerate(owners):
                 total += left * whole[a, b, codes] * right * (codes == others)
         return total
+
+
+def _fewer_rows(rows: np.ndarray) -> np.ndarray:
+    """At least one row with the same cross-products rows'rows, but for rounding."""
+    triangle = np.linalg.qr(rows, mode="r")
+    _, values, vectors = np.linalg.svd(triangle, full_matrices=False)
+    kept = max(int(np.sum(values > NOTHING * values.max(initial=0.0))), 1)
+    return values[:kept, None] * vectors[:kept]
+
+
+def sum_pairs(products: Array, sizes: tuple[int, ...]) -> Array:
+    """tr(E_i L E_j R), (m, m, ...), of the products (t, t, ...) of the entries of their lower
+    triangles, t = q (q + 1) / 2: `pairing` for many effects. With E_i = e_a e_b' + e_b e_a' and
+    E_j = e_c e_d' + e_d e_c' it is L_bc R_da + L_ac R_db + L_bd R_ca + L_ad R_cb."""
+    place = natural.places(sum(sizes))
+    rows, columns = natural.effects_of_omega(sizes)
+    a, b, c, d = rows[:, None], columns[:, None], rows, columns
+    once = np.where(rows == columns, 0.5, 1.0)
+    once = (once[:, None] * once).reshape(len(rows), len(rows), *[1] * (products.ndim - 2))
+    quarters = (
+        products[place[first], place[second]]
+        for first, second in (
+            ((b, c), (d, a)),
+            ((a, c), (d, b)),
+            ((b, d), (c, a)),
+            ((a, d), (c, b)),
+        )
+    )
+    return once.astype(products.dtype) * sum(quarters)
 
 
 @lru_cache

@@ -1,0 +1,27 @@
+# nlme's and glmmTMB's side of residuals.py: reads a task from JSON on the command line, writes JSON.
+suppressPackageStartupMessages({library(nlme); library(glmmTMB); library(jsonlite)})
+task <- fromJSON(commandArgs(TRUE)[1], simplifyVector = FALSE)
+data <- read.csv(task$csv, stringsAsFactors = TRUE)
+data$v <- as.integer(data$visit)
+data <- data[order(data$subject, data$v), ]
+fixed <- as.formula(task$formula)
+timed <- function(f) {
+  fit <- NULL
+  seconds <- system.time(fit <- f())[[3]]
+  list(seconds = seconds, criterion = -2 * as.numeric(logLik(fit)))
+}
+out <- list()
+if (task$model == "us") {
+  if ("gls" %in% task$peers)
+    out$gls <- timed(function() gls(fixed, data, correlation = corSymm(form = ~ v | subject),
+                                    weights = varIdent(form = ~ 1 | visit), control = glsControl(msMaxIter = 500, maxIter = 200)))
+  if ("glmmTMB" %in% task$peers)
+    out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + us(0 + visit | subject)), data,
+                                            dispformula = ~ 0, REML = TRUE))
+} else {
+  if ("lme" %in% task$peers) out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = corAR1(form = ~ v | subject)))
+  if ("glmmTMB" %in% task$peers) out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + (1 | subject) + ar1(0 + visit | subject)), data,
+                                          dispformula = ~ 0, REML = TRUE))
+}
+cat(toJSON(list(results = out, nlme = as.character(packageVersion("nlme")),
+                glmmTMB = as.character(packageVersion("glmmTMB"))), auto_unbox = TRUE, digits = 12))

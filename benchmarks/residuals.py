@@ -1,0 +1,157 @@
+"""Covariances of residuals (`fit(..., residual=)`) beside nlme's gls and lme and glmmTMB.
+
+Studies like the FEV and BCVA trials of R's mmrm: subjects with visits, some of them missing, an
+unstructured covariance of the visits, Satterthwaite's degrees of freedom with ours; and AR(1)
+residuals beside a random intercept. Criteria are compared first. Times are of one call from a
+dataframe, ours in this process after a fit of another shape, R's in a process of its own.
+
+    python benchmarks/residuals.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import have_r, header, machine, row, seconds
+
+import jaxreml
+
+AGREE = 1e-5  # of criteria, what R's optimisers leave
+
+
+def trial(subjects: int, visits: int, patterns: int | None = None, seed: int = 1) -> pd.DataFrame:
+    """A parallel-group trial; visits missing at random, or in one of so many patterns."""
+    rng = np.random.default_rng(seed)
+    times = np.arange(visits)
+    sds = 5 + 0.3 * times
+    matrix = np.exp(-np.abs(times[:, None] - times) / 6) * np.outer(sds, sds)
+    arm, base = rng.integers(0, 2, subjects), rng.normal(75, 10, subjects)
+    race = rng.integers(0, 3, subjects)
+    y = rng.normal(size=(subjects, visits)) @ np.linalg.cholesky(matrix).T
+    y += 0.5 * times * arm[:, None] + 0.1 * base[:, None]
+    if patterns is None:
+        kept = rng.random((subjects, visits)) > 0.1
+    else:
+        shapes = rng.random((patterns, visits)) > 0.15
+        shapes[:, 0] = True
+        kept = shapes[rng.integers(0, patterns, subjects)]
+    i, j = np.nonzero(kept)
+    return pd.DataFrame(
+        {
+            "chg": y[i, j],
+            "subject": [f"s{k:06d}" for k in i],
+            "visit": pd.Categorical.from_codes(j, [f"v{k:02d}" for k in range(visits)]),
+            "arm": np.array(["a", "b"])[arm[i]],
+            "base": base[i],
+            "race": np.array(["x", "y", "z"])[race[i]],
+        }
+    )
+
+
+def studies(quick: bool) -> list[dict[str, Any]]:
+    """What is fitted, and by whom besides."""
+    large = 2_000 if quick else 100_000
+    whole = "chg ~ arm * visit + base + race"
+    small = {"formula": whole, "model": "us", "residual": "us(visit | subject)"}
+    return [
+        {"name": "us, 200 x 4", "data": trial(200, 4), "peers": ["gls", "glmmTMB"], **small},
+        {
+            "name": "us, 1,000 x 10, 23 fixed effects",
+            "data": trial(200 if quick else 1_000, 10),
+            "peers": [] if quick else ["gls", "glmmTMB"],
+            **small,
+        },
+        {
+            "name": "us, 1,000 x 10, 50 patterns",
+            "data": trial(200 if quick else 1_000, 10, 50),
+            "peers": [],
+            **small,
+        },
+        {
+            "name": f"us, {large:,} x 10, 50 patterns",
+            "data": trial(large, 10, 50),
+            "peers": [],
+            **small,
+        },
+        {
+            "name": "ar1 and random intercept, n = 2,000",
+            "data": trial(225, 10),
+            "formula": "chg ~ arm + base",
+            "model": "ar1",
+            "residual": "ar1(visit | subject)",
+            "peers": ["lme", "glmmTMB"],
+        },
+    ]
+
+
+def of_r(study: dict[str, Any], limit: float) -> dict[str, Any]:
+    """Times and criteria of the peers, each in a process of its own."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.csv"
+        study["data"].to_csv(path, index=False)
+        for peer in study["peers"] if have_r() else ():
+            task = {name: study[name] for name in ("formula", "model")}
+            task |= {"csv": str(path), "peers": [peer]}
+            script = Path(__file__).with_suffix(".R")
+            command = ["Rscript", str(script), json.dumps(task)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            except subprocess.TimeoutExpired:
+                found[peer] = {"seconds": limit, "criterion": None}
+                continue
+            if done.returncode:
+                raise SystemExit(f"{script.name} failed:\n{done.stderr}")
+            found |= json.loads(done.stdout)["results"]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small studies")
+    parser.add_argument("--json", type=Path, help="file for the raw figures")
+    parser.add_argument("--limit", type=float, default=900, help="seconds that R may take a study")
+    options = parser.parse_args(arguments)
+    print(machine(("jaxreml", "numpy"), None) + "\n")
+    jaxreml.fit("chg ~ arm", trial(30, 3), residual="cs(visit | subject)").coefficients()
+    header("study", "rows", "jaxreml, s", "peers, s (times ours)", "criteria differ by")
+    found, agree = [], True
+    for study in studies(options.quick):
+        formula = study["formula"] + (" + (1 | subject)" if study["model"] == "ar1" else "")
+        fits: list[Any] = []
+
+        def ours(study: dict = study, formula: str = formula, fits: list = fits) -> None:
+            fits.append(jaxreml.fit(formula, study["data"], residual=study["residual"]))
+            fits[-1].coefficients()
+
+        took = seconds(ours)
+        peers = of_r(study, options.limit)
+        differences = {
+            name: (peer["criterion"] - fits[0].criterion) / (1 + abs(fits[0].criterion))
+            for name, peer in peers.items()
+            if peer["criterion"] is not None
+        }
+        agree &= fits[0].converged and all(abs(value) < AGREE for value in differences.values())
+        cells = [
+            f"{name} {'' if peer['criterion'] else '> '}{peer['seconds']:.2f} "
+            f"({peer['seconds'] / took:.1f})"
+            for name, peer in peers.items()
+        ]
+        apart = [f"{name} {value:.0e}" for name, value in differences.items()]
+        row(study["name"], len(study["data"]), f"{took:.2f}", ", ".join(cells), ", ".join(apart))
+        found.append({"study": study["name"], "jaxreml_s": took, "peers": peers})
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""``residual="us(visit | subject)"``: a covariance of the residuals, from its words to arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from jaxreml.data.columns import is_amount, label
+from jaxreml.data.formula import RESIDUAL, single_name
+from jaxreml.errors import DataError, FormulaError
+from jaxreml.model.arrays import Term
+from jaxreml.model.covariance import correlations
+from jaxreml.model.covariance.correlations import Correlation
+from jaxreml.model.covariance.residual import Residual
+
+MOST_VISITS = 60  # a covariance matrix of more is out of reach
+
+
+class Family(NamedTuple):
+    """A word for a covariance.
+
+    Attributes:
+        correlation: made from the number of visits and their times.
+        each: whether every visit has a variance of its own.
+        timed: whether visits are numbers, whose distances count.
+    """
+
+    correlation: Callable[[int, tuple[float, ...]], Correlation]
+    each: bool
+    timed: bool = False
+
+
+def _plain(kind: Callable[[int], Correlation]) -> Callable[[int, tuple[float, ...]], Correlation]:
+    return lambda size, times: kind(size)
+
+
+FAMILIES = {
+    "us": Family(_plain(correlations.Unrestricted), True),
+    "diag": Family(_plain(correlations.Independent), True),
+    "cs": Family(_plain(correlations.Exchangeable), False),
+    "csh": Family(_plain(correlations.Exchangeable), True),
+    "ar1": Family(_plain(correlations.Autoregressive), False),
+    "ar1h": Family(_plain(correlations.Autoregressive), True),
+    "ad": Family(_plain(correlations.Antedependent), False),
+    "adh": Family(_plain(correlations.Antedependent), True),
+    "toep": Family(_plain(correlations.Toeplitz), False),
+    "toeph": Family(_plain(correlations.Toeplitz), True),
+    "sp_exp": Family(lambda size, times: correlations.Distance(size, times), False, True),
+    "sp_gau": Family(lambda size, times: correlations.Distance(size, times, True), False, True),
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """An argument ``residual``.
+
+    Attributes:
+        text: as given.
+        family: a word of `FAMILIES`.
+        visit, subject, arm: names of the columns; no arm where all share one covariance.
+    """
+
+    text: str
+    family: str
+    visit: str
+    subject: str
+    arm: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its columns."""
+        return tuple(name for name in (self.visit, self.subject, self.arm) if name is not None)
+
+
+@dataclass(frozen=True)
+class ResidualTerm:
+    """The residuals' covariance of a model frame.
+
+    Attributes:
+        words: what it says.
+        visits, arms, subjects: labels, in order; no arms where all subjects share one covariance.
+        places: (n,), the visit of each row; with arms, that among the visits of all arms.
+        codes: (n,), the subject of each row.
+    """
+
+    words: Words
+    visits: tuple[Any, ...]
+    arms: tuple[Any, ...]
+    subjects: tuple[Any, ...]
+    places: np.ndarray
+    codes: np.ndarray
+
+    @property
+    def term(self) -> Term:
+        """What stands for it in a design."""
+        labels = labels_of(self.visits, self.arms)
+        effects = np.zeros((len(self.codes), len(labels)))
+        effects[np.arange(len(effects)), self.places] = 1.0
+
+        def block(size: int) -> Residual:
+            return covariance(self.words.family, self.visits, self.arms)
+
+        return Term(self.codes, effects, RESIDUAL, labels, block)
+
+
+def labels_of(visits: tuple[Any, ...], arms: tuple[Any, ...]) -> tuple[str, ...]:
+    """Labels as texts, of the visits of all arms; numbers as short as they can be."""
+    short = [f"{visit:g}" if isinstance(visit, float) else str(visit) for visit in visits]
+    return tuple(f"{arm}: {visit}" for arm in arms for visit in short) if arms else tuple(short)
+
+
+def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual:
+    """Of visits with these labels; with arms, once for each."""
+    own, size, count = FAMILIES[family], len(visits), max(len(arms), 1)
+    correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
+    if arms:
+        correlation = correlations.Copies(size * count, correlation)
+    variances = np.arange(size * count) if own.each else np.repeat(np.arange(count), size)
+    return Residual(size * count, correlation, tuple(variances.tolist()))
+
+
+def words_of(text: str) -> Words:
+    """What ``us(visit | subject)`` or ``us(visit | arm/subject)`` says.
+
+    Raises:
+        FormulaError: another form, or a family that is not known.
+    """
+    form = "residual must be of the form 'us(visit | subject)'"
+    if not isinstance(text, str):
+        raise FormulaError(f"{form}, not {type(text).__name__}")
+    found = re.fullmatch(r"\s*(\w+)\s*\((.*)\|(.*)\)\s*", text, re.DOTALL)
+    if found is None:
+        raise FormulaError(f"{form}, not {text!r}")
+    family = found[1]
+    if family not in FAMILIES:
+        raise FormulaError(f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}")
+    arm, _, last = found[3].rpartition("/")
+    names = [single_name(part) for part in ([found[2], last, arm] if arm else [found[2], last])]
+    if None in names:
+        raise FormulaError(
+            f"{form}, or 'us(visit | arm/subject)' for a covariance of each arm, with column "
+            f"names in these places, not {text!r}"
+        )
+    if len(set(names)) < len(names):
+        raise FormulaError(f"{text!r} has the same column in two places")
+    return Words(text, family, *names)  # pyright: ignore
+
+
+def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
+    """The term of complete rows.
+
+    Raises:
+        DataError: a subject with the same visit twice, times that are not numbers, fewer than two
+            visits or subjects, too many visits, nothing to estimate a correlation from: named.
+    """
+    words = words_of(text)
+    visit, subject, own = words.visit, words.subject, FAMILIES[words.family]
+    column = pd.Series(table[visit])
+    if own.timed and not is_amount(column):
+        raise DataError(
+            f"residual={text!r} needs numbers for {visit!r}, and it has values such as "
+            f"{column.tolist()[0]!r}"
+        )
+    visits, subjects = pd.Categorical(table[visit]), pd.Categorical(table[subject])
+    visits, subjects = visits.remove_unused_categories(), subjects.remove_unused_categories()
+    for name, found, what in ((visit, visits, "visits"), (subject, subjects, "subjects")):
+        if len(found.categories) < 2:
+            raise DataError(
+                f"residual={text!r}: {name!r} has one value, and {what} are two or more"
+            )
+    if len(visits.categories) > MOST_VISITS:
+        raise DataError(
+            f"residual={text!r}: {visit!r} has {len(visits.categories)} different values, and a "
+            f"covariance of more than {MOST_VISITS} is not there yet; round times to fewer"
+        )
+    places, codes = np.asarray(visits.codes), np.asarray(subjects.codes)
+    _refuse_repeats(text, visit, subject, table, codes.astype(np.int64) * 10**6 + places)
+    if own.correlation(2, (0.0, 1.0)).count and np.bincount(codes).max() < 2:
+        raise DataError(
+            f"residual={text!r}: no {subject!r} has two visits, so nothing is known of their "
+            "correlation"
+        )
+    places, codes, arms = places.astype(np.int64), codes.astype(np.int64), ()
+    if words.arm is not None:
+        of_arm = pd.Categorical(table[words.arm]).remove_unused_categories()
+        arms = tuple(of_arm.categories.tolist())
+        _refuse_two_arms(words, table, codes, np.asarray(of_arm.codes))
+        places = places + len(visits.categories) * np.asarray(of_arm.codes, np.int64)
+    labels = tuple(visits.categories.tolist()), arms, tuple(subjects.categories.tolist())
+    return ResidualTerm(words, *labels, places, codes)
+
+
+def _refuse_two_arms(
+    words: Words, table: pd.DataFrame, codes: np.ndarray, arms: np.ndarray
+) -> None:
+    first = arms[np.unique(codes, return_index=True)[1]]
+    other = arms != first[codes]
+    if other.any():
+        row = int(np.argmax(other))
+        raise DataError(
+            f"residual={words.text!r}: {words.subject} {table[words.subject].iloc[row]!r} is in "
+            f"two of {words.arm!r}; each subject has one covariance"
+        )
+
+
+def _refuse_repeats(
+    text: str, visit: str, subject: str, table: pd.DataFrame, pairs: np.ndarray
+) -> None:
+    repeated = pd.Series(pairs).duplicated().to_numpy()
+    if repeated.any():
+        row = int(np.argmax(repeated))
+        raise DataError(
+            f"residual={text!r}: {subject} {table[subject].iloc[row]!r} has {visit} "
+            f"{table[visit].iloc[row]!r} twice, the second in row {label(table.index[row:])}; each "
+            "subject has each visit once"
+        )
