@@ -15,9 +15,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-# Numbers that are worked on up to which BLAS does without threads: some matrices of order 2,000. Two
-# of them halve the time at best; on a busy machine a factorisation of order 1,142 took 25 times as
-# long, and InstEval (4.8 million numbers, of that order) three times as much CPU.
+# Numbers that are worked on up to which BLAS does without threads: some matrices of order 2,000.
+# Two of them halve the time at best; on a busy machine a factorisation of order 1,142 took 25 times
+# as long, and InstEval (4.8 million numbers, of that order) three times as much CPU.
 SMALL = 2**23
 
 

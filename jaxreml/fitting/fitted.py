@@ -85,6 +85,8 @@ class FittedModel:
         engine: the library that worked on it, "numpy" or "jax".
         residual: the covariance of residuals within subjects; None if they are independent.
         made_from: its model frame and design; None of a fit that was loaded.
+        sandwich: what tests are made from if not the model's covariance (`robust`), and
+            `sandwich_note` which that is; neither is saved.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -123,6 +125,8 @@ class FittedModel:
     residual: ResidualCovariance | None = None
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
+    sandwich: Any = field(default=None, metadata={"saved": False})
+    sandwich_note: str = field(default="", metadata={"saved": False})
 
     @cached_property
     def frame(self) -> ModelFrame:

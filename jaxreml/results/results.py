@@ -14,6 +14,7 @@ from jaxreml.inference.fixed import wald
 from jaxreml.inference.fixed.anova import anova
 from jaxreml.inference.fixed.joint_tests import joint_tests
 from jaxreml.inference.fixed.means import contrast, emmeans, emtrends
+from jaxreml.inference.fixed.robust import robust
 from jaxreml.inference.likelihood.profile import profile
 from jaxreml.inference.parameters import shares
 from jaxreml.inference.parameters.delta import delta, parameters_vcov, variance_parameters
@@ -39,7 +40,7 @@ class LMMResults(FittedModel):
     sentence); notebooks show the model table.
 
     Fixed effects: `params`, `bse`, `tvalues`, `pvalues`, `vcov`, `coefficients`, `conf_int`,
-    `test`, `anova`, `joint_tests`, `emmeans`, `contrast`, `emtrends`, `df_satterthwaite`,
+    `test`, `robust`, `anova`, `joint_tests`, `emmeans`, `contrast`, `emtrends`, `df_satterthwaite`,
     `vcov_kenward_roger`.
 
     Random effects and variances: `random_effects`, `random_effects_se`, `variance_components`,
@@ -86,6 +87,7 @@ class LMMResults(FittedModel):
     """
 
     # Fixed effects
+    robust = robust
     coefficients = in_library(wald.coefficients, "term")
     test = in_library(wald.test, "hypothesis")
     conf_int = in_library(wald.conf_int, "parameter")

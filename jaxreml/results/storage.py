@@ -45,6 +45,8 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
         >>> jaxreml.load("sleep.json")
         <LMMResults 'Reaction ~ Days + (Days | Subject)', REML, criterion 1743.6283>
     """
+    if fit.sandwich is not None:
+        raise DataError("robust standard errors are not saved: save the fit that they are of")
     if not data:
         fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}

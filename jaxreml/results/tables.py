@@ -253,7 +253,7 @@ def summary(
         check_conf_level(conf_level)
     by = "REML" if fit.method == "REML" else "maximum likelihood"
     parts = [
-        f"Linear mixed model fit by {by}. {_METHODS[df]}\n"
+        f"Linear mixed model fit by {by}. {_tests(fit, df)}\n"
         f"Formula: {fit.formula}\n"
         f"Structure: {fit.structure}" + (f" ({fit.engine})" if fit.engine else ""),
         _criterion(fit),
@@ -276,6 +276,10 @@ def summary(
         )
     notes.append(fit.message if fit.converged else f"NOT CONVERGED: {fit.message}")
     return "\n\n".join(parts) + "\n\n" + "\n".join(notes) + "\n"
+
+
+def _tests(fit: FittedModel, df: str) -> str:
+    return f"t-tests use {fit.sandwich_note}" if fit.sandwich_note else _METHODS[df]
 
 
 def _table(rows: list[list[str]], left: int) -> str:

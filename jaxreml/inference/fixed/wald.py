@@ -163,6 +163,8 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
         DataError: variance parameters that Kenward-Roger's method cannot tell apart.
     """
     check_df(df, fit.method)
+    if fit.sandwich is not None:
+        return fit.sandwich
     df = "kenward-roger" if df == "kenward-roger-linear" else df
     if df not in fit.approximations:
         fit.approximations[df] = _approximation(fit, df)
@@ -285,8 +287,8 @@ def test(
         L: (k, p) or (p,) numbers; a dict from names of fixed effects to coefficients; or
             equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar.
-        df: "satterthwaite", "kenward-roger", "kenward-roger-linear", "residual" or "inf"; see
-            `jaxreml.inference.wald`.
+        df: "satterthwaite", "kenward-roger", "kenward-roger-sas", "kenward-roger-linear",
+            "residual" or "inf"; see `jaxreml.inference.wald`.
         joint: all rows together, one F test; or each by itself, with t tests.
 
     Returns:
