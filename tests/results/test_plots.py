@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,15 +15,10 @@ from statsmodels.nonparametric.smoothers_lowess import lowess
 
 import jaxreml
 from jaxreml.errors import DataError
-from jaxreml.inference.fixed import letters
 from jaxreml.results import plots
 from jaxreml.results.plots import (
     canvas,
-    effect_plots,
-    fixed_effects,
     likelihood,
-    random_effects,
-    residuals,
 )
 
 matplotlib.use("Agg")
@@ -284,16 +278,6 @@ def test_bootstrap_density(fit, ax):
     assert legend(ax) == ["estimate", "95% percentile interval"]
     with pytest.raises(DataError, match="no statistic 'tau'"):
         plots.bootstrap_density(bootstrap, "tau")
-
-
-@pytest.mark.parametrize(
-    "module",
-    [effect_plots, fixed_effects, random_effects, residuals, letters],
-    ids=lambda m: m.__name__,
-)
-def test_examples_in_docstrings(module):
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
 
 
 def test_matplotlib_is_imported_when_something_is_drawn_and_jax_is_not():
