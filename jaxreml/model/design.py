@@ -28,6 +28,7 @@ from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.moments import of_moments
 from jaxreml.model.response import Response
 from jaxreml.model.structures import Full, Grouped
+from jaxreml.model.structures.collapse import fewer_levels
 from jaxreml.model.units import Units
 from jaxreml.status import Status
 
@@ -326,7 +327,7 @@ class Design:
         same visits make few levels, however many they are. On the host."""
         if self.covariance.random.all() or not isinstance(self.structure, Grouped):
             return self
-        return replace(self, structure=self.structure.collapsed())
+        return replace(self, structure=fewer_levels(self.structure))
 
     def combined(self, matrix: Array, absent: Array) -> Design:
         """The criterion of the columns [X y] C, for what follows from it alone: see

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
-from jaxreml.data.grouping import combined_codes
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import Fit, FittedModel
 
@@ -85,11 +84,10 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
                 f"cluster {cluster!r} is not a column that the fit uses; there are {known}"
             )
         values = fit.table[cluster]
-        codes, name = combined_codes([np.unique(values, return_inverse=True)[1]]), str(cluster)
+        codes, name = np.unique(values, return_inverse=True)[1], str(cluster)
     for other, own in parts:
         first = codes[np.unique(own, return_index=True)[1]]
-        shared = codes != first[np.unique(own, return_inverse=True)[1]]
-        if shared.any():
+        if np.any(codes != first[own]):
             raise DataError(
                 f"levels of {other!r} are in several clusters of {name!r}, which are not "
                 "independent then; give cluster= a column that contains them"
@@ -138,14 +136,12 @@ class Sandwich:
         model: (p, p), M.
         weights: per cluster (k, p), A_c'V_c^-1 X_c M.
         clusters: the rows.
-        factor: of the sum.
     """
 
     vcov: np.ndarray
     model: np.ndarray
     weights: list[np.ndarray]
     clusters: list[Cluster]
-    factor: float
 
     @staticmethod
     def of(fit: FittedModel, codes: np.ndarray, kind: str) -> Sandwich:
@@ -157,7 +153,7 @@ class Sandwich:
         scores = np.array(
             [own.residual @ part for own, part in zip(clusters, weights, strict=True)]
         )
-        return Sandwich(factor * scores.T @ scores, model, weights, clusters, factor)
+        return Sandwich(factor * scores.T @ scores, model, weights, clusters)
 
     def single(self, rows: np.ndarray) -> np.ndarray:
         """Degrees of freedom (k,) of the t tests of (k, p) `rows`."""

@@ -156,6 +156,10 @@ class Block(ABC):
 
         return _over_lanes(bend, chart, gradient)
 
+    def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
+        """`jacobian` and `curvature` together, which a search asks for."""
+        return self.jacobian(chart), self.curvature(chart, gradient)
+
     def derivatives(
         self, parameters: Array, log_sigma2: Array, gradient: Array
     ) -> tuple[Array, Array]:
@@ -294,8 +298,9 @@ class Covariance:
         slopes, bends = [], []
         pairs = zip(self.charts(chart), self.parts(gradient), strict=True)
         for (block, own), (_, slope) in pairs:
-            slopes.append(block.jacobian(own))
-            bends.append(block.curvature(own, slope))
+            first, second = block.slopes(own, slope)
+            slopes.append(first)
+            bends.append(second)
         return linalg.block_diagonal(slopes), linalg.block_diagonal(bends)
 
     def chain(self, chart: Array, gradient: Array, hessian: Array) -> tuple[Array, Array]:

@@ -152,7 +152,13 @@ class Residual(Block):
     def curvature(self, chart: Array, gradient: Array) -> Array:
         if not on_host(chart):
             return super().curvature(chart, gradient)
-        return np.sum(gradient[:, None, None] * self._derivatives(chart)[1], axis=0)
+        return self.slopes(chart, gradient)[1]
+
+    def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
+        if not on_host(chart):
+            return super().slopes(chart, gradient)
+        first, second = self._derivatives(chart)
+        return first, np.sum(gradient[:, None, None] * second, axis=0)
 
     def _derivatives(self, chart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First and second derivatives of M, (t, r, ...) and (t, r, r, ...): the logarithm of an
@@ -180,9 +186,9 @@ class Residual(Block):
         """By the chart, whose logarithms are (log-variance - log sigma2) / 2."""
         chart = self._chart_at(parameters, log_sigma2)
         moves = self._moves(chart)
-        bend = linalg.matmul(self.curvature(chart, gradient), moves)
-        slope = linalg.matmul(self.jacobian(chart), moves)
-        return slope, linalg.matmul(linalg.transpose(moves), bend)
+        slope, bend = self.slopes(chart, gradient)
+        bend = linalg.matmul(linalg.transpose(moves), linalg.matmul(bend, moves))
+        return linalg.matmul(slope, moves), bend
 
     def _moves(self, chart: Array) -> Array:
         """How the chart changes with the parameters and log sigma2, (r, k + 1, ...)."""

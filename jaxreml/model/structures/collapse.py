@@ -8,19 +8,21 @@ to r of a class's n levels. What y has left in the other n - r enters through it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import record
-from jaxreml.model.structures.grouped import Partition
+from jaxreml.model.structures.grouped import Grouped, Partition
 
 Array = Any  # NumPy's or JAX's
 
 SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
 NO_X = 1e-13  # length of a score of (orthonormal) X that is rounding error
+MANY_EQUAL = 8  # levels with one F beyond which `fewer_levels` makes them fewer
+NOTHING = 1e-15  # singular values of scores, relative to the largest, that are rounding
 MAX_ROTATION = 2 * 10**7  # entries of the rotation; above it levels stay as they are
 
 
@@ -93,9 +95,7 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
         The plan, or None if it would save less than a third of the levels.
     """
     q, p, n_levels = scores_x.shape
-    classes = equal_levels(factors)
-    order = np.argsort(classes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
+    groups = _by_class(factors)
     rows: list[np.ndarray] = []  # of the rotation, dense over one class
     members: list[np.ndarray] = []
     collapsed: list[tuple[np.ndarray, int]] = []
@@ -140,12 +140,50 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
     )
 
 
+def fewer_levels(structure: Grouped) -> Grouped:
+    """The same criterion, of one response, with fewer levels: of those with the same F, c'P^-1 c
+    depends on the cross-products of their scores alone, which few levels have too. On the host."""
+    factors, scores = np.asarray(structure.factors), np.asarray(structure.scores)
+    q, k = scores.shape[:2]
+    new_factors, new_scores, counts = [], [], []
+    for levels in _by_class(factors):
+        rows = scores[:, :, levels].reshape(q * k, -1).T
+        if len(rows) > MANY_EQUAL:
+            rows = _fewer_rows(rows)
+        new_scores.append(rows.T.reshape(q, k, -1))
+        new_factors.append(np.repeat(factors[:, :, levels[:1]], len(rows), axis=2))
+        counts += [levels.size / len(rows)] * len(rows)
+    return replace(  # pyright: ignore
+        structure,
+        factors=np.concatenate(new_factors, axis=2),
+        scores=np.concatenate(new_scores, axis=2),
+        counts=np.array(counts),
+    )
+
+
+def _fewer_rows(rows: np.ndarray) -> np.ndarray:
+    """At least one row with the same cross-products rows'rows, but for rounding."""
+    triangle = np.linalg.qr(rows, mode="r")
+    _, values, vectors = np.linalg.svd(triangle, full_matrices=False)
+    kept = max(int(np.sum(values > NOTHING * values.max(initial=0.0))), 1)
+    return values[:kept, None] * vectors[:kept]
+
+
+def _by_class(factors: np.ndarray) -> list[np.ndarray]:
+    """The levels of each class of `equal_levels`."""
+    classes = equal_levels(factors)
+    order = np.argsort(classes, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
+
+
 def equal_levels(factors: np.ndarray) -> np.ndarray:
     """Classes (J,) of levels that have the same F, of (q, q, J)."""
     q, _, n_levels = factors.shape
     largest = np.abs(factors).max(axis=2, keepdims=True)
     rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
-    classes = np.unique(rounded.reshape(q * q, n_levels).T, axis=0, return_inverse=True)[1]
+    flat = rounded.reshape(q * q, n_levels)
+    differ = np.any(flat != flat[:, :1], axis=1)  # the others tell no levels apart
+    classes = np.unique(flat[differ].T, axis=0, return_inverse=True)[1]
     return classes.ravel()
 
 

@@ -26,9 +26,6 @@ Array = Any  # NumPy's or JAX's
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
 COLLINEAR = 1e-10
-SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
-MANY_EQUAL = 8  # levels with one F beyond which they are made fewer
-NOTHING = 1e-15  # singular values of scores, relative to the largest, that are rounding
 FEW_EFFECTS = 4  # up to which traces of pairs are one linear map
 
 
@@ -225,35 +222,6 @@ class Grouped(OfColumns, Levels):
             forms.append(product if a == b else product + linalg.transpose(product))
         return namespace(cross).stack(forms)
 
-    def collapsed(self) -> Grouped:
-        """The same criterion with fewer levels: of those with the same F, c'P^-1 c depends on the
-        cross-products of their scores alone, which few levels have too. On the host."""
-        factors, scores = np.asarray(self.factors), np.asarray(self.scores)
-        (q, k), n_levels = scores.shape[:2], factors.shape[-1]
-        flat = factors.reshape(q * q, n_levels)
-        marks = np.random.default_rng(0).uniform(1, 2, q * q) @ flat
-        scale = np.abs(marks).max(initial=1.0)
-        _, first, own, counts = np.unique(
-            np.round(marks / scale, 9), return_index=True, return_inverse=True, return_counts=True
-        )
-        if np.abs(flat - flat[:, first[own]]).max(initial=0.0) > SAME * np.abs(flat).max():
-            return self
-        new_factors, new_scores, new_counts = [], [], []
-        for place, members in enumerate(
-            np.split(np.argsort(own, kind="stable"), np.cumsum(counts)[:-1])
-        ):
-            rows = scores[:, :, members].reshape(q * k, -1).T
-            if len(rows) > MANY_EQUAL:
-                rows = _fewer_rows(rows)
-            of_logdet = np.zeros(len(rows))
-            of_logdet[0] = counts[place]
-            new_scores.append(rows.T.reshape(q, k, -1))
-            new_factors.append(np.repeat(factors[:, :, members[:1]], len(rows), axis=2))
-            new_counts.append(of_logdet)
-        joined = (np.concatenate(part, axis=-1) for part in (new_factors, new_scores, new_counts))
-        factors, scores, counts = joined
-        return replace(self, factors=factors, scores=scores, counts=counts)  # pyright: ignore
-
     def padded(self, n_levels: int) -> Grouped:
         """With levels without rows, up to `n_levels`; on the host."""
         pad = [(0, 0), (0, 0), (0, n_levels - self.factors.shape[-1])]
@@ -298,14 +266,6 @@ class Grouped(OfColumns, Levels):
             for b, (others, right) in enumerate(owners):
                 total += left * whole[a, b, codes] * right * (codes == others)
         return total
-
-
-def _fewer_rows(rows: np.ndarray) -> np.ndarray:
-    """At least one row with the same cross-products rows'rows, but for rounding."""
-    triangle = np.linalg.qr(rows, mode="r")
-    _, values, vectors = np.linalg.svd(triangle, full_matrices=False)
-    kept = max(int(np.sum(values > NOTHING * values.max(initial=0.0))), 1)
-    return values[:kept, None] * vectors[:kept]
 
 
 def sum_pairs(products: Array, sizes: tuple[int, ...]) -> Array:
