@@ -465,13 +465,16 @@ class FittedModel:
 
     @property
     def ngroups(self) -> dict[str, int]:
-        """Levels of each grouping factor.
+        """Levels of each grouping factor, the subjects of ``residual=`` among them.
 
         Examples:
             >>> fit.ngroups
             {'Subject': 18}
         """
-        return {grouping.name: len(grouping.levels) for grouping in self.groupings}
+        found = {grouping.name: len(grouping.levels) for grouping in self.groupings}
+        if self.residual is not None:
+            found.setdefault(self.residual.words.subject, len(self.residual.subjects))
+        return found
 
     @property
     def converged(self) -> bool:

@@ -33,7 +33,12 @@ def _of_random_effects(
     rename: Mapping[str, str] | None = None,
     **texts: str,
 ) -> Table:
-    """Variances, SDs with intervals and correlations, as lme4 lays them out."""
+    """Variances, SDs with intervals and correlations, as lme4 lays them out; a list of SDs and
+    correlations where residuals have a covariance."""
+    if fit.residual is not None:
+        shown = ("estimate", "std_error", "conf_int")
+        given = {"conf_level": conf_level, "digits": digits, "rename": rename or {}}
+        return model_table(fit, parts="random", columns=shown, **given, **texts)  # pyright: ignore
     check_conf_level(conf_level)
     estimates = tidy(fit, "ran_pars", conf_int=True, conf_level=conf_level)
     sds = estimates.loc[estimates["term"].str.startswith("sd__").to_numpy()]
@@ -130,36 +135,17 @@ def to_latex(
     return as_table(fit, table, digits=digits, **texts, **options).to_latex()
 
 
-def to_html(
-    fit: FittedModel,
-    table: str = "model",
-    *,
-    caption: str = "",
-    label: str = "",
-    note: str = "",
-    digits: int | None = None,
-    **options: Any,
-) -> str:
+def to_html(fit: FittedModel, table: str = "model", **options: Any) -> str:
     """A table of the fit as an HTML element; arguments as for `to_latex`.
 
     Examples:
         >>> fit.to_html("random_effects", caption="Variances").count("<tr>")
         2
     """
-    texts = {"caption": caption, "label": label, "note": note}
-    return as_table(fit, table, digits=digits, **texts, **options).to_html()
+    return as_table(fit, table, **options).to_html()
 
 
-def to_markdown(
-    fit: FittedModel,
-    table: str = "model",
-    *,
-    caption: str = "",
-    label: str = "",
-    note: str = "",
-    digits: int | None = None,
-    **options: Any,
-) -> str:
+def to_markdown(fit: FittedModel, table: str = "model", **options: Any) -> str:
     """A table of the fit as a pipe table of Markdown; arguments as for `to_latex`.
 
     Examples:
@@ -170,8 +156,7 @@ def to_markdown(
         <BLANKLINE>
         *Note.* Type III tests. Tests use Satterthwaite's degrees of freedom.
     """
-    texts = {"caption": caption, "label": label, "note": note}
-    return as_table(fit, table, digits=digits, **texts, **options).to_markdown()
+    return as_table(fit, table, **options).to_markdown()
 
 
 def repr_html(fit: FittedModel) -> str:

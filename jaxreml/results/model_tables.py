@@ -213,6 +213,13 @@ def _labels(fit: FittedModel, rename: Mapping[str, str]) -> dict[tuple[str, str,
         both = f"{text(group)}: correlation of {text(first)}, {text(second)}"
         found[RANDOM, group, f"cor__{first}.{second}"] = both
     found[RANDOM, RESIDUAL, "sd__Observation"] = f"{text(RESIDUAL)} SD"
+    if fit.residual is not None:
+        block, visits = fit.residual.block, fit.residual.effects
+        for label in block.variance_labels(visits):
+            found[RANDOM, RESIDUAL, f"sd__{label}"] = f"{text(RESIDUAL)} SD, {label}"
+        for i, j in block.correlation.described:
+            both = f"{text(RESIDUAL)} correlation, {visits[i]}, {visits[j]}"
+            found[RANDOM, RESIDUAL, f"cor__{visits[i]}.{visits[j]}"] = both
     return found
 
 

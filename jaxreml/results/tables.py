@@ -371,10 +371,7 @@ def _residuals(fit: FittedModel) -> str:
 
 
 def _counts(fit: FittedModel) -> str:
-    counts = dict(fit.ngroups)
-    if fit.residual is not None:
-        counts.setdefault(fit.residual.words.subject, len(fit.residual.subjects))
-    groups = "; ".join(f"{name}, {levels}" for name, levels in counts.items())
+    groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
     text = f"Number of obs: {fit.nobs}, groups:  {groups}"
     if fit.n_dropped:
         text += f"\n  ({fit.n_dropped} rows with missing values dropped)"

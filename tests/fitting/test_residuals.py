@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from independent import gradient
+from matplotlib.figure import Figure
 
 import jaxreml
 from jaxreml.data.residual import FAMILIES
@@ -423,6 +424,29 @@ def test_tables():
     assert names == ["sd_(Intercept)|USUBJID", "sigma", "cor_VIS2.VIS1|Residual"]
     assert list(both.random_effects) == ["USUBJID"] and both.dof == 5 + 3
     assert fit.random_effects == {} and fit.dof == 5 + 10
+
+
+@pytest.mark.parametrize("random", ["", " + (1 | USUBJID)"])
+def test_tables_for_papers_and_plots(random):
+    family = "ar1h" if random else "us"
+    fit = fitted(f"{family}{ON}", f"FEV1 ~ ARMCD + AVISIT{random}")
+    text = fit.to_markdown()
+    sds = fit.variance_parameters()
+    for visit in ("VIS1", "VIS4"):
+        (line,) = (own for own in text.splitlines() if f"Residual SD, {visit}" in own)
+        assert f"{sds.loc[f'sd_{visit}|Residual', 'estimate']:.2f}" in line
+    (line,) = (own for own in text.splitlines() if "correlation, VIS2, VIS1" in own)
+    assert f"{sds.loc['cor_VIS2.VIS1|Residual', 'estimate']:.2f}" in line
+    assert "Groups: USUBJID" in text and "197" in text
+    alone = fit.to_latex("random_effects", conf_level=0.9)
+    assert "Residual SD, VIS4" in alone and "90\\% CI" in alone and "ARMCD[T" not in alone
+    assert "Residual SD, VIS1" in fit._repr_html_() and "ARMCD" in fit.to_markdown("coefficients")
+    axes = fit.plot(ax=Figure().subplots(2, 2).ravel())
+    assert axes[3].get_visible() == bool(random)
+    jaxreml.plots.effects(fit, "AVISIT", ax=Figure().subplots())
+    if not random:
+        with pytest.raises(jaxreml.DataError, match="no random effects to draw"):
+            jaxreml.plots.caterpillar(fit)
 
 
 def test_saved_and_read(tmp_path):

@@ -87,15 +87,16 @@ class Effect:
 
     @cached_property
     def grouping(self) -> str:
-        """The first grouping factor with a random effect of the variable, or the first."""
+        """The first grouping factor with a random effect of the variable, or the first; "" of a fit
+        without random effects."""
         terms = self.fit.frame.terms
         own = [term.name for term in terms if self.variable in term.encoding.variables]
-        return [*own, terms[0].name][0]
+        return [*own, *(term.name for term in terms), ""][0]
 
     @property
     def few_groups(self) -> bool:
-        """Whether the levels of `grouping` are not too many for a line each."""
-        return self.fit.ngroups[self.grouping] <= MOST
+        """Whether there are levels of `grouping`, and not too many for a line each."""
+        return bool(self.grouping) and self.fit.ngroups[self.grouping] <= MOST
 
     @property
     def cells(self) -> list[str]:

@@ -294,6 +294,8 @@ def _chosen(
 ) -> tuple[str, list[str]]:
     """A grouping factor, the first where none is asked for, and some of its effects or all."""
     frames = fit.random_effects
+    if not frames:
+        raise DataError("the fit has no random effects to draw")
     group = str(next(iter(frames))) if group is None else group
     if group not in frames:
         raise DataError(f"there is no grouping factor {group!r}: {', '.join(frames)}")

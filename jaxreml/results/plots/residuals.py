@@ -120,7 +120,8 @@ def diagnostics(
         ax: four Axes to draw on.
 
     Returns:
-        An array of the four Axes: residuals_fitted, scale_location, qq_residuals, qq_modes.
+        An array of the four Axes: residuals_fitted, scale_location, qq_residuals, qq_modes; the
+        last is hidden where the fit has no random effects.
 
     Examples:
         >>> axes = fit.plot(effect="Days")
@@ -131,7 +132,10 @@ def diagnostics(
     residuals_fitted(fit, ax=axes[0])
     scale_location(fit, ax=axes[1])
     qq_residuals(fit, ax=axes[2])
-    qq_modes(fit, group, effect, ax=axes[3])
+    if fit.groupings:
+        qq_modes(fit, group, effect, ax=axes[3])
+    else:
+        axes[3].set_visible(False)
     return axes
 
 
