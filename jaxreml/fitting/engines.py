@@ -27,10 +27,16 @@ FEW = 150  # random effects of several factors up to which they take one matrix
 def suited_structure(frame: ModelFrame, asked: str | None, engine: str | None) -> str | None:
     """The structure asked for, or one that NumPy can work with; None to have it chosen."""
     several = len({term.name for term in frame.terms}) > 1
-    if asked is not None or engine == "jax" or not several:
+    if asked is not None or engine == "jax" or not several or frame.kernels:
         return asked
     effects = sum(len(term.levels) * len(term.effect_names) for term in frame.terms)
     return "dense" if effects <= FEW else None
+
+
+def numbers_of(frame: ModelFrame) -> int:
+    """How many numbers a design is made from; a kernel, which is decomposed, counts eight times."""
+    kernels = [len(term.seen) for term in frame.terms if term.kernel is not None]
+    return frame.X.size + 8 * sum(order**2 for order in kernels)
 
 
 def engine_for(design: Design, asked: str | None) -> str:
