@@ -113,7 +113,7 @@ class Basis:
         effects = [
             (own.codes, units.rows(k, columns[k]), own.n_levels) for k, own in enumerate(terms)
         ]
-        residual = any(own.covariance.residual for own in terms)
+        residual = next((k for k, own in enumerate(terms) if own.covariance.residual), None)
         planned = None if like is None else like.projector
         projector = _projector(effects, structure, n, planned, residual)
 
@@ -242,18 +242,13 @@ def _check_terms(
 
 
 def _projector(
-    effects: Terms, structure: str | None, n: int, like: Any, residual: bool
+    effects: Terms, structure: str | None, n: int, like: Any, residual: int | None
 ) -> Projector:
     """Choose and prepare the structure, or check the one that was asked for."""
     if structure not in (None, *KINDS):
         raise DataError(f'structure must be "grouped", "crossed" or "dense", not {structure!r}')
     one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
     xp = namespace(*(columns for _, columns, _ in effects))
-    if residual and not one_factor:
-        raise DataError(
-            "a covariance of residuals within subjects goes with random effects of the same "
-            "subjects, so far, and not with those of several factors"
-        )
     if structure == "grouped" and not one_factor:
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'
@@ -269,7 +264,7 @@ def _projector(
         columns = xp.concatenate([columns for _, columns, _ in effects], axis=1)
         return GroupedBasis.of(effects[0][0], columns, effects[0][2])
     if structure == "crossed":
-        return CrossedBasis(effects, like)
+        return CrossedBasis(effects, like, residual)
     total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
     order = n if xp is not np else min(n, total)
     size = 8 * (3 * n * total + total * total + 4 * order * order)  # Z, Q and LAPACK's copy

@@ -80,8 +80,7 @@ def _posterior(
 ) -> Any:
     if design.covariance.random.all():
         return design.structure.posterior(projection, factors)
-    structure: Any = design.structure  # grouped: see `basis`
-    return structure.posterior_by_omega(projection, omega)
+    return design.structure.posterior_by_omega(projection, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:

@@ -526,9 +526,3 @@ def test_bad_input():
     many = many.assign(x=many["y"].round(), time=np.arange(300.0), subject=np.repeat(range(10), 30))
     with pytest.raises(jaxreml.DataError, match="300 different values"):
         fit("ar1(time | subject)", many)
-    with pytest.raises(jaxreml.DataError, match="several factors"):
-        jaxreml.fit(
-            "y ~ x + (1 | site)",
-            data.assign(site=np.arange(len(data)) % 3),
-            residual="ar1(time | subject)",
-        )

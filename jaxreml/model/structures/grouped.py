@@ -85,7 +85,7 @@ class Levels(Explicit):
         return tuple(part.swapaxes(0, 1) for part in parts)
 
     def posterior_by_omega(self, projection: Projection, omega: Array) -> Array:
-        """`posterior` of covariances that need not be semidefinite: Omega - Omega B Omega."""
+        """Omega - Omega B Omega."""
         matrix = self._omega(omega)
         return matrix - linalg.matmul(linalg.matmul(matrix, projection.inner), matrix)
 
