@@ -74,7 +74,7 @@ def read(value: Any, kind: np.dtype, name: str) -> Any:
     if np.ma.is_masked(value):
         raise DataError(f"{name} contains masked values; drop those rows first")
     try:
-        array = np.asarray(value).astype(kind)
+        array = np.asarray(value).astype(kind, copy=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} is not numeric: {error}") from None
     if not np.all(np.isfinite(array)):

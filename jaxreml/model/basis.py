@@ -261,7 +261,8 @@ def _projector(
     if structure is None:
         structure = "grouped" if one_factor else "dense" if xp is not np else "crossed"
     if structure == "grouped":
-        columns = xp.concatenate([columns for _, columns, _ in effects], axis=1)
+        every = [columns for _, columns, _ in effects]
+        columns = every[0] if len(every) == 1 else xp.concatenate(every, axis=1)
         return GroupedBasis.of(effects[0][0], columns, effects[0][2])
     if structure == "crossed":
         return CrossedBasis(effects, like, residual)

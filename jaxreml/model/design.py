@@ -368,8 +368,8 @@ def with_spare_levels(design: Design) -> Design:
     Designs of nearly equal numbers of levels become of one shape, and share what is compiled.
     Numbers of levels become multiples of 4 up to 64, and one of eight per doubling above.
     """
-    if not isinstance(design.structure, Grouped):
-        return design
+    if not isinstance(design.structure, Grouped) or not design.covariance.random.all():
+        return design  # subjects with a covariance of residuals may be very many
     n_levels = design.structure.factors.shape[-1]
     step = max(4, 1 << max(n_levels.bit_length() - 4, 0))
     return _with_levels(design, -(-n_levels // step) * step)

@@ -158,7 +158,11 @@ def degrees_of_freedom(design: Design, *, reml: bool) -> Array | int:
 
 def profiled(omega: Array, design: Design, *, reml: bool) -> Array:
     """`neg2_loglik` at the residual variance that minimises it, rss / degrees of freedom."""
-    marginal = design.structure.marginal(omega)
+    return profiled_of(design.structure.marginal(omega), design, reml=reml)
+
+
+def profiled_of(marginal: Marginal, design: Design, *, reml: bool) -> Array:
+    """`profiled`, of what the structure says there."""
     return _profiled(log_pivots(marginal), marginal.logdet, design, reml=reml)
 
 
