@@ -16,7 +16,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Block, Report
+from jaxreml.model.covariance.base import Block, Reading, Report
 from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.factors import factor_semidefinite
 from jaxreml.model.covariance.natural import places, triangle
@@ -60,6 +60,17 @@ class Residual(Block):
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
         names = [f"log_variance[Residual, {label}]" for label in self.variance_labels(effects)[1:]]
         return (*names, *(f"z[Residual, {name}]" for name in self.correlation.names(effects)))
+
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The variances once each, and what describes the correlations."""
+        labels = self.variance_labels(effects)
+        sds = [Reading(label, (self.variances.index(k),)) for k, label in enumerate(labels)]
+        others = self.correlation.readings(effects)
+        shift = self.log_variances
+        return sds + [
+            own._replace(parameter=own.parameter + shift) if own.parameter >= 0 else own
+            for own in others
+        ]
 
     def last_name(self, effects: tuple[str, ...]) -> str:
         label = self.variance_labels(effects)[0]
