@@ -1,6 +1,7 @@
 # The public names, and where they live. `jaxreml/__init__.py` reads them from here.
 from jaxreml import datasets as datasets
 from jaxreml import inference as inference
+from jaxreml import kernels as kernels
 from jaxreml.api.fit import fit as fit
 from jaxreml.api.fit_many import fit_many as fit_many
 from jaxreml.api.score_tests import score_tests as score_tests

@@ -29,6 +29,8 @@ class Term:
         name: the grouping factor's name.
         effect_names: q names.
         covariance: of the effects: a `Block` made from their number.
+        kernel: (L, L), the known covariance of L levels, up to the factor that is estimated;
+            `group` has places in it then, 0 to L - 1. Levels are independent if left out.
 
     Examples:
         >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
@@ -43,6 +45,7 @@ class Term:
     name: str = "group"
     effect_names: tuple[str, ...] | None = None
     covariance: Callable[[int], Block] = Unstructured
+    kernel: Any = None
 
 
 def is_traced(value: Any) -> bool:
@@ -155,6 +158,7 @@ class Effects(NamedTuple):
         name: the grouping factor's.
         effect_names: q names.
         covariance: of the effects.
+        kernel: (n_levels, n_levels), as in `Term`, or None.
     """
 
     codes: np.ndarray
@@ -163,6 +167,14 @@ class Effects(NamedTuple):
     name: str
     effect_names: tuple[str, ...]
     covariance: Block
+    kernel: Any = None
+
+    @property
+    def lengths(self) -> Any:
+        """The columns times the standard deviations of their levels in the kernel."""
+        if self.kernel is None:
+            return self.columns
+        return self.columns * np.sqrt(np.diagonal(self.kernel))[self.codes, None]
 
 
 def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
@@ -176,6 +188,10 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
     if group.shape != (n,):
         raise DataError(f"grouping factor {term.name} must have shape ({n},), not {group.shape}")
     levels, codes = _levels(group, term.name)
+    kernel, n_levels = None, int(levels.size)
+    if term.kernel is not None:
+        kernel, codes = _kernel(term, group, kind)
+        n_levels = len(kernel)
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = read(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -190,7 +206,22 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
     if levels.size < 2:
         raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
     covariance = term.covariance(q)
-    return Effects(codes, columns, int(levels.size), term.name, tuple(names), covariance)
+    return Effects(codes, columns, n_levels, term.name, tuple(names), covariance, kernel)
+
+
+def _kernel(term: Term, group: np.ndarray, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel (L, L), and the places of the rows in it."""
+    kernel = read(term.kernel, kind, f"the kernel of {term.name}")
+    if is_traced(kernel):
+        raise DataError(f"the kernel of {term.name} must be concrete: it is decomposed once")
+    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
+        raise DataError(f"the kernel of {term.name} must be square, not {kernel.shape}")
+    places = group.astype(int) if group.dtype.kind in "iuf" else None
+    if places is None or np.any(places != group) or np.any((places < 0) | (places >= len(kernel))):
+        raise DataError(
+            f"the group of {term.name} must be places in its kernel, 0 to {len(kernel) - 1}"
+        )
+    return kernel, places
 
 
 def read_terms(terms: Any, n: int, kind: np.dtype) -> list[Effects]:

@@ -26,6 +26,8 @@ from jaxreml.model.structures.base import Projector, Terms
 from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.model.structures.dense import DenseBasis
 from jaxreml.model.structures.grouped import GroupedBasis
+from jaxreml.model.structures.kernel import KernelBasis
+from jaxreml.model.structures.linear import LinearBasis
 from jaxreml.model.units import Units, orthonormal
 from jaxreml.status import Status
 
@@ -34,6 +36,7 @@ DEPENDENT = 1e-10  # a column of X of which no more than this share is outside t
 PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
 ROUNDING = 100  # both are at least as many units of rounding: in single precision
 KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
+OF_KERNELS = {"kernel": KernelBasis, "linear": LinearBasis}
 
 
 @record
@@ -109,13 +112,20 @@ class Basis:
         n_used = n if used is None else int(used.sum())
         _check_terms(terms, columns, used, n_used)
         covariance = Covariance(tuple(own.covariance for own in terms))
-        units = Units.of(columns, n_used, covariance)
+        lengths = [
+            own._replace(columns=weighted).lengths
+            for own, weighted in zip(terms, columns, strict=True)
+        ]
+        units = Units.of(lengths, n_used, covariance)
         effects = [
             (own.codes, units.rows(k, columns[k]), own.n_levels) for k, own in enumerate(terms)
         ]
         residual = next((k for k, own in enumerate(terms) if own.covariance.residual), None)
-        planned = None if like is None else like.projector
-        projector = _projector(effects, structure, n, planned, residual)
+        if any(own.kernel is not None for own in terms):
+            projector = _of_kernels(effects, terms, structure, n_used, residual is not None)
+        else:
+            planned = None if like is None else like.projector
+            projector = _projector(effects, structure, n, planned, residual)
 
         rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
         scores, rest = projector.project(rows)
@@ -164,7 +174,8 @@ class Basis:
     @property
     def kind(self) -> str:
         """Name of the structure."""
-        return next(name for name, of in KINDS.items() if isinstance(self.projector, of))
+        kinds = {**KINDS, **OF_KERNELS}
+        return next(name for name, of in kinds.items() if isinstance(self.projector, of))
 
     def response(self, y: Any) -> Response:
         """What a response (n,) says, or many (n, B), NumPy or traced; zero in rows left out."""
@@ -232,7 +243,7 @@ def _check_terms(
 ) -> None:
     """Refuse weighted columns (rows, q) that can take the place of the residual."""
     for own, weighted in zip(terms, columns, strict=True):
-        if namespace(weighted) is not np or own.covariance.residual:
+        if namespace(weighted) is not np or own.covariance.residual or own.kernel is not None:
             continue
         codes = own.codes
         if used is not None:
@@ -276,6 +287,35 @@ def _projector(
             "structures need less; the crossed one takes concrete effects and weights only"
         )
     return DenseBasis.of(effects)
+
+
+def _of_kernels(
+    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: bool
+) -> Projector:
+    """That of terms some of which have known covariances of their levels; `n` rows are used."""
+    if structure not in (None, *OF_KERNELS):
+        raise DataError(
+            f'with kernels structure must be "kernel" (one term with one effect) or "linear" (any),'
+            f" not {structure!r}"
+        )
+    if residual:
+        raise DataError(
+            "kernels and a covariance of residuals within subjects do not go together, so far: "
+            "leave residual= out"
+        )
+    if namespace(*(columns for _, columns, _ in effects)) is not np:
+        raise DataError("kernels need concrete effects and weights: they are decomposed once")
+    alone = len(terms) == 1 and effects[0][1].shape[1] == 1
+    if structure == "kernel" and not alone:
+        raise DataError(
+            'the structure "kernel" is of one term with one effect and no others: leave structure '
+            "out"
+        )
+    if alone and structure != "linear":
+        codes, columns, _ = effects[0]
+        return KernelBasis.of(codes, columns[:, 0], terms[0].kernel, terms[0].name)
+    kernels = [own.kernel for own in terms]
+    return LinearBasis.of(effects, kernels, [own.name for own in terms], n)
 
 
 def _orthonormal(rows: Any, n: int) -> tuple[Any, Any]:

@@ -351,6 +351,13 @@ def _residuals(fit: FittedModel) -> str:
 def _counts(fit: FittedModel) -> str:
     groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
     text = f"Number of obs: {fit.nobs}, groups:  {groups}"
+    if fit.kernels:
+        known = [
+            f"{own.name}, {len(own.levels)} levels"
+            for own in fit.groupings
+            if own.n_seen is not None
+        ]
+        text += f"\nKernels:  {'; '.join(known)}"
     if fit.n_dropped:
         text += f"\n  ({fit.n_dropped} rows with missing values dropped)"
     return text

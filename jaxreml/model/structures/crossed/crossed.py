@@ -245,7 +245,7 @@ class Crossed(OfColumns):
 
     def _images(self, projection: Projection, matrix: Array) -> tuple[Any, Any]:
         """E_j d and B E_j d for each parameter j and columns d of D `matrix`, as `_moved`."""
-        (chain, _), done, R = inner
+        (chain, _), done, R = projection.inner
         moved = self._moved(self.combine(projection.cross, matrix))
         # B v = Z' V0^-1 Z v: the columns of Z v take the place of X and y.
         of_chain, of_tail = self._of_effects(moved)
@@ -378,7 +378,7 @@ class Crossed(OfColumns):
 
     def _posterior(self, inner: Any, own: Array) -> Posterior:
         """Given the conditional variances of the first factor's effects, (q, q, J)."""
-        (chain, _), done, R = projection.inner
+        (chain, _), done, R = inner
         gain = linalg.matmul(self.stages[0].omega(chain[0]), done.solved[0])
         gains = tuple(-weights for weights in done.weights[1:])
         return Posterior((gain, *gains), (own, *gains), done.couplings, R)
