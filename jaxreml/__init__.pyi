@@ -1,4 +1,5 @@
 # The public names, and where they live. `jaxreml/__init__.py` reads them from here.
+from jaxreml import covariance as covariance
 from jaxreml import datasets as datasets
 from jaxreml import inference as inference
 from jaxreml import kernels as kernels

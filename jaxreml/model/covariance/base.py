@@ -120,9 +120,14 @@ class Block(ABC):
     def factor(self, chart: Array) -> Array:
         """Lower Cholesky factor (q, q, ...) of a point on which `snap` has been, zeros exact."""
 
-    @abstractmethod
     def chart(self, factor: Array) -> Array:
-        """The inverse of `factor`."""
+        """The inverse of `factor`. A block that has none writes `chart_at`."""
+        raise NotImplementedError
+
+    def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
+        """The point of the chart of an estimate, given its `factor` and its parameters as
+        `Report.shown` has them. Where variances vanish the factor says more exactly which."""
+        return self.chart(factor)
 
     @abstractmethod
     def start(self, omega: Array, least: float) -> Array:
@@ -385,6 +390,12 @@ class Covariance:
         """The inverse of `factors`."""
         pairs = zip(self.blocks, factors, strict=True)
         return _joined([block.chart(factor) for block, factor in pairs])
+
+    def chart_at(self, factors: tuple[Array, ...], parameters: Array) -> Array:
+        """The same where the parameters are known, too: those of an estimate."""
+        last = parameters[-1]
+        pairs = zip(self.own_parameters(parameters), factors, strict=True)
+        return _joined([block.chart_at(factor, own, last) for (block, own), factor in pairs])
 
     def start(self, omega: Array, least: float) -> Array:
         """A point of the chart near moment estimates (m, ...)."""
