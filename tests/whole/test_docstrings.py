@@ -31,7 +31,7 @@ CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
            jaxreml.StreamedResults, MarginalMeans, Profile, Bootstrap, Population, Influence,
            Elimination, Table, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
            jaxreml.Status]  # fmt: skip
-MODULES = [jaxreml.plots, jaxreml.batch_plots, jaxreml.counts, jaxreml.datasets]
+MODULES = [jaxreml.batches, jaxreml.plots, jaxreml.batch_plots, jaxreml.counts, jaxreml.datasets]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Public in name only: what the rooms of the package use of each other's classes.

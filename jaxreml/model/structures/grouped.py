@@ -365,11 +365,11 @@ class GroupedBasis:
     effects: Any = None
 
     @staticmethod
-    def of(codes: np.ndarray, effects: Any, n_levels: int) -> GroupedBasis:
-        """Factorise columns (n, q), scaled, NumPy or traced, in levels 0..J-1 of the rows."""
+    def of(codes: Any, effects: Any, n_levels: int) -> GroupedBasis:
+        """Factorise columns (n, q), scaled, in levels 0..J-1 of the rows; both NumPy or traced."""
         traced = not on_host(effects)
         by_level = Partition(codes.astype(natural.INDEX), n_levels)
-        xp: Any = jnp if traced else np
+        xp = namespace(effects, codes)
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
         for k, column in enumerate(still(effects).T):
