@@ -31,8 +31,8 @@ CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
            jaxreml.StreamedResults, MarginalMeans, Profile, Bootstrap, Population, Influence,
            Elimination, Table, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
            jaxreml.Status]  # fmt: skip
-MODULES = [jaxreml.plots, jaxreml.batch_plots, jaxreml.counts, jaxreml.covariance,
-           jaxreml.datasets]  # fmt: skip
+MODULES = [jaxreml.batches, jaxreml.plots, jaxreml.batch_plots, jaxreml.counts,
+           jaxreml.covariance, jaxreml.datasets]  # fmt: skip
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Public in name only: what the rooms of the package use of each other's classes.

@@ -26,7 +26,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.factors import rounding
+from jaxreml.model.covariance.factors import factor_semidefinite, rounding
 
 Array = Any  # NumPy's or JAX's
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
@@ -154,6 +154,12 @@ class Block(ABC):
     def omega_of_factor(self, factor: Array) -> Array:
         """Relative covariances of what `factor` gives, (q, q, ...) to (q (q + 1) / 2, ...)."""
         return natural.omega_from_factors((factor,))
+
+    def factor_of_omega(self, omega: Array) -> Array:
+        """The inverse of `omega_of_factor` for one data set; near a singular point with half of the
+        digits."""
+        matrix = omega[natural.places(self.size)]
+        return factor_semidefinite(matrix, rounding(matrix))[0]
 
     def factor_at(self, parameters: Array, log_sigma2: Array) -> Array:
         """Lower Cholesky factor (q, q) at `parameters` as `natural` takes them. It is needed
@@ -385,6 +391,11 @@ class Covariance:
         """Relative covariances (m, ...) of what `factors` gives."""
         pairs = zip(self.blocks, factors, strict=True)
         return _joined([block.omega_of_factor(factor) for block, factor in pairs])
+
+    def chart_of_omega(self, omega: Array) -> Array:
+        """A point (r,) of the chart with relative covariances (m,)."""
+        parts = self.parts(omega)
+        return _joined([block.chart(block.factor_of_omega(own)) for block, own in parts])
 
     def chart(self, factors: tuple[Array, ...]) -> Array:
         """The inverse of `factors`."""

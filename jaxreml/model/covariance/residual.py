@@ -101,6 +101,9 @@ class Residual(Block):
         found = natural.omega_from_factors((factor,))
         return found - self._identity(found)
 
+    def factor_of_omega(self, omega: Array) -> Array:
+        return super().factor_of_omega(omega + self._identity(omega))
+
     def _chart_at(self, parameters: Array, log_sigma2: Array) -> Array:
         logs, z = parameters[: self.log_variances], parameters[self.log_variances :]
         return namespace(parameters).concatenate([(logs - log_sigma2) / 2, z])

@@ -154,7 +154,7 @@ class DenseBasis:
     def of(effects: Terms) -> DenseBasis:
         """Factorise the columns of all terms, scaled."""
         n = effects[0][0].size
-        traced = not on_host(*(columns for _, columns, _ in effects))
+        traced = not on_host(*(part for own in effects for part in own[:2]))
         blocks = []
         for codes, columns, n_levels in effects:
             q = columns.shape[1]
