@@ -370,9 +370,10 @@ def _require_backticks(expression: str, columns: list[str], context: Mapping[str
 
 def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Leave out rows with missing values, and then the levels that no row has."""
-    missing = table.isna()
+    given = table
     table, complete = complete_rows(table)
     if not complete.any():
+        missing = given.isna()
         empty = [str(name) for name, column in missing.items() if np.all(column)]
         which = f"; nothing but missing values in {', '.join(empty)}" if empty else ""
         raise DataError(f"all {len(missing)} rows have a missing value in a column used{which}")
@@ -447,5 +448,7 @@ def drop_aliased(
 ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Leave out columns that depend linearly on columns before them, as R does."""
     kept = independent_columns(X)
+    if kept.size == X.shape[1]:
+        return X, names, ()
     aliased = tuple(names[k] for k in range(len(names)) if k not in kept)
     return X[:, kept], tuple(names[k] for k in kept), aliased

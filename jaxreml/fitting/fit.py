@@ -50,10 +50,19 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     with suited_blas(design.numbers):
         variances = conditional_variances(estimated, inspection, design)
-    effects = list(zip(inspection.modes, variances, strict=True))
     known = optimality(design, proved)
     return kind(
-        **_fields(frame, design, method, estimated, effects, status, gradient_norm, context, known),
+        **_fields(
+            frame,
+            design,
+            method,
+            estimated,
+            (inspection.modes, variances),
+            status,
+            gradient_norm,
+            context,
+            known,
+        ),
         engine=engine,
     )
 
@@ -63,7 +72,7 @@ def _fields(
     design: Any,
     method: str,
     estimated: Any,
-    effects: list[tuple[np.ndarray, np.ndarray]],
+    effects: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]],
     status: Status,
     gradient_norm: float,
     context: Mapping[str, Any] | None,
@@ -74,7 +83,7 @@ def _fields(
     fixed = frame.X @ estimated.beta
     fitted = fixed.copy()
     groupings = []
-    for term, (modes, variances) in zip(frame.terms, effects, strict=False):  # residuals last
+    for term, modes, variances in zip(frame.terms, *effects, strict=False):  # residuals last
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
         names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
         groupings.append(
@@ -99,7 +108,7 @@ def _fields(
         "aliased": frame.aliased,
         "groupings": tuple(groupings),
         "kernels": frame.kernels or None,
-        "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[-1][0]),
+        "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[0][-1]),
         "parameter_names": design.parameter_names,
         "theta": estimated.theta,
         "parameters": estimated.parameters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
     RESIDUAL,
     Groups,
+    Layout,
     correlation_labels,
     correlations_of,
     frames_by_group,
@@ -28,7 +29,6 @@ from jaxreml.fitting.random_terms import (
 )
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.covariance.base import Covariance
-from jaxreml.model.covariance.natural import count_theta
 from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
@@ -569,27 +569,6 @@ class FittedModel:
                 "this is there for independent levels only"
             )
 
-    @cached_property
-    def random_part(self) -> Self:
-        """The same fit without the parameters of the residuals' covariance: what is asked of the
-        random effects is asked of it."""
-        if self.residual is None:
-            return self
-        covariance = Covariance(tuple(map(Unstructured, self._sizes)))
-        theta, k = count_theta(self._sizes), len(covariance.parameter_names(self.groups)) - 1
-        kept = np.append(np.arange(k), len(self.parameters) - 1)
-        return replace(
-            self,
-            residual=None,
-            theta=self.theta[:theta],
-            parameters=self.parameters[kept],
-            parameters_vcov_array=self.parameters_vcov_array[np.ix_(kept, kept)],
-            hessian=self.hessian[np.ix_(kept, kept)],
-            vcov_slopes=self.vcov_slopes[kept],
-            parameter_names=tuple(self.parameter_names[i] for i in kept),
-            made_from=None,
-        )
-
     # Rows
 
     @property
@@ -639,9 +618,15 @@ class FittedModel:
         return tuple((grouping.name, grouping.effects) for grouping in self.groupings)
 
     @property
-    def term_sizes(self) -> tuple[tuple[str, int], ...]:
-        """Per random term its grouping factor and its number of effects."""
-        return tuple((grouping.name, len(grouping.effects)) for grouping in self.groupings)
+    def labels(self) -> Groups:
+        """Per block of `covariance` its grouping factor, or `RESIDUAL`, and its effects."""
+        own = () if self.residual is None else ((RESIDUAL, self.residual.effects),)
+        return (*self.groups, *own)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What `parameters` are of."""
+        return Layout(tuple(name for name, _ in self.labels), self.covariance)
 
     @property
     def _fixed_index(self) -> pd.Index:

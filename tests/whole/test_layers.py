@@ -23,7 +23,7 @@ ROOMS = [
     {"results"},
     {"inference"},
     {"many"},
-    {"fitting", "frame"},
+    {"covariance", "fitting", "frame"},
     {"data", "optimum"},
     {"model"},
     {"typeset"},

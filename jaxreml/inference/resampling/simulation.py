@@ -16,7 +16,6 @@ from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.random_terms import unpack
 
 NEW, CONDITIONAL = "~0", None
 TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
@@ -139,7 +138,7 @@ def of_fit(fit: FittedModel) -> Population:
         DataError: the fit did not converge.
     """
     fit.require_optimum("simulate from it")
-    factors = unpack(fit.sigma * fit.theta, tuple(q for _, q in fit.term_sizes))
+    factors = [fit.sigma * factor for factor in fit._factors[: len(fit.groupings)]]
     root = None
     if fit.residual is not None:
         root = np.linalg.cholesky(fit.residual_cov.to_numpy() / fit.sigma**2)
