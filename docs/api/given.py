@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 import jaxreml
+from jaxreml import kernels
 
 # Reaction times of 18 people over ten days with little sleep.
 data = jaxreml.datasets.load("sleepstudy")
