@@ -25,6 +25,9 @@ counts = np.round(20 * np.exp2(genes)).astype(int)
 results = jaxreml.fit_many("~ Days + (1 | Subject)", data, genes, modes=True)
 moderated = results.moderated()
 
+# A calf whose sire is its mother's sire too.
+tree = kernels.pedigree(["calf", "cow"], ["bull", "bull"], ["cow", None])
+
 # A study that is planned, with parameters that are guessed.
 guesses = {"(Intercept)": 250, "Days": 10}
 planned = jaxreml.population("~ Days + (1 | Subject)", data, guesses, {"Subject": 600}, sigma=25)

@@ -36,7 +36,6 @@ class Pedigree:
         inbreeding: coefficients of inbreeding, by animal.
 
     Examples:
-        >>> tree = kernels.pedigree(["calf", "cow"], ["bull", "bull"], ["cow", None])
         >>> tree
         <Pedigree of 3 animals, 1 of them founders, largest inbreeding 0.25>
         >>> tree.inbreeding.to_dict()
@@ -61,7 +60,6 @@ class Pedigree:
         """A^-1, sparse, with its labels.
 
         Examples:
-            >>> tree = kernels.pedigree(["calf", "cow"], ["bull", "bull"], ["cow", None])
             >>> tree.inverse.matrix.toarray().round(2)
             array([[ 1.83, -0.17, -1.  ],
                    [-0.17,  1.83, -1.  ],
@@ -81,7 +79,6 @@ class Pedigree:
             DataError: animals that the pedigree does not have, or more than 10,000.
 
         Examples:
-            >>> tree = kernels.pedigree(["calf", "cow"], ["bull", "bull"], ["cow", None])
             >>> tree.relationship(["calf", "bull"])
                   calf  bull
             calf  1.25  0.75
