@@ -472,7 +472,7 @@ class FittedModel:
             {'Subject': 18}
         """
         found = {grouping.name: len(grouping.levels) for grouping in self.groupings}
-        if self.residual is not None:
+        if self.residual is not None and self.residual.words.subject is not None:
             found.setdefault(self.residual.words.subject, len(self.residual.subjects))
         return found
 

@@ -230,9 +230,11 @@ def perfect_share(dtype: Any) -> float:
 def _check_terms(
     terms: Sequence[Effects], columns: list[Any], used: np.ndarray | None, n: int
 ) -> None:
-    """Refuse weighted columns (rows, q) that can take the place of the residual."""
+    """Refuse weighted columns (rows, q) that can take the place of independent residuals."""
+    if any(own.covariance.residual for own in terms):
+        return
     for own, weighted in zip(terms, columns, strict=True):
-        if namespace(weighted) is not np or own.covariance.residual:
+        if namespace(weighted) is not np:
             continue
         codes = own.codes
         if used is not None:
