@@ -229,9 +229,9 @@ class Full(Differentiable, Protocol):
         """
         ...
 
-    def posterior_by_omega(self, projection: Projection, omega: Array) -> Any:
-        """`posterior` at covariances of which the residuals' need not be semidefinite. On the
-        host."""
+    def posterior_by_omega(self, inner: Any, omega: Array) -> Any:
+        """`posterior` at covariances of which the residuals' need not be semidefinite, with
+        `Projection.inner`. On the host."""
         ...
 
     def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:

@@ -115,9 +115,9 @@ class Dense(OfColumns, Explicit):
         half = self.layout.times(linalg.solve_lower(linalg.cholesky(inner), identity), across)
         return half.T @ half
 
-    def posterior_by_omega(self, projection: Projection, omega: Array) -> Array:
+    def posterior_by_omega(self, inner: Array, omega: Array) -> Array:
         matrices = tuple(natural.symmetric_matrices(omega, self.sizes))
-        explained = self.layout.times(self.layout.times(projection.inner, matrices).T, matrices)
+        explained = self.layout.times(self.layout.times(inner, matrices).T, matrices)
         return self.layout.plus(-np.asarray(explained), matrices)
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
@@ -154,7 +154,7 @@ class DenseBasis:
     def of(effects: Terms) -> DenseBasis:
         """Factorise the columns of all terms, scaled."""
         n = effects[0][0].size
-        traced = not on_host(*(columns for _, columns, _ in effects))
+        traced = not on_host(*(part for own in effects for part in own[:2]))
         blocks = []
         for codes, columns, n_levels in effects:
             q = columns.shape[1]

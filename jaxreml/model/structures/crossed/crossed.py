@@ -366,21 +366,19 @@ class Crossed(OfColumns):
     def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Posterior:
         first = self.stages[0]
         roots = linalg.block_diagonal([factors[term] for term in self.order[: len(first.sizes)]])
-        return self._posterior(projection, linalg.conditional_variance(first.matrix, roots))
+        return self._posterior(projection.inner, linalg.conditional_variance(first.matrix, roots))
 
-    def posterior_by_omega(self, projection: Projection, omega: Array) -> Posterior:
+    def posterior_by_omega(self, inner: Any, omega: Array) -> Posterior:
         """That of the first factor, which has the residuals, is Omega - Omega F'P^-1 F Omega."""
-        (chain, _), done, _ = projection.inner
+        (chain, _), done, _ = inner
         first = self.stages[0]
         prior = first.omega(chain[0])
-        inner = linalg.matmul(done.solved[0], first.matrix)
-        return self._posterior(
-            projection, prior - linalg.matmul(linalg.matmul(prior, inner), prior)
-        )
+        own = linalg.matmul(done.solved[0], first.matrix)
+        return self._posterior(inner, prior - linalg.matmul(linalg.matmul(prior, own), prior))
 
-    def _posterior(self, projection: Projection, own: Array) -> Posterior:
+    def _posterior(self, inner: Any, own: Array) -> Posterior:
         """Given the conditional variances of the first factor's effects, (q, q, J)."""
-        (chain, _), done, R = projection.inner
+        (chain, _), done, R = inner
         gain = linalg.matmul(self.stages[0].omega(chain[0]), done.solved[0])
         gains = tuple(-weights for weights in done.weights[1:])
         return Posterior((gain, *gains), (own, *gains), done.couplings, R)

@@ -15,11 +15,10 @@ from jaxreml.backend.lazy import is_of_jax, jax, jnp
 from jaxreml.errors import DataError
 from jaxreml.model.covariance.unstructured import INDEX, triangle
 from jaxreml.model.structures.base import Terms
-from jaxreml.model.structures.collapse import equal_levels
 from jaxreml.model.structures.crossed.crossed import Crossed, Moments
 from jaxreml.model.structures.crossed.elimination import DENSE, Products, Stage, Weighted
 from jaxreml.model.structures.crossed.meetings import Factor, Meetings, Tail, factors_of
-from jaxreml.model.structures.grouped import GroupedBasis
+from jaxreml.model.structures.grouped import GroupedBasis, equal_levels
 
 PAIR = 300  # multiplications of a matrix product that take as long as one pair of couplings
 MOST_PAIRS = 5 * 10**7  # in a later factor of the chain; above, it goes to the tail
