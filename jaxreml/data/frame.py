@@ -36,7 +36,7 @@ from jaxreml.data.formula import (
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
 from jaxreml.data.kernels import Kernels, read_kernels, with_kernels
 from jaxreml.data.outputs import library_of
-from jaxreml.data.residual import ResidualTerm, residual_term, words_of
+from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -282,7 +282,12 @@ def _model_frame(
             f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}. Drop "
             "rows of weight zero"
         )
-    check_terms(terms, n, prior)
+    check_terms(terms, n, prior, independent=residual is None)
+    of_residuals = None
+    if residual is not None:
+        of_residuals = residual_term(residual, table, [term.codes for term in terms])
+        if not terms:
+            refuse_perfect(of_residuals, X)
     return ModelFrame(
         formula=parsed,
         y=y,
@@ -296,7 +301,7 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
-        residual=None if residual is None else residual_term(residual, table),
+        residual=of_residuals,
         library=library_of(data),
         kernels=known,
     )

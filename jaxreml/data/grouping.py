@@ -129,10 +129,17 @@ def lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
     return [terms[k] for k in reversed(order)]
 
 
-def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:
+def check_terms(
+    terms: list[GroupingTerm], n: int, weights: np.ndarray | None, *, independent: bool = True
+) -> None:
     """Raise DataError for terms whose variances cannot be estimated from `n` rows, named.
 
-    `weights` are prior weights, (n,), or None.
+    Args:
+        terms: the random terms.
+        n: rows.
+        weights: prior weights, (n,), or None.
+        independent: whether residuals are; a covariance of theirs may stand beside an effect for
+            every row.
     """
     seen: set[tuple[str, str]] = set()
     for term in terms:
@@ -155,7 +162,8 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
                 )
             seen.add((term.name, effect))
         rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
-        if term.kernel is None and replaces_residual(term.codes, rows):
+        beside = term.kernel is None and independent
+        if beside and replaces_residual(term.codes, rows):
             raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
         dependent = _dependent(term.effects)
         if dependent is not None:

@@ -491,7 +491,7 @@ class FittedModel:
             own.name: len(own.levels) if own.n_seen is None else own.n_seen
             for own in self.groupings
         }
-        if self.residual is not None:
+        if self.residual is not None and self.residual.words.subject is not None:
             found.setdefault(self.residual.words.subject, len(self.residual.subjects))
         return found
 

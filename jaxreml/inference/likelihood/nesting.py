@@ -111,7 +111,8 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     if second is None:
         return f"the larger has independent residuals, and it has {first.words.text}"
     visits, others = (own.places % len(own.visits) for own in (first, second))
-    if not (same_partition(first.codes, second.codes) and np.array_equal(visits, others)):
+    subjects = first.words.family == "diag" or same_partition(first.codes, second.codes)
+    if not (subjects and np.array_equal(visits, others)):
         return f"{first.words.text} and {second.words.text} have other visits or subjects"
     if first.words.arm is not None and not np.array_equal(first.places, second.places):
         return f"{first.words.text} has a covariance for each {first.words.arm}"
