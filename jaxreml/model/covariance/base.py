@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.factors import factor_semidefinite, rounding
@@ -81,6 +82,9 @@ class Block(ABC):
     any_basis = False
     # Whether it writes out all derivatives, for NumPy's arrays too; by JAX otherwise.
     written_out = False
+    # Whether covariances are linear in the parameters that SAS has for them, variances and
+    # covariances: then Kenward and Roger's adjustment has no term in second derivatives of V.
+    linear = False
     # Whether it is that of the residuals, I + Omega times sigma2 (`residual`): then Omega need not
     # be semidefinite, and `factor` and `chart` are of I + Omega.
     residual = False
@@ -194,6 +198,12 @@ class Block(ABC):
 
         return _over_lanes(bend, chart, gradient)
 
+    def second(self, chart: Array) -> Array:
+        """Second derivatives of omega in the chart, (q (q + 1) / 2, r, r, ...)."""
+        import jax
+
+        return _over_lanes(jax.jacfwd(jax.jacfwd(self.omega)), chart)
+
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         """`jacobian` and `curvature` together, which a search asks for."""
         return self.jacobian(chart), self.curvature(chart, gradient)
@@ -227,12 +237,66 @@ class Block(ABC):
     def directions(self, parameters: Array, log_sigma2: Array) -> Array | None:
         """Tangents of omega that Kenward and Roger's adjustment is in, as columns; None for all.
 
-        Exact where omega is linear in some parameters; otherwise their adjustment without the term
-        in second derivatives of V. Directions on the boundary are zero.
+        Those in the parameters, in order, unless it is `linear`. Zero on the boundary.
         """
         import jax
 
         return jax.jacfwd(lambda p: self.natural(p, log_sigma2))(parameters)
+
+    def stated(self, coordinates: Array) -> Array:
+        """The parameters after the log-variances as SAS and others state them, (c, ...): second
+        derivatives of V in Kenward and Roger's adjustment are in these and in variances."""
+        return coordinates
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """Sums of second derivatives of the covariance, over sigma2, in its `stated` parameters.
+
+        Args:
+            parameters, log_sigma2: (k, ...) and (...), finite.
+            spread: (k + 1, k + 1, ...), the weights of the sum, given as the covariance of the
+                parameters and log sigma2.
+
+        Returns:
+            (q (q + 1) / 2, ...); None for zeros, where it is `linear`.
+        """
+        if self.linear:
+            return None
+        if on_host(parameters):
+            with neutral():
+                return np.asarray(self._bend(parameters, log_sigma2, spread))
+        return self._bend(parameters, log_sigma2, spread)
+
+    def _bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array:
+        import jax
+        import jax.numpy as jnp
+
+        def own(parameters: Array, log_sigma2: Array, spread: Array) -> Array:
+            def at(parameters: Array) -> Array:
+                return self.natural(parameters, log_sigma2)
+
+            count, spread = self.log_variances, spread[:-1, :-1]
+            slope, curve = jax.jacfwd(at)(parameters), jax.jacfwd(jax.jacfwd(at))(parameters)
+            z, stated = parameters[count:], self.stated
+            first, second = jax.jacfwd(stated)(z), jax.jacfwd(jax.jacfwd(stated))(z)
+            moves = [-linalg.diagonal(spread)[:count], drift(first, second, spread[count:, count:])]
+            return jnp.einsum("ij,tij->t", spread, curve) + slope @ jnp.concatenate(moves)
+
+        return _over_lanes(own, parameters, log_sigma2, spread)
+
+
+def drift(first: Array, second: Array, spread: Array) -> Array:
+    """Sums (c, ...) of the second derivatives of coordinates in what is stated instead.
+
+    Args:
+        first, second: (c, c, ...) and (c, c, c, ...), derivatives of what is stated in the
+            coordinates. Those of an exponential would be the diagonal of `spread`, less.
+        spread: (c, c, ...), weights, given as the covariance of the coordinates.
+    """
+    if not len(first):
+        return spread[:, :0].sum(axis=1)
+    xp = namespace(first, second, spread)
+    bent = xp.einsum("ij...,aij...->a...", spread, second)
+    return -linalg.matmul(linalg.inverse(first, definite=False)[0], bent[:, None])[:, 0]
 
 
 def _over_lanes(function: Callable[..., Any], *arrays: Array) -> Any:
@@ -496,17 +560,43 @@ class Covariance:
             ]
         )
 
-    def directions(self, parameters: Array) -> Array | None:
-        """Tangents of omega as columns, (m, d); None if they are those of all its entries."""
+    def directions(self, parameters: Array) -> tuple[Array | None, list[int]]:
+        """Tangents of omega as columns, (m, d), and how many each block has; None if they are those
+        of all its entries."""
         pairs = self.own_parameters(parameters)
         found = [block.directions(own, parameters[-1]) for block, own in pairs]
+        counts = [q * (q + 1) // 2 for q in self.sizes]
+        if all(own is None for own in found):
+            return None, counts
+        tangents = [
+            np.eye(count, dtype=parameters.dtype) if own is None else own
+            for own, count in zip(found, counts, strict=True)
+        ]
+        return linalg.block_diagonal(tangents), [own.shape[1] for own in tangents]
+
+    def bend(self, parameters: Array, spread: Array, counts: list[int]) -> Array | None:
+        """`Block.bend` of all blocks, (m, ...).
+
+        Args:
+            parameters: (k + 1, ...), finite.
+            spread: weights of directions, of which the blocks have so many, one after the other,
+                and log sigma2 the last. Those of a block that is not linear are its parameters.
+            counts: these numbers.
+        """
+        found, start, scale = [], 0, sum(counts)
+        for (block, own), count in zip(self.own_parameters(parameters), counts, strict=True):
+            places = np.append(np.arange(start, start + count), scale)
+            weights = None if block.linear else spread[places[:, None], places]
+            found.append(None if block.linear else block.bend(own, parameters[-1], weights))
+            start += count
         if all(own is None for own in found):
             return None
-        counts = [q * (q + 1) // 2 for q in self.sizes]
-        return linalg.block_diagonal(
+        like = next(own for own in found if own is not None)
+        xp, sizes = namespace(like), [q * (q + 1) // 2 for q in self.sizes]
+        return _joined(
             [
-                np.eye(count, dtype=parameters.dtype) if own is None else own
-                for own, count in zip(found, counts, strict=True)
+                xp.zeros((size, *like.shape[1:]), like.dtype) if own is None else own
+                for own, size in zip(found, sizes, strict=True)
             ]
         )
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model import linalg
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance import jets
-from jaxreml.model.covariance.base import FAR, Reading
+from jaxreml.model.covariance.base import FAR, Reading, drift
 from jaxreml.model.covariance.natural import places, triangle
 
 Array = Any  # NumPy's or JAX's
@@ -37,6 +38,10 @@ class Correlation(ABC):
 
     # Whether covariance matrices with free variances and these correlations are all there are.
     linear = False
+    # Whether covariance matrices are linear in variances and covariances: where all effects that
+    # may be correlated share a variance, and where each has its own.
+    linear_shared = False
+    linear_each = False
 
     @property
     @abstractmethod
@@ -87,6 +92,26 @@ class Correlation(ABC):
         found = self.formula(jets.variables(z))
         return np.moveaxis(found.first, 1, 0), np.moveaxis(found.second, 2, 0)
 
+    def stated(self, z: Array) -> Array:
+        """Parameters (c, ...) as SAS states them: the correlations that are `described`."""
+        return self.entries(z)[self._described]
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        """Of the coordinates in the `stated` parameters, as `base.drift`, for a `spread`
+        (c, c, ...)."""
+        if on_host(z, spread):
+            first, second = self.derivatives(z)
+            return drift(first[self._described], second[self._described], spread)
+        import jax
+
+        slope = jax.jacfwd(self.stated)
+        return drift(slope(z), jax.jacfwd(slope)(z), spread)
+
+    @property
+    def _described(self) -> np.ndarray:
+        """Where `entries` has what is `described`."""
+        return np.array([places(self.size)[pair] for pair in self.described], int)
+
     def _ones(self, z: Array) -> Array:
         """The identity's entries."""
         same = np.equal(*triangle(self.size)).astype(z.dtype)
@@ -103,6 +128,8 @@ class Correlation(ABC):
 @dataclass(frozen=True)
 class Independent(Correlation):
     """No correlation: "diag"."""
+
+    linear_each = True
 
     @property
     def count(self) -> int:
@@ -139,6 +166,8 @@ class _OneCoordinate(Correlation):
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2."""
+
+    linear_shared = True
 
     def formula(self, z: Sequence[Any]) -> Any:
         # With e the smaller of exp(2 z) and exp(-2 z) nothing overflows; z is never that far.
@@ -215,6 +244,8 @@ class Toeplitz(Correlation):
     """One correlation for each distance ("toep"); z are Fisher's of the partial autocorrelations,
     which may be any numbers between -1 and 1 (Barndorff-Nielsen and Schou 1973, J. Multivariate
     Analysis 3:408)."""
+
+    linear_shared = True
 
     @property
     def count(self) -> int:
@@ -305,6 +336,13 @@ class Distance(_OneCoordinate):
         share = -xp.log(matrix[nearest + 1, nearest])
         return xp.log(distance / (xp.sqrt(share) if self.squared else share))[None]
 
+    def stated(self, z: Array) -> Array:
+        """The range."""
+        return namespace(z).exp(z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        return -linalg.diagonal(spread)
+
     def start(self, common: Array) -> Array:
         """With that correlation at the mean distance."""
         xp = namespace(common)
@@ -317,7 +355,7 @@ class Distance(_OneCoordinate):
 class Unrestricted(Correlation):
     """Any correlations ("us"); z are those of `factors`."""
 
-    linear = True
+    linear = linear_shared = linear_each = True
 
     @property
     def count(self) -> int:
@@ -360,6 +398,29 @@ class Copies(Correlation):
     """
 
     each: Correlation
+
+    @property
+    def linear_shared(self) -> bool:
+        return self.each.linear_shared
+
+    @property
+    def linear_each(self) -> bool:
+        return self.each.linear_each
+
+    def stated(self, z: Array) -> Array:
+        return namespace(z).concatenate([self.each.stated(own) for own in self._cut(z)])
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        count, found = self.each.count, []
+        for k, own in enumerate(self._cut(z)):
+            places = slice(k * count, (k + 1) * count)
+            found.append(self.each.drift(own, spread[places, places]))
+        return namespace(z).concatenate(found)
+
+    def _cut(self, z: Array) -> list[Array]:
+        """Coordinates of each group."""
+        count = self.each.count
+        return [z[k * count : (k + 1) * count] for k in range(len(self._starts))]
 
     @property
     def _starts(self) -> range:
@@ -407,10 +468,8 @@ class Copies(Correlation):
         raise NotImplementedError
 
     def entries(self, z: Array) -> Array:
-        xp, count = namespace(z), self.each.count
-        found = [
-            self.each.entries(z[k * count : (k + 1) * count]) for k in range(len(self._starts))
-        ]
+        xp = namespace(z)
+        found = [self.each.entries(own) for own in self._cut(z)]
         order = np.concatenate(self._entries)
         t = self.size * (self.size + 1) // 2
         whole = xp.concatenate([*found, xp.zeros((1, *z.shape[1:]), z.dtype)])

@@ -25,6 +25,7 @@ from jaxreml.model.covariance.natural import places
 Array = Any  # NumPy's or JAX's
 SEMIDEFINITE = 1e-8  # of the mean variance, by how much an eigenvalue may be negative
 ZERO_PIVOT = 1e-7  # relative root of a pivot that is none
+VANISHED = 1e-30  # a relative variance below stands for zero
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,37 @@ class Own(Block):
         slopes[:k] = bends[:k] = at[:k]
         return self._chain(at, slopes, bends, gradient)
 
+    def _steps(self, at: np.ndarray) -> np.ndarray:
+        """How `_at_parameters` moves with each parameter; with the variance itself at zero."""
+        steps, k = np.ones_like(at), self.log_variances
+        steps[:k] = np.where(at[:k] > VANISHED, at[:k], 1.0)
+        return steps
+
     def directions(self, parameters: Array, log_sigma2: Array) -> Array:
         if not on_host(parameters):
             return super().directions(parameters, log_sigma2)
-        first = self.function.derivatives(self._at_parameters(parameters, log_sigma2)).first
+        at = self._at_parameters(parameters, log_sigma2)
+        first = self.function.derivatives(at).first * self._steps(at)
         return np.where(np.isnan(parameters), 0.0, first)
+
+    def stated(self, coordinates: Array) -> Array:
+        """The user's parameters."""
+        kinds = self.function.transforms[self.log_variances :]
+        found = [kind.value(own) for kind, own in zip(kinds, coordinates, strict=True)]
+        return namespace(coordinates).stack(found) if found else coordinates
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """In the variances, and in the others by what their transforms bend."""
+        if not on_host(parameters):
+            return super().bend(parameters, log_sigma2, spread)
+        at, k = self._at_parameters(parameters, log_sigma2), self.log_variances
+        _, first, second = self.function.derivatives(at)
+        steps, weights = self._steps(at), spread[:-1, :-1]
+        found = np.einsum("tij...,ij...->t...", second, weights * steps[:, None] * steps)
+        for place, kind in enumerate(self.function.transforms[k:], k):
+            ratio = kind.bend(at[place]) / kind.slope(at[place])
+            found = found - first[:, place] * ratio * weights[place, place]
+        return found
 
 
 def _semidefinite(entries: Array, q: int) -> Array:
