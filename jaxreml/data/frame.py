@@ -120,7 +120,8 @@ class ModelFrame:
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""
         terms = [
-            Term(term.codes, term.effects, term.name, term.effect_names) for term in self.terms
+            Term(term.codes, term.effects, term.name, term.effect_names, term.block)
+            for term in self.terms
         ]
         if self.residual is not None:
             terms.append(self.residual.term)

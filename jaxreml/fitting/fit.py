@@ -78,7 +78,14 @@ def _fields(
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
         names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
         groupings.append(
-            Grouping(term.name, term.levels, names, np.asarray(modes)[own], variances[own])
+            Grouping(
+                term.name,
+                term.levels,
+                names,
+                np.asarray(modes)[own],
+                variances[own],
+                term.covariance,
+            )
         )
     if frame.offset is not None:
         fixed, fitted = fixed + frame.offset, fitted + frame.offset

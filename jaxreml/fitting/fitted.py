@@ -25,9 +25,9 @@ from jaxreml.fitting.random_terms import (
     variance_labels,
 )
 from jaxreml.fitting.residuals import ResidualCovariance
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.base import Block, Covariance
 from jaxreml.model.covariance.natural import count_theta
-from jaxreml.model.covariance.unstructured import Unstructured
+from jaxreml.model.covariance.words import ANY, TermCovariance
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
@@ -44,6 +44,7 @@ class Grouping:
         modes: (levels, effects), conditional modes of the random effects.
         modes_vcov: (levels, effects, effects), their conditional covariances given the fixed
             effects and variance parameters, as lme4's ``condVar``.
+        covariance: what the formula says of that of the effects.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Grouping:
     effects: tuple[str, ...]
     modes: np.ndarray
     modes_vcov: np.ndarray
+    covariance: TermCovariance = ANY
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -544,7 +546,7 @@ class FittedModel:
         random effects is asked of it."""
         if self.residual is None:
             return self
-        covariance = Covariance(tuple(map(Unstructured, self._sizes)))
+        covariance = Covariance(self._blocks)
         theta, k = count_theta(self._sizes), len(covariance.parameter_names(self.groups)) - 1
         kept = np.append(np.arange(k), len(self.parameters) - 1)
         return replace(
@@ -624,7 +626,12 @@ class FittedModel:
     def covariance(self) -> Covariance:
         """The map from `parameters` to the covariances of the terms, the residuals' last."""
         own = () if self.residual is None else (self.residual.block,)
-        return Covariance((*map(Unstructured, self._sizes), *own))
+        return Covariance((*self._blocks, *own))
+
+    @cached_property
+    def _blocks(self) -> tuple[Block, ...]:
+        """The covariances of the terms."""
+        return tuple(own.covariance.block(len(own.effects), self.context) for own in self.groupings)
 
     @cached_property
     def _factors(self) -> list[np.ndarray]:
