@@ -24,7 +24,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance import jets
-from jaxreml.model.covariance.base import FAR, over_lanes
+from jaxreml.model.covariance.base import FAR, Reading, over_lanes
 from jaxreml.model.covariance.natural import places, triangle
 
 Array = Any  # NumPy's or JAX's
@@ -62,11 +62,6 @@ class Correlation(ABC):
     @abstractmethod
     def coordinates(self, matrix: Array) -> Array:
         """Those (c, ...) of a member (q, q, ...)."""
-
-    def angles_of(self, matrix: Array, known: Array) -> Array:
-        """Angles (c, ...) of a member of which only some entries are known, (q, q, ...) booleans:
-        those of effects that vary."""
-        raise NotImplementedError
 
     @abstractmethod
     def start(self, common: Array) -> Array:
@@ -124,6 +119,10 @@ class Correlation(ABC):
     def described(self) -> list[tuple[int, int]]:
         """Rows and columns of the correlations that say all."""
         return [(1, 0)]
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        """The same with labels, or parameters in their place; places of parameters as in z."""
+        return [Reading(f"{effects[i]}.{effects[j]}", (i, j)) for i, j in self.described]
 
     def entries(self, z: Array) -> Array:
         """The lower triangle (t, ...) at z (c, ...)."""
@@ -203,9 +202,6 @@ class Independent(Correlation):
     def coordinates(self, matrix: Array) -> Array:
         return matrix[0, :0]
 
-    def angles_of(self, matrix: Array, known: Array) -> Array:
-        return matrix[0, :0]
-
     def start(self, common: Array) -> Array:
         return namespace(common).zeros((0, *common.shape), common.dtype)
 
@@ -239,10 +235,6 @@ class Exchangeable(_OneCoordinate):
         xp, rho = namespace(matrix), matrix[1, 0]
         return (xp.log1p((self.size - 1) * rho) - xp.log1p(-rho))[None] / 2
 
-    def angles_of(self, matrix: Array, known: Array) -> Array:
-        rho, _ = _first_known(matrix, known, np.minimum(self._lags, 1))
-        return _angle(self.size * rho / (2 + (self.size - 2) * rho))[None]
-
     def start(self, common: Array) -> Array:
         xp = namespace(common)
         rho = xp.clip(common, -0.5 / (self.size - 1), MOST)
@@ -261,11 +253,6 @@ class Autoregressive(_OneCoordinate):
 
     def coordinates(self, matrix: Array) -> Array:
         return namespace(matrix).arctanh(matrix[1, 0])[None]
-
-    def angles_of(self, matrix: Array, known: Array) -> Array:
-        xp = namespace(matrix)
-        rho, lag = _first_known(matrix, known, self._lags)
-        return _angle(xp.sign(rho) * xp.abs(rho) ** (1 / lag))[None]
 
     def start(self, common: Array) -> Array:
         return _fisher(common)[None]
@@ -342,29 +329,16 @@ class Toeplitz(Correlation):
         return jets.stack([lags[lag] for lag in self._lags])
 
     def coordinates(self, matrix: Array) -> Array:
-        return namespace(matrix).arctanh(self._partial([matrix[k, 0] for k in range(self.size)]))
-
-    def angles_of(self, matrix: Array, known: Array) -> Array:
-        xp, lags = namespace(matrix), [matrix[0, 0] * 0.0 + 1.0]
-        for lag in range(1, self.size):
-            of_lag = np.where(self._lags == lag, 1, 0)
-            lags.append(_first_known(matrix, known, of_lag, xp.nan)[0])
-        return _angle(self._partial(lags))
-
-    def _partial(self, lags: list[Array]) -> Array:
-        """Partial autocorrelations of autocorrelations, by Durbin's recursion: zero for one that is
-        NaN or that those before leave undetermined."""
-        xp = namespace(lags[0])
-        lags, found, weights, left = list(lags), [], [], lags[0]
+        """By Durbin's recursion."""
+        xp, lags = namespace(matrix), [matrix[k, 0] for k in range(self.size)]
+        found, weights, left = [], [], lags[0]
         for k in range(1, self.size):
             explained = sum((w * lags[k - 1 - i] for i, w in enumerate(weights)), lags[0] * 0.0)
-            open_ = (left > TINY) & ~xp.isnan(lags[k])
-            lags[k] = xp.where(open_, lags[k], explained)
-            own = (lags[k] - explained) / xp.where(open_, left, 1.0)
+            own = (lags[k] - explained) / left
             back = weights[::-1]
             weights = [w - own * other for w, other in zip(weights, back, strict=True)] + [own]
             left = left * (1.0 - own * own)
-            found.append(own)
+            found.append(xp.arctanh(own))
         return xp.stack(found)
 
     def start(self, common: Array) -> Array:
@@ -440,6 +414,13 @@ class Distance(_OneCoordinate):
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ("log range",)
 
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return []
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [Reading("range", (), 0, "log")]
+
     def formula(self, u: Sequence[Any]) -> Any:
         """Of b at the smallest distance."""
         ratios = (self._distances / self.nearest) ** self._own.power
@@ -490,10 +471,9 @@ class Distance(_OneCoordinate):
         ]
 
     def coordinates(self, matrix: Array) -> Array:
-        return self._z_of(*_first_known(matrix, matrix == matrix, self._distances))
-
-    def angles_of(self, matrix: Array, known: Array) -> Array:
-        return self.angles(self._z_of(*_first_known(matrix, known, self._distances, 0.0)))
+        rows, columns = triangle(self.size)
+        place = int(np.argmin(np.where(self._distances > 0, self._distances, np.inf)))
+        return self._z_of(matrix[rows[place], columns[place]], self.nearest)
 
     def _z_of(self, rho: Array, distance: Array) -> Array:
         """The logarithm of the range with which the correlation at a distance is rho."""
@@ -575,10 +555,6 @@ class Copies(Correlation):
         group = np.arange(self.size) // self.each.size
         return group[:, None] == group
 
-    @property
-    def described(self) -> list[tuple[int, int]]:
-        return [(s + i, s + j) for s in self._starts for i, j in self.each.described]
-
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         found: list[str] = []
         for start in self._starts:
@@ -587,6 +563,20 @@ class Copies(Correlation):
             short = [name.rpartition(": ")[2] for name in own]
             found += [f"{group}: {name}" for name in self.each.names(short)]
         return tuple(found)
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        found: list[Reading] = []
+        for k, start in enumerate(self._starts):
+            own = effects[start : start + self.each.size]
+            group = own[0].rpartition(": ")[0]
+            for reading in self.each.readings(own):
+                places = tuple(start + place for place in reading.effects)
+                if reading.parameter >= 0:
+                    place = k * self.each.count + reading.parameter
+                    label = f"{group}: {reading.label}"
+                    reading = reading._replace(label=label, parameter=place)
+                found.append(reading._replace(effects=places))
+        return found
 
     @property
     def _entries(self) -> list[np.ndarray]:
@@ -647,28 +637,6 @@ def _by_cotangent(t: Array) -> tuple[Array, Array, Array]:
     root = xp.sqrt(4 + c * c)
     bend = 2 * c * (7 + c * c) * (1 + c * c) / root**3
     return 2 * xp.arcsinh(c / 2), -2 * sign * (1 + c * c) / root, bend
-
-
-def _angle(u: Array) -> Array:
-    xp = namespace(u)
-    return xp.arcsin(xp.clip(u, -1.0, 1.0))
-
-
-def _first_known(
-    matrix: Array, known: Array, order: np.ndarray, otherwise: float = 0.0
-) -> tuple[Array, Array]:
-    """The entry (...) of a matrix that is known, lowest in `order` (t,) of those above zero in it,
-    and its order; what it is `otherwise`, and 1, where there is none."""
-    xp, (rows, columns) = namespace(matrix), triangle(matrix.shape[0])
-    places = np.flatnonzero(order > 0)
-    places = places[np.argsort(order[places], kind="stable")]
-    rows, columns = rows[places], columns[places]
-    entries, there = matrix[rows, columns], known[rows, columns]
-    first = xp.argmax(there, axis=0)[None]
-    found = xp.take_along_axis(entries, first, axis=0)[0]
-    any_there = there.any(axis=0)
-    orders = xp.asarray(order[places].astype(matrix.dtype))[first[0]]
-    return xp.where(any_there, found, otherwise), xp.where(any_there, orders, 1.0)
 
 
 def _fisher(common: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
-from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Report
+from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Reading, Report
 from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.factors import factor_semidefinite, rounding
 from jaxreml.model.covariance.natural import places, triangle
@@ -63,6 +63,15 @@ class Structured(Block):
         names = [f"log_variance[{group}, {own}]" for own in self.variance_labels(effects)]
         kinds = self.correlation.names(effects)
         return (*names, *(f"z[{group}, {_all(effects)}, {kind}]" for kind in kinds))
+
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        labels = self.variance_labels(effects)
+        sds = [Reading(label, (k,)) for k, label in enumerate(labels)]
+        shift = self.log_variances
+        return sds + [
+            own._replace(parameter=own.parameter + shift) if own.parameter >= 0 else own
+            for own in self.correlation.readings(effects)
+        ]
 
     def _parts(self, vector: Array) -> tuple[Array, Array]:
         """SDs of all effects, or what else there is one of for a variance, and the rest."""
@@ -145,15 +154,12 @@ class Structured(Block):
         matrix = self.correlation.entries_at(t)[places(self.size)]
         return sds[:, None] * factor_semidefinite(matrix, rounding(chart))[0]
 
-    def chart(self, factor: Array) -> Array:
-        xp = namespace(factor)
-        sds = xp.sqrt(xp.sum(factor * factor, axis=1))
-        vary = sds > 0
-        unit = factor / xp.where(vary, sds, 1.0)[:, None]
-        matrix = linalg.matmul(unit, linalg.transpose(unit))
-        t = self.correlation.angles_of(matrix, vary[:, None] & vary)
-        own = sds if self.each else sds[:1]
-        return self.snap(xp.concatenate([own, t]), rounding(factor))
+    def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
+        """SDs by the factor, angles by the parameters."""
+        xp, count = namespace(factor), self.log_variances
+        sds = xp.sqrt(xp.sum(factor * factor, axis=1))[:count]
+        z = self._readable(parameters, parameters[count:])
+        return self.snap(xp.concatenate([sds, self.correlation.angles(z)]), rounding(factor))
 
     def rescaled(self, chart: Array, units: Array) -> Array:
         count = self.log_variances
