@@ -124,7 +124,14 @@ class ModelFrame:
     def random_terms(self) -> list[Term]:
         """The terms of a design, that of the residuals' covariance last."""
         terms = [
-            Term(term.codes, term.effects, term.name, term.effect_names, kernel=term.kernel)
+            Term(
+                term.codes,
+                term.effects,
+                term.name,
+                term.effect_names,
+                term.block,
+                term.kernel,
+            )
             for term in self.terms
         ]
         return terms if self.residual is None else [*terms, self.residual.term]
