@@ -19,7 +19,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.backend.runtime import neutral
-from jaxreml.model import linalg
+from jaxreml.model import linalg, tall
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.factors import lower_factor
@@ -62,7 +62,9 @@ class Units:
         """Rows of Z_in (n, q) of rows of Z, of term `k`."""
         matrix = _like(self.matrices[k], effects)
         if not self.rotated[k]:
-            return effects / _diagonal(matrix)
+            scale = _diagonal(matrix)
+            one = on_host(scale) and bool(np.all(scale == 1))
+            return effects if one else effects / scale
         found: list[Any] = []
         for i in range(len(matrix)):
             rest = effects[:, i]
@@ -186,6 +188,9 @@ def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Of nearly dependent columns, U spans those of `rows`, less the first ones' part in the last, to
     the last digits of the differences.
     """
+    quick = tall.orthonormal(rows)
+    if quick is not None:
+        return quick
     matrix, rotated = _matrix(rows, len(rows))
     if not rotated:
         return np.linalg.qr(rows)
