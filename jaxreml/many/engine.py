@@ -84,8 +84,6 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
-        if df == "kenward-roger-sas":
-            raise ValueError('df="kenward-roger-sas" is of single fits, not of batches so far')
         self.own_rows: Callable[[], Any] | None = None
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
