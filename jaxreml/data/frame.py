@@ -244,7 +244,7 @@ def _model_frame(
     kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    beside_formula = words_of(residual).columns if residual is not None else ()
+    beside_formula = words_of(residual, context).columns if residual is not None else ()
     table = _used_columns(parsed, data, {**context, **(columns or {})}, beside_formula)
     table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():
@@ -288,7 +288,7 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
-        residual=None if residual is None else residual_term(residual, table),
+        residual=None if residual is None else residual_term(residual, table, context),
         library=library_of(data),
         kernels=known,
     )

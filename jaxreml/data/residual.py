@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.correlations import Correlation
+from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.residual import Residual
 
 MOST_VISITS = 60  # a covariance matrix of more is out of reach
@@ -61,8 +62,9 @@ class Words:
 
     Attributes:
         text: as given.
-        family: a word of `FAMILIES`.
+        family: a word of `FAMILIES`, or of the user's.
         visit, subject, arm: names of the columns; no arm where all share one covariance.
+        own: the covariance, if the word is the user's.
     """
 
     text: str
@@ -70,6 +72,7 @@ class Words:
     visit: str
     subject: str
     arm: str | None = None
+    own: Custom | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -103,7 +106,7 @@ class ResidualTerm:
         effects[np.arange(len(effects)), self.places] = 1.0
 
         def block(size: int) -> Residual:
-            return covariance(self.words.family, self.visits, self.arms)
+            return covariance(self.words, self.visits, self.arms)
 
         return Term(self.codes, effects, RESIDUAL, labels, block)
 
@@ -114,8 +117,11 @@ def labels_of(visits: tuple[Any, ...], arms: tuple[Any, ...]) -> tuple[str, ...]
     return tuple(f"{arm}: {visit}" for arm in arms for visit in short) if arms else tuple(short)
 
 
-def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual:
+def covariance(words: Words, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual:
     """Of visits with these labels; with arms, once for each."""
+    if words.own is not None:
+        return words.own.residual(len(visits), visits)
+    family = words.family
     own, size, count = FAMILIES[family], len(visits), max(len(arms), 1)
     correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
     if arms:
@@ -124,8 +130,9 @@ def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> R
     return Residual(size * count, correlation, tuple(variances.tolist()))
 
 
-def words_of(text: str) -> Words:
-    """What ``us(visit | subject)`` or ``us(visit | arm/subject)`` says.
+def words_of(text: str, context: Mapping[str, Any] | None = None) -> Words:
+    """What ``us(visit | subject)`` or ``us(visit | arm/subject)`` says, or a word of the user's for
+    a covariance in the `context`.
 
     Raises:
         FormulaError: another form, or a family that is not known.
@@ -137,8 +144,16 @@ def words_of(text: str) -> Words:
     if found is None:
         raise FormulaError(f"{form}, not {text!r}")
     family = found[1]
-    if family not in FAMILIES:
-        raise FormulaError(f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}")
+    own = (context or {}).get(family)
+    if isinstance(own, Custom) and family in FAMILIES:
+        raise FormulaError(
+            f"{family!r} is a covariance that there is: call your own by another name"
+        )
+    if family not in FAMILIES and not isinstance(own, Custom):
+        raise FormulaError(
+            f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}, and "
+            "jaxreml.covariance.custom makes one of your own, given in context"
+        )
     arm, _, last = found[3].rpartition("/")
     names = [single_name(part) for part in ([found[2], last, arm] if arm else [found[2], last])]
     if None in names:
@@ -148,20 +163,29 @@ def words_of(text: str) -> Words:
         )
     if len(set(names)) < len(names):
         raise FormulaError(f"{text!r} has the same column in two places")
-    return Words(text, family, *names)  # pyright: ignore
+    if not isinstance(own, Custom):
+        return Words(text, family, *names)  # pyright: ignore
+    if arm:
+        raise FormulaError(
+            f"{text!r}: a covariance of your own is one for all subjects, so far; copies for each "
+            f"{arm.strip()} are there for {', '.join(FAMILIES)}"
+        )
+    return Words(text, family, *names, own=own)  # pyright: ignore
 
 
-def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
+def residual_term(
+    text: str, table: pd.DataFrame, context: Mapping[str, Any] | None = None
+) -> ResidualTerm:
     """The term of complete rows.
 
     Raises:
         DataError: a subject with the same visit twice, times that are not numbers, fewer than two
             visits or subjects, too many visits, nothing to estimate a correlation from: named.
     """
-    words = words_of(text)
-    visit, subject, own = words.visit, words.subject, FAMILIES[words.family]
+    words = words_of(text, context)
+    visit, subject, own = words.visit, words.subject, FAMILIES.get(words.family)
     column = pd.Series(table[visit])
-    if own.timed and not is_amount(column):
+    if own is not None and own.timed and not is_amount(column):
         raise DataError(
             f"residual={text!r} needs numbers for {visit!r}, and it has values such as "
             f"{column.tolist()[0]!r}"
@@ -169,7 +193,8 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
     visits, subjects = pd.Categorical(table[visit]), pd.Categorical(table[subject])
     visits, subjects = visits.remove_unused_categories(), subjects.remove_unused_categories()
     for name, found, what in ((visit, visits, "visits"), (subject, subjects, "subjects")):
-        if len(found.categories) < 2:
+        # One subject tells the parameters of a covariance if these are few.
+        if len(found.categories) < (1 if own is None and what == "subjects" else 2):
             raise DataError(
                 f"residual={text!r}: {name!r} has one value, and {what} are two or more"
             )
@@ -180,7 +205,8 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
         )
     places, codes = np.asarray(visits.codes), np.asarray(subjects.codes)
     _refuse_repeats(text, visit, subject, table, codes.astype(np.int64) * 10**6 + places)
-    if own.correlation(2, (0.0, 1.0)).count and np.bincount(codes).max() < 2:
+    correlated = own is None or own.correlation(2, (0.0, 1.0)).count
+    if correlated and np.bincount(codes).max() < 2:
         raise DataError(
             f"residual={text!r}: no {subject!r} has two visits, so nothing is known of their "
             "correlation"

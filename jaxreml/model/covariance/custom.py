@@ -103,6 +103,12 @@ class Transform:
         share = (value - lower) / (upper - lower)
         return np.arctanh(2 * share - 1) * (1.0 if self.word == "tanh" else 2.0)
 
+    @property
+    def reading(self) -> str | Transform | None:
+        """As `Reading.transform` has it."""
+        known = {VARIANCE: "log", "log": "log", "logit": "logit", "tanh": "fisher"}
+        return self if self.word == "interval" else known.get(self.word)
+
     def label(self, name: str) -> str:
         """What the coordinate is called: that of tanh is z, as a correlation's is."""
         return name if self.word in ("tanh", "identity") else f"{self.word} {name}"
