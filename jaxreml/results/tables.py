@@ -178,7 +178,7 @@ _METHODS = {
     "satterthwaite": "t-tests use Satterthwaite's method",
     "kenward-roger": "t-tests use Kenward-Roger's method",
     "kenward-roger-sas": "t-tests use Kenward-Roger's method (observed information)",
-    "kenward-roger-linear": "t-tests use Kenward-Roger's method",
+    "kenward-roger-linear": "t-tests use Kenward-Roger's method (observed information, linear)",
     "residual": "t-tests use the residual degrees of freedom",
     "inf": "Tests are normal",
 }
@@ -239,7 +239,7 @@ def summary(
         _criterion(fit),
         *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
         *(["Random effects:\n" + _random_effects(fit)] if fit.groupings else []),
-        *(["Residuals of a subject:\n" + _residuals(fit)] if fit.residual else []),
+        *([_residuals(fit)] if fit.residual else []),
         _counts(fit),
     ]
     if not fit.residual:  # as lme4 has it
@@ -356,7 +356,8 @@ def _residuals(fit: FittedModel) -> str:
     parameters = _described(fit, RESIDUAL)
     if parameters and len(rows) > MOST_VISITS:  # they say all
         rows = [[f" {q} values of {residual.words.visit}: see residual_cov"]]
-    return f" {residual.text}\n" + parameters + _table(rows, left=1)
+    of = "" if residual.words.subject is None else " of a subject"
+    return f"Residuals{of}:\n {residual.text}\n" + parameters + _table(rows, left=1)
 
 
 def _described(fit: FittedModel, group: str) -> str:
@@ -367,12 +368,12 @@ def _described(fit: FittedModel, group: str) -> str:
     table = variance_parameters(fit).loc[[own.name for own in known]]
     columns = [_digits(table[name].to_numpy()) for name in ("estimate", "std_error")]
     rows = zip([f" {own.term}" for own in known], *columns, strict=True)
-    return _table([[" Parameter", "Estimate", "Std.Error"], *map(list, rows)], left=1) + "\n"
+    return _table([[" Parameter", "Estimate", "Std.Error"], *map(list, rows)], left=1) + "\n\n"
 
 
 def _counts(fit: FittedModel) -> str:
     groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
-    text = f"Number of obs: {fit.nobs}, groups:  {groups}"
+    text = f"Number of obs: {fit.nobs}" + (f", groups:  {groups}" if groups else "")
     if fit.kernels:
         known = [
             f"{own.name}, {len(own.levels)} levels"

@@ -93,7 +93,8 @@ def test_parameters_have_the_users_names_and_scales():
     visits = np.diagonal(fitted("ar1h", False).residual_cov)
     np.testing.assert_allclose(table["estimate"].iloc[:4], visits, rtol=1e-6)
     np.testing.assert_allclose(unequal.variance_components["variance"], visits, rtol=1e-6)
-    assert "variances[3]     4.070" in str(unequal.summary())
+    lines = [line.split() for line in str(unequal.summary()).splitlines()]
+    assert ["variances[3]", "4.0697", "1.31320"] in lines
 
 
 def test_an_interval_has_intervals_inside_it():
@@ -112,8 +113,8 @@ def test_comparison():
     wider = jaxreml.fit(MODEL, children(), residual="us(age | Subject)")
     table = jaxreml.compare(own, wider, refit=False)
     assert table["df"].iloc[1] == 8
-    with pytest.raises(DataError, match="own is no case of ar1h"):
-        jaxreml.compare(own, fitted("ar1h", False), refit=False)
+    table = jaxreml.compare(own, fitted("ar1h", False), refit=False)
+    assert "own is no case of ar1h" in table["note"].iloc[1]
 
 
 def test_saved_fits_need_the_function(tmp_path):

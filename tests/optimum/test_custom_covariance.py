@@ -190,6 +190,19 @@ def test_derivatives_of_the_block():
     np.testing.assert_allclose(first, slopes(natural, report.finite), rtol=1e-6, atol=1e-8)
     bend = slopes(lambda p: gradient @ slopes(natural, p), report.finite)
     np.testing.assert_allclose(second, bend, rtol=1e-4, atol=1e-6)
+    directions = block.directions(report.finite, np.array(0.3))
+    np.testing.assert_allclose(directions, first, rtol=1e-12)
+    # Second derivatives in the user's parameters, of which these are the logarithms
+    stated, root = np.exp(report.finite), np.random.default_rng(1).normal(size=(4, 4))
+    spread = root @ root.T
+    weights = spread[:3, :3] * stated[:, None] * stated
+
+    def curved(s):
+        return slopes(lambda s: block.natural(np.log(s), np.array(0.3)), s)
+
+    expected = np.einsum("tij,ij->t", slopes(curved, stated), weights)
+    found = block.bend(report.finite, np.array(0.3), spread)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     lanes = np.stack([chart, chart + 0.1], axis=1)
     np.testing.assert_allclose(block.omega(lanes)[:, 0], block.omega(chart), rtol=1e-12)
     np.testing.assert_allclose(block.jacobian(lanes)[..., 0], block.jacobian(chart), rtol=1e-12)
@@ -210,6 +223,8 @@ def test_transforms(given):
     np.testing.assert_allclose(kind.coordinate(values), z, rtol=1e-10, atol=1e-12)
     steps = (kind.value(z + 1e-5) - kind.value(z - 1e-5)) / 2e-5
     np.testing.assert_allclose(kind.slope(z), steps, rtol=1e-7)
+    steps = (kind.slope(z + 1e-5) - kind.slope(z - 1e-5)) / 2e-5
+    np.testing.assert_allclose(kind.bend(z), steps, rtol=1e-7, atol=1e-9)
 
 
 def test_search_leaves_out_what_is_no_covariance():

@@ -28,6 +28,7 @@ from jaxreml.model.covariance.residual import Residual
 Array = Any  # NumPy's or JAX's
 SEMIDEFINITE = 1e-8  # of the mean variance, by how much an eigenvalue may be negative
 ZERO_PIVOT = 1e-7  # relative root of a pivot that is none
+VANISHED = 1e-30  # a relative variance below stands for zero
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ class Own(Block):
         return Report(
             xp.concatenate([logs, z]), xp.concatenate([inside, moved]), xp.concatenate(shown)
         )
+
+    def finite(self, parameters: Array, log_sigma2: Array) -> Array:
+        xp, k = namespace(parameters), self.log_variances
+        start = self.function.start[k:].astype(parameters.dtype)
+        start = start.reshape(-1, *[1] * (parameters.ndim - 1))
+        logs, z = xp.maximum(parameters[:k], log_sigma2 + LOG_ZERO), parameters[k:]
+        return xp.concatenate([logs, xp.where(xp.isnan(z), start, z)])
 
     def snap(self, chart: Array, zero: float) -> Array:
         xp, k = namespace(chart), self.log_variances
@@ -190,11 +198,35 @@ class Own(Block):
         slopes[:k] = bends[:k] = at[:k]
         return self._chain(at, slopes, bends, gradient)
 
+    def _steps(self, at: np.ndarray) -> np.ndarray:
+        """How `_at_parameters` moves with each parameter; with the variance itself at zero."""
+        steps, k = np.ones_like(at), self.log_variances
+        steps[:k] = np.where(at[:k] > VANISHED, at[:k], 1.0)
+        return steps
+
     def directions(self, parameters: Array, log_sigma2: Array) -> Array:
         if not on_host(parameters):
             return super().directions(parameters, log_sigma2)
-        first = self.function.derivatives(self._at_parameters(parameters, log_sigma2)).first
+        at = self._at_parameters(parameters, log_sigma2)
+        first = self.function.derivatives(at).first * self._steps(at)
         return np.where(np.isnan(parameters), 0.0, first)
+
+    def stated(self, coordinates: Array) -> Array:
+        """The user's parameters."""
+        return self.function.stated(coordinates)
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """In the variances, and in the others by what their transforms bend."""
+        if not on_host(parameters):
+            return super().bend(parameters, log_sigma2, spread)
+        at, k = self._at_parameters(parameters, log_sigma2), self.log_variances
+        _, first, second = self.function.derivatives(at)
+        steps, weights = self._steps(at), spread[:-1, :-1]
+        found = np.einsum("tij...,ij...->t...", second, weights * steps[:, None] * steps)
+        for place, kind in enumerate(self.function.transforms[k:], k):
+            ratio = kind.bend(at[place]) / kind.slope(at[place])
+            found = found - first[:, place] * ratio * weights[place, place]
+        return found
 
 
 def _readings(function: Function, places: Iterable[int]) -> list[Reading]:
@@ -249,6 +281,17 @@ class OwnCorrelation(Correlation):
         xp, own, k = namespace(z), self.function, self.function.variances
         ratios = (own.start[:k] / own.start[0]).astype(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
         return own.entries(xp.concatenate([xp.broadcast_to(ratios, (k, *z.shape[1:])), z]))
+
+    def stated(self, z: Array) -> Array:
+        """The user's parameters."""
+        return self.function.stated(z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        if not on_host(z):
+            return super().drift(z, spread)
+        pairs = zip(self.function.transforms[self.function.variances :], z, strict=True)
+        ratios = [kind.bend(own) / kind.slope(own) for kind, own in pairs]
+        return -linalg.diagonal(spread) * np.array(ratios)
 
     def coordinates(self, matrix: Array) -> Array:
         raise NotImplementedError  # `Residual.chart_at` knows the parameters
