@@ -58,13 +58,14 @@ class Reading(NamedTuple):
         effects: places of the effect or of the two, the later first; none for a parameter.
         parameter: its place among the block's parameters, and in its chart; -1 for others.
         transform: how the parameter was made from what people read: "log", "logit", "fisher"
-            (arctanh) or None.
+            (arctanh) or None; or an object with `coordinate`, `value`, `slope` and `domain`
+            (`custom.Transform`).
     """
 
     label: str
     effects: tuple[int, ...]
     parameter: int = -1
-    transform: str | None = None
+    transform: Any = None
 
 
 @dataclass(frozen=True)

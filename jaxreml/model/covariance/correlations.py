@@ -116,6 +116,11 @@ class Correlation(ABC):
         return None
 
     @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
+
+    @property
     def together(self) -> np.ndarray:
         """(q, q) booleans, which effects may be correlated."""
         return np.ones((self.size, self.size), bool)
@@ -610,6 +615,11 @@ class Copies(Correlation):
     @property
     def count(self) -> int:
         return self.each.count * len(self._starts)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:
