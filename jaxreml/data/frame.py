@@ -120,16 +120,31 @@ class ModelFrame:
         """(m,), the sum of the formula's offsets at the values in `table`."""
         return sum((own.matrix(table)[:, 0] for own in self.offset_encodings), np.zeros(len(table)))
 
-    def design(self, structure: str | None = None) -> Design:
-        """The cross-products of this frame."""
+    @property
+    def random_terms(self) -> list[Term]:
+        """The terms of a design, that of the residuals' covariance last."""
         terms = [
-            Term(term.codes, term.effects, term.name, term.effect_names, kernel=term.kernel)
+            Term(
+                term.codes,
+                term.effects,
+                term.name,
+                term.effect_names,
+                term.block,
+                term.kernel,
+            )
             for term in self.terms
         ]
-        if self.residual is not None:
-            terms.append(self.residual.term)
+        return terms if self.residual is None else [*terms, self.residual.term]
+
+    def design(self, structure: str | None = None) -> Design:
+        """The cross-products of this frame."""
         return Design.from_arrays(
-            self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
+            self.y,
+            self.X,
+            self.random_terms,
+            weights=self.weights,
+            offset=self.offset,
+            structure=structure,
         )
 
 

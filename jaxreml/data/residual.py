@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,44 +16,10 @@ from jaxreml.data.grouping import combined_codes, same_partition
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
-from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.residual import Residual
+from jaxreml.model.covariance.words import FAMILIES, RESIDUALS
 
 MOST_VISITS = 60  # a covariance matrix of more is out of reach
-
-
-class Family(NamedTuple):
-    """A word for a covariance.
-
-    Attributes:
-        correlation: made from the number of visits and their times.
-        each: whether every visit has a variance of its own.
-        timed: whether visits are numbers, whose distances count.
-    """
-
-    correlation: Callable[[int, tuple[float, ...]], Correlation]
-    each: bool
-    timed: bool = False
-
-
-def _plain(kind: Callable[[int], Correlation]) -> Callable[[int, tuple[float, ...]], Correlation]:
-    return lambda size, times: kind(size)
-
-
-FAMILIES = {
-    "us": Family(_plain(correlations.Unrestricted), True),
-    "diag": Family(_plain(correlations.Independent), True),
-    "cs": Family(_plain(correlations.Exchangeable), False),
-    "csh": Family(_plain(correlations.Exchangeable), True),
-    "ar1": Family(_plain(correlations.Autoregressive), False),
-    "ar1h": Family(_plain(correlations.Autoregressive), True),
-    "ad": Family(_plain(correlations.Antedependent), False),
-    "adh": Family(_plain(correlations.Antedependent), True),
-    "toep": Family(_plain(correlations.Toeplitz), False),
-    "toeph": Family(_plain(correlations.Toeplitz), True),
-    "sp_exp": Family(lambda size, times: correlations.Distance(size, times), False, True),
-    "sp_gau": Family(lambda size, times: correlations.Distance(size, times, True), False, True),
-}
 
 
 @dataclass(frozen=True)
@@ -122,7 +88,7 @@ def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> R
     correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
     if arms:
         correlation = correlations.Copies(size * count, correlation)
-    variances = np.arange(size * count) if own.each else np.repeat(np.arange(count), size)
+    variances = np.arange(size * count) if own.residual else np.repeat(np.arange(count), size)
     return Residual(size * count, correlation, tuple(variances.tolist()))
 
 
@@ -145,8 +111,13 @@ def words_of(text: str) -> Words:
     if found is None:
         raise FormulaError(f"{form}, not {text!r}")
     family = found[1]
-    if family not in FAMILIES:
-        raise FormulaError(f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}")
+    if family not in RESIDUALS:
+        hint = ""
+        if family in FAMILIES:
+            hint = f"; {family!r} is a word for random effects, in the formula"
+        raise FormulaError(
+            f"{family!r} is no residual covariance; there are {', '.join(RESIDUALS)}{hint}"
+        )
     arm, _, last = found[3].rpartition("/")
     names = [single_name(part) for part in ([found[2], last, arm] if arm else [found[2], last])]
     if None in names:

@@ -98,6 +98,7 @@ def _fields(
                 np.asarray(modes)[own],
                 variances[own],
                 None if term.kernel is None else len(term.seen),
+                term.covariance,
             )
         )
     if frame.offset is not None:

@@ -269,7 +269,7 @@ def _check_terms(
         codes = own.codes
         if used is not None:
             codes, weighted = codes[used], weighted[used]
-        if replaces_residual(codes, weighted):
+        if replaces_residual(codes, weighted, own.covariance):
             raise DataError(instead_of_residual(own.name, own.n_levels, own.effect_names, n))
 
 

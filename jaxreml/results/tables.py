@@ -176,7 +176,7 @@ _METHODS = {
     "satterthwaite": "t-tests use Satterthwaite's method",
     "kenward-roger": "t-tests use Kenward-Roger's method",
     "kenward-roger-sas": "t-tests use Kenward-Roger's method (observed information)",
-    "kenward-roger-linear": "t-tests use Kenward-Roger's method",
+    "kenward-roger-linear": "t-tests use Kenward-Roger's method (observed information, linear)",
     "residual": "t-tests use the residual degrees of freedom",
     "inf": "Tests are normal",
 }
