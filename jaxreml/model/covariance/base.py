@@ -58,12 +58,14 @@ class Reading(NamedTuple):
         parameter: its place among the block's parameters, and in its chart; -1 for others.
         transform: how the parameter was made from what people read: "log", "logit", "fisher"
             (arctanh) or None.
+        least: the least value that the correlation can have.
     """
 
     label: str
     effects: tuple[int, ...]
     parameter: int = -1
     transform: str | None = None
+    least: float = -1.0
 
 
 @dataclass(frozen=True)

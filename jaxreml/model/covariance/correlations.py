@@ -140,6 +140,9 @@ class _OneCoordinate(Correlation):
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2."""
 
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
+
     def formula(self, z: Sequence[Any]) -> Any:
         # With e the smaller of exp(2 z) and exp(-2 z) nothing overflows; z is never that far.
         square = jets.exp(z[0] * 2.0)
