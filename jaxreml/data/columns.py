@@ -225,7 +225,7 @@ def label(index: pd.Index) -> str:
 def complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """The rows without missing values, in NumPy's types, and which they are, (n,) booleans."""
     complete = np.asarray(~table.isna().to_numpy(bool).any(axis=1))
-    table = table.loc[complete].copy()
+    table = table.copy() if complete.all() else table.loc[complete].copy()
     for name, values in table.items():
         if str(values.dtype) in NULLABLE:
             table[name] = values.astype(NULLABLE[str(values.dtype)])

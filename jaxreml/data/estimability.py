@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxreml.model import tall
+
 ALIASED = 1e-7  # R's tolerance for a column that depends on those before it
 ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row space of X
 
@@ -17,6 +19,8 @@ ESTIMABLE = 1e-8  # emmeans' tolerance, of the squared length outside the row sp
 def independent_columns(X: np.ndarray) -> np.ndarray:
     """Which columns do not depend linearly on columns before them, as R chooses them."""
     kept = np.arange(X.shape[1])
+    if tall.triangle(X) is not None:
+        return kept
     lengths = np.linalg.norm(X, axis=0)
     while kept.size:
         diagonal = np.abs(np.diagonal(np.linalg.qr(X[:, kept], mode="r")))

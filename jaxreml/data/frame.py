@@ -8,7 +8,7 @@ here, before any compute, and named.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,8 +34,9 @@ from jaxreml.data.formula import (
     single_name,
 )
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
+from jaxreml.data.kernels import Kernels, read_kernels, with_kernels
 from jaxreml.data.outputs import library_of
-from jaxreml.data.residual import ResidualTerm, residual_term, words_of
+from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -63,6 +64,7 @@ class ModelFrame:
         offset_encodings: how each ``offset()`` of the formula is made.
         residual: the covariance of the residuals within subjects; None if they are independent.
         library: that the user's table is of, as `outputs.library_of` says.
+        kernels: the known covariances of levels, by grouping factor.
     """
 
     formula: ParsedFormula
@@ -79,6 +81,7 @@ class ModelFrame:
     offset_encodings: tuple[Encoding, ...]
     residual: ResidualTerm | None = None
     library: str = "pandas"
+    kernels: Kernels = field(default_factory=dict)
 
     @property
     def n_dropped(self) -> int:
@@ -117,15 +120,31 @@ class ModelFrame:
         """(m,), the sum of the formula's offsets at the values in `table`."""
         return sum((own.matrix(table)[:, 0] for own in self.offset_encodings), np.zeros(len(table)))
 
+    @property
+    def random_terms(self) -> list[Term]:
+        """The terms of a design, that of the residuals' covariance last."""
+        terms = [
+            Term(
+                term.codes,
+                term.effects,
+                term.name,
+                term.effect_names,
+                term.block,
+                term.kernel,
+            )
+            for term in self.terms
+        ]
+        return terms if self.residual is None else [*terms, self.residual.term]
+
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""
-        terms = [
-            Term(term.codes, term.effects, term.name, term.effect_names) for term in self.terms
-        ]
-        if self.residual is not None:
-            terms.append(self.residual.term)
         return Design.from_arrays(
-            self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
+            self.y,
+            self.X,
+            self.random_terms,
+            weights=self.weights,
+            offset=self.offset,
+            structure=structure,
         )
 
 
@@ -137,6 +156,7 @@ def model_frame(
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
     residual: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     """Build the model frame of a formula.
 
@@ -147,6 +167,7 @@ def model_frame(
         offset: name of a column, or (n,) values, added to any ``offset()`` of the formula.
         context: names that the formula may use besides columns, functions for example.
         residual: the residuals' covariance, as in `jaxreml.fit`.
+        kernels: known covariances of levels, likewise.
 
     Raises:
         FormulaError: a formula outside the grammar.
@@ -156,7 +177,7 @@ def model_frame(
     parsed = parse(formula, need_random=residual is None)
     if not parsed.response:
         raise FormulaError(f"the formula {parsed.text!r} has no response left of the ~")
-    return _model_frame(parsed, data, weights, offset, context, residual=residual)
+    return _model_frame(parsed, data, weights, offset, context, residual=residual, kernels=kernels)
 
 
 def covariate_frame(
@@ -168,6 +189,7 @@ def covariate_frame(
     context: Mapping[str, Any] | None = None,
     need_random: bool = True,
     columns: Mapping[str, np.ndarray] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     """The model frame of a formula without left side, for responses that come as a block.
 
@@ -183,7 +205,7 @@ def covariate_frame(
             f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
             "as an argument of their own: start the formula with ~"
         )
-    return _model_frame(parsed, data, weights, offset, context, columns)
+    return _model_frame(parsed, data, weights, offset, context, columns, kernels=kernels)
 
 
 def with_response(
@@ -214,7 +236,7 @@ def with_response(
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     table = table.assign(**{name: y}, **(columns or {}))
-    found = _model_frame(parsed, table, context=context, **extras)
+    found = _model_frame(parsed, table, context=context, kernels=frame.kernels, **extras)
     return replace(found, library=frame.library)
 
 
@@ -234,6 +256,7 @@ def _model_frame(
     context: Mapping[str, Any] | None,
     columns: Mapping[str, np.ndarray] | None = None,
     residual: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
     beside_formula = words_of(residual).columns if residual is not None else ()
@@ -252,7 +275,8 @@ def _model_frame(
     if X.shape[1] >= n:
         raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
     terms = [term for bar in parsed.random for term in grouping_terms(bar, table, context)]
-    terms = lme4_order(terms)
+    known = read_kernels(kernels, terms)
+    terms = lme4_order(with_kernels(terms, known))
     offsets = [_evaluate(text, table, context, "offset") for text in parsed.offsets]
     total_offset = np.sum([values for values, _ in offsets], axis=0) if offsets else None
     if offset is not None:
@@ -265,7 +289,12 @@ def _model_frame(
             f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}. Drop "
             "rows of weight zero"
         )
-    check_terms(terms, n, prior)
+    check_terms(terms, n, prior, independent=residual is None)
+    of_residuals = None
+    if residual is not None:
+        of_residuals = residual_term(residual, table, [term.codes for term in terms])
+        if not terms:
+            refuse_perfect(of_residuals, X)
     return ModelFrame(
         formula=parsed,
         y=y,
@@ -279,8 +308,9 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
-        residual=None if residual is None else residual_term(residual, table),
+        residual=of_residuals,
         library=library_of(data),
+        kernels=known,
     )
 
 
@@ -292,6 +322,7 @@ def design(
     offset: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Design:
     """The `Design` of a formula and a table; arguments and errors as `fit`'s.
 
@@ -302,7 +333,9 @@ def design(
         >>> design.n, design.p
         (180, 2)
     """
-    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    frame = model_frame(
+        formula, data, weights=weights, offset=offset, context=context, kernels=kernels
+    )
     return frame.design(structure)
 
 
@@ -357,9 +390,10 @@ def _require_backticks(expression: str, columns: list[str], context: Mapping[str
 
 def _complete_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Leave out rows with missing values, and then the levels that no row has."""
-    missing = table.isna()
+    given = table
     table, complete = complete_rows(table)
     if not complete.any():
+        missing = given.isna()
         empty = [str(name) for name, column in missing.items() if np.all(column)]
         which = f"; nothing but missing values in {', '.join(empty)}" if empty else ""
         raise DataError(f"all {len(missing)} rows have a missing value in a column used{which}")
@@ -434,5 +468,7 @@ def drop_aliased(
 ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Leave out columns that depend linearly on columns before them, as R does."""
     kept = independent_columns(X)
+    if kept.size == X.shape[1]:
+        return X, names, ()
     aliased = tuple(names[k] for k in range(len(names)) if k not in kept)
     return X[:, kept], tuple(names[k] for k in kept), aliased

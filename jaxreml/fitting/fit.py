@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.arguments import check_engine
+from jaxreml.arguments import check_engine, is_reml
 from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.fitting.engines import engine_for, optimum, suited_structure
+from jaxreml.fitting.engines import engine_for, numbers_of, optimum, suited_structure
 from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.design import with_spare_levels
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_variances
+from jaxreml.optimum.identification import require_determined
 from jaxreml.optimum.rivals import optimality
 from jaxreml.status import NO_FIT, Status
 
@@ -35,8 +36,11 @@ def fit_frame(
     check_engine(engine)
     structure = suited_structure(frame, structure, engine)
     # Not finite then, the status says so.
-    with np.errstate(over="ignore", invalid="ignore"), suited_blas(frame.X.size):
+    with np.errstate(over="ignore", invalid="ignore"), suited_blas(numbers_of(frame)):
         design = with_spare_levels(frame.design(structure))
+    if frame.residual is not None and frame.terms and design.written_out:
+        words = frame.residual.words
+        require_determined(design.collapsed, words.text, reml=is_reml(method))
     engine = engine_for(design, engine)
     estimated, inspection, proved = optimum(design.without_names(), method, max_iterations, engine)
     status = Status(int(estimated.status))
@@ -50,10 +54,19 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     with suited_blas(design.numbers):
         variances = conditional_variances(estimated, inspection, design)
-    effects = list(zip(inspection.modes, variances, strict=True))
     known = optimality(design, proved)
     return kind(
-        **_fields(frame, design, method, estimated, effects, status, gradient_norm, context, known),
+        **_fields(
+            frame,
+            design,
+            method,
+            estimated,
+            (inspection.modes, variances),
+            status,
+            gradient_norm,
+            context,
+            known,
+        ),
         engine=engine,
     )
 
@@ -63,7 +76,7 @@ def _fields(
     design: Any,
     method: str,
     estimated: Any,
-    effects: list[tuple[np.ndarray, np.ndarray]],
+    effects: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]],
     status: Status,
     gradient_norm: float,
     context: Mapping[str, Any] | None,
@@ -74,11 +87,19 @@ def _fields(
     fixed = frame.X @ estimated.beta
     fitted = fixed.copy()
     groupings = []
-    for term, (modes, variances) in zip(frame.terms, effects, strict=False):  # residuals last
+    for term, modes, variances in zip(frame.terms, *effects, strict=False):  # residuals last
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
         names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
         groupings.append(
-            Grouping(term.name, term.levels, names, np.asarray(modes)[own], variances[own])
+            Grouping(
+                term.name,
+                term.levels,
+                names,
+                np.asarray(modes)[own],
+                variances[own],
+                None if term.kernel is None else len(term.seen),
+                term.covariance,
+            )
         )
     if frame.offset is not None:
         fixed, fitted = fixed + frame.offset, fitted + frame.offset
@@ -91,7 +112,8 @@ def _fields(
         "fixed_names": frame.fixed_names,
         "aliased": frame.aliased,
         "groupings": tuple(groupings),
-        "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[-1][0]),
+        "kernels": frame.kernels or None,
+        "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[0][-1]),
         "parameter_names": design.parameter_names,
         "theta": estimated.theta,
         "parameters": estimated.parameters,

@@ -12,7 +12,9 @@ import pandas as pd
 from scipy.linalg import block_diag
 
 from jaxreml.backend.lazy import make_records_known
+from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, model_frame, split_extras
+from jaxreml.data.kernels import Kernels
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
@@ -26,8 +28,8 @@ from jaxreml.fitting.random_terms import (
     variance_labels,
 )
 from jaxreml.fitting.residuals import ResidualCovariance
-from jaxreml.model.covariance.base import Covariance
-from jaxreml.model.covariance.unstructured import Unstructured
+from jaxreml.model.covariance.base import Block, Covariance
+from jaxreml.model.covariance.words import ANY, TermCovariance
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
@@ -44,6 +46,8 @@ class Grouping:
         modes: (levels, effects), conditional modes of the random effects.
         modes_vcov: (levels, effects, effects), their conditional covariances given the fixed
             effects and variance parameters, as lme4's ``condVar``.
+        n_seen: how many of the levels have rows, where some are known by a kernel only.
+        covariance: what the formula says of that of the effects.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Grouping:
     effects: tuple[str, ...]
     modes: np.ndarray
     modes_vcov: np.ndarray
+    n_seen: int | None = None
+    covariance: TermCovariance = ANY
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,6 +93,7 @@ class FittedModel:
         made_from: its model frame and design; None of a fit that was loaded.
         sandwich: what tests are made from if not the model's covariance (`robust`), and
             `sandwich_note` which that is; neither is saved.
+        kernels: known covariances of the levels of grouping factors, by their names; None without.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -123,6 +130,7 @@ class FittedModel:
     optimality: str = ""
     engine: str = ""
     residual: ResidualCovariance | None = None
+    kernels: Kernels | None = None
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
     sandwich: Any = field(default=None, metadata={"saved": False})
@@ -142,8 +150,18 @@ class FittedModel:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
         table, extras = split_extras(self.table)
         text = None if self.residual is None else self.residual.text
-        found = model_frame(formula, table, **extras, context=self.context, residual=text)
+        kernels = self._kernels_of(formula)
+        found = model_frame(
+            formula, table, **extras, context=self.context, residual=text, kernels=kernels
+        )
         return replace(found, library=self.library)
+
+    def _kernels_of(self, formula: str) -> Kernels | None:
+        """Those of the fit's kernels whose grouping factors a formula has."""
+        if self.kernels is None:
+            return None
+        names = {bar.name for bar in parse(formula, need_random=False).random}
+        return {name: own for name, own in self.kernels.items() if name in names}
 
     @cached_property
     def design(self) -> Design:
@@ -465,14 +483,17 @@ class FittedModel:
 
     @property
     def ngroups(self) -> dict[str, int]:
-        """Levels of each grouping factor, the subjects of ``residual=`` among them.
+        """Levels of each grouping factor that have rows, the subjects of ``residual=`` among them.
 
         Examples:
             >>> fit.ngroups
             {'Subject': 18}
         """
-        found = {grouping.name: len(grouping.levels) for grouping in self.groupings}
-        if self.residual is not None:
+        found = {
+            own.name: len(own.levels) if own.n_seen is None else own.n_seen
+            for own in self.groupings
+        }
+        if self.residual is not None and self.residual.words.subject is not None:
             found.setdefault(self.residual.words.subject, len(self.residual.subjects))
         return found
 
@@ -536,6 +557,18 @@ class FittedModel:
             raise DataError(
                 f"cannot {purpose} of a fit with residual={self.residual.text!r}: this is there "
                 "for independent residuals only, so far"
+            )
+
+    def require_independent_levels(self, purpose: str) -> None:
+        """Raise DataError if the levels of a grouping factor are correlated by ``kernels=``.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if self.kernels is not None:
+            raise DataError(
+                f"cannot {purpose} of a fit with kernels for {', '.join(map(repr, self.kernels))}: "
+                "this is there for independent levels only"
             )
 
     # Rows
@@ -609,7 +642,12 @@ class FittedModel:
     def covariance(self) -> Covariance:
         """The map from `parameters` to the covariances of the terms, the residuals' last."""
         own = () if self.residual is None else (self.residual.block,)
-        return Covariance((*map(Unstructured, self._sizes), *own))
+        return Covariance((*self._blocks, *own))
+
+    @cached_property
+    def _blocks(self) -> tuple[Block, ...]:
+        """The covariances of the terms."""
+        return tuple(own.covariance.block(len(own.effects), self.context) for own in self.groupings)
 
     @cached_property
     def _factors(self) -> list[np.ndarray]:

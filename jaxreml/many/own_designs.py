@@ -34,8 +34,7 @@ from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.moments import by_level, semidefinite_root
 from jaxreml.model.objective import profiled
-from jaxreml.model.structures.collapse import equal_levels
-from jaxreml.model.structures.grouped import Grouped, GroupedBasis
+from jaxreml.model.structures.grouped import Grouped, GroupedBasis, equal_levels
 from jaxreml.model.units import Units
 from jaxreml.optimum.effects import conditional_modes
 from jaxreml.optimum.search import START

@@ -14,8 +14,9 @@ from jaxreml.backend.compilation import evaluated
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.model import linalg
 from jaxreml.model.design import Design
-from jaxreml.model.objective import profiled
+from jaxreml.model.objective import profiled, profiled_of
 from jaxreml.model.structures.base import Projection, Rows
+from jaxreml.model.structures.collapse import conditional, marginal_by_classes
 from jaxreml.optimum.certificate import STEP, slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
@@ -58,21 +59,32 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 def inspect_on_host(estimate: Estimate, design: Design, method: str) -> Inspection:
     """`inspect` of NumPy's arrays by NumPy: the gradient is by differences."""
     with np.errstate(all="ignore"):
-        return _inspection(estimate.theta, design, is_reml(method), differences)
+        return _inspection(estimate, design, is_reml(method), differences)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=2))
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    return _inspection(estimate.theta, design, reml, criterion)
+    return _inspection(estimate, design, reml, criterion)
 
 
-def _inspection(theta: Array, design: Design, reml: bool, slopes: Any) -> Inspection:
-    factors = design.scaled_factors(theta)
-    value, gradient = slopes(theta, design, reml)
+def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> Inspection:
+    factors = design.scaled_factors(estimate.theta)
+    value, gradient = slopes(estimate.theta, design, reml, estimate.parameters)
     omega = design.covariance.omega_of_factors(factors)
+    if design.collapsed is not design and on_host(omega):
+        return Inspection(value, gradient, *_of_few_classes(omega, design), omega)
     projection = design.structure.project(omega)
     posterior = _posterior(projection, omega, factors, design)
     return Inspection(value, gradient, _modes(projection, omega, design), posterior, omega)
+
+
+def _of_few_classes(omega: np.ndarray, design: Design) -> tuple[tuple[Array, ...], Any]:
+    """Modes and `Inspection.posterior` of a design that has a `collapsed` one."""
+    structure: Any = design.structure
+    column = _unexplained(design.collapsed.structure.marginal(omega).gram, design.p)[:, 0]
+    found, posterior = conditional(structure, omega, column, bool(design.covariance.random.any()))
+    parts = np.split(found.T, np.cumsum(design.sizes)[:-1], axis=1)
+    return tuple(design.units.modes(k, part) for k, part in enumerate(parts)), posterior
 
 
 def _posterior(
@@ -80,8 +92,7 @@ def _posterior(
 ) -> Any:
     if design.covariance.random.all():
         return design.structure.posterior(projection, factors)
-    structure: Any = design.structure  # grouped: see `basis`
-    return structure.posterior_by_omega(projection, omega)
+    return design.structure.posterior_by_omega(projection.inner, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
@@ -89,10 +100,12 @@ def relative_covariances(estimate: Estimate, design: Design) -> Array:
     return design.omega_of_theta(estimate.theta)
 
 
-def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
-    """The objective at `Estimate.theta` and its gradient, as in `Inspection`."""
-    covariance = design.covariance
-    whole = covariance.chart(design.scaled_factors(theta))
+def criterion(
+    theta: Array, design: Design, reml: bool, parameters: Array | None = None
+) -> tuple[Array, Array]:
+    """The objective at `Estimate.theta` and its gradient, as in `Inspection`. A covariance may need
+    `Estimate.parameters`, too."""
+    covariance, whole = design.covariance, _chart(theta, design, parameters)
 
     def objective(inside: Array) -> Array:
         chart = whole.at[covariance.inside].set(inside)
@@ -101,7 +114,16 @@ def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
     return jax.value_and_grad(objective)(whole[covariance.inside])
 
 
-def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
+def _chart(theta: Array, design: Design, parameters: Array | None) -> Array:
+    factors = design.scaled_factors(theta)
+    if parameters is None:
+        return design.covariance.chart(factors)
+    return design.covariance.chart_at(factors, parameters)
+
+
+def differences(
+    theta: Array, design: Design, reml: bool, parameters: Array | None = None
+) -> tuple[Array, Array]:
     """`criterion` by values of the objective alone, which curves by a few n at most."""
     covariance = design.covariance
 
@@ -110,21 +132,26 @@ def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]
     def value(chart: Array) -> float:
         return float(profiled(covariance.omega(chart), fewer, reml=reml))
 
-    whole = covariance.chart(design.scaled_factors(theta))
+    whole = _chart(theta, design, parameters)
     ways = np.eye(whole.size)[covariance.inside]
     if len(ways) > MOST_WAYS:  # a slope that is not zero shows in as many directions at random
         mixed = np.random.default_rng(0).standard_normal((len(ways), MOST_WAYS))
         ways = np.sqrt(len(ways) / MOST_WAYS) * np.linalg.qr(mixed)[0].T @ ways
     here, slopes = slopes_by_differences(value, whole, ways, STEP / np.sqrt(design.n))
     if fewer is not design:
-        here = float(profiled(covariance.omega(whole), design, reml=reml))
+        structure: Any = design.structure
+        marginal = marginal_by_classes(structure, covariance.omega(whole))
+        here = float(profiled_of(marginal, design, reml=reml))
     return here, slopes
 
 
 def conditional_variances(
     estimate: Estimate, inspection: Inspection, design: Design
 ) -> tuple[np.ndarray, ...]:
-    """Per term (levels, effects, effects), Var(b | y) given the parameters. On the host."""
+    """Per term (levels, effects, effects), Var(b | y) given the parameters; none without random
+    effects. On the host."""
+    if inspection.posterior is None:
+        return ()
     relative = design.structure.variances(inspection.posterior)
     sigma2 = float(estimate.sigma) ** 2
     return tuple(
@@ -138,15 +165,19 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
 
 
 def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
-    p = design.p
-    factor = linalg.cholesky(projection.gram)
-    # In the orthonormal basis, on top of what `beta_ols` explains
-    beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
-    one = np.ones((1, *beta.shape[1:]), beta.dtype)
-    residual = namespace(beta).concatenate([-beta, one])
+    residual = _unexplained(projection.gram, design.p)
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))
+
+
+def _unexplained(gram: Array, p: int) -> Array:
+    """The combination (p + 1, 1, ...) of the columns [X y] that is y - X beta."""
+    factor = linalg.cholesky(gram)
+    # In the orthonormal basis, on top of what `beta_ols` explains
+    beta = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
+    one = np.ones((1, *beta.shape[1:]), beta.dtype)
+    return namespace(beta).concatenate([-beta, one])
 
 
 class Henderson(NamedTuple):

@@ -18,7 +18,6 @@ from jaxreml.model.covariance.natural import places
 Array = np.ndarray
 MOST_STEPS = 60  # of the search for y
 HALVINGS = 30  # of one of them
-STEP = 1e-6  # of differences
 EXACT = 1e-13  # of h, beside rounding error
 NEARLY = 100  # times as much, where no step comes nearer
 
@@ -34,6 +33,7 @@ class Eliminated(NamedTuple):
         effects: as those of `Reading`.
         least: the least value of the correlation.
         hint: where to start the search for the coordinate.
+        slopes: how h changes there with the coordinates of all that is held; () if unknown.
     """
 
     place: int
@@ -42,6 +42,7 @@ class Eliminated(NamedTuple):
     effects: tuple[int, ...]
     least: float
     hint: float
+    slopes: tuple[float, ...] = ()
 
 
 class Measure(NamedTuple):
@@ -121,19 +122,20 @@ def correlation(log_odds: float, least: float) -> float:
 
 def near(x: np.ndarray, held: tuple[Eliminated, ...]) -> tuple[Eliminated, ...]:
     """The same with hints from x."""
-    y = solved(x, held)
-    hints = [y[own.place] for own in held]
+    y, at = solved(x, held), [own.place for own in held]
+    if not np.isfinite(y).all():
+        return held
     return tuple(
-        own._replace(hint=float(hint)) if np.isfinite(hint) else own
-        for own, hint in zip(held, hints, strict=True)
+        own._replace(hint=float(y[own.place]), slopes=tuple(measure(y, own).slope[at].tolist()))
+        for own in held
     )
 
 
 def solved(x: np.ndarray, held: Sequence[Eliminated]) -> np.ndarray:
     """y at x; NaN in the places of coordinates that were not found.
 
-    By Newton's method with differences for derivatives, updated as Broyden does (1965, Mathematics
-    of Computation 19:577), in steps that bring what is held nearer.
+    By Newton's method with derivatives that are updated as Broyden does (1965, Mathematics of
+    Computation 19:577), in steps that bring what is held nearer.
     """
     if not held:
         return x
@@ -146,23 +148,31 @@ def solved(x: np.ndarray, held: Sequence[Eliminated]) -> np.ndarray:
         found = np.array([_value(y, own) for own in held]) - target
         return np.where(np.isnan(found), np.inf, found)
 
-    where = _root(misses, y[at], EXACT * (1 + float(np.max(np.abs(target)))))
-    y[at] = where
+    def slopes(where: np.ndarray) -> np.ndarray:
+        y[at] = where
+        return np.array([measure(y, own).slope[at] for own in held])
+
+    known = np.array([own.slopes for own in held]) if held[0].slopes else slopes(y[at])
+    hints = np.array([own.hint for own in held])
+    y[at] = _root(misses, slopes, hints, known, EXACT * (1 + float(np.max(np.abs(target)))))
     return y
 
 
-def _root(misses: Callable[[Array], Array], where: np.ndarray, exact: float) -> np.ndarray:
-    """Where all is missed by no more than `exact`, or nearly so; NaN if nowhere is found."""
-    rest, slopes = misses(where), None
+def _root(
+    misses: Callable[[Array], Array],
+    slopes: Callable[[Array], Array],
+    where: np.ndarray,
+    known: np.ndarray,
+    exact: float,
+) -> np.ndarray:
+    """Where all is missed by no more than `exact`, or nearly so; NaN if nowhere is found. The
+    slopes are `known` at the start, or near it."""
+    rest, fresh = misses(where), False
     for _ in range(MOST_STEPS):
         size = float(np.max(np.abs(rest)))
         if size <= exact:
             return where
-        if slopes is None:
-            steps = np.eye(len(where)) * STEP * (1 + np.abs(where))
-            slopes = np.array([misses(where + own) - rest for own in steps]).T / np.diag(steps)
-            fresh = True
-        step = _step(slopes, rest)
+        step = _step(known, rest)
         for _ in range(HALVINGS):
             moved = misses(where - step)
             if np.max(np.abs(moved)) < size:
@@ -171,10 +181,10 @@ def _root(misses: Callable[[Array], Array], where: np.ndarray, exact: float) -> 
         else:
             if fresh:
                 break
-            slopes = None
+            known, fresh = slopes(where), True
             continue
-        update = np.outer(moved - rest + slopes @ step, -step) / (step @ step)
-        slopes, fresh = slopes + update, False
+        update = np.outer(moved - rest + known @ step, -step) / (step @ step)
+        known, fresh = known + update, False
         where, rest = where - step, moved
     close = float(np.max(np.abs(rest))) <= NEARLY * exact
     return where if close else np.full(len(where), np.nan)

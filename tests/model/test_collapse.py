@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxreml.model.structures import collapse as module
-from jaxreml.model.structures.collapse import collapse, equal_levels
-from jaxreml.model.structures.grouped import GroupedBasis
+from jaxreml.model.structures.collapse import collapse
+from jaxreml.model.structures.grouped import GroupedBasis, equal_levels
 
 LEVELS, ROWS, RESPONSES = 20, 5, 3
 

@@ -62,6 +62,7 @@ def robust(fit: Fit, kind: str = "CR2", cluster: Any = None) -> Fit:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     fit.require_optimum("give robust standard errors")
+    fit.require_independent_levels("give robust standard errors")
     codes, name = _clusters(fit, cluster)
     found = Sandwich.of(fit, codes, kind)
     note = f"{kind} robust standard errors, clustered by {name}"
@@ -72,8 +73,10 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
     """Codes (n,) of the clusters, and their name."""
     frame = fit.frame
     parts = [(term.name, term.codes) for term in frame.terms]
-    if frame.residual is not None:
+    if frame.residual is not None and frame.residual.words.subject is not None:
         parts.append((frame.residual.words.subject, frame.residual.codes))
+    if cluster is None and not parts:
+        raise DataError("the rows are independent in this fit: give cluster= a column of clusters")
     if cluster is None:
         # The coarsest; what it does not contain is refused below.
         name, codes = min(parts, key=lambda part: int(part[1].max()))

@@ -160,7 +160,8 @@ class Parameter:
         if self.kind == "odds":
             return correlation(at, self.reading.least)
         if self.kind == "coordinate":
-            return float(TRANSFORMS[self.reading.transform].inverse(at))
+            parameter = self.chart.blocks[self.place].parameter_of(self.reading.parameter, at)
+            return float(TRANSFORMS[self.reading.transform].inverse(parameter))
         if self.kind == "log" and at == self.bounds[0]:
             return 0.0
         logarithm = self.kind in ("sigma", "log")
@@ -206,13 +207,26 @@ class Pair:
 
 def estimates(fit: FittedModel) -> Values:
     """The variance parameters of a fit."""
-    parts = []
-    for k, (block, factor) in enumerate(zip(fit.covariance.blocks, fit._factors, strict=True)):
+    parts, last = [], fit.parameters[-1]
+    pairs = zip(fit.covariance.own_parameters(fit.parameters), fit._factors, strict=True)
+    for k, ((block, parameters), factor) in enumerate(pairs):
         if block.any_basis:
             parts.append(np.asarray(fit.design.units.matrices[k]) @ factor)
         else:
-            parts.append(np.asarray(block.chart(factor)))
+            chart = np.asarray(block.chart_at(factor, parameters, last))
+            parts.append(in_units(fit, k, block, chart, inner=True))
     return Values(tuple(parts), 0.0)
+
+
+def in_units(
+    fit: FittedModel, k: int, block: Block, chart: np.ndarray, *, inner: bool = False
+) -> np.ndarray:
+    """A block's own chart in the user's units, of one in the inner units of the design; or the
+    other way."""
+    if not block.any_scale:
+        return chart
+    units = np.diagonal(np.asarray(fit.design.units.matrices[k]))
+    return np.asarray(block.rescaled(chart, 1 / units if inner else units))
 
 
 def of_inner(fit: FittedModel, k: int) -> np.ndarray:
@@ -230,12 +244,15 @@ def readings(values: Values, fit: FittedModel) -> list[float]:
             root = of_inner(fit, k) @ part
             parts.append((root @ root.T)[natural.triangle(block.size)])
             continue
-        own = np.asarray(block.omega(part))
+        chart = in_units(fit, k, block, part)
+        own = np.asarray(block.omega(chart))
         if block.residual:
             own = sigma2 * (own + np.equal(*natural.triangle(block.size)))
         parts.append(own)
-        inside = slice(covariance.starts[k], covariance.starts[k + 1])
-        coordinates[inside] = np.resize(part, inside.stop - inside.start)
+        for named in known:
+            if named.block == k and (place := named.reading.parameter) >= 0:
+                entry = block.parameter_of(place, float(chart[place]))
+                coordinates[covariance.starts[k] + place] = entry
     whole = fit.sigma**2 * np.concatenate([*parts, [sigma2]])
     return Places.of(covariance, known).values(whole, coordinates).tolist()
 

@@ -29,7 +29,7 @@ from jaxreml.optimum.held import Coordinates
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel
 
-LEAST_LOG = -25.0  # of an SD over sigma, that stands for zero
+LEAST_LOG = -12.0  # of an SD over sigma, that stands for zero
 MOST_ODDS = 9.0  # logarithms of odds that stand for a correlation at its limit
 
 
@@ -114,7 +114,8 @@ class _Builder:
             return self._parameter(*names, "sigma", k, reading, self.starts[-1], self.fit.sigma)
         if own.kind == "parameter":
             axis = self.starts[k] + reading.parameter
-            return self._parameter(*names, "coordinate", k, reading, axis)
+            ends = self.blocks[k].ends(reading.parameter)
+            return self._parameter(*names, "coordinate", k, reading, axis, bounds=ends)
         if not self.blocks[k].any_basis:
             return self._solved_for(names, own)
         effects = reading.effects[::-1]
@@ -133,19 +134,18 @@ class _Builder:
 
     def _solved_for(self, names: tuple[str, str, str], own: Named) -> Parameter:
         held = self.eliminated([(own.block, own.reading)], ())
-        residual = self.blocks[own.block].residual
-        kind, low, high = ("log", LEAST_LOG, math.inf)
-        if own.kind == "cor":
-            kind, low, high = "odds", -MOST_ODDS, MOST_ODDS
+        block, kind, scale = self.blocks[own.block], "odds", 1.0
+        bounds = -MOST_ODDS, MOST_ODDS
+        if own.kind == "sd":
+            kind, bounds, scale = "log", (LEAST_LOG, math.inf), self.fit.sigma
+            if block.any_scale:
+                place = own.reading.effects[0]
+                scale /= float(np.asarray(self.fit.design.units.matrices[own.block])[place, place])
+        if block.residual:
+            bounds = -math.inf, math.inf
+        axis = held[0].place
         return self._parameter(
-            *names,
-            kind,
-            own.block,
-            own.reading,
-            held[0].place,
-            1.0 if own.kind == "cor" else self.fit.sigma,
-            bounds=(-math.inf, math.inf) if residual else (low, high),
-            held=held,
+            *names, kind, own.block, own.reading, axis, scale, bounds=bounds, held=held
         )
 
     def _parameter(

@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from jaxreml.data.frame import GroupingTerm, ModelFrame
 from jaxreml.data.grouping import same_partition
+from jaxreml.model.covariance.words import SYNONYMS
 
 OUTSIDE = 1e-7  # share of a column outside a span, beyond which it counts
 
@@ -111,11 +112,12 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     if second is None:
         return f"the larger has independent residuals, and it has {first.words.text}"
     visits, others = (own.places % len(own.visits) for own in (first, second))
-    if not (same_partition(first.codes, second.codes) and np.array_equal(visits, others)):
+    subjects = first.words.family == "diag" or same_partition(first.codes, second.codes)
+    if not (subjects and np.array_equal(visits, others)):
         return f"{first.words.text} and {second.words.text} have other visits or subjects"
     if first.words.arm is not None and not np.array_equal(first.places, second.places):
         return f"{first.words.text} has a covariance for each {first.words.arm}"
-    family, wider = first.words.family, second.words.family
+    family, wider = (SYNONYMS.get(own.words.family, own.words.family) for own in (first, second))
     if family != wider and wider not in _WIDER[family]:
         return f"{family} is no case of {wider}"
     return ""
@@ -155,9 +157,22 @@ def step(small: ModelFrame, large: ModelFrame) -> Step:
 def _same_term(first: GroupingTerm, second: GroupingTerm) -> bool:
     return (
         len(first.effect_names) == len(second.effect_names)
+        and _same_kernel(first, second)
         and same_partition(first.codes, second.codes)
         and not outside(first.effects, second.effects).any()
     )
+
+
+def _same_kernel(first: GroupingTerm, second: GroupingTerm) -> bool:
+    """Whether levels are independent in both terms, or related in the same way."""
+    if first.kernel is None or second.kernel is None:
+        return first.kernel is second.kernel
+    if not same_partition(first.codes, second.codes):
+        return False
+    places = np.unique(first.codes, return_index=True)[1]
+    own, other = (term.kernel[np.ix_(term.codes[places], term.codes[places])]  # pyright: ignore
+                  for term in (first, second))  # fmt: skip
+    return np.array_equal(own, other)
 
 
 def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -204,6 +219,8 @@ def _pieces(
 def _image(term: GroupingTerm, other: GroupingTerm, rows: np.ndarray) -> np.ndarray | None:
     """Columns (n, r) of effects on the factor of `other` that make it `term` in `rows`, zero
     outside, or None where Sigma of `other` cannot be chosen so."""
+    if not _same_kernel(term, other):
+        return None
     own, codes = (np.unique(t.codes[rows], return_inverse=True)[1] for t in (term, other))
     effects, of_other = term.effects[rows], other.effects[rows]
     if _cross(own, codes).max() != own.max():

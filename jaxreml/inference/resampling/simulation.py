@@ -125,8 +125,7 @@ class Population:
         if not new:
             return
         for term, factor, rng in zip(self.frame.terms, self.factors, of_terms, strict=True):
-            standard = rng.standard_normal((len(out), len(term.levels), len(factor)))
-            effects = standard @ factor.T
+            effects = term.drawn(rng, len(out), factor)
             for k, column in enumerate(term.effects.T):
                 of_rows = np.take(effects[:, :, k], term.codes, axis=1)
                 out += of_rows if np.all(column == 1) else of_rows * column

@@ -15,14 +15,16 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import record
-from jaxreml.model.structures.grouped import Grouped, Partition
+from jaxreml.model.structures.base import Marginal
+from jaxreml.model.structures.grouped import Grouped, Partition, equal_levels
+from jaxreml.model.structures.parts import Parts
+from jaxreml.model.structures.patterns import Patterns
 
 Array = Any  # NumPy's or JAX's
 
-SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
 NO_X = 1e-13  # length of a score of (orthonormal) X that is rounding error
-MANY_EQUAL = 8  # levels with one F beyond which `fewer_levels` makes them fewer
-NOTHING = 1e-15  # singular values of scores, relative to the largest, that are rounding
+MANY_EQUAL = 8  # levels with one F, per score of one, of which `fewer_levels` takes the products
+MOST_PRODUCTS = 2**24  # numbers of them
 MAX_ROTATION = 2 * 10**7  # entries of the rotation; above it levels stay as they are
 
 
@@ -95,7 +97,7 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
         The plan, or None if it would save less than a third of the levels.
     """
     q, p, n_levels = scores_x.shape
-    groups = _by_class(factors)
+    groups = _by_class(equal_levels(factors))
     rows: list[np.ndarray] = []  # of the rotation, dense over one class
     members: list[np.ndarray] = []
     collapsed: list[tuple[np.ndarray, int]] = []
@@ -140,51 +142,94 @@ def collapse(factors: np.ndarray, scores_x: np.ndarray) -> Collapse | None:
     )
 
 
-def fewer_levels(structure: Grouped) -> Grouped:
-    """The same criterion, of one response, with fewer levels: of those with the same F, c'P^-1 c
-    depends on the cross-products of their scores alone, which few levels have too. On the host."""
+def fewer_levels(structure: Grouped) -> Grouped | Parts:
+    """The same criterion, of one response, whose cost does not grow with the number of levels: of
+    levels with the same F, c'P^-1 c depends on the cross-products of their scores alone.
+
+    Large classes become `Patterns`, and what is left stays levels. On the host.
+    """
     factors, scores = np.asarray(structure.factors), np.asarray(structure.scores)
     q, k = scores.shape[:2]
-    new_factors, new_scores, counts = [], [], []
-    for levels in _by_class(factors):
-        rows = scores[:, :, levels].reshape(q * k, -1).T
-        if len(rows) > MANY_EQUAL:
-            rows = _fewer_rows(rows)
-        new_scores.append(rows.T.reshape(q, k, -1))
-        new_factors.append(np.repeat(factors[:, :, levels[:1]], len(rows), axis=2))
-        counts += [levels.size / len(rows)] * len(rows)
+    classes = sorted(_by_class(structure.classes[0]), key=len, reverse=True)
+    used = [levels for levels in classes if factors[:, :, levels[0]].any()]
+    numbers = q * k
+    large = [levels for levels in used if len(levels) * MANY_EQUAL > numbers]
+    large = large[: MOST_PRODUCTS // numbers**2]
+    if not large:
+        return structure
+    patterns = Patterns(
+        factors=factors[:, :, [levels[0] for levels in large]],
+        counts=np.array([float(len(levels)) for levels in large]),
+        products=np.stack([_products(scores, levels) for levels in large]),
+        remainder=np.asarray(structure.remainder),
+        sizes=structure.sizes,
+    )
+    rest = np.concatenate([levels[:0] for levels in used[:1]] + used[len(large) :])
+    if not rest.size:
+        return Parts((patterns,))
+    levels = replace(_some(structure, rest), remainder=np.zeros_like(structure.remainder))
+    return Parts((patterns, levels))
+
+
+def _products(scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """S_ab of `Patterns`, (q, q, k, k), of one class."""
+    q, k = scores.shape[:2]
+    rows = scores[:, :, levels].reshape(q * k, -1)
+    seen = np.flatnonzero(rows.any(axis=1))
+    found = np.zeros((q * k, q * k))
+    rows = rows[seen]
+    found[np.ix_(seen, seen)] = rows @ rows.T
+    return found.reshape(q, k, q, k).swapaxes(1, 2)
+
+
+def conditional(
+    structure: Grouped, omega: np.ndarray, column: np.ndarray, variances: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What levels of few different F say of their effects. On the host.
+
+    Args:
+        structure: of one response, J levels.
+        omega: (m,), which need not be semidefinite.
+        column: (p + 1,), the combination of the columns [X y] that is explained.
+        variances: whether to give them.
+
+    Returns:
+        Omega Z' V0^-1 [X y] column, (q, J), and Omega - Omega B Omega, (q, q, J), or None.
+    """
+    classes, first = structure.classes
+    few = _some(structure, first)
+    weights, inner = few.explained(omega)
+    rest = np.einsum("akJ,k->aJ", structure.scores, column)
+    modes = np.zeros_like(rest)
+    for own, values in zip(weights.swapaxes(0, 1), rest, strict=True):
+        modes += own[:, classes] * values
+    return modes, few.posterior_by_omega(inner, omega)[:, :, classes] if variances else None
+
+
+def marginal_by_classes(structure: Grouped, omega: np.ndarray) -> Marginal:
+    """`Grouped.marginal`, the levels of a class of equal F all at once. On the host."""
+    classes, first = structure.classes
+    few = _some(structure, first)
+    inverses, logs = few.whitening(omega)
+    gram, k = structure.remainder, len(structure.remainder)
+    for own, inverse in zip(_by_class(classes), np.moveaxis(inverses, 2, 0), strict=True):
+        scores = structure.scores[:, :, own]
+        white = (inverse @ scores.reshape(len(inverse), -1)).reshape(scores.shape)
+        white = white.swapaxes(0, 1).reshape(k, -1)
+        gram = gram + white @ white.T
+    return Marginal(float(np.bincount(classes) @ logs), gram)
+
+
+def _some(structure: Grouped, levels: np.ndarray) -> Grouped:
     return replace(  # pyright: ignore
-        structure,
-        factors=np.concatenate(new_factors, axis=2),
-        scores=np.concatenate(new_scores, axis=2),
-        counts=np.array(counts),
+        structure, factors=structure.factors[:, :, levels], scores=structure.scores[:, :, levels]
     )
 
 
-def _fewer_rows(rows: np.ndarray) -> np.ndarray:
-    """At least one row with the same cross-products rows'rows, but for rounding."""
-    triangle = np.linalg.qr(rows, mode="r")
-    _, values, vectors = np.linalg.svd(triangle, full_matrices=False)
-    kept = max(int(np.sum(values > NOTHING * values.max(initial=0.0))), 1)
-    return values[:kept, None] * vectors[:kept]
-
-
-def _by_class(factors: np.ndarray) -> list[np.ndarray]:
+def _by_class(classes: np.ndarray) -> list[np.ndarray]:
     """The levels of each class of `equal_levels`."""
-    classes = equal_levels(factors)
     order = np.argsort(classes, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
-
-
-def equal_levels(factors: np.ndarray) -> np.ndarray:
-    """Classes (J,) of levels that have the same F, of (q, q, J)."""
-    q, _, n_levels = factors.shape
-    largest = np.abs(factors).max(axis=2, keepdims=True)
-    rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
-    flat = rounded.reshape(q * q, n_levels)
-    differ = np.any(flat != flat[:, :1], axis=1)  # the others tell no levels apart
-    classes = np.unique(flat[differ].T, axis=0, return_inverse=True)[1]
-    return classes.ravel()
 
 
 def _plan(**fields: Any) -> Collapse:

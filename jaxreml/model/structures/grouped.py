@@ -26,6 +26,7 @@ Array = Any  # NumPy's or JAX's
 # A column whose part outside the span of the columns before it, within a level, is shorter than
 # this fraction of itself is collinear there: the square of it is below rounding error.
 COLLINEAR = 1e-10
+SAME = 1e-11  # entries of F that differ by less, relative to the largest, count as equal
 FEW_EFFECTS = 4  # up to which traces of pairs are one linear map
 
 
@@ -84,10 +85,10 @@ class Levels(Explicit):
         parts = namespace(modes).split(modes, np.cumsum(self.sizes)[:-1])
         return tuple(part.swapaxes(0, 1) for part in parts)
 
-    def posterior_by_omega(self, projection: Projection, omega: Array) -> Array:
-        """`posterior` of covariances that need not be semidefinite: Omega - Omega B Omega."""
+    def posterior_by_omega(self, inner: Array, omega: Array) -> Array:
+        """Omega - Omega B Omega."""
         matrix = self._omega(omega)
-        return matrix - linalg.matmul(linalg.matmul(matrix, projection.inner), matrix)
+        return matrix - linalg.matmul(linalg.matmul(matrix, inner), matrix)
 
 
 class Products(NamedTuple):
@@ -174,6 +175,13 @@ class Grouped(OfColumns, Levels):
     products: Products | None = None
     counts: Array | None = None
 
+    @cached_property
+    def classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The class of each level, (J,), of those that have the same F, and the first level of each
+        class, (C,). On the host."""
+        classes = equal_levels(np.asarray(self.factors))
+        return classes, np.unique(classes, return_index=True)[1]
+
     def repeat(self, inner: Array) -> Array:
         return inner if self.counts is None else inner * self.counts
 
@@ -207,6 +215,22 @@ class Grouped(OfColumns, Levels):
         across = linalg.transpose(loadings)
         inner, cross = linalg.matmul(across, loadings), linalg.matmul(across, scores)
         return Projection(logdet, self._gram(scores), inner, cross)
+
+    def whitening(self, omega: Array) -> tuple[Array, Array]:
+        """L^-1, (q, q, J), of P = L L', and the logarithms of the determinants of P, (J,)."""
+        factor = self._cholesky(self._omega(omega))
+        xp = namespace(factor)
+        identity = xp.broadcast_to(linalg.eye_like(factor), factor.shape)
+        logs = 2 * xp.sum(xp.log(linalg.diagonal(factor)), axis=0)
+        return linalg.solve_lower(factor, identity), logs
+
+    def explained(self, omega: Array) -> tuple[Array, Array]:
+        """Omega F' P^-1, which takes scores to modes, and B, (q, q, J) each."""
+        matrix, inverse = self._omega(omega), self.whitening(omega)[0]
+        loadings = linalg.matmul(inverse, self.factors)
+        across = linalg.transpose(loadings)
+        weights = linalg.matmul(matrix, linalg.matmul(across, inverse))
+        return weights, linalg.matmul(across, loadings)
 
     def outer(self, cross: Array, matrix: Array, weights: Array) -> Array:
         cross = self.combine(cross, matrix)
@@ -266,6 +290,22 @@ class Grouped(OfColumns, Levels):
             for b, (others, right) in enumerate(owners):
                 total += left * whole[a, b, codes] * right * (codes == others)
         return total
+
+
+def equal_levels(factors: np.ndarray) -> np.ndarray:
+    """Classes (J,) of levels that have the same F, of (q, q, J)."""
+    q, _, n_levels = factors.shape
+    largest = np.abs(factors).max(axis=2, keepdims=True)
+    rounded = np.round(factors / np.where(largest > 0, largest, 1.0) / SAME)
+    flat = rounded.reshape(q * q, n_levels)
+    flat = flat[np.any(flat != flat[:, :1], axis=1)]  # the others tell no levels apart
+    # By sums of odd multiples modulo 2^64, which differ where levels do, but for an accident.
+    odd = np.random.default_rng(0).integers(2**63, size=(len(flat), 1), dtype=np.uint64) * 2 + 1
+    marks = (flat.astype(np.int64).astype(np.uint64) * odd.astype(np.uint64)).sum(axis=0)
+    _, first, classes = np.unique(marks, return_index=True, return_inverse=True)
+    if not (flat == flat[:, first[classes]]).all():
+        classes = np.unique(flat.T, axis=0, return_inverse=True)[1]
+    return classes.ravel()
 
 
 def sum_pairs(products: Array, sizes: tuple[int, ...]) -> Array:
@@ -365,11 +405,14 @@ class GroupedBasis:
     effects: Any = None
 
     @staticmethod
-    def of(codes: np.ndarray, effects: Any, n_levels: int) -> GroupedBasis:
-        """Factorise columns (n, q), scaled, NumPy or traced, in levels 0..J-1 of the rows."""
+    def of(codes: Any, effects: Any, n_levels: int) -> GroupedBasis:
+        """Factorise columns (n, q), scaled, in levels 0..J-1 of the rows; both NumPy or traced."""
         traced = not on_host(effects)
         by_level = Partition(codes.astype(natural.INDEX), n_levels)
-        xp: Any = jnp if traced else np
+        places = _places(by_level, effects) if on_host(effects, codes) else None
+        if places is not None:
+            return Visits.at(by_level, effects, places)
+        xp = namespace(effects, codes)
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
         for k, column in enumerate(still(effects).T):
@@ -423,6 +466,10 @@ class GroupedBasis:
         sums = [self.rows.sums(effect[:, None] * columns).T for effect in self.effects.T]
         return jnp.stack(sums)
 
+    def of_levels(self, modes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Effects of the user's levels of those of the structure's."""
+        return modes
+
     def structure(
         self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]
     ) -> Grouped:
@@ -432,3 +479,53 @@ class GroupedBasis:
             of_columns, rest = products
             shadow = Products(self.products(self.effects), of_columns, rest)
         return Grouped(self.factors, scores, remainder, sizes, shadow)
+
+
+@record
+@dataclass(frozen=True)
+class Visits(GroupedBasis):
+    """The factorisation where each row is one effect's alone, and each effect of a level has one
+    row at most, as visits of subjects are: Q is Z, and the scores are the rows in another order.
+
+    Attributes:
+        places: (n,), the effect of each row; q of rows that are left out.
+    """
+
+    places: Any = None
+
+    @staticmethod
+    def at(rows: Partition, effects: np.ndarray, places: np.ndarray) -> Visits:
+        """Of effects (n, q) that are 1 at `places` and 0 elsewhere."""
+        q = effects.shape[1]
+        factors = np.zeros((q, q, rows.n_levels), effects.dtype)
+        seen = np.bincount(places * rows.n_levels + rows.codes, minlength=(q + 1) * rows.n_levels)
+        factors[np.arange(q), np.arange(q)] = seen.reshape(q + 1, -1)[:q]
+        return Visits(rows, effects, factors, None, places)
+
+    def project(self, columns: Any) -> tuple[Any, Any]:
+        if not on_host(columns):
+            return super().project(columns)
+        q, k, levels = len(self.factors), columns.shape[1], self.rows.n_levels
+        scores = np.zeros((q + 1, k, levels), columns.dtype)
+        cells, flat = self.places * (k * levels) + self.rows.codes, scores.reshape(-1)
+        for j in range(k):
+            flat[cells + j * levels] = columns[:, j]
+        rest = np.zeros(columns.shape, columns.dtype)
+        left_out = self.places == q
+        rest[left_out] = columns[left_out]
+        return scores[:-1], rest
+
+
+def _places(rows: Partition, effects: np.ndarray) -> np.ndarray | None:
+    """`Visits.places`, or None where the effects are not like that."""
+    q = effects.shape[1]
+    places, own = np.full(len(effects), q), np.flatnonzero(effects)
+    at, of = np.divmod(own, q)
+    if own.size > len(effects) or q == 1:
+        return None
+    places[at] = of
+    alone = places[at] == of
+    if not (alone.all() and (np.diff(at) > 0).all() and (effects[at, of] == 1).all()):
+        return None
+    cells = places[at] * rows.n_levels + rows.codes[at]
+    return places if np.bincount(cells).max(initial=0) <= 1 else None
