@@ -256,6 +256,9 @@ class Exchangeable(_OneCoordinate):
 
     linear_shared = True
 
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
+
     @property
     def kinds(self) -> np.ndarray:
         return np.minimum(self._lags, 1)
