@@ -12,6 +12,7 @@ import pandas as pd
 
 from jaxreml.data.columns import is_amount, label
 from jaxreml.data.formula import RESIDUAL, single_name
+from jaxreml.model.groups import crossing
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
@@ -198,8 +199,7 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
 def _refuse_two_arms(
     words: Words, table: pd.DataFrame, codes: np.ndarray, arms: np.ndarray
 ) -> None:
-    first = arms[np.unique(codes, return_index=True)[1]]
-    other = arms != first[codes]
+    other = crossing(arms, codes)
     if other.any():
         row = int(np.argmax(other))
         raise DataError(

@@ -53,13 +53,11 @@ class Factor:
 
     def contains(self, finer: Factor) -> bool:
         """Whether every level of `finer` lies in one level of this factor."""
-        return np.array_equal(self.parents(finer)[finer.codes], self.codes)
+        return groups.contains(self.codes, finer.codes)
 
     def parents(self, finer: Factor) -> np.ndarray:
         """The level of this factor that contains each level of `finer`."""
-        parents = np.zeros(finer.n_levels, INDEX)
-        parents[finer.codes] = self.codes
-        return parents
+        return groups.parents(self.codes, finer.codes, finer.n_levels).astype(INDEX)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sums of (n,) values by level, (J,)."""
