@@ -12,12 +12,12 @@ import pandas as pd
 
 from jaxreml.data.columns import is_amount, label
 from jaxreml.data.formula import RESIDUAL, single_name
-from jaxreml.model.groups import crossing
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.residual import Residual
+from jaxreml.model.groups import crossing
 
 MOST_VISITS = 60  # a covariance matrix of more is out of reach
 

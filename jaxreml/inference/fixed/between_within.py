@@ -18,9 +18,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from jaxreml.model.groups import contains
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.model.groups import contains
 
 INVOLVED = 1e-10  # smallest coefficient of a linear function that counts, relative to the largest
 

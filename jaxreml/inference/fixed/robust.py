@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg
 
-from jaxreml.model.groups import contains
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import Fit, FittedModel
+from jaxreml.model.groups import contains
 
 KINDS = ("CR0", "CR1", "CR2", "CR3")
 MOST_CLUSTERS = 5000  # degrees of freedom take matrices of this order

@@ -16,9 +16,9 @@ from jaxreml.data.frame import (
     drop_aliased,
     split_extras,
 )
-from jaxreml.model.groups import contains
 from jaxreml.errors import DataError
 from jaxreml.inference.resampling.simulation import Population
+from jaxreml.model.groups import contains
 
 
 def extend(

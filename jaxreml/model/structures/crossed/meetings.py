@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from jaxreml.backend.lazy import is_of_jax, jax, jnp
+from jaxreml.model import groups
 from jaxreml.model.covariance.unstructured import INDEX
 from jaxreml.model.structures.base import Terms
 
