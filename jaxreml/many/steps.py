@@ -242,4 +242,5 @@ def modes_of(lanes: Lanes, values: Array, shift: Array, root: Array) -> tuple[Ar
     """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
     lanes = lanes.plain
     design = lanes.batch(lanes.reduce(values, shift, exact=True))
-    return conditional_modes(design.covariance.omega(root), design)
+    modes = conditional_modes(design.covariance.omega(root), design)
+    return lanes.basis.projector.of_levels(modes)

@@ -239,7 +239,7 @@ def summary(
         _criterion(fit),
         *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
         *(["Random effects:\n" + _random_effects(fit)] if fit.groupings else []),
-        *(["Residuals of a subject:\n" + _residuals(fit)] if fit.residual else []),
+        *([_residuals(fit)] if fit.residual else []),
         _counts(fit),
     ]
     if not fit.residual:  # as lme4 has it
@@ -347,12 +347,13 @@ def _residuals(fit: FittedModel) -> str:
         start = i - i % q  # of the visits of its arm
         own = [f"{correlation[i, start + j]:.2f}" if start + j < i else "" for j in range(shown)]
         rows.append(cells + own)
-    return f" {residual.text}\n" + _table(rows, left=1)
+    of = "" if residual.words.subject is None else " of a subject"
+    return f"Residuals{of}:\n {residual.text}\n" + _table(rows, left=1)
 
 
 def _counts(fit: FittedModel) -> str:
     groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
-    text = f"Number of obs: {fit.nobs}, groups:  {groups}"
+    text = f"Number of obs: {fit.nobs}" + (f", groups:  {groups}" if groups else "")
     if fit.kernels:
         known = [
             f"{own.name}, {len(own.levels)} levels"

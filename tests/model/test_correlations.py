@@ -20,7 +20,9 @@ FAMILIES = {
     "antedependent": correlations.Antedependent(5),
     "toeplitz": correlations.Toeplitz(5),
     "exponential": correlations.Distance(5, TIMES),
-    "gaussian": correlations.Distance(5, TIMES, True),
+    "matern3": correlations.Distance(5, TIMES, "matern3"),
+    "matern5": correlations.Distance(5, tuple((t, t**0.5) for t in TIMES), "matern5"),
+    "gaussian": correlations.Distance(5, TIMES, "gaussian"),
     "unrestricted": correlations.Unrestricted(5),
 }
 COPIES = {

@@ -80,6 +80,8 @@ class Block(ABC):
     # Whether there is a member of the family for every basis of the effects: then they may be
     # scaled and made orthogonal inside a design, and the chart is a square root of Omega.
     any_basis = False
+    # Whether there is one for every scale of each effect at least, see `rescaled`.
+    any_scale = False
     # Whether it writes out all derivatives, for NumPy's arrays too; by JAX otherwise.
     written_out = False
     # Whether covariances are linear in the parameters that SAS has for them, variances and
@@ -170,6 +172,33 @@ class Block(ABC):
         where `any_basis` only."""
         raise NotImplementedError
 
+    def rescaled(self, chart: Array, units: Array) -> Array:
+        """The point of the chart for effects multiplied by `units` (q,), which divide their SDs. It
+        is needed where `any_scale` only."""
+        raise NotImplementedError
+
+    @property
+    def of_effects(self) -> np.ndarray:
+        """(q,), which of the log-variances each effect has."""
+        return np.arange(self.size)
+
+    def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
+        """What each log-variance is of."""
+        return effects
+
+    @property
+    def patterns(self) -> np.ndarray | None:
+        """(m, d), those that omega is any combination of, if it is linear in some parameters."""
+        return None
+
+    def finite(self, parameters: Array, log_sigma2: Array) -> Array:
+        """Finite numbers for `parameters` (k, ...) on the boundary, as `Report.shown` has them,
+        where nothing changes with them."""
+        xp, count = namespace(parameters), self.log_variances
+        correlations = xp.nan_to_num(xp.clip(parameters[count:], -FAR, FAR))
+        variances = xp.maximum(parameters[:count], log_sigma2 + LOG_ZERO)
+        return xp.concatenate([variances, correlations])
+
     def last_name(self, effects: tuple[str, ...]) -> str:
         """What sigma2 is the variance of, where the block is the residuals'."""
         return "Residual"
@@ -187,7 +216,7 @@ class Block(ABC):
         """d omega / d chart, (q (q + 1) / 2, r, ...)."""
         import jax
 
-        return _over_lanes(jax.jacfwd(self.omega), chart)
+        return over_lanes(jax.jacfwd(self.omega), chart)
 
     def curvature(self, chart: Array, gradient: Array) -> Array:
         """Second derivatives in the chart, (r, r, ...), of gradient' omega."""
@@ -196,13 +225,13 @@ class Block(ABC):
         def bend(chart: Array, gradient: Array) -> Array:
             return jax.hessian(lambda chart: gradient @ self.omega(chart))(chart)
 
-        return _over_lanes(bend, chart, gradient)
+        return over_lanes(bend, chart, gradient)
 
     def second(self, chart: Array) -> Array:
         """Second derivatives of omega in the chart, (q (q + 1) / 2, r, r, ...)."""
         import jax
 
-        return _over_lanes(jax.jacfwd(jax.jacfwd(self.omega)), chart)
+        return over_lanes(jax.jacfwd(jax.jacfwd(self.omega)), chart)
 
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         """`jacobian` and `curvature` together, which a search asks for."""
@@ -221,7 +250,7 @@ class Block(ABC):
 
             return jax.jacfwd(at)(parameters), jax.hessian(lambda p: gradient @ at(p))(parameters)
 
-        return _over_lanes(both, parameters, log_sigma2, gradient)
+        return over_lanes(both, parameters, log_sigma2, gradient)
 
     def in_scale(
         self, parameters: Array, log_sigma2: Array, gradient: Array
@@ -281,7 +310,7 @@ class Block(ABC):
             moves = [-linalg.diagonal(spread)[:count], drift(first, second, spread[count:, count:])]
             return jnp.einsum("ij,tij->t", spread, curve) + slope @ jnp.concatenate(moves)
 
-        return _over_lanes(own, parameters, log_sigma2, spread)
+        return over_lanes(own, parameters, log_sigma2, spread)
 
 
 def drift(first: Array, second: Array, spread: Array) -> Array:
@@ -299,7 +328,7 @@ def drift(first: Array, second: Array, spread: Array) -> Array:
     return -linalg.matmul(linalg.inverse(first, definite=False)[0], bent[:, None])[:, 0]
 
 
-def _over_lanes(function: Callable[..., Any], *arrays: Array) -> Any:
+def over_lanes(function: Callable[..., Any], *arrays: Array) -> Any:
     """A function of arrays without lanes, mapped over them where there are."""
     import jax
 
@@ -512,12 +541,9 @@ class Covariance:
     def finite(self, parameters: Array) -> Array:
         """Finite numbers for `parameters` (k + 1, ...) on the boundary, as `Report.shown` has them,
         where nothing changes with them."""
-        xp = namespace(parameters)
-        is_variance = np.isin(np.arange(len(parameters)), self.positions)
-        is_variance = is_variance.reshape(-1, *[1] * (parameters.ndim - 1))
-        correlations = xp.nan_to_num(xp.clip(parameters, -FAR, FAR))
-        variances = xp.maximum(parameters, parameters[-1] + LOG_ZERO)
-        return xp.where(is_variance, variances, correlations)
+        last = parameters[-1]
+        own = [block.finite(part, last) for block, part in self.own_parameters(parameters)]
+        return _joined([*own, last[None]])
 
     def in_parameters(
         self, parameters: Array, gradient: Array, hessian: Array

@@ -139,6 +139,10 @@ class Residual(Block):
         z = self.correlation.coordinates(matrix / (sds[:, None] * sds))
         return xp.concatenate([xp.log(variances[self._first] / variances[:1]) / 2, z])
 
+    def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
+        """By the parameters, none of which is on a boundary."""
+        return self._chart_at(parameters, log_sigma2)
+
     @property
     def _first(self) -> np.ndarray:
         """The first visit of each variance but the first."""
