@@ -201,9 +201,7 @@ class Own(Block):
 
     def stated(self, coordinates: Array) -> Array:
         """The user's parameters."""
-        kinds = self.function.transforms[self.log_variances :]
-        found = [kind.value(own) for kind, own in zip(kinds, coordinates, strict=True)]
-        return namespace(coordinates).stack(found) if found else coordinates
+        return _stated(self.function, coordinates)
 
     def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
         """In the variances, and in the others by what their transforms bend."""
@@ -217,6 +215,13 @@ class Own(Block):
             ratio = kind.bend(at[place]) / kind.slope(at[place])
             found = found - first[:, place] * ratio * weights[place, place]
         return found
+
+
+def _stated(function: Function, z: Array) -> Array:
+    """The parameters besides variances at their coordinates."""
+    kinds = function.transforms[function.variances :]
+    found = [kind.value(own) for kind, own in zip(kinds, z, strict=True)]
+    return namespace(z).stack(found) if found else z
 
 
 def _semidefinite(entries: Array, q: int) -> Array:
@@ -261,6 +266,17 @@ class OwnCorrelation(Correlation):
         xp, own, k = namespace(z), self.function, self.function.variances
         ratios = (own.start[:k] / own.start[0]).astype(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
         return own.entries(xp.concatenate([xp.broadcast_to(ratios, (k, *z.shape[1:])), z]))
+
+    def stated(self, z: Array) -> Array:
+        """The user's parameters."""
+        return _stated(self.function, z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        if not on_host(z):
+            return super().drift(z, spread)
+        kinds = self.function.transforms[self.function.variances :]
+        ratios = [kind.bend(own) / kind.slope(own) for kind, own in zip(kinds, z, strict=True)]
+        return -np.array(ratios).reshape(z.shape) * linalg.diagonal(spread)
 
     def coordinates(self, matrix: Array) -> Array:
         raise NotImplementedError  # `Residual.chart_at` knows the parameters
