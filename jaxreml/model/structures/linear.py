@@ -224,9 +224,10 @@ class Linear(OfColumns):
             diagonal = np.asarray(own.diagonal())
             for start in range(0, own.n_levels, step):
                 codes = np.arange(start, min(start + step, own.n_levels))
-                rows = np.einsum("ab,lbr->lar", matrix, own.matrix(codes))
-                known = np.einsum("lar,lbr->lab", rows @ inner, rows)
-                parts.append(diagonal[codes, None, None] * matrix - known)
+                rows = own.matrix(codes)
+                moved = (rows.reshape(-1, len(inner)) @ inner).reshape(rows.shape)
+                known = np.einsum("lar,lbr->lab", moved, rows)
+                parts.append(diagonal[codes, None, None] * matrix - matrix @ known @ matrix)
             whole = np.concatenate(parts)
             np.einsum("laa->la", whole)[:] = np.maximum(np.einsum("laa->la", whole), 0.0)
             found.append(whole)
