@@ -19,6 +19,7 @@ from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.residual import Residual
 from jaxreml.model.covariance.words import FAMILIES, RESIDUALS, own_covariance
+from jaxreml.model.groups import crossing
 
 MOST_VISITS = 60  # a covariance matrix of more is out of reach
 
@@ -251,8 +252,7 @@ def refuse_perfect(term: ResidualTerm, X: np.ndarray) -> None:
 def _refuse_two_arms(
     words: Words, table: pd.DataFrame, codes: np.ndarray, arms: np.ndarray
 ) -> None:
-    first = arms[np.unique(codes, return_index=True)[1]]
-    other = arms != first[codes]
+    other = crossing(arms, codes)
     if other.any():
         row = int(np.argmax(other))
         raise DataError(

@@ -179,6 +179,7 @@ _METHODS = {
     "kenward-roger": "t-tests use Kenward-Roger's method",
     "kenward-roger-sas": "t-tests use Kenward-Roger's method (observed information)",
     "kenward-roger-linear": "t-tests use Kenward-Roger's method (observed information, linear)",
+    "between-within": "t-tests use between-within degrees of freedom",
     "residual": "t-tests use the residual degrees of freedom",
     "inf": "Tests are normal",
 }
@@ -188,6 +189,7 @@ def tests_in_words(df: str) -> str:
     """Of which degrees of freedom tests are, as a sentence for the note of a table."""
     return {
         "satterthwaite": "Tests use Satterthwaite's degrees of freedom",
+        "between-within": "Tests use between-within degrees of freedom",
         "residual": "Tests use the residual degrees of freedom",
         "inf": "Tests are normal",
     }.get(df, "Tests use Kenward and Roger's degrees of freedom and standard errors")

@@ -289,9 +289,9 @@ class OwnCorrelation(Correlation):
     def drift(self, z: Array, spread: Array) -> Array:
         if not on_host(z):
             return super().drift(z, spread)
-        pairs = zip(self.function.transforms[self.function.variances :], z, strict=True)
-        ratios = [kind.bend(own) / kind.slope(own) for kind, own in pairs]
-        return -linalg.diagonal(spread) * np.array(ratios)
+        kinds = self.function.transforms[self.function.variances :]
+        ratios = [kind.bend(own) / kind.slope(own) for kind, own in zip(kinds, z, strict=True)]
+        return -np.array(ratios).reshape(z.shape) * linalg.diagonal(spread)
 
     def coordinates(self, matrix: Array) -> Array:
         raise NotImplementedError  # `Residual.chart_at` knows the parameters
