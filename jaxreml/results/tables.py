@@ -107,7 +107,7 @@ def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
         table = pd.DataFrame({"estimate": estimates(fit, known)}).reindex(columns=columns)
     blocks = [own.block if own.block >= 0 else len(known) for own in known]
     order = sorted(range(len(known)), key=lambda k: (blocks[k], ORDER[known[k].kind]))
-    labels = [("ran_pars", known[k].group, tidy_term(fit, known[k])) for k in order]
+    labels = [("ran_pars", known[k].group, tidy_term(known[k])) for k in order]
     table = table.iloc[order].rename(columns={"lower": "conf_low", "upper": "conf_high"})
     named = pd.DataFrame(labels, columns=["effect", "group", "term"])
     return pd.concat([named, table.reset_index(drop=True)], axis=1)
