@@ -21,11 +21,13 @@ from jaxreml.model.arrays import (
     root_weights,
 )
 from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.response import Response
 from jaxreml.model.structures.base import Projector, Terms
 from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.model.structures.dense import DenseBasis
 from jaxreml.model.structures.grouped import GroupedBasis
+from jaxreml.model.structures.series import SeriesBasis
 from jaxreml.model.units import Units, orthonormal
 from jaxreml.status import Status
 
@@ -33,7 +35,12 @@ MAX_DENSE_BYTES = 2 * 2**30
 DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
 PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
 ROUNDING = 100  # both are at least as many units of rounding: in single precision
-KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
+KINDS = {
+    "grouped": GroupedBasis,
+    "crossed": CrossedBasis,
+    "dense": DenseBasis,
+    "series": SeriesBasis,
+}
 
 
 @record
@@ -115,7 +122,11 @@ class Basis:
         ]
         residual = any(own.covariance.residual for own in terms)
         planned = None if like is None else like.projector
-        projector = _projector(effects, structure, n, planned, residual)
+        last = terms[-1].covariance if terms else None
+        if isinstance(last, Timed):
+            projector = _series(effects, last, structure)
+        else:
+            projector = _projector(effects, structure, n, planned, residual)
 
         rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
         scores, rest = projector.project(rows)
@@ -281,6 +292,24 @@ def _projector(
             "structures need less; the crossed one takes concrete effects and weights only"
         )
     return DenseBasis.of(effects)
+
+
+def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:
+    """Of residuals at times of each subject's own, the last term's columns, and of random effects
+    of the same subjects."""
+    codes, times, _ = effects[-1]
+    if structure not in (None, "series", "chain"):
+        raise DataError(
+            f"residuals at times of each subject's own have a structure of their own; leave "
+            f"structure={structure!r} out"
+        )
+    if not all(np.array_equal(own, codes) for own, *_ in effects[:-1]):
+        raise DataError(
+            "residuals at more times than a matrix of all of them may have go with random effects "
+            "of the same subjects, and not with those of other factors"
+        )
+    columns = [own for _, own, _ in effects[:-1]] or [np.zeros((len(codes), 0))]
+    return SeriesBasis.of(codes, np.concatenate(columns, axis=1), times[:, 0], law)
 
 
 def _orthonormal(rows: Any, n: int) -> tuple[Any, Any]:

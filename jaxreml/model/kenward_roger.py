@@ -93,6 +93,9 @@ def adjust(
     """
     xp, p = namespace(theta, design.residual_ss), design.p
     lanes = theta.shape[1:]
+    # V is not linear in the omega of some structures: to first order they have one where it is.
+    structure: Any = design.structure
+    design = replace(design, structure=getattr(structure, "first_order", structure))
     omega = design.omega_of_theta(theta)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom

@@ -11,6 +11,7 @@ from jaxreml.fitting.fitted import FittedModel
 from jaxreml.fitting.random_terms import RESIDUAL, correlation_labels
 from jaxreml.inference.parameters import ratios
 from jaxreml.inference.parameters.shares import shares
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tables import stars as stars_of
 from jaxreml.results.tables import tests_in_words, tidy
 from jaxreml.typeset import numbers
@@ -217,7 +218,10 @@ def _labels(fit: FittedModel, rename: Mapping[str, str]) -> dict[tuple[str, str,
         block, visits = fit.residual.block, fit.residual.effects
         for label in block.variance_labels(visits):
             found[RANDOM, RESIDUAL, f"sd__{label}"] = f"{text(RESIDUAL)} SD, {label}"
-        for i, j in block.correlation.described:
+        own = isinstance(block, Timed)
+        found[RANDOM, RESIDUAL, "range__Observation"] = f"{text(RESIDUAL)} range"
+        found[RANDOM, RESIDUAL, "cor__neighbours"] = f"{text(RESIDUAL)} correlation of neighbours"
+        for i, j in () if own else block.correlation.described:
             both = f"{text(RESIDUAL)} correlation, {visits[i]}, {visits[j]}"
             found[RANDOM, RESIDUAL, f"cor__{visits[i]}.{visits[j]}"] = both
     return found

@@ -15,6 +15,7 @@ from jaxreml.fitting.random_terms import RESIDUAL, correlation_labels
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.parameters.delta import variance_parameters
 from jaxreml.inference.parameters.residuals import residual_parameters
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tidy import chosen, intervals, ran_pars, statistics
 
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
@@ -118,7 +119,8 @@ def _tidy_residuals(fit: FittedModel, conf_level: float) -> pd.DataFrame:
     terms = []
     for name in table.index:
         kind, _, rest = name.removesuffix(f"|{RESIDUAL}").partition("_")
-        terms.append({"sd": f"sd__{rest}", "sigma": "sd__Observation"}.get(kind, f"cor__{rest}"))
+        known = {"sd": f"sd__{rest}", "sigma": "sd__Observation", "range": "range__Observation"}
+        terms.append(known.get(kind, f"cor__{rest}"))
     columns = {"lower": "conf_low", "upper": "conf_high"}
     own = table.drop(columns="note").rename(columns=columns).reset_index(drop=True)
     own = pd.concat(
@@ -358,6 +360,15 @@ def _residuals(fit: FittedModel) -> str:
     components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
     names = ("variance", "sd", "log_variance", "log_variance_se")
     columns = [_digits(components[name].to_numpy()) for name in names]
+    if isinstance(residual.block, Timed):
+        header = ["", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
+        lines = [_table([header, [" Residual", *(column[0] for column in columns)]], left=1)]
+        if fit.converged:
+            own = residual_parameters(fit)
+            value, error = _digits(own[["estimate", "std_error"]].to_numpy()[-1])
+            name = {"range|Residual": "Range"}.get(own.index[-1], "Correlation of neighbours")
+            lines.append(f" {name} {value}, standard error {error}")
+        return "\n".join([f" {residual.text}, {len(residual.visits):,} different times", *lines])
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
     shown = q - 1 if residual.block.correlation.count else 0
     header = [f" {residual.words.visit}", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]

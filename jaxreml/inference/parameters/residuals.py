@@ -8,7 +8,9 @@ from scipy.special import ndtri
 
 from jaxreml.arguments import check_conf_level
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.model.covariance.correlations import Distance
 from jaxreml.model.covariance.natural import places
+from jaxreml.model.covariance.timed import Timed
 
 
 def residual_parameters(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFrame:
@@ -28,9 +30,11 @@ def residual_parameters(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFr
     """
     check_conf_level(conf_level)
     fit.require_optimum("give standard errors")
+    assert fit.residual is not None
+    if isinstance(fit.residual.block, Timed):
+        return _at_own_times(fit, conf_level)
     correlation = fit.residual_corr.to_numpy()
     residual = fit.residual
-    assert residual is not None
     block, effects = residual.block, residual.effects
     count, quantile = len(block.parameter_names("", effects)), ndtri((1 + conf_level) / 2)
     own = np.arange(len(fit.parameters) - count - 1, len(fit.parameters) - 1)
@@ -60,3 +64,26 @@ def residual_parameters(fit: FittedModel, conf_level: float = 0.95) -> pd.DataFr
     table = {name: np.concatenate(parts) for name, *parts in zip(columns, *rows, strict=True)}
     note = np.where(np.isfinite(table["std_error"]), "", "the criterion is flat there")
     return pd.DataFrame({**table, "note": note}, index=pd.Index(names))
+
+
+def _at_own_times(fit: FittedModel, conf_level: float) -> pd.DataFrame:
+    """`residual_parameters` where subjects are at times of their own: the SD, and the range of
+    `Distance` or the correlation of neighbours one apart."""
+    assert fit.residual is not None
+    quantile = float(ndtri((1 + conf_level) / 2))
+    z, log = fit.parameters[-2:]
+    of_z, of_log = np.sqrt(np.diagonal(np.asarray(fit.parameters_vcov_array))[-2:])
+    ends = np.array([0.0, -quantile, quantile])
+    sds = np.exp((log + ends * of_log) / 2)
+    if isinstance(fit.residual.block.correlation, Distance):
+        name, values = "range|Residual", np.exp(z + ends * of_z)
+        error = values[0] * of_z
+    else:
+        name, values = "cor_neighbours|Residual", np.tanh(z + ends * of_z)
+        error = (1 - values[0] ** 2) * of_z
+    rows = [[sds[0], sds[0] * of_log / 2, *sds[1:]], [values[0], error, *values[1:]]]
+    found = pd.DataFrame(
+        rows, pd.Index(["sigma", name]), columns=["estimate", "std_error", "lower", "upper"]
+    )
+    flat = ~np.isfinite(found["std_error"])
+    return found.assign(note=np.where(flat, "the criterion is flat there", ""))

@@ -132,6 +132,22 @@ class _OneCoordinate(Correlation):
         return ("correlation",)
 
 
+class Stationary(_OneCoordinate):
+    """Of the distance alone: effects may then be at any places, each subject's at its own
+    (`covariance.timed`)."""
+
+    # Whether on a line what lies before an effect tells no more of it than the nearest does.
+    markov = True
+
+    @abstractmethod
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        """Correlations at distances, an array or a Jet as z is."""
+
+    @abstractmethod
+    def with_correlation(self, common: float, distance: float) -> float:
+        """The coordinate with which there is this positive correlation at a distance."""
+
+
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2."""
@@ -154,8 +170,14 @@ class Exchangeable(_OneCoordinate):
 
 
 @dataclass(frozen=True)
-class Autoregressive(_OneCoordinate):
+class Autoregressive(Stationary):
     """rho^|i - j| ("ar1"), z Fisher's of rho: neighbours are one apart."""
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        return jets.tanh(z) ** distances
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(np.arctanh(min(common ** (1 / distance), MOST)))
 
     def formula(self, z: Sequence[Any]) -> Any:
         rho = jets.tanh(z[0])
@@ -260,7 +282,7 @@ class Toeplitz(Correlation):
 
 
 @dataclass(frozen=True)
-class Distance(_OneCoordinate):
+class Distance(Stationary):
     """exp(-d / range) or, squared, exp(-(d / range)^2), of the distance d between two times
     ("sp_exp", "sp_gau"); z is the logarithm of the range, minus infinity without correlation.
 
@@ -271,6 +293,20 @@ class Distance(_OneCoordinate):
 
     times: tuple[float, ...] = ()
     squared: bool = False
+
+    @property
+    def markov(self) -> bool:
+        return not self.squared
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        nearness = jets.exp(-z)
+        if self.squared:
+            return jets.exp(nearness * nearness * -(distances**2))
+        return jets.exp(nearness * -distances)
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        share = -np.log(common)
+        return float(np.log(distance / (np.sqrt(share) if self.squared else share)))
 
     @property
     def _distances(self) -> np.ndarray:
