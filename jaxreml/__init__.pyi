@@ -1,6 +1,9 @@
 # The public names, and where they live. `jaxreml/__init__.py` reads them from here.
+from jaxreml import batches as batches
+from jaxreml import covariance as covariance
 from jaxreml import datasets as datasets
 from jaxreml import inference as inference
+from jaxreml import kernels as kernels
 from jaxreml.api.fit import fit as fit
 from jaxreml.api.fit_many import fit_many as fit_many
 from jaxreml.api.score_tests import score_tests as score_tests
@@ -25,6 +28,9 @@ from jaxreml.model.design import stack as stack
 from jaxreml.model.objective import ml_objective as ml_objective
 from jaxreml.model.objective import reml_objective as reml_objective
 from jaxreml.optimum.estimate import estimate as estimate
+from jaxreml.optimum.optimise import Optimum as Optimum
+from jaxreml.optimum.optimise import optimise as optimise
+from jaxreml.optimum.optimise import start as start
 from jaxreml.optimum.report import Estimate as Estimate
 from jaxreml.results import batch_plots as batch_plots
 from jaxreml.results import plots as plots

@@ -31,6 +31,7 @@ class Status(IntEnum):
     RANK_DEFICIENT = 11
     BAD_WEIGHTS = 12
     ILL_CONDITIONED = 13
+    BAD_LEVELS = 14
 
     @property
     def sentence(self) -> str:
@@ -67,8 +68,10 @@ _SENTENCES = {
     "floating point; rescale it, by its standard deviation say",
     Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of those before it: beta "
     "is NaN for it, and the other numbers are those of the model without it; leave the column out",
-    Status.BAD_WEIGHTS: "a prior weight is zero, negative, infinite or NaN; weights must be "
-    "positive: leave out rows of weight zero",
+    Status.BAD_WEIGHTS: "a prior weight is negative, infinite or NaN; weights must be positive, or "
+    "zero for rows to leave out where they are traced by JAX",
+    Status.BAD_LEVELS: "a code of a grouping factor is negative or not below n_levels: correct the "
+    "codes, or raise n_levels",
     Status.ILL_CONDITIONED: "cross-products have too few digits left of what the fixed and random "
     "effects do not explain: centre and scale the columns before they are summed, or make the "
     "design from rows",

@@ -24,15 +24,17 @@ def covariance_matrix(variances: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def marginal_covariance(params, terms, weights, n) -> np.ndarray:
-    """V of `params` as jaxreml orders them; terms are (codes, Z)."""
+    """V of `params` as jaxreml orders them; terms are (codes, Z), or (codes, Z, K) with the
+    covariance K of the levels."""
     params = np.asarray(params, float)
     V = np.exp(params[-1]) * np.diag(1 / (np.ones(n) if weights is None else weights))
     start = 0
-    for codes, Z in terms:
+    for codes, Z, *kernel in terms:
         q = Z.shape[1]
+        related = kernel[0][np.ix_(codes, codes)] if kernel else codes[:, None] == codes
         stop = start + q * (q + 1) // 2
         sigma = covariance_matrix(np.exp(params[start : start + q]), params[start + q : stop])
-        V += (Z @ sigma @ Z.T) * (codes[:, None] == codes)
+        V += (Z @ sigma @ Z.T) * related
         start = stop
     return V
 

@@ -23,6 +23,7 @@ def fit(
     max_iterations: int = 100,
     engine: str | None = None,
     residual: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> LMMResults:
     """Fit a linear mixed model to a table by a formula, as lme4's ``lmer``.
@@ -53,6 +54,12 @@ def fit(
             ``"us(visit | arm/subject)"`` for one of each arm. Random effects beside it must be of
             the same subjects; there need not be any. With `weights`, it is that of the residuals
             times the roots of these.
+        kernels: known covariances K of the levels of grouping factors, up to a factor, such as
+            ``{"animal": A}`` for ``(1 | animal)``: b ~ N(0, sigma2_a A). A frame with labels, which
+            may have levels that the data lack (these are predicted), an array in the order of the
+            sorted levels, or what `jaxreml.kernels` makes. Several of one factor by name:
+            ``{"animal": {"additive": A, "dominance": D, "permanent": None}}``, None for
+            independent levels.
         others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:
@@ -90,6 +97,12 @@ def fit(
     refuse_arguments("fit", others)
     is_reml(method)
     frame = model_frame(
-        formula, data, weights=weights, offset=offset, context=context, residual=residual
+        formula,
+        data,
+        weights=weights,
+        offset=offset,
+        context=context,
+        residual=residual,
+        kernels=kernels,
     )
     return fit_frame(frame, method, structure, context, max_iterations, LMMResults, engine)

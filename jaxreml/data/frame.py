@@ -8,7 +8,7 @@ here, before any compute, and named.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ from jaxreml.data.formula import (
     single_name,
 )
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
+from jaxreml.data.kernels import Kernels, read_kernels, with_kernels
 from jaxreml.data.outputs import library_of
 from jaxreml.data.residual import ResidualTerm, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
@@ -63,6 +64,7 @@ class ModelFrame:
         offset_encodings: how each ``offset()`` of the formula is made.
         residual: the covariance of the residuals within subjects; None if they are independent.
         library: that the user's table is of, as `outputs.library_of` says.
+        kernels: the known covariances of levels, by grouping factor.
     """
 
     formula: ParsedFormula
@@ -79,6 +81,7 @@ class ModelFrame:
     offset_encodings: tuple[Encoding, ...]
     residual: ResidualTerm | None = None
     library: str = "pandas"
+    kernels: Kernels = field(default_factory=dict)
 
     @property
     def n_dropped(self) -> int:
@@ -120,7 +123,8 @@ class ModelFrame:
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""
         terms = [
-            Term(term.codes, term.effects, term.name, term.effect_names) for term in self.terms
+            Term(term.codes, term.effects, term.name, term.effect_names, kernel=term.kernel)
+            for term in self.terms
         ]
         if self.residual is not None:
             terms.append(self.residual.term)
@@ -137,6 +141,7 @@ def model_frame(
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
     residual: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     """Build the model frame of a formula.
 
@@ -147,6 +152,7 @@ def model_frame(
         offset: name of a column, or (n,) values, added to any ``offset()`` of the formula.
         context: names that the formula may use besides columns, functions for example.
         residual: the residuals' covariance, as in `jaxreml.fit`.
+        kernels: known covariances of levels, likewise.
 
     Raises:
         FormulaError: a formula outside the grammar.
@@ -156,7 +162,7 @@ def model_frame(
     parsed = parse(formula, need_random=residual is None)
     if not parsed.response:
         raise FormulaError(f"the formula {parsed.text!r} has no response left of the ~")
-    return _model_frame(parsed, data, weights, offset, context, residual=residual)
+    return _model_frame(parsed, data, weights, offset, context, residual=residual, kernels=kernels)
 
 
 def covariate_frame(
@@ -168,6 +174,7 @@ def covariate_frame(
     context: Mapping[str, Any] | None = None,
     need_random: bool = True,
     columns: Mapping[str, np.ndarray] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     """The model frame of a formula without left side, for responses that come as a block.
 
@@ -183,7 +190,7 @@ def covariate_frame(
             f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
             "as an argument of their own: start the formula with ~"
         )
-    return _model_frame(parsed, data, weights, offset, context, columns)
+    return _model_frame(parsed, data, weights, offset, context, columns, kernels=kernels)
 
 
 def with_response(
@@ -214,7 +221,7 @@ def with_response(
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     table = table.assign(**{name: y}, **(columns or {}))
-    found = _model_frame(parsed, table, context=context, **extras)
+    found = _model_frame(parsed, table, context=context, kernels=frame.kernels, **extras)
     return replace(found, library=frame.library)
 
 
@@ -234,6 +241,7 @@ def _model_frame(
     context: Mapping[str, Any] | None,
     columns: Mapping[str, np.ndarray] | None = None,
     residual: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
     beside_formula = words_of(residual).columns if residual is not None else ()
@@ -252,7 +260,8 @@ def _model_frame(
     if X.shape[1] >= n:
         raise DataError(f"{X.shape[1]} fixed effects and only {n} observations")
     terms = [term for bar in parsed.random for term in grouping_terms(bar, table, context)]
-    terms = lme4_order(terms)
+    known = read_kernels(kernels, terms)
+    terms = lme4_order(with_kernels(terms, known))
     offsets = [_evaluate(text, table, context, "offset") for text in parsed.offsets]
     total_offset = np.sum([values for values, _ in offsets], axis=0) if offsets else None
     if offset is not None:
@@ -281,6 +290,7 @@ def _model_frame(
         offset_encodings=tuple(encoding for _, encoding in offsets),
         residual=None if residual is None else residual_term(residual, table),
         library=library_of(data),
+        kernels=known,
     )
 
 
@@ -292,6 +302,7 @@ def design(
     offset: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Design:
     """The `Design` of a formula and a table; arguments and errors as `fit`'s.
 
@@ -302,7 +313,9 @@ def design(
         >>> design.n, design.p
         (180, 2)
     """
-    frame = model_frame(formula, data, weights=weights, offset=offset, context=context)
+    frame = model_frame(
+        formula, data, weights=weights, offset=offset, context=context, kernels=kernels
+    )
     return frame.design(structure)
 
 

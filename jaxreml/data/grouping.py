@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -31,6 +32,9 @@ class GroupingTerm:
         effect_names: q names.
         factors: the columns whose combinations are the levels.
         encoding: how the effects are made.
+        kernel: (J, J), the known covariance of the levels up to a factor, all of them, with rows or
+            without; None for independent levels.
+        source: the grouping factor's name in the formula, where it has kernels; "" otherwise.
     """
 
     name: str
@@ -40,6 +44,38 @@ class GroupingTerm:
     effect_names: tuple[str, ...]
     factors: tuple[str, ...]
     encoding: Encoding
+    kernel: np.ndarray | None = None
+    source: str = ""
+
+    def is_of(self, name: str) -> bool:
+        """Whether a formula has the term on a grouping factor of this name."""
+        return name in (self.name, self.source)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which levels have rows; all, but for those that only a kernel has."""
+        return np.unique(self.codes)
+
+    def drawn(self, rng: np.random.Generator, count: int, factor: np.ndarray) -> np.ndarray:
+        """Random effects of all rows, (count, levels, q), with covariance L L' of a level's effects
+        for the `factor` L (q, q); zero for levels of a kernel without rows."""
+        if self.kernel is None:
+            return rng.standard_normal((count, len(self.levels), len(factor))) @ factor.T
+        standard = rng.standard_normal((count, len(self.seen), len(factor))) @ factor.T
+        effects = np.zeros((count, len(self.levels), len(factor)))
+        effects[:, self.seen] = np.einsum("lj,bja->bla", self._root, standard, optimize=True)
+        return effects
+
+    @cached_property
+    def _root(self) -> np.ndarray:
+        """A square root of the kernel of the levels with rows."""
+        assert self.kernel is not None
+        own = self.kernel[np.ix_(self.seen, self.seen)]
+        try:
+            return np.linalg.cholesky(own)
+        except np.linalg.LinAlgError:  # singular
+            values, vectors = np.linalg.eigh(own)
+            return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
 def grouping_terms(
@@ -100,10 +136,11 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
     """
     seen: set[tuple[str, str]] = set()
     for term in terms:
-        n_levels = len(term.levels)
+        n_levels = len(term.seen)
         if n_levels < 2:
+            only = term.levels[term.codes[0]]
             raise DataError(
-                f"the grouping factor {term.name!r} has one level ({term.levels[0]!r}); its "
+                f"the grouping factor {term.name!r} has one level ({only!r}); its "
                 "variance cannot be estimated. Leave the term out"
             )
         for k, effect in enumerate(term.effect_names):
@@ -118,7 +155,7 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
                 )
             seen.add((term.name, effect))
         rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
-        if replaces_residual(term.codes, rows):
+        if term.kernel is None and replaces_residual(term.codes, rows):
             raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
         dependent = _dependent(term.effects)
         if dependent is not None:
@@ -129,7 +166,7 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
                 f"the random effect {effect!r} of {term.name!r} {what} and cannot be told apart "
                 f"from {before}; take it out of the term"
             )
-    for first, second in combinations(terms, 2):
+    for first, second in combinations([term for term in terms if term.kernel is None], 2):
         shared = set(first.effect_names) & set(second.effect_names)
         if first.name != second.name and shared and same_partition(first.codes, second.codes):
             raise DataError(

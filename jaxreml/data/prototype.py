@@ -129,6 +129,7 @@ def packed(frame: ModelFrame) -> dict[str, Any]:
         "table": pd.DataFrame(columns),
         "codes": tuple(term.codes[np.resize(levels, k)] for term in frame.terms),
         "factors": tuple(term.factors for term in frame.terms),
+        "sources": tuple(term.source for term in frame.terms),
         "encodings": tuple((e.text, e.what, e.names, e.spec.transform_state) for e in encodings),
         "offsets": len(frame.offset_encodings),
         "weighted": frame.weights is not None,
@@ -163,11 +164,12 @@ def unpacked(
     fixed, *rest = encodings
     offsets, of_terms = rest[: record["offsets"]], rest[record["offsets"] :]
     k = len(table)
+    sources = record.get("sources", ("",) * len(terms))
     grouping = tuple(
         GroupingTerm(name, levels, codes.astype(int), np.zeros((k, len(effects))), effects,
-                     tuple(factors), encoding)
-        for (name, levels, effects), codes, factors, encoding in zip(
-            terms, record["codes"], record["factors"], of_terms, strict=True
+                     tuple(factors), encoding, source=source)
+        for (name, levels, effects), codes, factors, encoding, source in zip(
+            terms, record["codes"], record["factors"], of_terms, sources, strict=True
         )
     )  # fmt: skip
     found = ModelFrame(

@@ -26,11 +26,20 @@ FEW = 150  # random effects of several factors up to which they take one matrix
 
 def suited_structure(frame: ModelFrame, asked: str | None, engine: str | None) -> str | None:
     """The structure asked for, or one that NumPy can work with; None to have it chosen."""
-    several = len({term.name for term in frame.terms}) > 1
-    if asked is not None or engine == "jax" or not several:
-        return asked
+    factors = {term.name for term in frame.terms}
     effects = sum(len(term.levels) * len(term.effect_names) for term in frame.terms)
+    if frame.residual is not None:  # which has an effect for every row
+        factors.add(frame.residual.words.subject)
+        effects += len(frame.X)
+    if asked is not None or engine == "jax" or len(factors) < 2 or frame.kernels:
+        return asked
     return "dense" if effects <= FEW else None
+
+
+def numbers_of(frame: ModelFrame) -> int:
+    """How many numbers a design is made from; a kernel, which is decomposed, counts eight times."""
+    kernels = [len(term.seen) for term in frame.terms if term.kernel is not None]
+    return frame.X.size + 8 * sum(order**2 for order in kernels)
 
 
 def engine_for(design: Design, asked: str | None) -> str:

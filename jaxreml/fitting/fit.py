@@ -12,7 +12,7 @@ from jaxreml.arguments import check_engine
 from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.fitting.engines import engine_for, optimum, suited_structure
+from jaxreml.fitting.engines import engine_for, numbers_of, optimum, suited_structure
 from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.design import with_spare_levels
@@ -35,7 +35,7 @@ def fit_frame(
     check_engine(engine)
     structure = suited_structure(frame, structure, engine)
     # Not finite then, the status says so.
-    with np.errstate(over="ignore", invalid="ignore"), suited_blas(frame.X.size):
+    with np.errstate(over="ignore", invalid="ignore"), suited_blas(numbers_of(frame)):
         design = with_spare_levels(frame.design(structure))
     engine = engine_for(design, engine)
     estimated, inspection, proved = optimum(design.without_names(), method, max_iterations, engine)
@@ -87,7 +87,14 @@ def _fields(
         fitted += np.sum(term.effects * modes[term.codes], axis=1)
         names, own = term.effect_names, slice(len(term.levels))  # without a design's empty levels
         groupings.append(
-            Grouping(term.name, term.levels, names, np.asarray(modes)[own], variances[own])
+            Grouping(
+                term.name,
+                term.levels,
+                names,
+                np.asarray(modes)[own],
+                variances[own],
+                None if term.kernel is None else len(term.seen),
+            )
         )
     if frame.offset is not None:
         fixed, fitted = fixed + frame.offset, fitted + frame.offset
@@ -100,6 +107,7 @@ def _fields(
         "fixed_names": frame.fixed_names,
         "aliased": frame.aliased,
         "groupings": tuple(groupings),
+        "kernels": frame.kernels or None,
         "residual": frame.residual and ResidualCovariance.of(frame.residual, effects[0][-1]),
         "parameter_names": design.parameter_names,
         "theta": estimated.theta,

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from scipy.linalg import block_diag
 
 from jaxreml.backend.lazy import make_records_known
+from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, model_frame, split_extras
+from jaxreml.data.kernels import Kernels
 from jaxreml.data.prototype import prototype
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
     RESIDUAL,
     Groups,
+    Layout,
     correlation_labels,
     correlations_of,
     frames_by_group,
@@ -26,7 +29,6 @@ from jaxreml.fitting.random_terms import (
 )
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.covariance.base import Covariance
-from jaxreml.model.covariance.natural import count_theta
 from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
@@ -45,6 +47,7 @@ class Grouping:
         modes: (levels, effects), conditional modes of the random effects.
         modes_vcov: (levels, effects, effects), their conditional covariances given the fixed
             effects and variance parameters, as lme4's ``condVar``.
+        n_seen: how many of the levels have rows, where some are known by a kernel only.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Grouping:
     effects: tuple[str, ...]
     modes: np.ndarray
     modes_vcov: np.ndarray
+    n_seen: int | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +92,7 @@ class FittedModel:
         made_from: its model frame and design; None of a fit that was loaded.
         sandwich: what tests are made from if not the model's covariance (`robust`), and
             `sandwich_note` which that is; neither is saved.
+        kernels: known covariances of the levels of grouping factors, by their names; None without.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -124,6 +129,7 @@ class FittedModel:
     optimality: str = ""
     engine: str = ""
     residual: ResidualCovariance | None = None
+    kernels: Kernels | None = None
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
     sandwich: Any = field(default=None, metadata={"saved": False})
@@ -143,8 +149,18 @@ class FittedModel:
         """The model frame of another formula, of columns that the fit uses, on the same rows."""
         table, extras = split_extras(self.table)
         text = None if self.residual is None else self.residual.text
-        found = model_frame(formula, table, **extras, context=self.context, residual=text)
+        kernels = self._kernels_of(formula)
+        found = model_frame(
+            formula, table, **extras, context=self.context, residual=text, kernels=kernels
+        )
         return replace(found, library=self.library)
+
+    def _kernels_of(self, formula: str) -> Kernels | None:
+        """Those of the fit's kernels whose grouping factors a formula has."""
+        if self.kernels is None:
+            return None
+        names = {bar.name for bar in parse(formula, need_random=False).random}
+        return {name: own for name, own in self.kernels.items() if name in names}
 
     @cached_property
     def design(self) -> Design:
@@ -480,13 +496,16 @@ class FittedModel:
 
     @property
     def ngroups(self) -> dict[str, int]:
-        """Levels of each grouping factor, the subjects of ``residual=`` among them.
+        """Levels of each grouping factor that have rows, the subjects of ``residual=`` among them.
 
         Examples:
             >>> fit.ngroups
             {'Subject': 18}
         """
-        found = {grouping.name: len(grouping.levels) for grouping in self.groupings}
+        found = {
+            own.name: len(own.levels) if own.n_seen is None else own.n_seen
+            for own in self.groupings
+        }
         if self.residual is not None:
             found.setdefault(self.residual.words.subject, len(self.residual.subjects))
         return found
@@ -553,26 +572,17 @@ class FittedModel:
                 "for independent residuals only, so far"
             )
 
-    @cached_property
-    def random_part(self) -> Self:
-        """The same fit without the parameters of the residuals' covariance: what is asked of the
-        random effects is asked of it."""
-        if self.residual is None:
-            return self
-        covariance = Covariance(tuple(map(Unstructured, self._sizes)))
-        theta, k = count_theta(self._sizes), len(covariance.parameter_names(self.groups)) - 1
-        kept = np.append(np.arange(k), len(self.parameters) - 1)
-        return replace(
-            self,
-            residual=None,
-            theta=self.theta[:theta],
-            parameters=self.parameters[kept],
-            parameters_vcov_array=self.parameters_vcov_array[np.ix_(kept, kept)],
-            hessian=self.hessian[np.ix_(kept, kept)],
-            vcov_slopes=self.vcov_slopes[kept],
-            parameter_names=tuple(self.parameter_names[i] for i in kept),
-            made_from=None,
-        )
+    def require_independent_levels(self, purpose: str) -> None:
+        """Raise DataError if the levels of a grouping factor are correlated by ``kernels=``.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if self.kernels is not None:
+            raise DataError(
+                f"cannot {purpose} of a fit with kernels for {', '.join(map(repr, self.kernels))}: "
+                "this is there for independent levels only"
+            )
 
     # Rows
 
@@ -623,9 +633,15 @@ class FittedModel:
         return tuple((grouping.name, grouping.effects) for grouping in self.groupings)
 
     @property
-    def term_sizes(self) -> tuple[tuple[str, int], ...]:
-        """Per random term its grouping factor and its number of effects."""
-        return tuple((grouping.name, len(grouping.effects)) for grouping in self.groupings)
+    def labels(self) -> Groups:
+        """Per block of `covariance` its grouping factor, or `RESIDUAL`, and its effects."""
+        own = () if self.residual is None else ((RESIDUAL, self.residual.effects),)
+        return (*self.groups, *own)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What `parameters` are of."""
+        return Layout(tuple(name for name, _ in self.labels), self.covariance)
 
     @property
     def _fixed_index(self) -> pd.Index:

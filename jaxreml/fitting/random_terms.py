@@ -7,14 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from jaxreml.data.formula import RESIDUAL as RESIDUAL
 from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Covariance
 
 Groups = tuple[tuple[str, tuple[str, ...]], ...]  # per term its grouping factor and its effects
+
+
+class Layout(NamedTuple):
+    """What the variance parameters of a fit are of, without labels that data have: hashable, for
+    compiled programs.
+
+    Attributes:
+        names: per block of the covariance its grouping factor, `RESIDUAL` for the residuals'.
+        covariance: the map from parameters to covariance matrices.
+    """
+
+    names: tuple[str, ...]
+    covariance: Covariance
 
 
 def unpack(theta: np.ndarray, sizes: natural.Sizes) -> list[np.ndarray]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +24,17 @@ class Term:
     """One random term, (effects | group).
 
     Attributes:
-        group: (n,) labels of the grouping factor's levels: any array with equality and order.
+        group: (n,) labels of the grouping factor's levels: any array with equality and order. With
+            `n_levels` the levels themselves, 0, 1, ..., which may be traced by JAX.
         effects: (n, q) columns of the random effects; a column of ones, the random intercept,
             if left out. May be traced by JAX.
         name: the grouping factor's name.
         effect_names: q names.
         covariance: of the effects: a `Block` made from their number.
+        kernel: (L, L), the known covariance of L levels, up to the factor that is estimated;
+            `group` has places in it then, 0 to L - 1. Levels are independent if left out.
+        n_levels: how many levels there are, with rows or without, so that the shape of a design
+            does not depend on which levels its rows have: those of a mini-batch, say.
 
     Examples:
         >>> X = np.stack([np.ones(180), data["Days"]], axis=1)
@@ -43,6 +49,8 @@ class Term:
     name: str = "group"
     effect_names: tuple[str, ...] | None = None
     covariance: Callable[[int], Block] = Unstructured
+    kernel: Any = None
+    n_levels: int | None = None
 
 
 def is_traced(value: Any) -> bool:
@@ -120,7 +128,8 @@ def row_vector(value: Any, kind: np.dtype, n: int, name: str) -> Any:
 
 
 def root_weights(weights: Any, used: np.ndarray | None, kind: np.dtype) -> tuple[Any, Any]:
-    """Their square roots and the sum of their logarithms, NaN if traced ones are not positive.
+    """Their square roots and the sum of their logarithms, NaN if traced ones are negative. Traced
+    weights of zero leave rows out: these have roots, and derivatives, of zero.
 
     Args:
         weights: (n,), or None: all are 1.
@@ -140,29 +149,40 @@ def root_weights(weights: Any, used: np.ndarray | None, kind: np.dtype) -> tuple
                 "zero"
             )
         return np.sqrt(weights), np.sum(np.log(weights))
-    good = jnp.isfinite(weights) & (weights > 0)
-    weights = jnp.where(good, weights, 1)
-    return jnp.sqrt(weights), jnp.where(jnp.all(good), jnp.sum(jnp.log(weights)), jnp.nan)
+    good = jnp.isfinite(weights) & (weights >= 0)
+    some = good & (weights > 0)
+    weights = jnp.where(some, weights, 1)
+    logs = jnp.where(jnp.all(good), jnp.sum(jnp.log(weights)), jnp.nan)
+    return jnp.where(some, jnp.sqrt(weights), 0), logs
 
 
 class Effects(NamedTuple):
     """A `Term` as numbers.
 
     Attributes:
-        codes: (n,) levels, 0, 1, ...
+        codes: (n,) levels, 0, 1, ..., NumPy or traced.
         columns: (n, q), NumPy or traced.
         n_levels: how many.
         name: the grouping factor's.
         effect_names: q names.
         covariance: of the effects.
+        kernel: (n_levels, n_levels), as in `Term`, or None.
     """
 
-    codes: np.ndarray
+    codes: Any
     columns: Any
     n_levels: int
     name: str
     effect_names: tuple[str, ...]
     covariance: Block
+    kernel: Any = None
+
+    @property
+    def lengths(self) -> Any:
+        """The columns times the standard deviations of their levels in the kernel."""
+        if self.kernel is None:
+            return self.columns
+        return self.columns * np.sqrt(np.diagonal(self.kernel))[self.codes, None]
 
 
 def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
@@ -170,12 +190,12 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
     if not isinstance(term, Term):
         pair = isinstance(term, tuple) and len(term) == 2
         term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
-    if is_traced(term.group):
-        raise DataError(f"the grouping factor {term.name} must be concrete: its levels set shapes")
-    group = _labels(term.group)
-    if group.shape != (n,):
-        raise DataError(f"grouping factor {term.name} must have shape ({n},), not {group.shape}")
-    levels, codes = _levels(group, term.name)
+    if term.kernel is None:
+        kernel = None
+    else:
+        kernel = _kernel(term, kind)
+        term = replace(term, n_levels=len(kernel))
+    codes, n_levels = _codes(term, n)
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = read(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -187,10 +207,50 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
         names = ("(Intercept)",) if term.effects is None else tuple(f"x{i + 1}" for i in range(q))
     if len(names) != q:
         raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
-    if levels.size < 2:
+    if n_levels < 2:
         raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
     covariance = term.covariance(q)
-    return Effects(codes, columns, int(levels.size), term.name, tuple(names), covariance)
+    return Effects(codes, columns, n_levels, term.name, tuple(names), covariance, kernel)
+
+
+def _kernel(term: Term, kind: np.dtype) -> np.ndarray:
+    """A kernel (L, L)."""
+    kernel = read(term.kernel, kind, f"the kernel of {term.name}")
+    if is_traced(kernel):
+        raise DataError(f"the kernel of {term.name} must be concrete: it is decomposed once")
+    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
+        raise DataError(f"the kernel of {term.name} must be square, not {kernel.shape}")
+    return kernel
+
+
+def _codes(term: Term, n: int) -> tuple[Any, int]:
+    """The level of each row, and how many levels there are."""
+    group = term.group if is_traced(term.group) else _labels(term.group)
+    if group.shape != (n,):
+        raise DataError(f"grouping factor {term.name} must have shape ({n},), not {group.shape}")
+    if term.n_levels is None:
+        if is_traced(group):
+            raise DataError(
+                f"the grouping factor {term.name} is traced by JAX, and the number of its levels "
+                "sets shapes: give Term(..., n_levels=) with codes 0, 1, ... below it"
+            )
+        levels, codes = _levels(group, term.name)
+        return codes, int(levels.size)
+    if group.dtype.kind not in "iu":
+        raise DataError(
+            f"with n_levels the grouping factor {term.name} must be integers 0, 1, ... below it, "
+            f"not of type {group.dtype}"
+        )
+    count = operator.index(term.n_levels)
+    if not is_traced(group):
+        wrong = (group < 0) | (group >= count)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                f"the grouping factor {term.name} has the code {group[row]} in row {row}, which is "
+                f"none of 0 to {count - 1} (n_levels={count})"
+            )
+    return group, count
 
 
 def read_terms(terms: Any, n: int, kind: np.dtype) -> list[Effects]:

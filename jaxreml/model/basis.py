@@ -27,6 +27,8 @@ from jaxreml.model.structures.base import Projector, Terms
 from jaxreml.model.structures.crossed.planning import CrossedBasis
 from jaxreml.model.structures.dense import DenseBasis
 from jaxreml.model.structures.grouped import GroupedBasis
+from jaxreml.model.structures.kernel import KernelBasis
+from jaxreml.model.structures.linear import LinearBasis
 from jaxreml.model.structures.series import SeriesBasis
 from jaxreml.model.units import Units, orthonormal
 from jaxreml.status import Status
@@ -35,12 +37,9 @@ MAX_DENSE_BYTES = 2 * 2**30
 DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
 PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
 ROUNDING = 100  # both are at least as many units of rounding: in single precision
-KINDS = {
-    "grouped": GroupedBasis,
-    "crossed": CrossedBasis,
-    "dense": DenseBasis,
-    "series": SeriesBasis,
-}
+KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
+OF_KERNELS = {"kernel": KernelBasis, "linear": LinearBasis}
+OF_TIMES = ("series", "chain")  # structures of residuals at times of each subject's own
 
 
 @record
@@ -106,6 +105,7 @@ class Basis:
             DataError: as `Design.from_arrays`.
         """
         n, kind = len(X), X.dtype
+        terms, strange = _inside(terms)
         (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
         roots, log_weights = root_weights(weights, used, kind)
         if roots is not None:  # which residuals' covariances are of the residuals divided by
@@ -114,18 +114,25 @@ class Basis:
                 for own, columns in zip(terms, columns, strict=True)
             ]
         n_used = n if used is None else int(used.sum())
+        if is_traced(weights):  # rows of weight zero are left out
+            n_used = (roots > 0).sum(dtype=kind)
         _check_terms(terms, columns, used, n_used)
         covariance = Covariance(tuple(own.covariance for own in terms))
-        units = Units.of(columns, n_used, covariance)
+        lengths = [
+            own._replace(columns=weighted).lengths
+            for own, weighted in zip(terms, columns, strict=True)
+        ]
+        units = Units.of(lengths, n_used, covariance)
         effects = [
             (own.codes, units.rows(k, columns[k]), own.n_levels) for k, own in enumerate(terms)
         ]
-        residual = any(own.covariance.residual for own in terms)
-        planned = None if like is None else like.projector
-        last = terms[-1].covariance if terms else None
-        if isinstance(last, Timed):
-            projector = _series(effects, last, structure)
+        residual = next((k for k, own in enumerate(terms) if own.covariance.residual), None)
+        if any(own.kernel is not None for own in terms):
+            projector = _of_kernels(effects, terms, structure, n_used, residual is not None)
+        elif isinstance(law := terms[-1].covariance, Timed):
+            projector = _series(effects, law, structure)
         else:
+            planned = None if like is None else like.projector
             projector = _projector(effects, structure, n, planned, residual)
 
         rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
@@ -153,7 +160,9 @@ class Basis:
             trouble=first_of(
                 {
                     Status.BAD_WEIGHTS: namespace(log_weights).isnan(log_weights),
+                    Status.BAD_LEVELS: strange,
                     Status.NOT_FINITE: infinite,
+                    Status.TOO_FEW_ROWS: n_used <= len(triangle) - absent.sum(),
                     Status.RANK_DEFICIENT: absent.any(),
                 }
             ),
@@ -175,7 +184,8 @@ class Basis:
     @property
     def kind(self) -> str:
         """Name of the structure."""
-        return next(name for name, of in KINDS.items() if isinstance(self.projector, of))
+        kinds = {**KINDS, **OF_KERNELS}
+        return next(name for name, of in kinds.items() if isinstance(self.projector, of))
 
     def response(self, y: Any) -> Response:
         """What a response (n,) says, or many (n, B), NumPy or traced; zero in rows left out."""
@@ -238,12 +248,26 @@ def perfect_share(dtype: Any) -> float:
     return max(PERFECT, ROUNDING * float(np.finfo(dtype).eps)) ** 2
 
 
+def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:
+    """Terms with traced codes inside their range, and whether any was not. Codes that are the same
+    array stay so."""
+    found: dict[int, Any] = {}
+    strange: Any = np.zeros((), bool)
+    for own in terms:
+        if is_traced(own.codes) and id(own.codes) not in found:
+            found[id(own.codes)] = jnp.clip(own.codes, 0, own.n_levels - 1)
+            strange = strange | (found[id(own.codes)] != own.codes).any()
+    return [own._replace(codes=found.get(id(own.codes), own.codes)) for own in terms], strange
+
+
 def _check_terms(
     terms: Sequence[Effects], columns: list[Any], used: np.ndarray | None, n: int
 ) -> None:
     """Refuse weighted columns (rows, q) that can take the place of the residual."""
     for own, weighted in zip(terms, columns, strict=True):
-        if namespace(weighted) is not np or own.covariance.residual:
+        if namespace(weighted, own.codes) is not np:
+            continue
+        if own.covariance.residual or own.kernel is not None:
             continue
         codes = own.codes
         if used is not None:
@@ -253,35 +277,30 @@ def _check_terms(
 
 
 def _projector(
-    effects: Terms, structure: str | None, n: int, like: Any, residual: bool
+    effects: Terms, structure: str | None, n: int, like: Any, residual: int | None
 ) -> Projector:
     """Choose and prepare the structure, or check the one that was asked for."""
     if structure not in (None, *KINDS):
         raise DataError(f'structure must be "grouped", "crossed" or "dense", not {structure!r}')
-    one_factor = all(np.array_equal(codes, effects[0][0]) for codes, *_ in effects[1:])
-    xp = namespace(*(columns for _, columns, _ in effects))
-    if residual and not one_factor:
-        raise DataError(
-            "a covariance of residuals within subjects goes with random effects of the same "
-            "subjects, so far, and not with those of several factors"
-        )
+    one_factor = all(_same(codes, effects[0][0]) for codes, *_ in effects[1:])
+    xp = namespace(*(part for own in effects for part in own[:2]))
     if structure == "grouped" and not one_factor:
         raise DataError(
             'the grouped structure needs every random term on the same factor; use "crossed"'
         )
     if xp is not np and structure == "crossed":
         raise DataError(
-            'the crossed structure needs concrete effects and weights: use "dense", whose '
+            'the crossed structure needs concrete levels, effects and weights: use "dense", whose '
             "derivatives are right where columns tie"
         )
     if structure is None:
         structure = "grouped" if one_factor else "dense" if xp is not np else "crossed"
     if structure == "grouped":
-        every = [columns for _, columns, _ in effects]
-        columns = every[0] if len(every) == 1 else xp.concatenate(every, axis=1)
+        parts = [columns for _, columns, _ in effects]
+        columns = parts[0] if len(parts) == 1 else namespace(*parts).concatenate(parts, axis=1)
         return GroupedBasis.of(effects[0][0], columns, effects[0][2])
     if structure == "crossed":
-        return CrossedBasis(effects, like)
+        return CrossedBasis(effects, like, residual)
     total = sum(columns.shape[1] * n_levels for _, columns, n_levels in effects)
     order = n if xp is not np else min(n, total)
     size = 8 * (3 * n * total + total * total + 4 * order * order)  # Z, Q and LAPACK's copy
@@ -294,16 +313,54 @@ def _projector(
     return DenseBasis.of(effects)
 
 
+def _same(codes: Any, others: Any) -> bool:
+    """Whether these are known to be the same levels."""
+    return codes is others or (
+        not (is_traced(codes) or is_traced(others)) and np.array_equal(codes, others)
+    )
+
+
+def _of_kernels(
+    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: bool
+) -> Projector:
+    """That of terms some of which have known covariances of their levels; `n` rows are used."""
+    if structure not in (None, *OF_KERNELS):
+        raise DataError(
+            f'with kernels structure must be "kernel" (one term with one effect) or "linear" (any),'
+            f" not {structure!r}"
+        )
+    if residual:
+        raise DataError(
+            "kernels and a covariance of residuals within subjects do not go together, so far: "
+            "leave residual= out"
+        )
+    if namespace(*(part for own in effects for part in own[:2])) is not np:
+        raise DataError(
+            "kernels need concrete levels, effects and weights: they are decomposed once"
+        )
+    alone = len(terms) == 1 and effects[0][1].shape[1] == 1
+    if structure == "kernel" and not alone:
+        raise DataError(
+            'the structure "kernel" is of one term with one effect and no others: leave structure '
+            "out"
+        )
+    if alone and structure != "linear":
+        codes, columns, _ = effects[0]
+        return KernelBasis.of(codes, columns[:, 0], terms[0].kernel, terms[0].name)
+    kernels = [own.kernel for own in terms]
+    return LinearBasis.of(effects, kernels, [own.name for own in terms], n)
+
+
 def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:
     """Of residuals at times of each subject's own, the last term's columns, and of random effects
     of the same subjects."""
     codes, times, _ = effects[-1]
-    if structure not in (None, "series", "chain"):
+    if structure not in (None, *OF_TIMES):
         raise DataError(
             f"residuals at times of each subject's own have a structure of their own; leave "
             f"structure={structure!r} out"
         )
-    if not all(np.array_equal(own, codes) for own, *_ in effects[:-1]):
+    if not all(_same(own, codes) for own, *_ in effects[:-1]):
         raise DataError(
             "residuals at more times than a matrix of all of them may have go with random effects "
             "of the same subjects, and not with those of other factors"
@@ -312,11 +369,12 @@ def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:
     return SeriesBasis.of(codes, np.concatenate(columns, axis=1), times[:, 0], law)
 
 
-def _orthonormal(rows: Any, n: int) -> tuple[Any, Any]:
+def _orthonormal(rows: Any, n: Any) -> tuple[Any, Any]:
     """U (n, p) and R (p, p) of X = U R."""
     p = rows.shape[1]
-    if p >= n:
-        raise DataError(f"X has {p} columns and only {n} rows")
+    most = len(rows) if is_traced(n) else n
+    if p >= most:
+        raise DataError(f"X has {p} columns and only {most} rows")
     if namespace(rows) is not np:
         return linalg.independent_columns(rows, dependent_share(rows.dtype))
     basis, triangle = orthonormal(rows)

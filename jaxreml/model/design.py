@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import among, leaves, namespace
+from jaxreml.backend.arrays import among, leaves, namespace, on_host
 from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.backend.runtime import require_own_threads
 from jaxreml.errors import DataError, PrecisionError
@@ -37,7 +37,9 @@ Array = Any  # NumPy's or JAX's
 # What can be the matter with data that cannot be refused, the worst first.
 TROUBLES = (
     Status.BAD_WEIGHTS,
+    Status.BAD_LEVELS,
     Status.NOT_FINITE,
+    Status.TOO_FEW_ROWS,
     Status.RANK_DEFICIENT,
     Status.CONSTANT,
     Status.ILL_CONDITIONED,
@@ -172,11 +174,13 @@ class Design:
         """Reduce arrays to a design.
 
         Any of y, X, the effects of a term, weights and offset may be traced by JAX (an output of
-        a network under `jit` or `grad`, say); grouping factors may not. Traced values cannot be
-        refused: `Estimate.status` says what is the matter with them, and objectives are NaN where
-        values are not finite or weights not positive. Columns of a traced X that depend on those
-        before them are left out (`reml_objective` says what the derivatives are), and REML as a
-        loss for X has no minimum: see there.
+        a network under `jit` or `grad`, say), and so may grouping factors with `Term.n_levels`: a
+        mini-batch of other rows and groups then compiles nothing anew. Traced weights may be zero,
+        which leaves rows out. Traced values cannot be refused: `Estimate.status` says what is the
+        matter with them, and objectives are NaN where values are not finite, weights negative or
+        codes outside their range. Columns of a traced X that depend on those before them are left
+        out (`reml_objective` says what the derivatives are), and REML as a loss for X has no
+        minimum: see there.
 
         Args:
             y: (n,) response.
@@ -187,8 +191,8 @@ class Design:
                 sigma2 / weights[i].
             offset: (n,) known part of the mean.
             structure: "grouped" (all terms on one factor), "crossed" (any factors) or "dense" (any,
-                one large matrix); chosen if left out. Traced effects or weights of several factors
-                need "dense", which is then chosen.
+                one large matrix); chosen if left out. Traced levels, effects or weights of several
+                factors need "dense", which is then chosen.
             dtype: "float32" to ask for single precision, which costs likelihoods most of their
                 digits; float64 otherwise.
 
@@ -278,7 +282,8 @@ class Design:
         trouble = worse(basis.trouble, response.trouble)
         log_weights = basis.log_weights
         if namespace(trouble) is not np:
-            log_weights = jnp.where(trouble == Status.NOT_FINITE, jnp.nan, log_weights)
+            unusable = (trouble == Status.NOT_FINITE) | (trouble == Status.BAD_LEVELS)
+            log_weights = jnp.where(unusable, jnp.nan, log_weights)
         return Design(
             structure=basis.structure.respond(basis.p, response),
             basis=basis.triangle,
@@ -363,13 +368,16 @@ def require_precision(design: Design) -> None:
 
 
 def with_spare_levels(design: Design) -> Design:
-    """A grouped design with some levels more, without rows, which change nothing; others as is.
+    """A grouped design with some levels more, without rows, which change nothing; others, and
+    arrays of JAX, as they are.
 
     Designs of nearly equal numbers of levels become of one shape, and share what is compiled.
     Numbers of levels become multiples of 4 up to 64, and one of eight per doubling above.
     """
     if not isinstance(design.structure, Grouped) or not design.covariance.random.all():
         return design  # subjects with a covariance of residuals may be very many
+    if not on_host(*leaves(design.structure)):
+        return design
     n_levels = design.structure.factors.shape[-1]
     step = max(4, 1 << max(n_levels.bit_length() - 4, 0))
     return _with_levels(design, -(-n_levels // step) * step)

@@ -25,7 +25,7 @@ from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
-from jaxreml.model.design import Design, require_precision
+from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.structures import Marginal
 
 Array = Any  # NumPy's or JAX's
@@ -116,7 +116,8 @@ def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
             f"parameters must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {parameters.shape}"
         )
-    return _compiled_objective(parameters.astype(design.dtype), design.without_names(), reml)
+    design = with_spare_levels(design).without_names()
+    return _compiled_objective(parameters.astype(design.dtype), design, reml)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=2))

@@ -59,17 +59,17 @@ def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
 def inspect_on_host(estimate: Estimate, design: Design, method: str) -> Inspection:
     """`inspect` of NumPy's arrays by NumPy: the gradient is by differences."""
     with np.errstate(all="ignore"):
-        return _inspection(estimate.theta, design, is_reml(method), differences)
+        return _inspection(estimate, design, is_reml(method), differences)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=2))
 def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    return _inspection(estimate.theta, design, reml, criterion)
+    return _inspection(estimate, design, reml, criterion)
 
 
-def _inspection(theta: Array, design: Design, reml: bool, slopes: Any) -> Inspection:
-    factors = design.scaled_factors(theta)
-    value, gradient = slopes(theta, design, reml)
+def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> Inspection:
+    factors = design.scaled_factors(estimate.theta)
+    value, gradient = slopes(estimate.theta, design, reml, estimate.parameters)
     omega = design.covariance.omega_of_factors(factors)
     if design.collapsed is not design and on_host(omega):
         return Inspection(value, gradient, *_of_few_classes(omega, design), omega)
@@ -92,8 +92,7 @@ def _posterior(
 ) -> Any:
     if design.covariance.random.all():
         return design.structure.posterior(projection, factors)
-    structure: Any = design.structure  # grouped: see `basis`
-    return structure.posterior_by_omega(projection.inner, omega)
+    return design.structure.posterior_by_omega(projection.inner, omega)
 
 
 def relative_covariances(estimate: Estimate, design: Design) -> Array:
@@ -101,10 +100,12 @@ def relative_covariances(estimate: Estimate, design: Design) -> Array:
     return design.omega_of_theta(estimate.theta)
 
 
-def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
-    """The objective at `Estimate.theta` and its gradient, as in `Inspection`."""
-    covariance = design.covariance
-    whole = covariance.chart(design.scaled_factors(theta))
+def criterion(
+    theta: Array, design: Design, reml: bool, parameters: Array | None = None
+) -> tuple[Array, Array]:
+    """The objective at `Estimate.theta` and its gradient, as in `Inspection`. A covariance may need
+    `Estimate.parameters`, too."""
+    covariance, whole = design.covariance, _chart(theta, design, parameters)
 
     def objective(inside: Array) -> Array:
         chart = whole.at[covariance.inside].set(inside)
@@ -113,7 +114,16 @@ def criterion(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
     return jax.value_and_grad(objective)(whole[covariance.inside])
 
 
-def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]:
+def _chart(theta: Array, design: Design, parameters: Array | None) -> Array:
+    factors = design.scaled_factors(theta)
+    if parameters is None:
+        return design.covariance.chart(factors)
+    return design.covariance.chart_at(factors, parameters)
+
+
+def differences(
+    theta: Array, design: Design, reml: bool, parameters: Array | None = None
+) -> tuple[Array, Array]:
     """`criterion` by values of the objective alone, which curves by a few n at most."""
     covariance = design.covariance
 
@@ -122,7 +132,7 @@ def differences(theta: Array, design: Design, reml: bool) -> tuple[Array, Array]
     def value(chart: Array) -> float:
         return float(profiled(covariance.omega(chart), fewer, reml=reml))
 
-    whole = covariance.chart(design.scaled_factors(theta))
+    whole = _chart(theta, design, parameters)
     ways = np.eye(whole.size)[covariance.inside]
     if len(ways) > MOST_WAYS:  # a slope that is not zero shows in as many directions at random
         mixed = np.random.default_rng(0).standard_normal((len(ways), MOST_WAYS))

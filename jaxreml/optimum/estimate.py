@@ -10,7 +10,7 @@ import numpy as np
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
-from jaxreml.model.design import Design, require_precision
+from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.optimum.hessian import solve_flat
 from jaxreml.optimum.newton import Trace
 from jaxreml.optimum.report import Estimate as Estimate
@@ -82,7 +82,7 @@ def estimate(
     require_precision(design)
     if design.dtype == "float32":
         tolerance = max(tolerance, 1e-5)
-    return _estimate(design.without_names(), reml, max_iterations, tolerance)
+    return _estimate(with_spare_levels(design).without_names(), reml, max_iterations, tolerance)
 
 
 def estimate_on_host(

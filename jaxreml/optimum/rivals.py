@@ -43,11 +43,11 @@ MOST_PRODUCTS = 10**5  # numbers, of the levels' cross-products, that it works w
 
 @lru_cache
 def starts(covariance: Covariance) -> np.ndarray:
-    """Points of the chart to search from besides the moment estimates: (k + 2, r) for k > 1
-    effects, else (2, r).
+    """Points of the chart to search from besides the moment estimates: at most (k + 2, r)
+    for k > 1 effects, else (2, r).
 
-    All relative SDs zero; all huge; and each one large with the others small. Residuals are not
-    correlated there.
+    All relative SDs zero; all huge; and each one large with the others small, which are fewer
+    points where effects share a variance. Residuals are not correlated there.
     """
     random = np.flatnonzero(covariance.random)
     k = sum(covariance.sizes)
@@ -56,7 +56,8 @@ def starts(covariance: Covariance) -> np.ndarray:
         sds.append(np.full(k, HUGE))
     if random.size > 1:
         sds += [np.where(np.arange(k) == own, LARGE, SMALL) for own in random]
-    return np.array([covariance.uncorrelated(sd) for sd in sds])
+    points = np.array([covariance.uncorrelated(sd) for sd in sds])
+    return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
 
 
 def is_lower(value: Any, other: Any) -> Any:

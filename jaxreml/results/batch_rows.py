@@ -157,7 +157,10 @@ def simulated_blocks(
             values += frame.offset[:, None]
         factors = unpack(fits.theta[places], results.model.sizes)
         for term, factor in zip(frame.terms, factors, strict=True):
-            draws = rng.standard_normal((b, factor.shape[1], len(term.levels)))
+            if term.kernel is None:
+                draws = rng.standard_normal((b, factor.shape[1], len(term.levels)))
+            else:
+                draws = term.drawn(rng, b, np.eye(factor.shape[1])).swapaxes(1, 2)
             effects = sigma[:, None, None] * (factor @ draws)
             for k, column in enumerate(term.effects.T):
                 values += column[:, None] * effects[:, k].T[term.codes]

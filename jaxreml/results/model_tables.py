@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.random_terms import RESIDUAL, correlation_labels
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters import ratios
 from jaxreml.inference.parameters.shares import shares
-from jaxreml.model.covariance.timed import Timed
+from jaxreml.inference.parameters.variances import named_readings
 from jaxreml.results.tables import stars as stars_of
 from jaxreml.results.tables import tests_in_words, tidy
+from jaxreml.results.tidy import tidy_term
 from jaxreml.typeset import numbers
 from jaxreml.typeset.content import Column, Section, Spanner
 from jaxreml.typeset.table import Table
@@ -207,23 +208,20 @@ def _labels(fit: FittedModel, rename: Mapping[str, str]) -> dict[tuple[str, str,
         return rename.get(name, name)
 
     found = {(FIXED, "", name): text(name) for name in fit.fixed_names}
-    for group, effects in fit.groups:
-        for effect in effects:
-            found[RANDOM, group, f"sd__{effect}"] = f"{text(group)}: SD of {text(effect)}"
-    for group, first, second in correlation_labels(fit.groups):
-        both = f"{text(group)}: correlation of {text(first)}, {text(second)}"
-        found[RANDOM, group, f"cor__{first}.{second}"] = both
-    found[RANDOM, RESIDUAL, "sd__Observation"] = f"{text(RESIDUAL)} SD"
-    if fit.residual is not None:
-        block, visits = fit.residual.block, fit.residual.effects
-        for label in block.variance_labels(visits):
-            found[RANDOM, RESIDUAL, f"sd__{label}"] = f"{text(RESIDUAL)} SD, {label}"
-        own = isinstance(block, Timed)
-        found[RANDOM, RESIDUAL, "range__Observation"] = f"{text(RESIDUAL)} range"
-        found[RANDOM, RESIDUAL, "cor__neighbours"] = f"{text(RESIDUAL)} correlation of neighbours"
-        for i, j in () if own else block.correlation.described:
-            both = f"{text(RESIDUAL)} correlation, {visits[i]}, {visits[j]}"
-            found[RANDOM, RESIDUAL, f"cor__{visits[i]}.{visits[j]}"] = both
+    for own in named_readings(fit):
+        key = RANDOM, own.group, tidy_term(fit, own)
+        names = fit.labels[own.block][1]
+        effects = [text(names[place]) for place in reversed(own.reading.effects)]
+        group, of = text(own.group), own.group != RESIDUAL
+        if own.kind == "sigma":
+            found[key] = f"{group} SD"
+        elif own.kind == "cor":
+            pair = ", ".join(effects)
+            found[key] = f"{group}: correlation of {pair}" if of else f"{group} correlation, {pair}"
+        elif own.kind == "sd":
+            found[key] = f"{group}: SD of {text(own.term)}" if of else f"{group} SD, {own.term}"
+        else:
+            found[key] = f"{group}: {own.term}" if of else f"{group} {own.term}"
     return found
 
 
@@ -243,13 +241,17 @@ def _explained(fit: FittedModel) -> dict[str, float]:
     """ICC and R2, where the fit has an optimum and its rows."""
     if not (fit.converged and fit.has_rows):
         return {}
-    groups = list(fit.ngroups)
+    groups = list(dict.fromkeys(group for group, _ in fit.groups))
+    asked = ratios.r2(groups) | (ratios.icc(groups, None) if groups else {})
     try:
-        values = shares(fit, ratios.icc(groups, None) | ratios.r2(groups))
+        values = shares(fit, asked)
     except DataError:  # a loaded fit whose formula uses functions, which are not saved
         return {}
-    names = ("ICC", "Marginal R\N{SUPERSCRIPT TWO}", "Conditional R\N{SUPERSCRIPT TWO}")
-    return dict(zip(names, values.values(), strict=True))
+    marginal = {"Marginal R\N{SUPERSCRIPT TWO}": values["marginal"]}
+    if not groups:
+        return marginal
+    conditional = {"Conditional R\N{SUPERSCRIPT TWO}": values["conditional"]}
+    return {"ICC": values["icc"]} | marginal | conditional
 
 
 def _rows(parts: list[dict[Key, dict[str, Cell]]]) -> dict[Key, list[dict[str, Cell]]]:

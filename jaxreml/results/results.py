@@ -17,7 +17,8 @@ from jaxreml.inference.fixed.means import contrast, emmeans, emtrends
 from jaxreml.inference.fixed.robust import robust
 from jaxreml.inference.likelihood.profile import profile
 from jaxreml.inference.parameters import shares
-from jaxreml.inference.parameters.delta import delta, parameters_vcov, variance_parameters
+from jaxreml.inference.parameters.delta import delta
+from jaxreml.inference.parameters.variances import parameters_vcov, variance_parameters
 from jaxreml.inference.resampling.bootstrap import bootstrap
 from jaxreml.inference.resampling.simulation import simulate
 from jaxreml.inference.rows import diagnostics

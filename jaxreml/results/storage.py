@@ -6,6 +6,7 @@ JSON to any reader.
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from jaxreml.data.kernels import KnownKernel
 from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
@@ -51,7 +53,7 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
         fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
-        if data or name not in ROWS:
+        if data or name not in (*ROWS, "kernels"):
             record[name] = encode(getattr(fit, name))
     if not data:
         frame = fit.frame if fit.has_rows else fit.prototype
@@ -152,6 +154,8 @@ def encode(value: Any) -> Any:
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, Grouping):
         return {"grouping": [encode(getattr(value, f.name)) for f in fields(value)]}
+    if isinstance(value, KnownKernel):
+        return {"kernel": [encode(value.part), encode(value.labels), _packed(value.matrix)]}
     if isinstance(value, ResidualCovariance):
         return {"residual": [encode(getattr(value, f.name)) for f in fields(value)]}
     if isinstance(value, pd.DataFrame):
@@ -226,12 +230,33 @@ def decode(value: Any) -> Any:
         return {decode(key): decode(item) for key, item in content}
     if kind == "grouping":
         return Grouping(*(decode(item) for item in content))
+    if kind == "kernel":
+        return KnownKernel(decode(content[0]), decode(content[1]), _unpacked(content[2]))
     if kind == "residual":
         return ResidualCovariance(*(decode(item) for item in content))
     if kind in LABELS:
         return LABELS[kind][2](*(decode(part) for part in content))
     frame = pd.DataFrame({name: _decode_column(column) for name, column in content})
     return frame.set_axis(_decode_index(rest[0][1]))
+
+
+def _packed(matrix: np.ndarray | None) -> dict[str, Any] | None:
+    """A symmetric matrix: its lower triangle, row by row, in the bytes of little-endian doubles,
+    as text in base 64."""
+    if matrix is None:
+        return None
+    values = matrix[np.tril_indices(len(matrix))].astype("<f8")
+    return {"order": len(matrix), "base64": base64.b64encode(values.tobytes()).decode("ascii")}
+
+
+def _unpacked(record: dict[str, Any] | None) -> np.ndarray | None:
+    if record is None:
+        return None
+    rows, columns = np.tril_indices(record["order"])
+    matrix = np.empty((record["order"],) * 2)
+    values = np.frombuffer(base64.b64decode(record["base64"]), "<f8")
+    matrix[rows, columns] = matrix[columns, rows] = values
+    return matrix
 
 
 def _decode_number(value: Any) -> float:

@@ -137,6 +137,7 @@ def describe_run(
     parts += [frame.fixed_names, frame.aliased]
     for term in frame.terms:
         parts += [term.codes, term.effects, term.name, term.levels, term.effect_names]
+        parts += [] if term.kernel is None else [term.kernel]
     return {
         "jaxreml": __version__,
         "formula": frame.formula.text,

@@ -11,13 +11,16 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.random_terms import RESIDUAL, correlation_labels
 from jaxreml.inference.fixed import wald
-from jaxreml.inference.parameters.delta import variance_parameters
-from jaxreml.inference.parameters.residuals import residual_parameters
+from jaxreml.inference.parameters.variances import (
+    estimates,
+    named_readings,
+    variance_parameters,
+)
 from jaxreml.model.covariance.timed import Timed
-from jaxreml.results.tidy import chosen, intervals, ran_pars, statistics
+from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
+ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
 
 
@@ -91,44 +94,18 @@ def _tidy_fixed(fit: FittedModel, conf_level: float, df: str) -> pd.DataFrame:
 
 
 def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
-    if fit.residual is not None:
-        return _tidy_residuals(fit, conf_level)
-    from scipy.special import ndtri
-
-    components = fit.variance_components
-    correlations = fit.correlations["correlation"].to_numpy()
-    uncertainty = np.full((3, correlations.size), np.nan)
-    if correlations.size and fit.converged:
-        table = variance_parameters(fit, conf_level=conf_level)
-        pairs = correlation_labels(fit.groups)
-        names = [f"cor_{second}.{first}|{group}" for group, first, second in pairs]
-        uncertainty = table.loc[names, ["std_error", "lower", "upper"]].to_numpy().T
-    labels, columns = ran_pars(
-        fit.groups,
-        components["sd"].to_numpy(),
-        components["log_variance_se"].to_numpy(),
-        (correlations, *uncertainty),
-        ndtri((1 + conf_level) / 2),
-    )
-    return pd.DataFrame(labels, columns=["effect", "group", "term"]).assign(**columns)
-
-
-def _tidy_residuals(fit: FittedModel, conf_level: float) -> pd.DataFrame:
-    """Those of the random effects, and of the residuals of a subject."""
-    table = residual_parameters(fit, conf_level)
-    terms = []
-    for name in table.index:
-        kind, _, rest = name.removesuffix(f"|{RESIDUAL}").partition("_")
-        known = {"sd": f"sd__{rest}", "sigma": "sd__Observation", "range": "range__Observation"}
-        terms.append(known.get(kind, f"cor__{rest}"))
-    columns = {"lower": "conf_low", "upper": "conf_high"}
-    own = table.drop(columns="note").rename(columns=columns).reset_index(drop=True)
-    own = pd.concat(
-        [pd.DataFrame({"effect": "ran_pars", "group": RESIDUAL, "term": terms}), own], axis=1
-    )
-    if not fit.groupings:
-        return own
-    return pd.concat([_tidy_ran_pars(fit.random_part, conf_level).iloc[:-1], own])
+    known = named_readings(fit)
+    columns = ["estimate", "std_error", "lower", "upper"]
+    if fit.converged:
+        table = variance_parameters(fit, conf_level=conf_level)[columns]
+    else:
+        table = pd.DataFrame({"estimate": estimates(fit, known)}).reindex(columns=columns)
+    blocks = [own.block if own.block >= 0 else len(known) for own in known]
+    order = sorted(range(len(known)), key=lambda k: (blocks[k], ORDER[known[k].kind]))
+    labels = [("ran_pars", known[k].group, tidy_term(fit, known[k])) for k in order]
+    table = table.iloc[order].rename(columns={"lower": "conf_low", "upper": "conf_high"})
+    named = pd.DataFrame(labels, columns=["effect", "group", "term"])
+    return pd.concat([named, table.reset_index(drop=True)], axis=1)
 
 
 def _tidy_modes(fit: FittedModel, conf_level: float) -> pd.DataFrame:
@@ -364,9 +341,9 @@ def _residuals(fit: FittedModel) -> str:
         header = ["", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
         lines = [_table([header, [" Residual", *(column[0] for column in columns)]], left=1)]
         if fit.converged:
-            own = residual_parameters(fit)
+            own = variance_parameters(fit)
             value, error = _digits(own[["estimate", "std_error"]].to_numpy()[-1])
-            name = {"range|Residual": "Range"}.get(own.index[-1], "Correlation of neighbours")
+            name = residual.block.correlation.reading.label.capitalize()
             lines.append(f" {name} {value}, standard error {error}")
         return "\n".join([f" {residual.text}, {len(residual.visits):,} different times", *lines])
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
@@ -384,6 +361,13 @@ def _residuals(fit: FittedModel) -> str:
 def _counts(fit: FittedModel) -> str:
     groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
     text = f"Number of obs: {fit.nobs}, groups:  {groups}"
+    if fit.kernels:
+        known = [
+            f"{own.name}, {len(own.levels)} levels"
+            for own in fit.groupings
+            if own.n_seen is not None
+        ]
+        text += f"\nKernels:  {'; '.join(known)}"
     if fit.n_dropped:
         text += f"\n  ({fit.n_dropped} rows with missing values dropped)"
     return text

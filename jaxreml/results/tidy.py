@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxreml.fitting.fitted import FittedModel
 from jaxreml.fitting.random_terms import RESIDUAL, Groups
+from jaxreml.inference.parameters.variances import Named
 
 Labels = list[tuple[str, str | None, str]]  # effect, group, term
 Part = tuple[Labels, dict[str, np.ndarray]]
@@ -72,6 +74,16 @@ def ran_pars(
     parts = zip((sd, sd * spread, low, high), correlations, strict=True)
     joined = (np.concatenate(part, axis=-1)[..., order] for part in parts)
     return labels, dict(zip(names, joined, strict=True))
+
+
+def tidy_term(fit: FittedModel, own: Named) -> str:
+    """What `tidy` calls a variance parameter of a fit."""
+    if own.kind == "sigma":
+        return "sd__Observation"
+    if own.kind == "cor":
+        effects = fit.labels[own.block][1]
+        return f"cor__{'.'.join(effects[place] for place in reversed(own.reading.effects))}"
+    return f"sd__{own.term}" if own.kind == "sd" else own.reading.label
 
 
 def statistics(fits: Any, method: str) -> dict[str, np.ndarray]:

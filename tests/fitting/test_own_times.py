@@ -256,7 +256,7 @@ def test_a_long_series():
     )
     fit = jaxreml.fit("y ~ 1", data, residual="ar1(t | who)")
     assert fit.converged and fit.structure == "chain"
-    found = fit.variance_parameters().loc["cor_neighbours|Residual"]
+    found = fit.variance_parameters().loc["correlation|Residual"]
     assert found["estimate"] == pytest.approx(-0.6, abs=4 * found["std_error"])
     assert found["std_error"] == pytest.approx(0.8 / np.sqrt(n), rel=0.05)
     normal = fit.residuals("normalized")

@@ -134,7 +134,7 @@ def test_a_function_of_beta_and_components_has_the_standard_error_of_finite_diff
 
     @jax.jit
     def plain(x):
-        return at_day(x[:2], components.of_parameters(x[2:], fit.term_sizes))
+        return at_day(x[:2], components.of_parameters(x[2:], fit.layout))
 
     at = np.concatenate([fit.beta, fit.parameters])
     steps = 1e-4 * np.diag(1 + np.abs(at))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreml import Design, Status, estimate, ml_objective, reml_objective
-from jaxreml.model import linalg
+from jaxreml import DataError, Design, Status, Term, estimate, ml_objective, reml_objective
+from jaxreml.model import linalg, objective
 
 GROUP = np.repeat(np.arange(8), 4)
 N = GROUP.size
@@ -43,7 +43,8 @@ LANES = [
     (GOOD[0] * 1e200, FEATURE, ONE, Status.NOT_FINITE),
     (GOOD[0] * 1e-170, FEATURE, ONE, Status.UNDERFLOW),
     (GOOD[0], first(np.inf, FEATURE), ONE, Status.NOT_FINITE),
-    (GOOD[0], FEATURE, first(0.0, ONE), Status.BAD_WEIGHTS),
+    (GOOD[0], FEATURE, first(0.0, ONE), Status.CONVERGED),  # left out
+    (GOOD[0], FEATURE, ONE * (np.arange(N) < 2), Status.TOO_FEW_ROWS),
     (GOOD[0], FEATURE, first(-1.0, ONE), Status.BAD_WEIGHTS),
     (GOOD[0], FEATURE, first(np.nan, ONE), Status.BAD_WEIGHTS),
 ]
@@ -161,7 +162,7 @@ class TestObjectives:
             design = design_of(y, FEATURE, weights)
             return jax.value_and_grad(ml_objective)(jnp.zeros(2), design)
 
-        for lane in (LANES[10], LANES[14]):
+        for lane in (LANES[10], LANES[16]):
             value, gradient = both(lane[0], lane[2])
             assert np.isnan(value)
             assert np.isnan(gradient).all()
@@ -284,3 +285,87 @@ class TestTracedEffects:
         compiled = jax.jit(jax.grad(loss)).lower(jnp.ones(n)).compile()
         memory: Any = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < 1000 * n
+
+
+class TestTracedLevels:
+    """Levels and rows that are known only when the program runs: one program for all of them."""
+
+    levels = 9  # one has no row
+    group = np.random.default_rng(4).integers(0, 8, 60)
+    rng = np.random.default_rng(6)
+    effects = np.column_stack([np.ones(60), rng.normal(size=60)])
+    weights = rng.uniform(0.5, 2, 60) * (rng.uniform(size=60) < 0.8)
+    y = rng.normal(size=60) + rng.normal(size=8)[group]
+    params = np.array([0.3, -0.4, 0.5, 0.2])
+
+    @partial(jax.jit, static_argnums=(0, 4))
+    def value(self, codes, weights, y, structure=None):
+        terms = [Term(codes, self.effects, n_levels=self.levels)]
+        design = Design.from_arrays(y, self.effects, terms, weights=weights, structure=structure)
+        return reml_objective(self.params, design)
+
+    def kept(self, group, weights):
+        """The same without the rows of weight zero."""
+        own = weights > 0
+        terms = [(group[own], self.effects[own])]
+        design = Design.from_arrays(self.y[own], self.effects[own], terms, weights=weights[own])
+        return float(reml_objective(self.params, design))
+
+    @pytest.mark.parametrize("structure", [None, "dense"])
+    def test_rows_of_weight_zero_and_any_levels(self, structure):
+        for group, weights in (
+            (self.group, self.weights),
+            (7 - self.group[::-1], self.weights),
+            (self.group, 1 + self.weights),
+        ):
+            value = float(self.value(group, weights, self.y, structure))
+            assert value == pytest.approx(self.kept(group, weights), rel=1e-12)
+
+    def test_derivatives_of_both_structures_and_differences(self):
+        slopes = {}
+        for structure in (None, "dense"):
+            of = jax.jit(jax.grad(self.value, argnums=(1, 2)), static_argnums=3)
+            slopes[structure] = of(self.group, self.weights, self.y, structure)
+        for one, other in zip(slopes[None], slopes["dense"], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+        left_out = self.weights == 0
+        assert all((np.asarray(slope)[left_out] == 0).all() for slope in slopes[None])
+        along = np.cos(np.arange(60)) * self.weights
+        ends = [
+            float(self.value(self.group, self.weights + t * along, self.y + t * along))
+            for t in (-1e-5, 1e-5)
+        ]
+        slope = sum(float(np.sum(own * along)) for own in slopes[None])
+        assert slope == pytest.approx((ends[1] - ends[0]) / 2e-5, rel=1e-6)
+
+    def test_codes_outside_are_no_levels(self):
+        for wrong in (-1, self.levels):
+            codes = np.where(self.group == 3, wrong, self.group)
+            assert np.isnan(self.value(codes, self.weights, self.y))
+            with pytest.raises(DataError, match=f"code {wrong} in row"):
+                Design.from_arrays(self.y, self.effects, Term(codes, n_levels=self.levels))
+        with pytest.raises(DataError, match="must be integers"):
+            Design.from_arrays(self.y, self.effects, Term(1.0 * self.group, n_levels=self.levels))
+        with pytest.raises(DataError, match="give Term"):
+            jax.jit(lambda g: Design.from_arrays(self.y, self.effects, [g]).n)(self.group)
+        assert Status.BAD_LEVELS.sentence.startswith("a code of a grouping factor")
+
+
+def test_nearly_equal_numbers_of_levels_share_a_program(monkeypatch):
+    """11 and 12 levels: nothing is traced, and so compiled, for the second."""
+    traced, inner = [], objective.neg2_loglik
+
+    def counted(*arguments, **options):
+        traced.append(1)
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(objective, "neg2_loglik", counted)
+    compiled = []
+    params = jnp.array([0.3, -0.1])
+    for levels in (11, 12, 17):
+        group = np.arange(60) % levels
+        y = np.cos(np.arange(60.0)) + np.arange(levels)[group]
+        design = Design.from_arrays(y, np.ones((60, 1)), [group])
+        reml_objective(params, design)
+        compiled.append(len(traced))
+    assert compiled == [1, 1, 2]

@@ -31,14 +31,15 @@ CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
            jaxreml.StreamedResults, MarginalMeans, Profile, Bootstrap, Population, Influence,
            Elimination, Table, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
            jaxreml.Status]  # fmt: skip
-MODULES = [jaxreml.plots, jaxreml.batch_plots, jaxreml.counts, jaxreml.datasets]
+MODULES = [jaxreml.batches, jaxreml.plots, jaxreml.batch_plots, jaxreml.counts,
+           jaxreml.covariance, jaxreml.datasets]  # fmt: skip
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Public in name only: what the rooms of the package use of each other's classes.
 INTERNAL = {
     "FittedModel": {"frame", "frame_of", "design", "approximations", "prototype", "henderson",
-                    "covariance", "random_part", "residual_sds", "require_independent",
-                    "groups", "term_sizes", "cov_re_arrays", "require_optimum"},
+                    "covariance", "layout", "residual_sds", "require_independent",
+                    "groups", "labels", "cov_re_arrays", "require_optimum"},
     "FittedBatch": {"messages", "message_codes"},
     "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",
                "with_response", "blank", "combined", "without_names", "omega_of_theta",

@@ -23,11 +23,11 @@ ROOMS = [
     {"results"},
     {"inference"},
     {"many"},
-    {"fitting", "frame"},
+    {"covariance", "fitting", "frame"},
     {"data", "optimum"},
     {"model"},
     {"typeset"},
-    {"arguments", "backend", "datasets"},
+    {"arguments", "backend", "datasets", "kernels"},
     {"errors", "status"},
 ]
 HEIGHT = {room: -k for k, level in enumerate(ROOMS) for room in level}

@@ -13,7 +13,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.fitting.row_variances import FIXED
 from jaxreml.inference.parameters import ratios
-from jaxreml.inference.parameters.delta import TRANSFORMS
+from jaxreml.inference.parameters.linearised import TRANSFORMS
 from jaxreml.many.contributions import unpacked
 from jaxreml.many.fitted import FittedBatch
 from jaxreml.status import Status

@@ -62,6 +62,7 @@ def robust(fit: Fit, kind: str = "CR2", cluster: Any = None) -> Fit:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     fit.require_optimum("give robust standard errors")
+    fit.require_independent_levels("give robust standard errors")
     codes, name = _clusters(fit, cluster)
     found = Sandwich.of(fit, codes, kind)
     note = f"{kind} robust standard errors, clustered by {name}"

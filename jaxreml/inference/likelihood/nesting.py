@@ -155,9 +155,22 @@ def step(small: ModelFrame, large: ModelFrame) -> Step:
 def _same_term(first: GroupingTerm, second: GroupingTerm) -> bool:
     return (
         len(first.effect_names) == len(second.effect_names)
+        and _same_kernel(first, second)
         and same_partition(first.codes, second.codes)
         and not outside(first.effects, second.effects).any()
     )
+
+
+def _same_kernel(first: GroupingTerm, second: GroupingTerm) -> bool:
+    """Whether levels are independent in both terms, or related in the same way."""
+    if first.kernel is None or second.kernel is None:
+        return first.kernel is second.kernel
+    if not same_partition(first.codes, second.codes):
+        return False
+    places = np.unique(first.codes, return_index=True)[1]
+    own, other = (term.kernel[np.ix_(term.codes[places], term.codes[places])]  # pyright: ignore
+                  for term in (first, second))  # fmt: skip
+    return np.array_equal(own, other)
 
 
 def _cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -204,6 +217,8 @@ def _pieces(
 def _image(term: GroupingTerm, other: GroupingTerm, rows: np.ndarray) -> np.ndarray | None:
     """Columns (n, r) of effects on the factor of `other` that make it `term` in `rows`, zero
     outside, or None where Sigma of `other` cannot be chosen so."""
+    if not _same_kernel(term, other):
+        return None
     own, codes = (np.unique(t.codes[rows], return_inverse=True)[1] for t in (term, other))
     effects, of_other = term.effects[rows], other.effects[rows]
     if _cross(own, codes).max() != own.max():

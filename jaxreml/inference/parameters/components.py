@@ -3,12 +3,13 @@
 `beta` is the vector of the fixed effects, (p,), in the order of `LMMResults.fixed_names`.
 `components` maps the name of each grouping factor to the covariance matrix of its random effects,
 (q, q), all its terms in one block-diagonal matrix in the order of `LMMResults.cov_re`, and
-"Residual" to the residual variance, a scalar.
+"Residual" to the residual variance, a scalar; of a fit with `residual=` to the covariance matrix of
+the residuals of a subject, in the order of `LMMResults.residual_cov`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +18,9 @@ from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import jax, jnp, when_imported
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
-from jaxreml.fitting.random_terms import RESIDUAL
+from jaxreml.fitting.random_terms import RESIDUAL, Layout
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
-from jaxreml.model.covariance.unstructured import unstructured
 
 Array = Any  # NumPy's or JAX's
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 Components = dict[str, Any]
 Function = Callable[[Array, Components], Array]
-Groups = tuple[tuple[str, int], ...]  # per term the grouping factor and the number of effects
 
 
 class _Named(dict):
@@ -54,10 +52,10 @@ def require_entries(g: Function, fit: FittedModel) -> None:
     """Raise DataError if g asks for entries that there are none of: JAX would give it others."""
     from jax.experimental import checkify
 
-    groups = fit.term_sizes
+    layout = fit.layout
 
     def at(beta: Array, theta: Array, sigma: Array) -> Any:
-        return g(beta, of_theta(theta, sigma, groups))
+        return g(beta, of_theta(theta, sigma, layout))
 
     with neutral():
         arrays = [jnp.asarray(part) for part in (fit.beta, fit.theta, fit.sigma)]
@@ -69,40 +67,32 @@ def require_entries(g: Function, fit: FittedModel) -> None:
         )
 
 
-def covariance_of(groups: Groups) -> Covariance:
-    """That of terms on these factors."""
-    return unstructured(tuple(q for _, q in groups))
-
-
-def of_theta(theta: Array, sigma: Array, groups: Groups) -> Components:
+def of_theta(theta: Array, sigma: Array, layout: Layout) -> Components:
     """Components at relative Cholesky factors (m, ...) and residual standard deviations."""
-    factors = natural.split_triangles(theta, covariance_of(groups).sizes)
+    factors = natural.split_triangles(theta, layout.covariance.sizes)
     squares = [linalg.matmul(factor, linalg.transpose(factor)) for factor in factors]
-    return _named([sigma**2 * square for square in squares], sigma**2, groups)
+    return _named([sigma**2 * square for square in squares], sigma**2, layout.names)
 
 
-def of_parameters(parameters: Array, groups: Groups) -> Components:
-    """Components at `Estimate.parameters` (m + 1,), which `inside` has made finite."""
-    covariance = covariance_of(groups)
+def of_parameters(parameters: Array, layout: Layout) -> Components:
+    """Components at `Estimate.parameters` (k + 1,), finite ones."""
+    covariance = layout.covariance
     omega, log_sigma2 = covariance.natural(parameters)
     sigma2 = namespace(parameters).exp(log_sigma2)
-    matrices = natural.symmetric_matrices(omega, covariance.sizes)
-    return _named([sigma2 * matrix for matrix in matrices], sigma2, groups)
-
-
-def inside(parameters: Array, groups: Groups) -> Array:
-    """Finite numbers for `parameters` on the boundary, where nothing changes with them."""
-    return covariance_of(groups).finite(parameters)
+    matrices = natural.symmetric_matrices(covariance.whole(omega), covariance.sizes)
+    return _named([sigma2 * matrix for matrix in matrices], sigma2, layout.names)
 
 
 def finite(fit: FittedModel) -> np.ndarray:
-    """The parameters (m + 1,) of a fit as `inside` makes them."""
-    return inside(fit.parameters, fit.term_sizes)
+    """The parameters (k + 1,) of a fit, with finite numbers for those on the boundary, where
+    nothing changes with them."""
+    return fit.covariance.finite(fit.parameters)
 
 
-def _named(matrices: list[Array], sigma2: Array, groups: Groups) -> Components:
+def _named(matrices: list[Array], sigma2: Array, names: Sequence[str]) -> Components:
     of_factor: dict[str, list[Array]] = {}
-    for (name, _), matrix in zip(groups, matrices, strict=True):
+    for name, matrix in zip(names, matrices, strict=True):
         of_factor.setdefault(name, []).append(matrix)
     named = {name: linalg.block_diagonal(parts) for name, parts in of_factor.items()}
-    return _Named({**named, RESIDUAL: sigma2})
+    named.setdefault(RESIDUAL, sigma2)
+    return _Named(named)

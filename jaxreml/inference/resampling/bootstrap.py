@@ -262,7 +262,7 @@ class Bootstrap(Tabulated):
 
     @cached_property
     def _own_errors(self) -> pd.Series:
-        values = standard_errors(fits_of(self.fit), self.fit.term_sizes)[0]
+        values = standard_errors(fits_of(self.fit), self.fit.layout)[0]
         return pd.Series(values, self.estimate.index)
 
     @cached_property
@@ -384,7 +384,7 @@ def bootstrap(
     fit.require_independent("bootstrap")
     people = of_fit(fit)
     statistic = function or default(fit)
-    names, own = evaluate(statistic, fits_of(fit), fit.term_sizes)
+    names, own = evaluate(statistic, fits_of(fit), fit.layout)
     if function is not None:
         components.require_entries(function, fit)
     engine = BatchFitter(people.frame, fit.method, count=nsim)
@@ -394,9 +394,9 @@ def bootstrap(
         statuses.append(fits.status)
         good = _converged(fits)
         singular += int(good.is_singular.sum())
-        draws.append(evaluate(statistic, good, fit.term_sizes)[1])
+        draws.append(evaluate(statistic, good, fit.layout)[1])
         if function is None:
-            errors.append(standard_errors(good, fit.term_sizes))
+            errors.append(standard_errors(good, fit.layout))
     status = np.concatenate(statuses)
     values = np.concatenate(draws)
     require_some(status)

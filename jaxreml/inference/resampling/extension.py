@@ -49,6 +49,10 @@ def extend(
     if n != int(n) or n < (1 if along is None else 2):
         raise ValueError(f"n must be an integer of at least {1 if along is None else 2}, not {n!r}")
     frame = people.frame
+    if frame.kernels:
+        raise DataError(
+            "a design with kernels cannot be extended: it does not say how new levels are related"
+        )
     factors = [term.name for term in frame.terms]
     if within is not None:
         names = (within,) if isinstance(within, str) else tuple(within)

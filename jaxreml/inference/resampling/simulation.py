@@ -16,7 +16,6 @@ from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.random_terms import unpack
 
 NEW, CONDITIONAL = "~0", None
 TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
@@ -126,8 +125,7 @@ class Population:
         if not new:
             return
         for term, factor, rng in zip(self.frame.terms, self.factors, of_terms, strict=True):
-            standard = rng.standard_normal((len(out), len(term.levels), len(factor)))
-            effects = standard @ factor.T
+            effects = term.drawn(rng, len(out), factor)
             for k, column in enumerate(term.effects.T):
                 of_rows = np.take(effects[:, :, k], term.codes, axis=1)
                 out += of_rows if np.all(column == 1) else of_rows * column
@@ -140,7 +138,7 @@ def of_fit(fit: FittedModel) -> Population:
         DataError: the fit did not converge.
     """
     fit.require_optimum("simulate from it")
-    factors = unpack(fit.sigma * fit.theta, tuple(q for _, q in fit.term_sizes))
+    factors = [fit.sigma * factor for factor in fit._factors[: len(fit.groupings)]]
     root = None
     if fit.residual is not None:
         root = np.linalg.cholesky(fit.residual_cov.to_numpy() / fit.sigma**2)

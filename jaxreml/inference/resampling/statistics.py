@@ -16,11 +16,10 @@ from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.random_terms import RESIDUAL, fisher_columns
+from jaxreml.fitting.random_terms import RESIDUAL, Layout, fisher_columns
 from jaxreml.inference.parameters import components
-from jaxreml.inference.parameters.components import Components, Groups
+from jaxreml.inference.parameters.components import Components
 from jaxreml.many.numbers import Fits
-from jaxreml.model.covariance.unstructured import unstructured
 
 Array = Any  # NumPy's or JAX's
 
@@ -86,11 +85,10 @@ class Default:
         return found | correlations | logs
 
 
-def standard_errors(fits: Fits, groups: Groups) -> np.ndarray:
+def standard_errors(fits: Fits, layout: Layout) -> np.ndarray:
     """Standard errors of the default statistics on their `working_scale`, (b, k)."""
-    sizes = tuple(q for _, q in groups)
-    of_logs = fits.parameters_se[:, unstructured(sizes).positions]
-    of_fisher = fisher_columns(fits.parameters_se, sizes)
+    of_logs = fits.parameters_se[:, layout.covariance.positions]
+    of_fisher = fisher_columns(fits.parameters_se, layout.covariance.sizes)
     parts = [fits.se, of_logs[:, -1:] / 2, of_logs[:, :-1] / 2, of_fisher, of_logs]
     return np.concatenate(parts, axis=1)
 
@@ -104,7 +102,7 @@ def working_scale(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]
     return np.asarray, np.asarray
 
 
-def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str, ...], np.ndarray]:
+def evaluate(function: Statistic, fits: Fits, layout: Layout) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the statistics and their values, (b, k).
 
     Raises:
@@ -112,16 +110,16 @@ def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str
     """
     if isinstance(function, Default):
         with np.errstate(all="ignore"):
-            found = function(fits.beta.T, components.of_theta(fits.theta.T, fits.sigma, groups))
+            found = function(fits.beta.T, components.of_theta(fits.theta.T, fits.sigma, layout))
         return tuple(found), np.stack(list(found.values()), axis=1)
     b, p = fits.beta.shape
     size = min(TOGETHER, b)
     rows = []
     with neutral():
-        names = _names(function, groups, p, fits.theta.shape[1])
+        names = _names(function, layout, p, fits.theta.shape[1])
         for start in range(0, b, max(size, 1)):  # of one size, for one compilation
             which = np.resize(np.arange(start, min(start + size, b)), size)
-            values = _mapped(function, groups)(
+            values = _mapped(function, layout)(
                 fits.beta[which], fits.theta[which], fits.sigma[which]
             )
             rows.append(np.asarray(values)[: b - start])
@@ -129,9 +127,9 @@ def evaluate(function: Statistic, fits: Fits, groups: Groups) -> tuple[tuple[str
 
 
 @remembered
-def _mapped(function: Statistic, groups: Groups) -> Callable[..., Array]:
+def _mapped(function: Statistic, layout: Layout) -> Callable[..., Array]:
     def flat(beta: Array, theta: Array, sigma: Array) -> Array:
-        return _flat(function(beta, components.of_theta(theta, sigma, groups)))
+        return _flat(function(beta, components.of_theta(theta, sigma, layout)))
 
     return jax.jit(jax.vmap(flat))
 
@@ -146,11 +144,11 @@ def _parts(value: Any) -> dict[Any, Any]:
 
 
 @lru_cache(maxsize=32)
-def _names(function: Statistic, groups: Groups, p: int, m: int) -> tuple[str, ...]:
+def _names(function: Statistic, layout: Layout, p: int, m: int) -> tuple[str, ...]:
     """A name for every number that a statistic gives."""
 
     def parts(beta: Any, theta: Any, sigma: Any) -> dict[Any, Any]:
-        found = _parts(function(beta, components.of_theta(theta, sigma, groups)))
+        found = _parts(function(beta, components.of_theta(theta, sigma, layout)))
         labels.extend(map(str, found))
         return {k: jnp.asarray(part) for k, part in enumerate(found.values())}
 
@@ -176,13 +174,13 @@ def slopes(function: Statistic, fit: FittedModel) -> tuple[np.ndarray, np.ndarra
     """Derivatives of the statistics in beta, (k, p), and in `Estimate.parameters`, (k, m + 1)."""
 
     with neutral():
-        slopes = _slopes(function, fit.term_sizes)(fit.beta, components.finite(fit))
+        slopes = _slopes(function, fit.layout)(fit.beta, components.finite(fit))
         return tuple(np.asarray(slope) for slope in slopes)  # pyright: ignore
 
 
 @remembered
-def _slopes(function: Statistic, groups: Groups) -> Callable[..., tuple[Array, Array]]:
+def _slopes(function: Statistic, layout: Layout) -> Callable[..., tuple[Array, Array]]:
     def flat(beta: Array, parameters: Array) -> Array:
-        return _flat(function(beta, components.of_parameters(parameters, groups)))
+        return _flat(function(beta, components.of_parameters(parameters, layout)))
 
     return jax.jit(jax.jacfwd(flat, argnums=(0, 1)))

@@ -227,6 +227,7 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
     fit.require_independent("measure influence")
     codes, labels = _groups(fit, by)
     if method == "first-order":
+        fit.require_independent_levels('take the first-order way (method="exact" refits)')
         beta, parameters = influence_derivatives.changes(fit, codes, len(labels), by is None)
         se = np.broadcast_to(fit.bse.to_numpy(), beta.shape)
         refits = {"rows": np.bincount(codes, minlength=len(labels))}
@@ -262,8 +263,9 @@ def _groups(fit: FittedModel, by: Any) -> tuple[np.ndarray, pd.Index]:
         return np.arange(n), fit.table.index
     if isinstance(by, str):
         for term in fit.frame.terms:
-            if term.name == by:
-                return term.codes, pd.Index(term.levels, name=by)
+            if term.is_of(by):
+                seen, codes = np.unique(term.codes, return_inverse=True)
+                return codes, pd.Index(term.levels, name=by)[seen]
         if by not in fit.table:
             have = [term.name for term in fit.frame.terms]
             have += [str(name) for name in fit.table.columns]

@@ -35,6 +35,7 @@ from jaxreml.data.columns import codes_of, complete_rows, label, like_fitted, re
 from jaxreml.data.formula import parse
 from jaxreml.data.frame import EXTRAS, ModelFrame, check_finite
 from jaxreml.data.grouping import GroupingTerm, combined_codes, grouping_terms
+from jaxreml.data.kernels import codes_in_kernel
 from jaxreml.data.tables import beside, nearest, texts_of_names, to_pandas
 from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.fitting.fitted import FittedModel
@@ -276,13 +277,16 @@ def included_effects(frame: ModelFrame, re_form: str | bool | None) -> Mask:
         raise FormulaError(f"re_form has random terms only, as in '~ (1 | g)', not {re_form!r}")
     context = frame.fixed_encoding.context
     for bar in parsed.random:
-        here = [k for k, term in enumerate(frame.terms) if term.name == bar.name]
+        here = [k for k, term in enumerate(frame.terms) if term.is_of(bar.name)]
         if not here:
             have = ", ".join(dict.fromkeys(repr(term.name) for term in frame.terms))
             raise FormulaError(
                 f"re_form has a term on {bar.name!r}; the fit has random effects on {have}"
             )
-        have = {name: k for k in here for name in frame.terms[k].effect_names}
+        have = {name: [] for k in here for name in frame.terms[k].effect_names}
+        for k in here:
+            for name in frame.terms[k].effect_names:
+                have[name].append(k)
         for asked in grouping_terms(bar, frame.table, context):
             for name in asked.effect_names:
                 if name not in have:
@@ -290,7 +294,8 @@ def included_effects(frame: ModelFrame, re_form: str | bool | None) -> Mask:
                         f"re_form has the effect {name!r} of {bar.name!r}; the fit has "
                         f"{', '.join(map(repr, have))}"
                     )
-                used[have[name]][frame.terms[have[name]].effect_names.index(name)] = True
+                for k in have[name]:
+                    used[k][frame.terms[k].effect_names.index(name)] = True
     return used
 
 
@@ -451,7 +456,9 @@ def _labels(newdata: Any) -> pd.Index:
 
 
 def _codes(term: GroupingTerm, fitted: pd.DataFrame, table: pd.DataFrame) -> np.ndarray:
-    """Levels of a grouping factor, -1 for those that the fit has not seen."""
+    """Levels of a grouping factor, -1 for those that neither the fit nor a kernel knows."""
+    if term.source:
+        return codes_in_kernel(term, table)
     old, new = [], []
     for name in term.factors:
         levels = pd.Categorical(fitted[name]).categories

@@ -26,7 +26,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.factors import rounding
+from jaxreml.model.covariance.factors import factor_semidefinite, rounding
 
 Array = Any  # NumPy's or JAX's
 LOG_ZERO = -100.0  # stands for log 0 in derivatives, which vanish there
@@ -46,6 +46,24 @@ class Report(NamedTuple):
     finite: Array
     free: Array
     shown: Array
+
+
+class Reading(NamedTuple):
+    """A number that people read of a covariance: the SD of an effect, the correlation of two, or
+    one of the parameters.
+
+    Attributes:
+        label: what it is of; "" for an SD that all effects share.
+        effects: places of the effect or of the two, the later first; none for a parameter.
+        parameter: its place among the block's parameters, and in its chart; -1 for others.
+        transform: how the parameter was made from what people read: "log", "logit", "fisher"
+            (arctanh) or None.
+    """
+
+    label: str
+    effects: tuple[int, ...]
+    parameter: int = -1
+    transform: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +120,14 @@ class Block(ABC):
     def factor(self, chart: Array) -> Array:
         """Lower Cholesky factor (q, q, ...) of a point on which `snap` has been, zeros exact."""
 
-    @abstractmethod
     def chart(self, factor: Array) -> Array:
-        """The inverse of `factor`."""
+        """The inverse of `factor`. A block that has none writes `chart_at`."""
+        raise NotImplementedError
+
+    def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
+        """The point of the chart of an estimate, given its `factor` and its parameters as
+        `Report.shown` has them. Where variances vanish the factor says more exactly which."""
+        return self.chart(factor)
 
     @abstractmethod
     def start(self, omega: Array, least: float) -> Array:
@@ -119,9 +142,24 @@ class Block(ABC):
     def faces(self) -> np.ndarray:
         """Factors (faces, r) that take a point of the chart to where variances are zero."""
 
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """What describes the covariance of effects of these names: their SDs and correlations in
+        the order of `triangle`, unless fewer say all."""
+        pairs = zip(*natural.triangle(self.size), strict=True)
+        return [
+            Reading(effects[i], (i,)) if i == j else Reading(f"{effects[i]}.{effects[j]}", (i, j))
+            for i, j in pairs
+        ]
+
     def omega_of_factor(self, factor: Array) -> Array:
         """Relative covariances of what `factor` gives, (q, q, ...) to (q (q + 1) / 2, ...)."""
         return natural.omega_from_factors((factor,))
+
+    def factor_of_omega(self, omega: Array) -> Array:
+        """The inverse of `omega_of_factor` for one data set; near a singular point with half of the
+        digits."""
+        matrix = omega[natural.places(self.size)]
+        return factor_semidefinite(matrix, rounding(matrix))[0]
 
     def factor_at(self, parameters: Array, log_sigma2: Array) -> Array:
         """Lower Cholesky factor (q, q) at `parameters` as `natural` takes them. It is needed
@@ -257,6 +295,11 @@ class Covariance:
         pairs = zip(self.blocks, names, strict=True)
         return [len(block.parameter_names("", own)) for block, own in pairs]
 
+    @property
+    def starts(self) -> list[int]:
+        """Where each block's parameters begin; then where sigma2's is."""
+        return np.cumsum([0, *self._widths]).tolist()
+
     def parameter_names(self, terms: Any) -> tuple[str, ...]:
         """Names of all parameters, for terms that are each a factor's name and effects' names."""
         names: list[str] = []
@@ -291,6 +334,14 @@ class Covariance:
     def omega(self, chart: Array) -> Array:
         """(r, ...) to (m, ...)."""
         return _joined([block.omega(own) for block, own in self.charts(chart)])
+
+    def whole(self, omega: Array) -> Array:
+        """Covariances relative to sigma2, (m, ...): omega, and I + Omega of the residuals."""
+        added = [
+            np.equal(*natural.triangle(block.size)) * float(block.residual) for block in self.blocks
+        ]
+        ones = np.concatenate(added).astype(omega.dtype)
+        return omega + ones.reshape(-1, *[1] * (omega.ndim - 1))
 
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         """Derivatives of omega in the chart, (m, r, ...), and second ones of gradient' omega,
@@ -341,10 +392,21 @@ class Covariance:
         pairs = zip(self.blocks, factors, strict=True)
         return _joined([block.omega_of_factor(factor) for block, factor in pairs])
 
+    def chart_of_omega(self, omega: Array) -> Array:
+        """A point (r,) of the chart with relative covariances (m,)."""
+        parts = self.parts(omega)
+        return _joined([block.chart(block.factor_of_omega(own)) for block, own in parts])
+
     def chart(self, factors: tuple[Array, ...]) -> Array:
         """The inverse of `factors`."""
         pairs = zip(self.blocks, factors, strict=True)
         return _joined([block.chart(factor) for block, factor in pairs])
+
+    def chart_at(self, factors: tuple[Array, ...], parameters: Array) -> Array:
+        """The same where the parameters are known, too: those of an estimate."""
+        last = parameters[-1]
+        pairs = zip(self.own_parameters(parameters), factors, strict=True)
+        return _joined([block.chart_at(factor, own, last) for (block, own), factor in pairs])
 
     def start(self, omega: Array, least: float) -> Array:
         """A point of the chart near moment estimates (m, ...)."""

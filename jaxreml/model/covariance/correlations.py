@@ -18,7 +18,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance import jets
-from jaxreml.model.covariance.base import FAR
+from jaxreml.model.covariance.base import FAR, Reading
 from jaxreml.model.covariance.natural import places, triangle
 
 Array = Any  # NumPy's or JAX's
@@ -68,6 +68,10 @@ class Correlation(ABC):
     def described(self) -> list[tuple[int, int]]:
         """Rows and columns of the correlations that say all."""
         return [(1, 0)]
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        """The same with labels, or parameters in their place; places of parameters as in z."""
+        return [Reading(f"{effects[i]}.{effects[j]}", (i, j)) for i, j in self.described]
 
     def entries(self, z: Array) -> Array:
         """The formula at (c, ...)."""
@@ -138,6 +142,9 @@ class Stationary(_OneCoordinate):
 
     # Whether on a line what lies before an effect tells no more of it than the nearest does.
     markov = True
+
+    # What describes it at any places.
+    reading = Reading("correlation", (), 0, "fisher")
 
     @abstractmethod
     def of_distance(self, z: Any, distances: Any) -> Any:
@@ -294,6 +301,8 @@ class Distance(Stationary):
     times: tuple[float, ...] = ()
     squared: bool = False
 
+    reading = Reading("range", (), 0, "log")
+
     @property
     def markov(self) -> bool:
         return not self.squared
@@ -316,6 +325,13 @@ class Distance(Stationary):
 
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ("log range",)
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return []
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [self.reading]
 
     def formula(self, z: Sequence[Any]) -> Any:
         distances = self._distances
@@ -399,10 +415,6 @@ class Copies(Correlation):
         group = np.arange(self.size) // self.each.size
         return group[:, None] == group
 
-    @property
-    def described(self) -> list[tuple[int, int]]:
-        return [(s + i, s + j) for s in self._starts for i, j in self.each.described]
-
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         found: list[str] = []
         for start in self._starts:
@@ -411,6 +423,20 @@ class Copies(Correlation):
             short = [name.rpartition(": ")[2] for name in own]
             found += [f"{group}: {name}" for name in self.each.names(short)]
         return tuple(found)
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        found: list[Reading] = []
+        for k, start in enumerate(self._starts):
+            own = effects[start : start + self.each.size]
+            group = own[0].rpartition(": ")[0]
+            for reading in self.each.readings(own):
+                places = tuple(start + place for place in reading.effects)
+                if reading.parameter >= 0:
+                    place = k * self.each.count + reading.parameter
+                    label = f"{group}: {reading.label}"
+                    reading = reading._replace(label=label, parameter=place)
+                found.append(reading._replace(effects=places))
+        return found
 
     @property
     def _entries(self) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Block, Report
+from jaxreml.model.covariance.base import Block, Reading, Report
 from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.factors import factor_semidefinite
 from jaxreml.model.covariance.natural import places, triangle
@@ -61,6 +61,17 @@ class Residual(Block):
         names = [f"log_variance[Residual, {label}]" for label in self.variance_labels(effects)[1:]]
         return (*names, *(f"z[Residual, {name}]" for name in self.correlation.names(effects)))
 
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The variances once each, and what describes the correlations."""
+        labels = self.variance_labels(effects)
+        sds = [Reading(label, (self.variances.index(k),)) for k, label in enumerate(labels)]
+        others = self.correlation.readings(effects)
+        shift = self.log_variances
+        return sds + [
+            own._replace(parameter=own.parameter + shift) if own.parameter >= 0 else own
+            for own in others
+        ]
+
     def last_name(self, effects: tuple[str, ...]) -> str:
         label = self.variance_labels(effects)[0]
         return f"Residual, {label}" if label else "Residual"
@@ -89,6 +100,9 @@ class Residual(Block):
     def omega_of_factor(self, factor: Array) -> Array:
         found = natural.omega_from_factors((factor,))
         return found - self._identity(found)
+
+    def factor_of_omega(self, omega: Array) -> Array:
+        return super().factor_of_omega(omega + self._identity(omega))
 
     def _chart_at(self, parameters: Array, log_sigma2: Array) -> Array:
         logs, z = parameters[: self.log_variances], parameters[self.log_variances :]

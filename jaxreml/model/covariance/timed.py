@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace
-from jaxreml.model.covariance.base import Block, Report
+from jaxreml.model.covariance.base import Block, Reading, Report
 from jaxreml.model.covariance.correlations import Stationary
 
 Array = Any  # NumPy's or JAX's
@@ -45,6 +45,10 @@ class Timed(Block):
         """As those of `Residual`: one variance."""
         return ("",)
 
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The SD that all have, and the range or the correlation of neighbours."""
+        return [Reading("", ()), self.correlation.reading]
+
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"z[Residual, {name}]" for name in self.correlation.names(effects))
 
@@ -69,6 +73,9 @@ class Timed(Block):
 
     def factor(self, chart: Array) -> Array:
         return chart[None]
+
+    def factor_of_omega(self, omega: Array) -> Array:
+        return omega[None]
 
     def chart(self, factor: Array) -> Array:
         return factor[0]

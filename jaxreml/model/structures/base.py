@@ -229,6 +229,11 @@ class Full(Differentiable, Protocol):
         """
         ...
 
+    def posterior_by_omega(self, inner: Any, omega: Array) -> Any:
+        """`posterior` at covariances of which the residuals' need not be semidefinite, with
+        `Projection.inner`. On the host."""
+        ...
+
     def variances(self, posterior: Any) -> tuple[np.ndarray, ...]:
         """Var(b | y) per term (levels, q, q), given the parameters, in units of the residual
         variance and scaled effects. On the host, not traceable."""

@@ -107,30 +107,30 @@ class Dense(OfColumns, Explicit):
         return self.layout.modes(omega, cross[:, 0])
 
     def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Array:
-        """(Q, Q), H with Var(b | y) = H'H."""
+        """(Q, Q), Var(b | y)."""
         loadings = self.layout.times(self.factors, factors)
         inner = loadings.T @ loadings + np.eye(loadings.shape[1], dtype=loadings.dtype)
         across = tuple(factor.T for factor in factors)
         identity = np.eye(len(inner), dtype=inner.dtype)
-        return self.layout.times(linalg.solve_lower(linalg.cholesky(inner), identity), across)
+        half = self.layout.times(linalg.solve_lower(linalg.cholesky(inner), identity), across)
+        return half.T @ half
+
+    def posterior_by_omega(self, inner: Array, omega: Array) -> Array:
+        matrices = tuple(natural.symmetric_matrices(omega, self.sizes))
+        explained = self.layout.times(self.layout.times(inner, matrices).T, matrices)
+        return self.layout.plus(-np.asarray(explained), matrices)
 
     def variances(self, posterior: Array) -> tuple[np.ndarray, ...]:
-        half = np.asarray(posterior)
-        shapes = zip(self.sizes, self.levels, strict=True)
-        ends = np.cumsum([q * count for q, count in shapes])[:-1]
-        parts = zip(np.split(half, ends, axis=1), self.sizes, self.levels, strict=True)
-        return tuple(
-            np.einsum("raj,rbj->jab", cube, cube)
-            for cube in (part.reshape(len(half), q, count) for part, q, count in parts)
-        )
+        blocks = self.layout.blocks(np.asarray(posterior))
+        return tuple(np.moveaxis(block, 2, 0) for block in blocks)
 
     def row_variances(self, posterior: Array, rows: Rows) -> np.ndarray:
-        across = np.ascontiguousarray(np.asarray(posterior).T)
-        sparse = self.layout.sparse(rows)
-        step = max(1, ROW_ENTRIES // len(across))
+        whole, sparse = np.asarray(posterior), self.layout.sparse(rows)
+        step = max(1, ROW_ENTRIES // len(whole))
         parts = [np.zeros(0)]
         for start in range(0, sparse.shape[0], step):
-            parts.append(np.sum((sparse[start : start + step] @ across) ** 2, axis=1))
+            some = sparse[start : start + step]
+            parts.append(np.asarray(some.multiply(some @ whole).sum(axis=1)).ravel())
         return np.concatenate(parts)
 
 
@@ -154,7 +154,7 @@ class DenseBasis:
     def of(effects: Terms) -> DenseBasis:
         """Factorise the columns of all terms, scaled."""
         n = effects[0][0].size
-        traced = not on_host(*(columns for _, columns, _ in effects))
+        traced = not on_host(*(part for own in effects for part in own[:2]))
         blocks = []
         for codes, columns, n_levels in effects:
             q = columns.shape[1]

@@ -86,7 +86,7 @@ class Levels(Explicit):
         return tuple(part.swapaxes(0, 1) for part in parts)
 
     def posterior_by_omega(self, inner: Array, omega: Array) -> Array:
-        """`posterior` of covariances that need not be semidefinite, Omega - Omega B Omega, of B."""
+        """Omega - Omega B Omega."""
         matrix = self._omega(omega)
         return matrix - linalg.matmul(linalg.matmul(matrix, inner), matrix)
 
@@ -405,14 +405,14 @@ class GroupedBasis:
     effects: Any = None
 
     @staticmethod
-    def of(codes: np.ndarray, effects: Any, n_levels: int) -> GroupedBasis:
-        """Factorise columns (n, q), scaled, NumPy or traced, in levels 0..J-1 of the rows."""
+    def of(codes: Any, effects: Any, n_levels: int) -> GroupedBasis:
+        """Factorise columns (n, q), scaled, in levels 0..J-1 of the rows; both NumPy or traced."""
         traced = not on_host(effects)
         by_level = Partition(codes.astype(natural.INDEX), n_levels)
-        places = None if traced else _places(by_level, effects)
+        places = _places(by_level, effects) if on_host(effects, codes) else None
         if places is not None:
             return Visits.at(by_level, effects, places)
-        xp: Any = jnp if traced else np
+        xp = namespace(effects, codes)
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
         for k, column in enumerate(still(effects).T):

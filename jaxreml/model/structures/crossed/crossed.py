@@ -84,7 +84,7 @@ class Crossed(OfColumns):
         rest: (Q, Q), what the first factor leaves of Z_D'Z_D.
         tail: (Q, p + 1), likewise of Z_D'[X y].
         remainder: (p + 1, p + 1), likewise of [X y]'[X y].
-        moments: for `start`.
+        moments: for `start`; None where residuals have a covariance.
         sizes: effects per term, static, in the order of the terms.
         order: the terms in the order of the stages and then the tail, static.
         levels: levels per term of the tail, static.
@@ -94,7 +94,7 @@ class Crossed(OfColumns):
     rest: Array
     tail: Array
     remainder: Array
-    moments: Moments
+    moments: Moments | None
     sizes: tuple[int, ...] = field(metadata={"static": True})
     order: tuple[int, ...] = field(metadata={"static": True})
     levels: tuple[int, ...] = field(metadata={"static": True})
@@ -299,13 +299,16 @@ class Crossed(OfColumns):
                     tail = tail + stage.to_tail(stage.tail, of_chain[i], len(tail))
         return tuple(columns), tail
 
-    def start(self) -> Array:
+    def start(self) -> Array | None:
         """Moment estimates of omega, (m,).
 
         The effects of a term, in a basis in which its columns of Z are orthogonal and the effects
         taken for uncorrelated, have sums of squares of Z'y / (1 + Z'Z); their expectations are
-        linear in the variances.
+        linear in the variances. None where residuals have a covariance: these would not tell it
+        from the residual variance.
         """
+        if self.moments is None:
+            return None
         xp = namespace(self.remainder)
         zeros = [natural.count_theta(stage.sizes) * [0.0] for stage in self.stages]
         kind = self.remainder.dtype
@@ -361,11 +364,22 @@ class Crossed(OfColumns):
         return tuple(found[self.order.index(k)] for k in range(len(self.order)))
 
     def posterior(self, projection: Projection, factors: tuple[Array, ...]) -> Posterior:
-        (chain, _), done, R = projection.inner
         first = self.stages[0]
         roots = linalg.block_diagonal([factors[term] for term in self.order[: len(first.sizes)]])
-        own = linalg.conditional_variance(first.matrix, roots)
-        gain = linalg.matmul(first.omega(chain[0]), done.solved[0])
+        return self._posterior(projection.inner, linalg.conditional_variance(first.matrix, roots))
+
+    def posterior_by_omega(self, inner: Any, omega: Array) -> Posterior:
+        """That of the first factor, which has the residuals, is Omega - Omega F'P^-1 F Omega."""
+        (chain, _), done, _ = inner
+        first = self.stages[0]
+        prior = first.omega(chain[0])
+        own = linalg.matmul(done.solved[0], first.matrix)
+        return self._posterior(inner, prior - linalg.matmul(linalg.matmul(prior, own), prior))
+
+    def _posterior(self, inner: Any, own: Array) -> Posterior:
+        """Given the conditional variances of the first factor's effects, (q, q, J)."""
+        (chain, _), done, R = inner
+        gain = linalg.matmul(self.stages[0].omega(chain[0]), done.solved[0])
         gains = tuple(-weights for weights in done.weights[1:])
         return Posterior((gain, *gains), (own, *gains), done.couplings, R)
 

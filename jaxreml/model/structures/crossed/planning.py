@@ -33,6 +33,9 @@ class CrossedBasis:
 
     Args:
         effects: one (codes (n,), columns (n, q), levels) per term, concrete, columns scaled.
+        residual: which term is the covariance of residuals, whose factor is eliminated first: every
+            other one may have levels beyond a subject's, and V needs I + Omega of them to be
+            definite. None where residuals are independent.
         like: a basis of the same levels, with other columns. What follows from levels alone is
             taken from it, and equal levels are not put together: all that are like it have the
             same shapes.
@@ -41,10 +44,14 @@ class CrossedBasis:
         DataError: one evaluation would not fit into memory.
     """
 
-    def __init__(self, effects: Terms, like: CrossedBasis | None = None):
+    def __init__(
+        self, effects: Terms, like: CrossedBasis | None = None, residual: int | None = None
+    ):
         n = effects[0][0].size
         if like is None:
-            self._choose_chain(factors_of(effects), n)
+            factors = factors_of(effects)
+            factors.sort(key=lambda factor: residual not in factor.terms)
+            self._choose_chain(factors, n)
         else:
             self.chain = [factor.again(effects) for factor in like.chain]
             self.tail = Tail([factor.again(effects) for factor in like.tail.factors], n)
@@ -55,7 +62,7 @@ class CrossedBasis:
         self.plan = _choose(classes, self.meetings[0], self.tail.total)
         self._check_memory()
         self.stages = self._couple()
-        self.moments = self._moments()
+        self.moments = self._moments() if residual is None else None
 
     def _choose_chain(self, factors: list[Factor], n: int) -> None:
         """Chain, tail and where they meet."""

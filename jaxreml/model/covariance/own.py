@@ -1,0 +1,237 @@
+"""A user's own covariance in a model: of the effects of a term, and of residuals.
+
+Of effects, the chart is the relative SDs that its variances have, and the coordinates of the other
+parameters: it is even in the former, so that a variance of zero is an ordinary point. Parameters
+are log-variances and the same coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model import linalg
+from jaxreml.model.covariance.base import LOG_ZERO, Block, Report
+from jaxreml.model.covariance.custom import Function, Parameter
+from jaxreml.model.covariance.custom_checks import check_function
+from jaxreml.model.covariance.factors import factor_semidefinite
+from jaxreml.model.covariance.natural import places
+
+Array = Any  # NumPy's or JAX's
+SEMIDEFINITE = 1e-8  # of the mean variance, by how much an eigenvalue may be negative
+ZERO_PIVOT = 1e-7  # relative root of a pivot that is none
+
+
+@dataclass(frozen=True)
+class Own(Block):
+    """See above.
+
+    Attributes:
+        function: of this size.
+    """
+
+    function: Function
+
+    written_out = True
+
+    @property
+    def length(self) -> int:
+        return self.function.count
+
+    @property
+    def log_variances(self) -> int:
+        return self.function.variances
+
+    def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
+        k, own = self.log_variances, self.function
+        names = [f"log_variance[{group}, {label}]" for label in own.labels[:k]]
+        if own.implicit:
+            names[0] = f"log_variance[{group}]"
+        others = zip(own.labels[k:], own.transforms[k:], strict=True)
+        return (*names, *(f"z[{group}, {kind.label(label)}]" for label, kind in others))
+
+    def _units(self, like: Array) -> np.ndarray:
+        """Of the SDs in the chart: (variances, ...)."""
+        units = np.sqrt(self.function.units).astype(like.dtype)
+        return units.reshape(-1, *[1] * (like.ndim - 1))
+
+    def _at_chart(self, chart: Array) -> Array:
+        """Relative variances and coordinates."""
+        xp, k = namespace(chart), self.log_variances
+        return xp.concatenate([(chart[:k] / self._units(chart)) ** 2, chart[k:]])
+
+    def _at_parameters(self, parameters: Array, log_sigma2: Array) -> Array:
+        """Likewise; a coordinate of NaN is not read, and any number will do."""
+        xp, k = namespace(parameters), self.log_variances
+        start = self.function.start[k:].astype(parameters.dtype)
+        start = start.reshape(-1, *[1] * (parameters.ndim - 1))
+        z = parameters[k:]
+        z = xp.where(xp.isnan(z), start, z)
+        return xp.concatenate([xp.exp(parameters[:k] - log_sigma2), z])
+
+    def omega(self, chart: Array) -> Array:
+        """NaN, outside of the parameter space, where the function is no covariance."""
+        return _semidefinite(self.function.entries(self._at_chart(chart)), self.size)
+
+    def natural(self, parameters: Array, log_sigma2: Array) -> Array:
+        return self.function.entries(self._at_parameters(parameters, log_sigma2))
+
+    def report(self, chart: Array, log_sigma2: Array) -> Report:
+        """Coordinates are not identified where variances of zero have taken all that they move."""
+        xp, k = namespace(chart), self.log_variances
+        sds, z = chart[:k] / self._units(chart), chart[k:]
+        inside = sds > 0
+        logs = xp.where(inside, 2 * xp.log(xp.where(inside, sds, 1.0)), LOG_ZERO) + log_sigma2
+        moved = xp.any(xp.abs(self.jacobian(chart)[:, k:]) > 0, axis=0)
+        moved = moved | xp.all(inside, axis=0)
+        shown = [xp.where(inside, logs, -xp.inf), xp.where(moved, z, xp.nan)]
+        return Report(
+            xp.concatenate([logs, z]), xp.concatenate([inside, moved]), xp.concatenate(shown)
+        )
+
+    def snap(self, chart: Array, zero: float) -> Array:
+        xp, k = namespace(chart), self.log_variances
+        sds = xp.abs(chart[:k])
+        sds = xp.where(sds <= zero, 0.0, sds)
+        start = self.function.start[k:].astype(chart.dtype).reshape(-1, *[1] * (chart.ndim - 1))
+        return xp.concatenate([sds, xp.where(xp.any(sds > 0, axis=0), chart[k:], start)])
+
+    def factor(self, chart: Array) -> Array:
+        matrix = self.function.entries(self._at_chart(chart))[places(self.size)]
+        if on_host(matrix) and matrix.ndim == 2:  # LAPACK is quicker where it can
+            found = linalg.cholesky(matrix)
+            if np.all(np.diagonal(found) > ZERO_PIVOT * np.sqrt(np.diagonal(matrix))):
+                return found
+        return factor_semidefinite(matrix, ZERO_PIVOT)[0]
+
+    def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
+        """By the parameters: a function has no inverse that is known."""
+        xp, k = namespace(parameters), self.log_variances
+        at = self._at_parameters(parameters, log_sigma2)
+        return xp.concatenate([xp.sqrt(at[:k]) * self._units(parameters), at[k:]])
+
+    def start(self, omega: Array, least: float) -> Array:
+        """The user's, but for the mean variance."""
+        mean = linalg.diagonal(omega[places(self.size)]).mean(axis=0)
+        return self._scaled(namespace(omega).maximum(mean, least**2))
+
+    def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
+        return self._scaled(np.mean(sds**2))
+
+    def _scaled(self, mean: Array) -> Array:
+        """The start with this mean variance (...)."""
+        xp, k, own = namespace(mean), self.log_variances, self.function
+        shape = (-1, *[1] * np.ndim(mean))
+        share = np.sqrt(own.start[:k] / own.start_variance).reshape(shape)
+        sds = xp.sqrt(mean) * share * np.sqrt(own.units).reshape(shape)
+        others = xp.broadcast_to(own.start[k:].reshape(shape), (own.count - k, *sds.shape[1:]))
+        return xp.concatenate([sds, others])
+
+    @property
+    def faces(self) -> np.ndarray:
+        k = self.log_variances
+        return np.array([np.arange(self.length) != place for place in range(k)], float)
+
+    def jacobian(self, chart: Array) -> Array:
+        if not on_host(chart):
+            return super().jacobian(chart)
+        first = self.function.derivatives(self._at_chart(chart)).first
+        return first * self._slopes(chart)
+
+    def curvature(self, chart: Array, gradient: Array) -> Array:
+        if not on_host(chart):
+            return super().curvature(chart, gradient)
+        return self.slopes(chart, gradient)[1]
+
+    def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
+        if not on_host(chart):
+            return super().slopes(chart, gradient)
+        slopes, k = self._slopes(chart), self.log_variances
+        bends = np.zeros_like(chart)
+        bends[:k] = 2 / self._units(chart) ** 2
+        return self._chain(self._at_chart(chart), slopes, bends, gradient)
+
+    def _slopes(self, chart: np.ndarray) -> np.ndarray:
+        """How each number of `_at_chart` changes with its own in the chart."""
+        k = self.log_variances
+        slopes = np.ones_like(chart)
+        slopes[:k] = 2 * chart[:k] / self._units(chart) ** 2
+        return slopes
+
+    def _chain(
+        self, at: np.ndarray, slopes: np.ndarray, bends: np.ndarray, gradient: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Derivatives in coordinates of which each moves its own variance or coordinate."""
+        _, first, second = self.function.derivatives(at)
+        inner = np.sum(gradient[:, None, None] * second, axis=0)
+        along = np.sum(gradient[:, None] * first, axis=0) * bends
+        whole = inner * slopes[:, None] * slopes[None]
+        return first * slopes, whole + linalg.eye_like(whole) * along
+
+    def derivatives(
+        self, parameters: Array, log_sigma2: Array, gradient: Array
+    ) -> tuple[Array, Array]:
+        if not on_host(parameters):
+            return super().derivatives(parameters, log_sigma2, gradient)
+        at, k = self._at_parameters(parameters, log_sigma2), self.log_variances
+        slopes, bends = np.ones_like(at), np.zeros_like(at)
+        slopes[:k] = bends[:k] = at[:k]
+        return self._chain(at, slopes, bends, gradient)
+
+    def directions(self, parameters: Array, log_sigma2: Array) -> Array:
+        if not on_host(parameters):
+            return super().directions(parameters, log_sigma2)
+        first = self.function.derivatives(self._at_parameters(parameters, log_sigma2)).first
+        return np.where(np.isnan(parameters), 0.0, first)
+
+
+def _semidefinite(entries: Array, q: int) -> Array:
+    """Entries (t, ...) of a matrix, NaN where it has negative eigenvalues."""
+    xp, matrix = namespace(entries), entries[places(q)]
+    if not on_host(entries):
+        import jax
+
+        matrix = jax.lax.stop_gradient(matrix)
+    more = SEMIDEFINITE * (linalg.diagonal(matrix).mean(axis=0) + np.finfo(entries.dtype).tiny)
+    pivots = linalg.diagonal(linalg.cholesky(matrix + more * linalg.eye_like(matrix)))
+    return xp.where(xp.all(xp.isfinite(pivots), axis=0), entries, xp.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Custom:
+    """What `jaxreml.covariance.custom` makes: a `Block` of a term for a number of effects.
+
+    Attributes:
+        function, parameters: as given.
+        data: what is known of the effects; None for their numbers 0, 1, ...
+    """
+
+    function: Callable[..., Any]
+    parameters: tuple[Parameter, ...]
+    data: Any = None
+
+    def __call__(self, size: int) -> Own:
+        """The covariance of so many effects.
+
+        Raises:
+            ValueError: the function is no covariance at its start, as `check_function` says.
+        """
+        return _checked(self.bound(size, None))
+
+    def bound(self, size: int, at: Any) -> Function:
+        """The function of so many effects, of which `at` is known unless the user gave data."""
+        known = self.data if self.data is not None else at
+        return Function.of(
+            self.function, self.parameters, size, np.arange(float(size)) if known is None else known
+        )
+
+
+@lru_cache(256)
+def _checked(function: Function) -> Own:
+    check_function(function, definite=False)
+    return Own(function.size, function)
