@@ -53,6 +53,8 @@ class Df(StrEnum):
 
     satterthwaite = "satterthwaite"
     kenward_roger = "kenward-roger"
+    kenward_roger_sas = "kenward-roger-sas"
+    kenward_roger_linear = "kenward-roger-linear"
     residual = "residual"
     inf = "inf"
 

@@ -3,59 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jaxreml.data.columns import is_amount, label
 from jaxreml.data.formula import RESIDUAL, single_name
+from jaxreml.data.grouping import combined_codes, same_partition
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
-from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.residual import Residual
 from jaxreml.model.covariance.timed import Timed
+from jaxreml.model.covariance.words import FAMILIES, RESIDUALS
 
 # A covariance matrix of more is out of reach; where it is a function of the distance, it is not
 # needed.
 MOST_VISITS = 60
-
-
-class Family(NamedTuple):
-    """A word for a covariance.
-
-    Attributes:
-        correlation: made from the number of visits and their times.
-        each: whether every visit has a variance of its own.
-        timed: whether visits are numbers, whose distances count.
-    """
-
-    correlation: Callable[[int, tuple[float, ...]], Correlation]
-    each: bool
-    timed: bool = False
-
-
-def _plain(kind: Callable[[int], Correlation]) -> Callable[[int, tuple[float, ...]], Correlation]:
-    return lambda size, times: kind(size)
-
-
-FAMILIES = {
-    "us": Family(_plain(correlations.Unrestricted), True),
-    "diag": Family(_plain(correlations.Independent), True),
-    "cs": Family(_plain(correlations.Exchangeable), False),
-    "csh": Family(_plain(correlations.Exchangeable), True),
-    "ar1": Family(_plain(correlations.Autoregressive), False),
-    "ar1h": Family(_plain(correlations.Autoregressive), True),
-    "ad": Family(_plain(correlations.Antedependent), False),
-    "adh": Family(_plain(correlations.Antedependent), True),
-    "toep": Family(_plain(correlations.Toeplitz), False),
-    "toeph": Family(_plain(correlations.Toeplitz), True),
-    "sp_exp": Family(lambda size, times: correlations.Distance(size, times), False, True),
-    "sp_gau": Family(lambda size, times: correlations.Distance(size, times, True), False, True),
-}
 
 
 @dataclass(frozen=True)
@@ -65,13 +32,14 @@ class Words:
     Attributes:
         text: as given.
         family: a word of `FAMILIES`.
-        visit, subject, arm: names of the columns; no arm where all share one covariance.
+        visit, subject, arm: names of the columns; no arm where all share one covariance, and no
+            subject in ``diag(group)``, where residuals are independent.
     """
 
     text: str
     family: str
     visit: str
-    subject: str
+    subject: str | None
     arm: str | None = None
 
     @property
@@ -142,12 +110,12 @@ def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> R
     correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
     if arms:
         correlation = correlations.Copies(size * count, correlation)
-    variances = np.arange(size * count) if own.each else np.repeat(np.arange(count), size)
+    variances = np.arange(size * count) if own.residual else np.repeat(np.arange(count), size)
     return Residual(size * count, correlation, tuple(variances.tolist()))
 
 
 def words_of(text: str) -> Words:
-    """What ``us(visit | subject)`` or ``us(visit | arm/subject)`` says.
+    """What ``us(visit | subject)``, ``us(visit | arm/subject)`` or ``diag(group)`` says.
 
     Raises:
         FormulaError: another form, or a family that is not known.
@@ -155,12 +123,23 @@ def words_of(text: str) -> Words:
     form = "residual must be of the form 'us(visit | subject)'"
     if not isinstance(text, str):
         raise FormulaError(f"{form}, not {type(text).__name__}")
+    by_level = re.fullmatch(r"\s*diag\s*\(([^|]*)\)\s*", text)
+    if by_level is not None:
+        group = single_name(by_level[1])
+        if group is None:
+            raise FormulaError(f"residual must be of the form 'diag(group)', not {text!r}")
+        return Words(text, "diag", group, None)
     found = re.fullmatch(r"\s*(\w+)\s*\((.*)\|(.*)\)\s*", text, re.DOTALL)
     if found is None:
         raise FormulaError(f"{form}, not {text!r}")
     family = found[1]
-    if family not in FAMILIES:
-        raise FormulaError(f"{family!r} is no residual covariance; there are {', '.join(FAMILIES)}")
+    if family not in RESIDUALS:
+        hint = ""
+        if family in FAMILIES:
+            hint = f"; {family!r} is a word for random effects, in the formula"
+        raise FormulaError(
+            f"{family!r} is no residual covariance; there are {', '.join(RESIDUALS)}{hint}"
+        )
     arm, _, last = found[3].rpartition("/")
     names = [single_name(part) for part in ([found[2], last, arm] if arm else [found[2], last])]
     if None in names:
@@ -173,14 +152,23 @@ def words_of(text: str) -> Words:
     return Words(text, family, *names)  # pyright: ignore
 
 
-def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
+def residual_term(
+    text: str, table: pd.DataFrame, factors: Sequence[np.ndarray] = ()
+) -> ResidualTerm:
     """The term of complete rows.
+
+    Args:
+        text: the argument ``residual``.
+        table: with its columns.
+        factors: codes (n,) of the grouping factors of random effects.
 
     Raises:
         DataError: a subject with the same visit twice, times that are not numbers, fewer than two
             visits or subjects, too many visits, nothing to estimate a correlation from: named.
     """
     words = words_of(text)
+    if words.subject is None:
+        return _by_level(words, table, factors)
     visit, subject, own = words.visit, words.subject, FAMILIES[words.family]
     column = pd.Series(table[visit])
     if own.timed and not is_amount(column):
@@ -197,7 +185,7 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
             )
     levels = len(visits.categories)
     if levels > MOST_VISITS and not is_series(words.family, tuple(range(levels))):
-        distance = [name for name in FAMILIES if is_series(name, tuple(range(levels)))]
+        distance = [name for name in RESIDUALS if is_series(name, tuple(range(levels)))]
         raise DataError(
             f"residual={text!r}: {visit!r} has {levels:,} different values, and "
             f"{words.family!r} has a matrix of all of them, which may be {MOST_VISITS}. Of more, "
@@ -221,8 +209,51 @@ def residual_term(text: str, table: pd.DataFrame) -> ResidualTerm:
         arms = tuple(of_arm.categories.tolist())
         _refuse_two_arms(words, table, codes, np.asarray(of_arm.codes))
         places = places + len(visits.categories) * np.asarray(of_arm.codes, np.int64)
-    labels = tuple(visits.categories.tolist()), arms, tuple(subjects.categories.tolist())
+    names = np.asarray(subjects.categories, object)
+    for other in factors:
+        if same_partition(other, codes):  # one factor of the design, not two
+            first = np.unique(other, return_index=True)[1]
+            codes, names = other, names[codes[first]]
+            break
+    labels = tuple(visits.categories.tolist()), arms, tuple(names.tolist())
     return ResidualTerm(words, *labels, places, codes)
+
+
+def _by_level(words: Words, table: pd.DataFrame, factors: Sequence[np.ndarray]) -> ResidualTerm:
+    """``diag(group)``: independent rows, with a variance for each level of a column.
+
+    A diagonal covariance is the same whatever rows make a subject, as long as none has a level
+    twice. These are taken within the cells of the grouping factors, so that all stay nested.
+    """
+    levels = pd.Categorical(table[words.visit]).remove_unused_categories()
+    count = len(levels.categories)
+    if not 1 < count <= MOST_VISITS:
+        raise DataError(
+            f"residual={words.text!r}: {words.visit!r} has {count} different values, and a "
+            f"variance for each is there for 2 to {MOST_VISITS}"
+        )
+    places = np.asarray(levels.codes, np.int64)
+    cells = combined_codes([*factors, np.zeros(len(places), np.int64)])
+    turn = pd.Series(cells).groupby([cells, places]).cumcount().to_numpy()
+    codes = combined_codes([cells, turn])
+    subjects = tuple(range(int(codes.max()) + 1))
+    return ResidualTerm(words, tuple(levels.categories.tolist()), (), subjects, places, codes)
+
+
+def refuse_perfect(term: ResidualTerm, X: np.ndarray) -> None:
+    """Raise DataError if rows with a variance of their own are fitted exactly by X (n, p): beside
+    no random effects the likelihood has no bound as that variance goes to zero."""
+    if term.words.family != "diag":
+        return
+    labels = labels_of(term.visits, term.arms)
+    for k, count in enumerate(np.bincount(term.places, minlength=len(labels))):
+        rows = X[term.places == k] if count <= X.shape[1] else X[:0]
+        if len(rows) and np.linalg.matrix_rank(rows) == count:
+            raise DataError(
+                f"residual={term.words.text!r}: the rows with {term.words.visit} {labels[k]!r}, "
+                f"{count} of them, are fitted exactly by the fixed effects, so that nothing is "
+                "left to estimate their variance from; put the level together with another"
+            )
 
 
 def _refuse_two_arms(

@@ -28,8 +28,8 @@ from jaxreml.fitting.random_terms import (
     variance_labels,
 )
 from jaxreml.fitting.residuals import ResidualCovariance
-from jaxreml.model.covariance.base import Covariance
-from jaxreml.model.covariance.unstructured import Unstructured
+from jaxreml.model.covariance.base import Block, Covariance
+from jaxreml.model.covariance.words import ANY, TermCovariance
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
@@ -48,6 +48,7 @@ class Grouping:
         modes_vcov: (levels, effects, effects), their conditional covariances given the fixed
             effects and variance parameters, as lme4's ``condVar``.
         n_seen: how many of the levels have rows, where some are known by a kernel only.
+        covariance: what the formula says of that of the effects.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Grouping:
     modes: np.ndarray
     modes_vcov: np.ndarray
     n_seen: int | None = None
+    covariance: TermCovariance = ANY
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -506,7 +508,7 @@ class FittedModel:
             own.name: len(own.levels) if own.n_seen is None else own.n_seen
             for own in self.groupings
         }
-        if self.residual is not None:
+        if self.residual is not None and self.residual.words.subject is not None:
             found.setdefault(self.residual.words.subject, len(self.residual.subjects))
         return found
 
@@ -655,7 +657,12 @@ class FittedModel:
     def covariance(self) -> Covariance:
         """The map from `parameters` to the covariances of the terms, the residuals' last."""
         own = () if self.residual is None else (self.residual.block,)
-        return Covariance((*map(Unstructured, self._sizes), *own))
+        return Covariance((*self._blocks, *own))
+
+    @cached_property
+    def _blocks(self) -> tuple[Block, ...]:
+        """The covariances of the terms."""
+        return tuple(own.covariance.block(len(own.effects), self.context) for own in self.groupings)
 
     @cached_property
     def _factors(self) -> list[np.ndarray]:

@@ -263,16 +263,18 @@ def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:
 def _check_terms(
     terms: Sequence[Effects], columns: list[Any], used: np.ndarray | None, n: int
 ) -> None:
-    """Refuse weighted columns (rows, q) that can take the place of the residual."""
+    """Refuse weighted columns (rows, q) that can take the place of independent residuals."""
+    if any(own.covariance.residual for own in terms):
+        return
     for own, weighted in zip(terms, columns, strict=True):
         if namespace(weighted, own.codes) is not np:
             continue
-        if own.covariance.residual or own.kernel is not None:
+        if own.kernel is not None:
             continue
         codes = own.codes
         if used is not None:
             codes, weighted = codes[used], weighted[used]
-        if replaces_residual(codes, weighted):
+        if replaces_residual(codes, weighted, own.covariance):
             raise DataError(instead_of_residual(own.name, own.n_levels, own.effect_names, n))
 
 
@@ -321,7 +323,7 @@ def _same(codes: Any, others: Any) -> bool:
 
 
 def _of_kernels(
-    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: bool
+    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: int | None
 ) -> Projector:
     """That of terms some of which have known covariances of their levels; `n` rows are used."""
     if structure not in (None, *OF_KERNELS):

@@ -20,6 +20,7 @@ from jaxreml.inference.parameters import shares
 from jaxreml.inference.parameters.delta import delta
 from jaxreml.inference.parameters.variances import parameters_vcov, variance_parameters
 from jaxreml.inference.resampling.bootstrap import bootstrap
+from jaxreml.inference.resampling.posterior import posterior
 from jaxreml.inference.resampling.simulation import simulate
 from jaxreml.inference.rows import diagnostics
 from jaxreml.inference.rows.prediction import predict
@@ -52,7 +53,7 @@ class LMMResults(FittedModel):
     Likelihood: `llf`, `criterion`, `aic`, `bic`, `dof`, `profile`; `jaxreml.compare` for several
     fits; `drop1`, `ranova` and `step` leave terms out.
 
-    Simulation: `simulate`, `bootstrap`; `jaxreml.power`.
+    Simulation: `simulate`, `bootstrap`; `jaxreml.power`. Bayes: `posterior`.
 
     Rows: `predict`, `fittedvalues`, `resid`, `residuals`, `leverage`, `cooks_distance`, `dfbetas`,
     `influence`, `nobs`, `ngroups`, `n_dropped`. `plot` and `jaxreml.plots` draw them.
@@ -120,6 +121,7 @@ class LMMResults(FittedModel):
     profile = profile
     simulate = in_library(simulate)
     bootstrap = bootstrap
+    posterior = posterior
 
     # Rows
     predict = in_library(predict)

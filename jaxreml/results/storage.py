@@ -23,6 +23,7 @@ from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
 from jaxreml.fitting.residuals import ResidualCovariance
+from jaxreml.model.covariance.words import TermCovariance
 
 FORMAT = "jaxreml.LMMResults"
 VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
@@ -229,7 +230,10 @@ def decode(value: Any) -> Any:
     if kind == "dict":
         return {decode(key): decode(item) for key, item in content}
     if kind == "grouping":
-        return Grouping(*(decode(item) for item in content))
+        *parts, covariance = (
+            [*map(decode, content)] if len(content) > 6 else [*map(decode, content), ()]
+        )
+        return Grouping(*parts, covariance=TermCovariance(*covariance))
     if kind == "kernel":
         return KnownKernel(decode(content[0]), decode(content[1]), _unpacked(content[2]))
     if kind == "residual":

@@ -177,7 +177,7 @@ _METHODS = {
     "satterthwaite": "t-tests use Satterthwaite's method",
     "kenward-roger": "t-tests use Kenward-Roger's method",
     "kenward-roger-sas": "t-tests use Kenward-Roger's method (observed information)",
-    "kenward-roger-linear": "t-tests use Kenward-Roger's method",
+    "kenward-roger-linear": "t-tests use Kenward-Roger's method (observed information, linear)",
     "residual": "t-tests use the residual degrees of freedom",
     "inf": "Tests are normal",
 }
@@ -238,7 +238,7 @@ def summary(
         _criterion(fit),
         *(["Scaled residuals:\n" + _scaled_residuals(fit)] if fit.has_rows else []),
         *(["Random effects:\n" + _random_effects(fit)] if fit.groupings else []),
-        *(["Residuals of a subject:\n" + _residuals(fit)] if fit.residual else []),
+        *([_residuals(fit)] if fit.residual else []),
         _counts(fit),
     ]
     if not fit.residual:  # as lme4 has it
@@ -355,12 +355,13 @@ def _residuals(fit: FittedModel) -> str:
         start = i - i % q  # of the visits of its arm
         own = [f"{correlation[i, start + j]:.2f}" if start + j < i else "" for j in range(shown)]
         rows.append(cells + own)
-    return f" {residual.text}\n" + _table(rows, left=1)
+    of = "" if residual.words.subject is None else " of a subject"
+    return f"Residuals{of}:\n {residual.text}\n" + _table(rows, left=1)
 
 
 def _counts(fit: FittedModel) -> str:
     groups = "; ".join(f"{name}, {levels}" for name, levels in fit.ngroups.items())
-    text = f"Number of obs: {fit.nobs}, groups:  {groups}"
+    text = f"Number of obs: {fit.nobs}" + (f", groups:  {groups}" if groups else "")
     if fit.kernels:
         known = [
             f"{own.name}, {len(own.levels)} levels"

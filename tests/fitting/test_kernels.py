@@ -3,7 +3,9 @@ same model."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -228,3 +230,32 @@ def test_a_kernel_that_is_the_residual():
     labels = data.assign(animal=np.arange(SEEN))
     with pytest.raises(jaxreml.DataError, match="types of the labels differ: int, str"):
         jaxreml.fit("y ~ x + (1 | animal)", labels, kernels={"animal": A})
+
+
+HERE = Path(__file__).parents[1] / "reference" / "kernels"
+
+
+@pytest.mark.parametrize(
+    ("name", "formula", "options"),
+    [
+        ("one", "y ~ x + (1 | animal)", {}),
+        ("one_ml", "y ~ x + (1 | animal)", {"method": "ML"}),
+        ("one_weights", "y ~ x + (1 | animal)", {"weights": "w"}),
+        ("litter", "y ~ x + (1 | animal) + (1 | litter)", {}),
+        ("slope", "y ~ x + (x | animal) + (1 | litter)", {}),
+    ],
+)
+def test_lme4_with_the_relationship_in_its_design(name, formula, options):
+    """R's lme4 with Z L in the place of Z, on a pedigree with animals without records."""
+    expected = json.loads((HERE / "lme4.json").read_text())["models"][name]
+    table, herd = (pd.read_csv(HERE / f"{own}.csv.gz") for own in ("pedigree", "herd"))
+    tree = kernels.pedigree(table["animal"], table["sire"], table["dam"])
+    fit = jaxreml.fit(formula, herd, kernels={"animal": tree}, **options)
+    assert fit.ngroups["animal"] == 50 and len(fit.random_effects["animal"]) == 60
+    assert fit.criterion == pytest.approx(expected["criterion"], abs=1e-5)
+    np.testing.assert_allclose(fit.params, expected["beta"], rtol=1e-4)
+    np.testing.assert_allclose(fit.bse, expected["se"], rtol=1e-3)
+    found = fit.variances.tolist()
+    if name == "slope":  # R puts the covariance after the two variances
+        found.insert(2, fit.cov_re.iloc[0, 1])
+    np.testing.assert_allclose(found, expected["vcov"], rtol=2e-3)

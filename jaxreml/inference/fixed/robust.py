@@ -73,8 +73,10 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
     """Codes (n,) of the clusters, and their name."""
     frame = fit.frame
     parts = [(term.name, term.codes) for term in frame.terms]
-    if frame.residual is not None:
+    if frame.residual is not None and frame.residual.words.subject is not None:
         parts.append((frame.residual.words.subject, frame.residual.codes))
+    if cluster is None and not parts:
+        raise DataError("the rows are independent in this fit: give cluster= a column of clusters")
     if cluster is None:
         # The coarsest; what it does not contain is refused below.
         name, codes = min(parts, key=lambda part: int(part[1].max()))

@@ -27,6 +27,8 @@ Array = Any  # NumPy's or JAX's
 class CompoundSymmetry(Block):
     """See above; r = k = 2. For two effects or more, in the units they are given in."""
 
+    linear = True
+
     def __post_init__(self) -> None:
         if self.size < 2:
             raise DataError("compound symmetry needs two or more effects of a term")

@@ -91,6 +91,16 @@ class Transform:
         scale = 1.0 if self.word == "tanh" else 0.5
         return scale * (upper - lower) / 2 * (1 - np.tanh(scale * z) ** 2)
 
+    def bend(self, z: np.ndarray) -> np.ndarray:
+        """The second derivative."""
+        lower, upper = self.domain
+        if self.word == "identity":
+            return np.zeros_like(z)
+        if math.isinf(upper) or math.isinf(lower):
+            return self.slope(z) if math.isinf(upper) else -self.slope(z)
+        scale = 1.0 if self.word == "tanh" else 0.5
+        return -2 * scale * np.tanh(scale * z) * self.slope(z)
+
     def coordinate(self, value: Any) -> Any:
         """The inverse of `value`, inside the `domain`."""
         lower, upper = self.domain

@@ -7,7 +7,7 @@ are log-variances and the same coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,14 +17,17 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import LOG_ZERO, Block, Report
+from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.custom import Function, Parameter
 from jaxreml.model.covariance.custom_checks import check_function
 from jaxreml.model.covariance.factors import factor_semidefinite
 from jaxreml.model.covariance.natural import places
+from jaxreml.model.covariance.residual import Residual
 
 Array = Any  # NumPy's or JAX's
 SEMIDEFINITE = 1e-8  # of the mean variance, by how much an eigenvalue may be negative
 ZERO_PIVOT = 1e-7  # relative root of a pivot that is none
+VANISHED = 1e-30  # a relative variance below stands for zero
 
 
 @dataclass(frozen=True)
@@ -183,11 +186,37 @@ class Own(Block):
         slopes[:k] = bends[:k] = at[:k]
         return self._chain(at, slopes, bends, gradient)
 
+    def _steps(self, at: np.ndarray) -> np.ndarray:
+        """How `_at_parameters` moves with each parameter; with the variance itself at zero."""
+        steps, k = np.ones_like(at), self.log_variances
+        steps[:k] = np.where(at[:k] > VANISHED, at[:k], 1.0)
+        return steps
+
     def directions(self, parameters: Array, log_sigma2: Array) -> Array:
         if not on_host(parameters):
             return super().directions(parameters, log_sigma2)
-        first = self.function.derivatives(self._at_parameters(parameters, log_sigma2)).first
+        at = self._at_parameters(parameters, log_sigma2)
+        first = self.function.derivatives(at).first * self._steps(at)
         return np.where(np.isnan(parameters), 0.0, first)
+
+    def stated(self, coordinates: Array) -> Array:
+        """The user's parameters."""
+        kinds = self.function.transforms[self.log_variances :]
+        found = [kind.value(own) for kind, own in zip(kinds, coordinates, strict=True)]
+        return namespace(coordinates).stack(found) if found else coordinates
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """In the variances, and in the others by what their transforms bend."""
+        if not on_host(parameters):
+            return super().bend(parameters, log_sigma2, spread)
+        at, k = self._at_parameters(parameters, log_sigma2), self.log_variances
+        _, first, second = self.function.derivatives(at)
+        steps, weights = self._steps(at), spread[:-1, :-1]
+        found = np.einsum("tij...,ij...->t...", second, weights * steps[:, None] * steps)
+        for place, kind in enumerate(self.function.transforms[k:], k):
+            ratio = kind.bend(at[place]) / kind.slope(at[place])
+            found = found - first[:, place] * ratio * weights[place, place]
+        return found
 
 
 def _semidefinite(entries: Array, q: int) -> Array:
@@ -200,6 +229,100 @@ def _semidefinite(entries: Array, q: int) -> Array:
     more = SEMIDEFINITE * (linalg.diagonal(matrix).mean(axis=0) + np.finfo(entries.dtype).tiny)
     pivots = linalg.diagonal(linalg.cholesky(matrix + more * linalg.eye_like(matrix)))
     return xp.where(xp.all(xp.isfinite(pivots), axis=0), entries, xp.nan)
+
+
+@dataclass(frozen=True)
+class OwnCorrelation(Correlation):
+    """What a function says of residuals where the ratios of its variances are those of its start.
+
+    Attributes:
+        function: of this size.
+    """
+
+    function: Function
+
+    @property
+    def count(self) -> int:
+        return self.function.count - self.function.variances
+
+    def names(self, effects: Sequence[str]) -> tuple[str, ...]:
+        own, k = self.function, self.function.variances
+        pairs = zip(own.labels[k:], own.transforms[k:], strict=True)
+        return tuple(kind.label(label) for label, kind in pairs)
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return [(i, 0) for i in range(1, self.size)]
+
+    def formula(self, z: Sequence[Any]) -> Any:
+        return self.entries(namespace(*z).stack(z))
+
+    def entries(self, z: Array) -> Array:
+        xp, own, k = namespace(z), self.function, self.function.variances
+        ratios = (own.start[:k] / own.start[0]).astype(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+        return own.entries(xp.concatenate([xp.broadcast_to(ratios, (k, *z.shape[1:])), z]))
+
+    def coordinates(self, matrix: Array) -> Array:
+        raise NotImplementedError  # `Residual.chart_at` knows the parameters
+
+    def start(self, common: Array) -> Array:
+        """The user's, whatever the correlation."""
+        start, shape = self.function.start[self.function.variances :], np.shape(common)
+        start = start.reshape(-1, *[1] * len(shape)).astype(np.asarray(common).dtype)
+        return namespace(common).broadcast_to(start, (self.count, *shape))
+
+
+@dataclass(frozen=True)
+class OwnResidual(Residual):
+    """That of the residuals, of which sigma2 is the function's first variance. The chart has half
+    the logarithms of the others' ratios to it."""
+
+    @property
+    def function(self) -> Function:
+        """The user's."""
+        assert isinstance(self.correlation, OwnCorrelation)
+        return self.correlation.function
+
+    @property
+    def log_variances(self) -> int:
+        return self.function.variances - 1
+
+    def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
+        return self.function.labels[: self.function.variances] if self.log_variances else ("",)
+
+    def _at(self, chart: Array) -> Array:
+        """Variances over the first, and coordinates."""
+        xp, k = namespace(chart), self.log_variances
+        return xp.concatenate([xp.ones_like(chart[:1]), xp.exp(2 * chart[:k]), chart[k:]])
+
+    def _relative(self, chart: Array) -> Array:
+        """NaN, outside of the parameter space, where the function is no covariance."""
+        if not self.length:
+            return self.function.entries(np.ones((1, *chart.shape[1:]), chart.dtype))
+        return _semidefinite(self.function.entries(self._at(chart)), self.size)
+
+    def _derivatives(self, chart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at, k = self._at(chart), self.log_variances
+        _, first, second = self.function.derivatives(at)
+        slopes, bends = np.ones_like(chart), np.zeros_like(chart)
+        slopes[:k], bends[:k] = 2 * at[1 : k + 1], 4 * at[1 : k + 1]
+        first, second = first[:, 1:], second[:, 1:, 1:]
+        whole = second * slopes[:, None] * slopes[None]
+        return first * slopes, whole + linalg.eye_like(whole[0]) * (first * bends)[:, :, None]
+
+    def start(self, omega: Array, least: float) -> Array:
+        """The user's: sigma2 is found for it."""
+        return self._start(omega[0])
+
+    def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
+        return self._start(np.array(0.0))
+
+    def _start(self, like: Array) -> Array:
+        xp, own, k = namespace(like), self.function, self.function.variances
+        logs = np.log(own.start[1:k] / own.start[0]) / 2
+        logs = logs.astype(like.dtype).reshape(-1, *[1] * like.ndim)
+        logs = xp.broadcast_to(logs, (k - 1, *like.shape))
+        return xp.concatenate([logs, self.correlation.start(like)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +346,10 @@ class Custom:
         """
         return _checked(self.bound(size, None))
 
+    def residual(self, size: int, at: Any = None) -> OwnResidual:
+        """That of the residuals of so many visits; errors as for a term."""
+        return _checked_residual(self.bound(size, at))
+
     def bound(self, size: int, at: Any) -> Function:
         """The function of so many effects, of which `at` is known unless the user gave data."""
         known = self.data if self.data is not None else at
@@ -235,3 +362,10 @@ class Custom:
 def _checked(function: Function) -> Own:
     check_function(function, definite=False)
     return Own(function.size, function)
+
+
+@lru_cache(256)
+def _checked_residual(function: Function) -> OwnResidual:
+    check_function(function, definite=True)
+    q = function.size
+    return OwnResidual(q, OwnCorrelation(q, function), (0,) * q)
