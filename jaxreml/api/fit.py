@@ -51,9 +51,9 @@ def fit(
         residual: a covariance of the residuals within subjects, as ``"us(visit | subject)"``:
             "us", "diag", "cs", "csh", "ar1", "ar1h", "ad", "adh", "toep" or "toeph" of visits,
             levels of a factor or numbers; "sp_exp" or "sp_gau" of times;
-            ``"us(visit | arm/subject)"`` for one of each arm. Random effects beside it must be of
-            the same subjects; there need not be any. With `weights`, it is that of the residuals
-            times the roots of these.
+            ``"us(visit | arm/subject)"`` for one of each arm; ``"diag(group)"`` for a variance by
+            level of a column. Beside any random effects, or none; what means the same as they do
+            is refused. With `weights`, it is that of the residuals times the roots of these.
         kernels: known covariances K of the levels of grouping factors, up to a factor, such as
             ``{"animal": A}`` for ``(1 | animal)``: b ~ N(0, sigma2_a A). A frame with labels, which
             may have levels that the data lack (these are predicted), an array in the order of the

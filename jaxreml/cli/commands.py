@@ -55,6 +55,7 @@ class Df(StrEnum):
     kenward_roger = "kenward-roger"
     kenward_roger_sas = "kenward-roger-sas"
     kenward_roger_linear = "kenward-roger-linear"
+    between_within = "between-within"
     residual = "residual"
     inf = "inf"
 

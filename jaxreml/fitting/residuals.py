@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +35,7 @@ class ResidualCovariance:
             visits: sigma2 (M - I) Z' V^-1 (y - X beta). Where subjects are at times of their own,
             (rows, 1), V0^-1 (y - X beta).
         seen: as modes, 1 for visits with a response; empty where subjects are at their own.
+        context: with the covariance, where it is the user's; not saved.
     """
 
     text: str
@@ -42,26 +44,29 @@ class ResidualCovariance:
     subjects: tuple[Any, ...]
     modes: np.ndarray
     seen: np.ndarray
+    context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
 
     @staticmethod
     def of(term: ResidualTerm, modes: np.ndarray) -> ResidualCovariance:
         """That of a model frame, with `modes` of the design, whose levels may be more."""
         labels = term.visits, term.arms, term.subjects
-        if is_series(term.words.family, term.visits):
+        if is_series(term.words, term.visits):
             return ResidualCovariance(term.words.text, *labels, np.asarray(modes), np.zeros((0, 0)))
         seen = np.zeros((len(term.subjects), modes.shape[1]))
         seen[term.codes, term.places] = 1.0
-        return ResidualCovariance(term.words.text, *labels, np.asarray(modes)[: len(seen)], seen)
+        own = None if term.words.own is None else {term.words.family: term.words.own}
+        modes = np.asarray(modes)[: len(seen)]
+        return ResidualCovariance(term.words.text, *labels, modes, seen, own)
 
     @cached_property
     def words(self) -> Words:
         """What the text says."""
-        return words_of(self.text)
+        return words_of(self.text, self.context)
 
     @cached_property
     def block(self) -> Residual | Timed:
         """The map from parameters to the covariance."""
-        return covariance(self.words.family, self.visits, self.arms)
+        return covariance(self.words, self.visits, self.arms)
 
     @cached_property
     def times(self) -> np.ndarray:
