@@ -58,6 +58,13 @@ class ResidualCovariance:
         modes = np.asarray(modes)[: len(seen)]
         return ResidualCovariance(term.words.text, *labels, modes, seen, own)
 
+    @staticmethod
+    def of_labels(term: ResidualTerm) -> ResidualCovariance:
+        """That of a model frame without what a fit says of its subjects."""
+        series = is_series(term.words, term.visits)
+        size = 1 if series else len(labels_of(term.visits, term.arms))
+        return ResidualCovariance.of(term, np.zeros((len(term.codes) if series else 0, size)))
+
     @cached_property
     def words(self) -> Words:
         """What the text says."""
