@@ -95,6 +95,7 @@ class FittedModel:
         sandwich: what tests are made from if not the model's covariance (`robust`), and
             `sandwich_note` which that is; neither is saved.
         kernels: known covariances of the levels of grouping factors, by their names; None without.
+        residual_tried: covariances of residuals that were tried before, and why each was left.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -132,6 +133,7 @@ class FittedModel:
     engine: str = ""
     residual: ResidualCovariance | None = None
     kernels: Kernels | None = None
+    residual_tried: tuple[tuple[str, str], ...] = ()
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
     sandwich: Any = field(default=None, metadata={"saved": False})

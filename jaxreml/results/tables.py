@@ -257,6 +257,7 @@ def summary(
             f"dropped {len(fit.aliased)} column(s) of X that depend on others: "
             f"{', '.join(fit.aliased)}"
         )
+    notes += [f"residual={text!r} was tried and left: {why}" for text, why in fit.residual_tried]
     notes.append(fit.message if fit.converged else f"NOT CONVERGED: {fit.message}")
     return "\n\n".join(parts) + "\n\n" + "\n".join(notes) + "\n"
 
