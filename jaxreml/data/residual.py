@@ -81,7 +81,7 @@ class ResidualTerm:
         effects = np.zeros((len(self.codes), len(labels)))
         effects[np.arange(len(effects)), self.places] = 1.0
 
-        def block(size: int) -> Residual:
+        def block(size: int) -> Residual | Timed:
             return covariance(self.words, self.visits, self.arms)
 
         return Term(self.codes, effects, RESIDUAL, labels, block)

@@ -56,6 +56,7 @@ def compare_batches(first: FittedBatch, second: FittedBatch, method: str = "chi2
         )
     obstacle = nesting.mean_obstacle(small.frame, large.frame)
     obstacle = obstacle or nesting.random_obstacle(small.frame, large.frame)
+    obstacle = obstacle or nesting.residual_obstacle(small.frame, large.frame)
     if obstacle:
         raise DataError(f"the models are not nested: {obstacle}")
     reml = small.model.method == "REML"

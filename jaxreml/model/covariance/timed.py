@@ -32,6 +32,7 @@ class Timed(Block):
     written_out = True
     residual = True
     variances = (0,)
+    homogeneous = True
 
     @property
     def length(self) -> int:
