@@ -42,11 +42,6 @@ class Parts:
         return all(part.written_out for part in self.parts)
 
     @property
-    def evaluated(self) -> Any:
-        """What evaluations cost by."""
-        return tuple(part.evaluated for part in self.parts)
-
-    @property
     def sizes(self) -> tuple[int, ...]:
         return self.parts[0].sizes
 

@@ -46,11 +46,6 @@ class Patterns(Levels):
 
     lanes = ()
 
-    @property
-    def evaluated(self) -> Patterns:
-        """What evaluations cost by."""
-        return self
-
     def repeat(self, inner: Array) -> Array:
         return inner * self.counts
 
