@@ -27,7 +27,7 @@ ROOMS = [
     {"data", "optimum"},
     {"model"},
     {"typeset"},
-    {"arguments", "backend", "datasets", "kernels"},
+    {"arguments", "backend", "batches", "datasets", "kernels"},
     {"errors", "status"},
 ]
 HEIGHT = {room: -k for k, level in enumerate(ROOMS) for room in level}
