@@ -94,6 +94,7 @@ class FittedModel:
         sandwich: what tests are made from if not the model's covariance (`robust`), and
             `sandwich_note` which that is; neither is saved.
         kernels: known covariances of the levels of grouping factors, by their names; None without.
+        residual_tried: covariances of residuals that were tried before, and why each was left.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -131,6 +132,7 @@ class FittedModel:
     engine: str = ""
     residual: ResidualCovariance | None = None
     kernels: Kernels | None = None
+    residual_tried: tuple[tuple[str, str], ...] = ()
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
     sandwich: Any = field(default=None, metadata={"saved": False})
@@ -273,8 +275,7 @@ class FittedModel:
             positions = np.concatenate([positions[:k], positions[-1:], positions[k : k + count]])
             names = block.variance_labels(self.residual.effects)
             labels = labels[:-1] + [(RESIDUAL, name) for name in names]
-            first = [block.variances.index(k) for k in range(count + 1)]
-            own = np.diagonal(self.residual_cov.to_numpy())[first]
+            own = np.exp(self.parameters[positions[k:]])
         variance = np.concatenate([*variances, own])
         group, term = zip(*labels, strict=True)
         return pd.DataFrame(

@@ -84,6 +84,8 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
+        if df == "between-within":
+            raise ValueError('df="between-within" is of single fits, not of batches')
         self.own_rows: Callable[[], Any] | None = None
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure

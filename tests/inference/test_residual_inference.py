@@ -364,3 +364,9 @@ def test_power_of_a_longer_trial():
     assert levels.residual is not None
     pairs = np.stack([levels.residual.codes, levels.residual.places])
     assert np.unique(pairs, axis=1).shape == pairs.shape
+
+
+def test_no_random_effects_are_no_rows():
+    fit = fitted("us(age | Subject)")
+    assert fit.tidy("ran_vals").empty
+    assert set(fit.tidy(("fixed", "ran_vals"))["effect"]) == {"fixed"}

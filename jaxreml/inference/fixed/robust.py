@@ -24,6 +24,7 @@ import scipy.linalg
 
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import Fit, FittedModel
+from jaxreml.model.groups import contains
 
 KINDS = ("CR0", "CR1", "CR2", "CR3")
 MOST_CLUSTERS = 5000  # degrees of freedom take matrices of this order
@@ -89,8 +90,7 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
         values = fit.table[cluster]
         codes, name = np.unique(values, return_inverse=True)[1], str(cluster)
     for other, own in parts:
-        first = codes[np.unique(own, return_index=True)[1]]
-        if np.any(codes != first[own]):
+        if not contains(codes, own):
             raise DataError(
                 f"levels of {other!r} are in several clusters of {name!r}, which are not "
                 "independent then; give cluster= a column that contains them"

@@ -21,6 +21,7 @@ from jaxreml.data.grouping import combined_codes
 from jaxreml.data.residual import ResidualTerm
 from jaxreml.errors import DataError
 from jaxreml.inference.resampling.simulation import Population
+from jaxreml.model.groups import contains
 
 
 def extend(
@@ -150,7 +151,7 @@ def _taken(
         """Codes of the rows and levels, with new ones in every copy."""
         taken = codes[rows]
         own = np.zeros_like(taken)
-        if copy is not None and along is not None and _is_nested(codes, along):
+        if copy is not None and along is not None and contains(along, codes):
             own = copy
         _, first, fresh = np.unique(
             own * len(levels) + taken, return_index=True, return_inverse=True
@@ -189,13 +190,6 @@ def _taken(
         table=pd.DataFrame(index=pd.RangeIndex(rows.size)),  # its labels would not be the levels
         rows=np.ones(rows.size, bool),
     )
-
-
-def _is_nested(inner: np.ndarray, outer: np.ndarray) -> bool:
-    """Whether every level of `inner` lies in one level of `outer`."""
-    parents = np.zeros(inner.max() + 1, outer.dtype)
-    parents[inner] = outer
-    return np.array_equal(parents[inner], outer)
 
 
 def _along_values(people: Population, name: str, n: int) -> ModelFrame:

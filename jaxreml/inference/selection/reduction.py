@@ -113,7 +113,7 @@ def model_of(fit: FittedModel) -> Model:
     left = list(frame.terms)
     bars = []
     for written in parsed.random:
-        own = [term for term in left if term.name == written.name]
+        own = [term for term in left if term.is_of(written.name)]
         if written.correlated:
             own = [term for term in own if term.encoding.text == written.effects][:1]
         else:  # in the order written, the intercept first
@@ -124,7 +124,7 @@ def model_of(fit: FittedModel) -> Model:
         for term in own:
             effects = written.effects if written.correlated else _alone(term.encoding.text)
             options = "".join(f", {name}={value!r}" for name, value in written.options)
-            bars.append(Bar(effects, term.name, factor, written.word, options))
+            bars.append(Bar(effects, written.name, factor, written.word, options))
     return Model(parsed.response, tuple(terms_of(parsed.fixed)), parsed.offsets, tuple(bars))
 
 

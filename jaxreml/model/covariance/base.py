@@ -59,14 +59,15 @@ class Reading(NamedTuple):
         parameter: its place among the block's parameters, and in its chart (see
             `Block.parameter_of`); -1 for others.
         transform: how the parameter was made from what people read: "log", "logit", "fisher"
-            (arctanh) or None.
+            (arctanh) or None; or an object with `coordinate`, `value`, `slope` and `domain`
+            (`custom.Transform`).
         least: the least value that the correlation can have.
     """
 
     label: str
     effects: tuple[int, ...]
     parameter: int = -1
-    transform: str | None = None
+    transform: Any = None
     least: float = -1.0
 
 

@@ -46,9 +46,8 @@ class Correlation(ABC):
 
     # Whether covariance matrices with free variances and these correlations are all there are.
     linear = False
-    # Whether covariance matrices are linear in variances and covariances: where all effects that
-    # may be correlated share a variance, and where each has its own.
-    linear_shared = False
+    # Whether covariance matrices are linear in variances and covariances where each effect has a
+    # variance of its own.
     linear_each = False
 
     @property
@@ -116,6 +115,11 @@ class Correlation(ABC):
         return None
 
     @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
+
+    @property
     def together(self) -> np.ndarray:
         """(q, q) booleans, which effects may be correlated."""
         return np.ones((self.size, self.size), bool)
@@ -124,6 +128,11 @@ class Correlation(ABC):
     def described(self) -> list[tuple[int, int]]:
         """Rows and columns of the correlations that say all."""
         return [(1, 0)]
+
+    @property
+    def linear_shared(self) -> bool:
+        """The same where all effects that may be correlated share a variance."""
+        return self.kinds is not None
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
         """The same with labels, or parameters in their place; places of parameters as in z."""
@@ -249,8 +258,6 @@ class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
     rho is 1 and -1 / (q - 1)."""
 
-    linear_shared = True
-
     def readings(self, effects: Sequence[str]) -> list[Reading]:
         return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
 
@@ -329,8 +336,6 @@ class Toeplitz(Correlation):
     """One correlation for each distance ("toep"); z are Fisher's of the partial autocorrelations,
     which may be any numbers between -1 and 1 (Barndorff-Nielsen and Schou 1973, J. Multivariate
     Analysis 3:408)."""
-
-    linear_shared = True
 
     @property
     def count(self) -> int:
@@ -539,7 +544,7 @@ class Distance(_OneCoordinate):
 class Unrestricted(Correlation):
     """Any correlations ("us"); z are those of `factors`."""
 
-    linear = linear_shared = linear_each = True
+    linear = linear_each = True
 
     @property
     def count(self) -> int:
@@ -613,6 +618,11 @@ class Copies(Correlation):
     @property
     def count(self) -> int:
         return self.each.count * len(self._starts)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:
