@@ -18,6 +18,7 @@ from jaxreml.inference.parameters.variances import (
     named_readings,
     variance_parameters,
 )
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
 ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
@@ -351,6 +352,14 @@ def _residuals(fit: FittedModel) -> str:
         variances = np.diagonal(fit.residual_cov.to_numpy())
         values = [variances, np.sqrt(variances)]
     columns = [_digits(np.asarray(own)) for own in values]
+    if isinstance(residual.block, Timed):
+        lines = [_table([["", *names], [" Residual", *(own[0] for own in columns)]], left=1)]
+        if fit.converged:
+            found = variance_parameters(fit)
+            value, error = _digits(found[["estimate", "std_error"]].to_numpy()[-1])
+            name = residual.block.correlation.reading.label.capitalize()
+            lines.append(f" {name} {value}, standard error {error}")
+        return "\n".join([f" {residual.text}, {len(residual.visits):,} different times", *lines])
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
     shown = q - 1 if residual.block.correlation.correlated else 0
     header = [f" {residual.words.visit}", *names]

@@ -723,4 +723,4 @@ def test_bad_input():
     many = pd.DataFrame({"y": np.random.default_rng(0).normal(size=300), "x": 1.0})
     many = many.assign(x=many["y"].round(), time=np.arange(300.0), subject=np.repeat(range(10), 30))
     with pytest.raises(jaxreml.DataError, match="300 different values"):
-        fit("ar1(time | subject)", many)
+        fit("toep(time | subject)", many)

@@ -250,6 +250,12 @@ def test_points_and_regions_of_a_profile():
     np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.5, 2), atol=1e-5)
 
 
+def test_no_random_effects_are_no_rows():
+    fit = fitted("us(age | Subject)")
+    assert fit.tidy("ran_vals").empty
+    assert set(fit.tidy(("fixed", "ran_vals"))["effect"]) == {"fixed"}
+
+
 # The bootstrap, and what else simulates
 
 
@@ -364,9 +370,3 @@ def test_power_of_a_longer_trial():
     assert levels.residual is not None
     pairs = np.stack([levels.residual.codes, levels.residual.places])
     assert np.unique(pairs, axis=1).shape == pairs.shape
-
-
-def test_no_random_effects_are_no_rows():
-    fit = fitted("us(age | Subject)")
-    assert fit.tidy("ran_vals").empty
-    assert set(fit.tidy(("fixed", "ran_vals"))["effect"]) == {"fixed"}

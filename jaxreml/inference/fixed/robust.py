@@ -112,7 +112,6 @@ def _each(fit: FittedModel, codes: np.ndarray) -> Iterator[Cluster]:
     frame, order = fit.frame, np.argsort(codes, kind="stable")
     residual = fit.y - fit.fixed_fitted
     own = frame.residual
-    matrix = None if own is None else fit.residual_cov.to_numpy()
     for rows in np.split(order, np.cumsum(np.bincount(codes))[:-1]):
         if len(rows) > MOST_ROWS:
             raise DataError(
@@ -123,7 +122,7 @@ def _each(fit: FittedModel, codes: np.ndarray) -> Iterator[Cluster]:
         else:
             visits, root = own.places[rows], np.sqrt(fit.prior_weights[rows])
             same = own.codes[rows][:, None] == own.codes[rows]
-            V = matrix[np.ix_(visits, visits)] * same / root[:, None] / root  # pyright: ignore
+            V = fit.residual_between(visits, visits) * same / root[:, None] / root
         for term, block in zip(frame.terms, fit.cov_re_arrays, strict=True):
             Z, levels = term.effects[rows], term.codes[rows]
             V = V + (Z @ block @ Z.T) * (levels[:, None] == levels)
