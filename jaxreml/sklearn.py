@@ -255,5 +255,4 @@ class MixedRegressor(RegressorMixin, BaseEstimator):
 
 
 def _bar(bar: RandomTerm) -> str:
-    factors = ":".join(as_typed(name) for name in bar.factors)
-    return f"({bar.effects} {'|' if bar.correlated else '||'} {factors})"
+    return bar.text(":".join(as_typed(name) for name in bar.factors))

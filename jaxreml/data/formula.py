@@ -1,23 +1,28 @@
 """lme4's formula grammar, taken apart: text in, parts out, no data.
 
-The random terms, ``(effects | group)`` and ``(effects || group)``, and the offsets are cut out of
-the right side; what is left is a fixed-effects formula for formulaic, and so are the effects
-inside the bars.
+The random terms, ``(effects | group)``, ``(effects || group)`` and ``word(effects | group)`` with a
+word for a covariance, and the offsets are cut out of the right side; what is left is a
+fixed-effects formula for formulaic, and so are the effects inside the bars.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from formulaic.transforms import TRANSFORMS
 
 from jaxreml.errors import FormulaError
+from jaxreml.model.covariance.words import FAMILIES
 
 _OPEN, _CLOSE = "([{", ")]}"
 _NAME = re.compile(r"`[^`]+`|[^\W\d]\w*", re.UNICODE)
 QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`")
-# Words for covariances in the formulas of other programs
-COVARIANCES = ("us", "diag", "cs", "csh", "ar1", "ar1h", "ad", "adh", "toep", "toeph", "sp_exp")
+# Functions, which have no bar of a random term inside
+FUNCTIONS = {*TRANSFORMS, "offset", "factor"} - set(FAMILIES)
 RESIDUAL = "Residual"  # what the residual variance is called among the grouping factors
 
 
@@ -31,13 +36,23 @@ class RandomTerm:
             ``a:b``, the outermost last as lme4 names them (``cask:batch`` for ``batch/cask``).
         name: the grouping factor's name as lme4 gives it; a column called Residual is
             "`Residual`", not to be taken for the residual.
-        correlated: whether the effects are correlated (one bar) or not (two).
+        correlated: whether the effects are one term (one bar) or several (two).
+        word: for their covariance, "" for brackets alone.
+        options: names and values of the word's keyword arguments.
     """
 
     effects: str
     factors: tuple[str, ...]
     name: str
     correlated: bool
+    word: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def text(self, factors: str) -> str:
+        """As a formula has it, for a grouping factor in words."""
+        bar = "|" if self.correlated else "||"
+        options = "".join(f", {name}={value!r}" for name, value in self.options)
+        return f"{self.word}({self.effects} {bar} {factors}{options})"
 
 
 @dataclass(frozen=True)
@@ -116,7 +131,12 @@ def _collect(right: str, fixed: list[str], offsets: list[str], random: list[Rand
                 continue
             raise FormulaError(f"a term is missing after {operator or '~'!r} in {right!r}")
         here = operator or "+"
-        _refuse_covariance(piece)
+        covariance = _covariance_term(piece)
+        if covariance is not None:
+            if here == "-":
+                raise FormulaError(f"a random term cannot be subtracted: - {piece}")
+            random.extend(covariance)
+            continue
         inner = _unwrap(piece)
         bars = _count_bars(piece)
         if bars == 0:
@@ -143,17 +163,34 @@ def _collect(right: str, fixed: list[str], offsets: list[str], random: list[Rand
             _collect(inner, fixed, offsets, random)
 
 
-def _refuse_covariance(piece: str) -> None:
-    """Refuse glmmTMB's and mmrm's ``us(x | g)``, and say what it is here."""
-    if re.fullmatch(rf"({'|'.join(COVARIANCES)})\s*\(.*\|.*\)", piece, re.DOTALL):
-        raise FormulaError(
-            f"{piece!r}: random effects have (x | g), any covariance, and (x || g), none between "
-            "terms, but no others by name yet. For the residuals of a subject's visits leave it "
-            f"out of the formula and write fit(..., residual={piece!r})"
-        )
+def _covariance_term(piece: str) -> list[RandomTerm] | None:
+    """The random terms of ``word(effects | group, option=value)``; None for anything else."""
+    call = re.fullmatch(r"([^\W\d]\w*)\s*(\(.*\))", piece, re.DOTALL)
+    inner = None if call is None else _unwrap(call[2])
+    if call is None or inner is None or call[1] in FUNCTIONS:
+        return None
+    if call[1] not in FAMILIES and piece[len(call[1])] != "(":  # x (1 | g): is a + missing?
+        return None
+    if not any(bar for _, bar in _split(inner, "|")):
+        return None
+    bars, *rest = [part for part, _ in _split(inner, ",")]
+    options = {}
+    for part in rest:
+        name, _, value = (text.strip() for text in part.partition("="))
+        try:
+            options[name] = ast.literal_eval({"TRUE": "True", "FALSE": "False"}.get(value, value))
+        except (ValueError, SyntaxError):
+            raise FormulaError(
+                f"{part!r} in {piece!r} is not an option such as hom=True or d=2"
+            ) from None
+    if re.search(r"\|\s*\|", bars):
+        raise FormulaError(f"{piece!r}: a word for a covariance goes with one bar")
+    return _random_terms(bars, call[1], tuple(options.items()))
 
 
-def _random_terms(inner: str) -> list[RandomTerm]:
+def _random_terms(
+    inner: str, word: str = "", options: tuple[tuple[str, Any], ...] = ()
+) -> list[RandomTerm]:
     """The random terms of the text inside one pair of brackets; several for ``a/b``."""
     parts = [piece for piece, _ in _split(inner, "|")]
     correlated = not (len(parts) == 3 and not parts[1] and re.search(r"\|\|", inner))
@@ -175,7 +212,7 @@ def _random_terms(inner: str) -> list[RandomTerm]:
             name = f"{name}:({outer_name})" if ":" in outer_name else f"{name}:{outer_name}"
         outer = (*factors, *outer)
         outer_name = name
-        terms.append(RandomTerm(effects, outer, name, correlated))
+        terms.append(RandomTerm(effects, outer, name, correlated, word, options))
     return terms
 
 

@@ -36,7 +36,7 @@ from jaxreml.data.formula import (
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
 from jaxreml.data.kernels import Kernels, read_kernels, with_kernels
 from jaxreml.data.outputs import library_of
-from jaxreml.data.residual import ResidualTerm, residual_term, words_of
+from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -120,16 +120,31 @@ class ModelFrame:
         """(m,), the sum of the formula's offsets at the values in `table`."""
         return sum((own.matrix(table)[:, 0] for own in self.offset_encodings), np.zeros(len(table)))
 
-    def design(self, structure: str | None = None) -> Design:
-        """The cross-products of this frame."""
+    @property
+    def random_terms(self) -> list[Term]:
+        """The terms of a design, that of the residuals' covariance last."""
         terms = [
-            Term(term.codes, term.effects, term.name, term.effect_names, kernel=term.kernel)
+            Term(
+                term.codes,
+                term.effects,
+                term.name,
+                term.effect_names,
+                term.block,
+                term.kernel,
+            )
             for term in self.terms
         ]
-        if self.residual is not None:
-            terms.append(self.residual.term)
+        return terms if self.residual is None else [*terms, self.residual.term]
+
+    def design(self, structure: str | None = None) -> Design:
+        """The cross-products of this frame."""
         return Design.from_arrays(
-            self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
+            self.y,
+            self.X,
+            self.random_terms,
+            weights=self.weights,
+            offset=self.offset,
+            structure=structure,
         )
 
 
@@ -172,25 +187,28 @@ def covariate_frame(
     weights: Any = None,
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
-    need_random: bool = True,
+    need_random: bool | None = None,
+    residual: str | None = None,
     columns: Mapping[str, np.ndarray] | None = None,
     kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     """The model frame of a formula without left side, for responses that come as a block.
 
-    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s; `columns` (n,) are taken
-    for columns of the data.
+    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s, true if left out but for
+    a covariance of residuals; `columns` (n,) are taken for columns of the data.
 
     Raises:
         FormulaError: also a formula with a left side.
     """
-    parsed = parse(formula, need_random=need_random)
+    parsed = parse(formula, need_random=residual is None if need_random is None else need_random)
     if parsed.response:
         raise FormulaError(
             f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
             "as an argument of their own: start the formula with ~"
         )
-    return _model_frame(parsed, data, weights, offset, context, columns, kernels=kernels)
+    return _model_frame(
+        parsed, data, weights, offset, context, columns, residual=residual, kernels=kernels
+    )
 
 
 def with_response(
@@ -221,7 +239,10 @@ def with_response(
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     table = table.assign(**{name: y}, **(columns or {}))
-    found = _model_frame(parsed, table, context=context, kernels=frame.kernels, **extras)
+    residual = None if frame.residual is None else frame.residual.words.text
+    found = _model_frame(
+        parsed, table, context=context, kernels=frame.kernels, residual=residual, **extras
+    )
     return replace(found, library=frame.library)
 
 
@@ -244,7 +265,7 @@ def _model_frame(
     kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    beside_formula = words_of(residual).columns if residual is not None else ()
+    beside_formula = words_of(residual, context).columns if residual is not None else ()
     table = _used_columns(parsed, data, {**context, **(columns or {})}, beside_formula)
     table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():
@@ -274,7 +295,12 @@ def _model_frame(
             f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}. Drop "
             "rows of weight zero"
         )
-    check_terms(terms, n, prior)
+    check_terms(terms, n, prior, independent=residual is None)
+    of_residuals = None
+    if residual is not None:
+        of_residuals = residual_term(residual, table, [term.codes for term in terms], context)
+        if not terms:
+            refuse_perfect(of_residuals, X)
     return ModelFrame(
         formula=parsed,
         y=y,
@@ -288,7 +314,7 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
-        residual=None if residual is None else residual_term(residual, table),
+        residual=of_residuals,
         library=library_of(data),
         kernels=known,
     )

@@ -16,8 +16,19 @@ from jaxreml.data.encoding import Encoding, encode
 from jaxreml.data.estimability import independent_columns
 from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
+from jaxreml.data.places import encode_own, encode_places
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import instead_of_residual, replaces_residual
+from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.unstructured import Unstructured
+from jaxreml.model.covariance.words import (
+    ANY,
+    FAMILIES,
+    TermCovariance,
+    check_word,
+    is_timed,
+    own_covariance,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class GroupingTerm:
         effect_names: q names.
         factors: the columns whose combinations are the levels.
         encoding: how the effects are made.
+        covariance: of the effects.
         kernel: (J, J), the known covariance of the levels up to a factor, all of them, with rows or
             without; None for independent levels.
         source: the grouping factor's name in the formula, where it has kernels; "" otherwise.
@@ -44,6 +56,7 @@ class GroupingTerm:
     effect_names: tuple[str, ...]
     factors: tuple[str, ...]
     encoding: Encoding
+    covariance: TermCovariance = ANY
     kernel: np.ndarray | None = None
     source: str = ""
 
@@ -77,24 +90,57 @@ class GroupingTerm:
             values, vectors = np.linalg.eigh(own)
             return vectors * np.sqrt(np.maximum(values, 0.0))
 
+    def block(self, size: int) -> Block:
+        """The map from parameters to the covariance of so many effects."""
+        return self.covariance.block(size, self.encoding.context)
+
 
 def grouping_terms(
     bar: RandomTerm, table: pd.DataFrame, context: Mapping[str, Any]
 ) -> list[GroupingTerm]:
     """One term for correlated effects, one for each summand of uncorrelated ones."""
+    word, options = bar.word or "us", dict(bar.options)
+    check_word(word, options, context)
     codes, levels = _grouping_factor(bar, table)
     try:
         texts = [bar.effects] if bar.correlated else summands(bar.effects)
     except FormulaicError as error:
         raise FormulaError(f"{bar.effects!r}: {error}") from error
     terms = []
+    what = f"the random effects on {bar.name}"
     for text in texts:
-        effects, encoding = encode(text, table, context, f"the random effects on {bar.name}")
+        if is_timed(word):
+            effects, encoding = encode_places(text, table, context, what)
+            places = encoding.places
+        elif own_covariance(word, context) is not None:
+            effects, encoding, places = encode_own(text, table, context, what)
+        else:
+            (effects, encoding), places = encode(text, table, context, what), ()
         names = encoding.names
         if not names:
             raise FormulaError(f"the term ({bar.effects} | {bar.name}) has no random effects")
-        terms.append(GroupingTerm(bar.name, levels, codes, effects, names, bar.factors, encoding))
+        covariance = TermCovariance(word, bar.options, places)
+        term = GroupingTerm(
+            bar.name, levels, codes, effects, names, bar.factors, encoding, covariance
+        )
+        _check_covariance(bar, term)
+        terms.append(term)
     return terms
+
+
+def _check_covariance(bar: RandomTerm, term: GroupingTerm) -> None:
+    """Refuse effects that a covariance does not go with."""
+    word, names = term.covariance.word, term.effect_names
+    text = bar.text(":".join(bar.factors))
+    if word in FAMILIES and FAMILIES[word].ordered and "(Intercept)" in names and len(names) > 1:
+        raise FormulaError(
+            f"{text!r} has an intercept among its effects, {', '.join(names)}, and {word!r} is of "
+            f"effects in an order; write {word}(0 + ...) for the levels of a factor"
+        )
+    try:
+        term.block(len(names))
+    except DataError as error:
+        raise DataError(f"{text!r}: {error}") from None
 
 
 def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, tuple[Any, ...]]:
@@ -129,15 +175,22 @@ def lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
     return [terms[k] for k in reversed(order)]
 
 
-def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:
+def check_terms(
+    terms: list[GroupingTerm], n: int, weights: np.ndarray | None, *, independent: bool = True
+) -> None:
     """Raise DataError for terms whose variances cannot be estimated from `n` rows, named.
 
-    `weights` are prior weights, (n,), or None.
+    Args:
+        terms: the random terms.
+        n: rows.
+        weights: prior weights, (n,), or None.
+        independent: whether residuals are; a covariance of theirs may stand beside an effect for
+            every row.
     """
     seen: set[tuple[str, str]] = set()
     for term in terms:
-        n_levels = len(term.seen)
-        if n_levels < 2:
+        n_levels, block = len(term.seen), term.block(len(term.effect_names))
+        if n_levels < 2 and isinstance(block, Unstructured):
             only = term.levels[term.codes[0]]
             raise DataError(
                 f"the grouping factor {term.name!r} has one level ({only!r}); its "
@@ -155,7 +208,8 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
                 )
             seen.add((term.name, effect))
         rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
-        if term.kernel is None and replaces_residual(term.codes, rows):
+        beside = term.kernel is None and independent
+        if beside and replaces_residual(term.codes, rows, block):
             raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
         dependent = _dependent(term.effects)
         if dependent is not None:

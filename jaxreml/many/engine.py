@@ -39,6 +39,7 @@ from jaxreml.status import Status
 FEW = 32
 # Responses with the same rows, or weights, from which on these get an engine of their own.
 TOGETHER = 16
+MOST_WORK = 10**12  # order^3 of all decompositions of kernels: some minutes to half an hour
 
 
 class BatchFitter:
@@ -83,11 +84,12 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
-        if df == "kenward-roger-sas":
-            raise ValueError('df="kenward-roger-sas" is of single fits, not of batches so far')
+        if df == "between-within":
+            raise ValueError('df="between-within" is of single fits, not of batches')
         self.own_rows: Callable[[], Any] | None = None
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
+        self.decomposed = 0
         p = frame.X.shape[1]
         self.options = Options(
             reml=is_reml(method),
@@ -101,11 +103,24 @@ class BatchFitter:
         )
         self.basis = self._basis(np.arange(p))
         in_step = Lanes.in_step(self.basis)
-        self.engine_name = _engine_for(in_step, count, devices, engine)
+        # JAX would hold a matrix for each; and has no batches of residuals within subjects.
+        apart = self.basis.kind == "linear" or frame.residual is not None
+        few = 1 if apart else count
+        self.engine_name = _engine_for(in_step, few, devices, engine)
         if self.engine_name == "numpy" and not in_step:
             self.asked_structure = suited_structure(frame, structure, engine)
             self.basis = self._basis(np.arange(p))
         self.structure = self.basis.kind
+        if self.structure == "linear" and self.engine_name == "jax":
+            raise ValueError(
+                "many responses of several kernels, or of kernels beside other terms, are NumPy's: "
+                "leave engine and devices out"
+            )
+        if frame.residual is not None and self.engine_name == "jax":
+            raise ValueError(
+                "many responses with a covariance of residuals within subjects are NumPy's: leave "
+                "engine and devices out"
+            )
         if self.engine_name == "jax":
             require_own_threads()
             spare_memory_maps()
@@ -120,9 +135,15 @@ class BatchFitter:
         covariance = unstructured(tuple(len(term.effect_names) for term in frame.terms))
         own = zip(placeholders(covariance.sizes), covariance.blocks, strict=True)
         terms = [
-            Effects(term.codes, term.effects, len(term.levels), *names, block)
+            Effects(term.codes, term.effects, len(term.levels), *names, block, term.kernel)
             for term, (names, block) in zip(frame.terms, own, strict=True)
         ]
+        if frame.residual is not None:
+            term = frame.residual.term
+            q = term.effects.shape[1]
+            names = placeholders((*covariance.sizes, q))[-1]
+            levels = len(frame.residual.subjects)
+            terms.append(Effects(term.group, term.effects, levels, *names, term.covariance(q)))
         if kept is not None:
             _check_rows(kept, terms)
         return Basis.of(
@@ -184,6 +205,7 @@ class BatchFitter:
         todo = (missing < n) & ~infinite
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
         patterns, apart = self._patterns(values, np.flatnonzero(todo & (missing > 0)))
+        self._allow(len(patterns))
         for columns, kept in patterns:
             self._fit_pattern(values, columns, kept, table)
         if apart.size and self.own_rows is not None:
@@ -199,6 +221,19 @@ class BatchFitter:
         apart = [own for own, _ in patterns if own.size < least]
         together = [pattern for pattern in patterns if pattern[0].size >= least]
         return together, np.sort(np.concatenate(apart)) if apart else columns[:0]
+
+    def _allow(self, patterns: int) -> None:
+        """Refuse more decompositions of kernels, one for each pattern of missing values, than can
+        be waited for."""
+        order = max((len(t.seen) for t in self.frame.terms if t.kernel is not None), default=0)
+        self.decomposed += patterns
+        if self.decomposed * order**3 > MOST_WORK:
+            raise DataError(
+                f"the responses lack values in {self.decomposed} different sets of rows or more. "
+                f"Each needs a decomposition of the kernel, of order {order}, and about "
+                f"{int(MOST_WORK / order**3)} are what can be waited for. Leave out rows or "
+                "responses with many missing values, or impute these"
+            )
 
     def basis_in(self, kept: np.ndarray) -> Basis:
         """The basis of the rows `kept`, (n,) booleans, in which no column of X may depend on

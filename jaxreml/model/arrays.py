@@ -13,7 +13,9 @@ import numpy as np
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.errors import DataError, PrecisionError
 from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.natural import places
 from jaxreml.model.covariance.unstructured import Unstructured
+from jaxreml.model.covariance.words import covariance_of
 
 ENABLE_X64 = 'jax.config.update("jax_enable_x64", True)'
 CONFOUNDED = 1e-10  # squared distance of the residual's covariance from a term's, relative
@@ -30,7 +32,8 @@ class Term:
             if left out. May be traced by JAX.
         name: the grouping factor's name.
         effect_names: q names.
-        covariance: of the effects: a `Block` made from their number.
+        covariance: of the effects: a word for it, such as "ar1", or a `Block` made from their
+            number.
         kernel: (L, L), the known covariance of L levels, up to the factor that is estimated;
             `group` has places in it then, 0 to L - 1. Levels are independent if left out.
         n_levels: how many levels there are, with rows or without, so that the shape of a design
@@ -48,7 +51,7 @@ class Term:
     effects: Any = None
     name: str = "group"
     effect_names: tuple[str, ...] | None = None
-    covariance: Callable[[int], Block] = Unstructured
+    covariance: Callable[[int], Block] | str = Unstructured
     kernel: Any = None
     n_levels: int | None = None
 
@@ -207,9 +210,12 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
         names = ("(Intercept)",) if term.effects is None else tuple(f"x{i + 1}" for i in range(q))
     if len(names) != q:
         raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
-    if n_levels < 2:
+    covariance = term.covariance
+    covariance = (
+        covariance_of(covariance, {}, {}, q) if isinstance(covariance, str) else covariance(q)
+    )
+    if n_levels < 2 and isinstance(covariance, Unstructured):
         raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
-    covariance = term.covariance(q)
     return Effects(codes, columns, n_levels, term.name, tuple(names), covariance, kernel)
 
 
@@ -318,30 +324,34 @@ def _is_missing(label: Any) -> bool:
         return True
 
 
-def replaces_residual(codes: np.ndarray, columns: np.ndarray) -> bool:
+def replaces_residual(codes: np.ndarray, columns: np.ndarray, block: Block) -> bool:
     """Whether a term's covariance can be the residual's, so that they cannot be told apart.
 
-    That is so if the identity is in the span of d V / d Omega_ab, which are the sums over levels of
-    Z_j E_ab Z_j'. One row per level is, with a random intercept and equal weights; not with unequal
-    ones, or with a covariate that varies. By least squares, of which the cross-products
-    S_j = Z_j'Z_j are all that is needed.
+    Of a covariance that is linear in parameters that is so if the identity is in the span of
+    d V / d Omega_ab, which are the sums over levels of Z_j E_ab Z_j'. One row per level is, with a
+    random intercept and equal weights; not with unequal ones, or with a covariate that varies. By
+    least squares, of which the cross-products S_j = Z_j'Z_j are all that is needed.
 
     Args:
         codes: (n,) levels, 0, 1, ...
         columns: (n, q) effects, times the roots of the weights if there are any.
+        block: the covariance.
     """
     n, q = columns.shape
+    if not isinstance(block, Unstructured) and block.patterns is None:
+        return False
     codes = np.unique(codes, return_inverse=True)[1]
     n_levels = int(codes.max(initial=-1)) + 1
     if n_levels * q < n:
         return False
     inner = np.zeros((n_levels, q, q))
     np.add.at(inner, codes, columns[:, :, None] * columns[:, None])
-    return spans_identity(inner, n)
+    return spans_identity(inner, n, block.patterns)
 
 
-def spans_identity(inner: np.ndarray, n: int) -> bool:
-    """`replaces_residual` by the cross-products S_j, (levels, q, q), of n rows."""
+def spans_identity(inner: np.ndarray, n: int, patterns: np.ndarray | None = None) -> bool:
+    """`replaces_residual` by the cross-products S_j, (levels, q, q), of n rows; `patterns` (m, d)
+    of the covariance, None for any."""
     n_levels, q, _ = inner.shape
     if n_levels * q < n:  # V less the residual's has not the rank
         return False
@@ -350,6 +360,9 @@ def spans_identity(inner: np.ndarray, n: int) -> bool:
     flat = (inner / lengths / lengths[:, None]).reshape(n_levels, q * q)
     products = (flat.T @ flat).reshape(q, q, q, q).transpose(3, 0, 1, 2).reshape(q * q, q * q)
     traces = flat.sum(axis=0)
+    if patterns is not None:  # of matrices, in the units of the columns
+        whole = patterns[places(q).ravel()] * np.outer(lengths, lengths).ravel()[:, None]
+        products, traces = whole.T @ products @ whole, whole.T @ traces
     share = np.linalg.lstsq(products, traces, rcond=CONFOUNDED)[0]
     return bool(n - traces @ share <= CONFOUNDED * n)
 

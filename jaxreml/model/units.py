@@ -47,7 +47,9 @@ class Units:
     def of(columns: list[Any], n: int, covariance: Covariance) -> Units:
         """The units of weighted columns (rows, q_k), `n` of which are not left out."""
         found = [
-            _matrix(own, n) if block.any_basis else (np.eye(block.size, dtype=own.dtype), False)
+            _matrix(own, n, block.any_basis)
+            if block.any_basis or block.any_scale
+            else (np.eye(block.size, dtype=own.dtype), False)
             for block, own in zip(covariance.blocks, columns, strict=True)
         ]
         return Units(tuple(matrix for matrix, _ in found), tuple(turned for _, turned in found))
@@ -109,13 +111,14 @@ class Units:
 
     def chart(self, chart: Array, covariance: Covariance) -> Array:
         """A `canonical` point of the chart in the user's units, of one inside."""
-        xp = namespace(chart)
-        return xp.concatenate(
-            [
-                block.chart(self.factor(k, block.factor(own))) if block.any_basis else own
-                for k, (block, own) in enumerate(covariance.charts(chart))
-            ]
-        )
+        parts = []
+        for k, (block, own) in enumerate(covariance.charts(chart)):
+            if block.any_basis:
+                own = block.chart(self.factor(k, block.factor(own)))
+            elif block.any_scale:
+                own = block.rescaled(own, _diagonal(_like(self.matrices[k], own)))
+            parts.append(own)
+        return namespace(chart).concatenate(parts)
 
     def omega(self, parameters: Array, covariance: Covariance) -> tuple[Array, Array]:
         """Relative covariances inside (m,) and residual log-variance at all `parameters`."""
@@ -134,12 +137,17 @@ class Units:
                 parts.append(part * (scale[rows] * scale[columns]))
         return xp.concatenate(parts), last
 
-    def of_omega(self, covariance: Covariance) -> np.ndarray:
-        """The linear map (m, m) from relative covariances in the user's units to those inside."""
+    def of_omega(self, covariance: Covariance) -> Array:
+        """The linear map (m, m, ...) from relative covariances in the user's units to those
+        inside."""
         maps = []
         for matrix, block in zip(self.matrices, covariance.blocks, strict=True):
-            moved = matrix @ natural.symmetric_basis((block.size,)) @ matrix.T
-            maps.append(moved[:, *natural.triangle(block.size)].T)
+            rows, columns = natural.triangle(block.size)
+            across, once = matrix[rows], np.where(rows == columns, 0.5, 1.0).astype(matrix.dtype)
+            once = once.reshape(-1, *[1] * (matrix.ndim - 2))
+            left, right = across[:, rows], matrix[columns][:, columns]
+            crossed = across[:, columns] * matrix[columns][:, rows]
+            maps.append((left * right + crossed) * once)
         return linalg.block_diagonal(maps)
 
     def jacobians(self, shown: Array, inner: Array, covariance: Covariance) -> tuple[Array, Array]:
@@ -207,14 +215,15 @@ def _diagonal(matrix: Any) -> Any:
     return matrix[(np.arange(len(matrix)),) * 2]
 
 
-def _matrix(columns: Any, n: int) -> tuple[Any, bool]:
-    """T of weighted columns (rows, q), and whether it is more than its diagonal."""
+def _matrix(columns: Any, n: int, any_basis: bool = True) -> tuple[Any, bool]:
+    """T of weighted columns (rows, q), and whether it is more than its diagonal, which it may be if
+    `any_basis`."""
     xp = namespace(columns)
     scale = xp.sqrt(xp.sum(columns * columns, axis=0) / n)
     scale = xp.where(scale > 0, scale, 1.0)
     if xp is not np:  # a unit, which the likelihood does not depend on
         return jnp.diag(jax.lax.stop_gradient(scale)), False
-    if columns.shape[1] > 1:
+    if columns.shape[1] > 1 and any_basis:
         triangle = np.linalg.qr(columns / scale, mode="r") / np.sqrt(n)
         share = np.abs(np.diagonal(triangle))
         if len(share) == len(scale) and DEPENDENT < share.min() < NEAR:

@@ -90,8 +90,36 @@ def test_names_are_columns_not_functions_or_strings():
     assert names_in(text) == ["x", "z", "f", "my x", "u", "v"]
 
 
-def test_covariances_of_other_programs_are_named():
-    for text in ("us(visit | subject)", "ar1(0 + visit|subject)"):
-        with pytest.raises(FormulaError, match=r"write fit\(\.\.\., residual="):
-            parse(f"y ~ x + {text}")
+def test_words_for_covariances():
+    parsed = parse("y ~ x + ar1(0 + f | a/b) + cs(x|g, hom = TRUE) + us(1 | h) + (1 | k)")
+    assert parsed.fixed == "x"
+    found = [(own.word, own.name, own.effects, own.options) for own in parsed.random]
+    assert found == [
+        ("ar1", "a", "0 + f", ()),
+        ("ar1", "b:a", "0 + f", ()),
+        ("cs", "g", "x", (("hom", True),)),
+        ("us", "h", "1", ()),
+        ("", "k", "1", ()),
+    ]
+    assert parsed.random[2].text("g") == "cs(x | g, hom=True)"
+    # A bar inside a function's brackets is Python's.
+    assert parse("y ~ I(a | b) + poly(c | d, 2) + (1 | g)").fixed == "I(a | b) + poly(c | d, 2)"
     assert parse("y ~ x", need_random=False).fixed == "x"
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("cs(x | g, hom)", "is not an option such as hom=True"),
+        ("cs(x | g, hom=maybe)", "is not an option"),
+        ("cs(x || g)", "goes with one bar"),
+        ("cs(x | g | h)", "nested bars"),
+        ("cs(x | g + h)", "not a column name"),
+        ("cs( | g)", "needs effects"),
+    ],
+)
+def test_words_for_covariances_refused(term, message):
+    with pytest.raises(FormulaError, match=message):
+        parse(f"y ~ x + {term}")
+    with pytest.raises(FormulaError, match="cannot be subtracted"):
+        parse("y ~ x - cs(x | g)")

@@ -24,6 +24,7 @@ import scipy.linalg
 
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import Fit, FittedModel
+from jaxreml.model.groups import contains
 
 KINDS = ("CR0", "CR1", "CR2", "CR3")
 MOST_CLUSTERS = 5000  # degrees of freedom take matrices of this order
@@ -73,8 +74,10 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
     """Codes (n,) of the clusters, and their name."""
     frame = fit.frame
     parts = [(term.name, term.codes) for term in frame.terms]
-    if frame.residual is not None:
+    if frame.residual is not None and frame.residual.words.subject is not None:
         parts.append((frame.residual.words.subject, frame.residual.codes))
+    if cluster is None and not parts:
+        raise DataError("the rows are independent in this fit: give cluster= a column of clusters")
     if cluster is None:
         # The coarsest; what it does not contain is refused below.
         name, codes = min(parts, key=lambda part: int(part[1].max()))
@@ -87,8 +90,7 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
         values = fit.table[cluster]
         codes, name = np.unique(values, return_inverse=True)[1], str(cluster)
     for other, own in parts:
-        first = codes[np.unique(own, return_index=True)[1]]
-        if np.any(codes != first[own]):
+        if not contains(codes, own):
             raise DataError(
                 f"levels of {other!r} are in several clusters of {name!r}, which are not "
                 "independent then; give cluster= a column that contains them"
@@ -110,7 +112,6 @@ def _each(fit: FittedModel, codes: np.ndarray) -> Iterator[Cluster]:
     frame, order = fit.frame, np.argsort(codes, kind="stable")
     residual = fit.y - fit.fixed_fitted
     own = frame.residual
-    matrix = None if own is None else fit.residual_cov.to_numpy()
     for rows in np.split(order, np.cumsum(np.bincount(codes))[:-1]):
         if len(rows) > MOST_ROWS:
             raise DataError(
@@ -121,7 +122,7 @@ def _each(fit: FittedModel, codes: np.ndarray) -> Iterator[Cluster]:
         else:
             visits, root = own.places[rows], np.sqrt(fit.prior_weights[rows])
             same = own.codes[rows][:, None] == own.codes[rows]
-            V = matrix[np.ix_(visits, visits)] * same / root[:, None] / root  # pyright: ignore
+            V = fit.residual_between(visits, visits) * same / root[:, None] / root
         for term, block in zip(frame.terms, fit.cov_re_arrays, strict=True):
             Z, levels = term.effects[rows], term.codes[rows]
             V = V + (Z @ block @ Z.T) * (levels[:, None] == levels)

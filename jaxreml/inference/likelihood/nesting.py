@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from jaxreml.data.frame import GroupingTerm, ModelFrame
 from jaxreml.data.grouping import same_partition
+from jaxreml.model.covariance.words import SYNONYMS
 
 OUTSIDE = 1e-7  # share of a column outside a span, beyond which it counts
 
@@ -87,7 +88,8 @@ def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     return ""
 
 
-# Families of residual covariances that a family is a special case of, on the same visits
+# Families of residual covariances that a family is a special case of, on the same visits; one of a
+# user's own is of "us"
 _WIDER = {
     "diag": {"us", "csh", "ar1h", "adh", "toeph"},
     "cs": {"csh", "toep", "toeph", "us"},
@@ -111,12 +113,14 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     if second is None:
         return f"the larger has independent residuals, and it has {first.words.text}"
     visits, others = (own.places % len(own.visits) for own in (first, second))
-    if not (same_partition(first.codes, second.codes) and np.array_equal(visits, others)):
+    subjects = first.words.family == "diag" or same_partition(first.codes, second.codes)
+    if not (subjects and np.array_equal(visits, others)):
         return f"{first.words.text} and {second.words.text} have other visits or subjects"
     if first.words.arm is not None and not np.array_equal(first.places, second.places):
         return f"{first.words.text} has a covariance for each {first.words.arm}"
-    family, wider = first.words.family, second.words.family
-    if family != wider and wider not in _WIDER[family]:
+    family, wider = (SYNONYMS.get(own.words.family, own.words.family) for own in (first, second))
+    same = family == wider and first.words.own is second.words.own
+    if not same and wider not in _WIDER.get(family, {"us"}):
         return f"{family} is no case of {wider}"
     return ""
 

@@ -1,28 +1,37 @@
 """Families of correlation matrices of q effects in order: of visits, times or places.
 
-A family has c unconstrained coordinates, zero for no correlation unless it says otherwise, and a
-formula for the matrix; derivatives follow from the formula (`jets`). A new one is a class here and
-a word in `data/residual.py`.
+A family is a formula for the matrix in c bounded numbers u; derivatives follow from the formula
+(`jets`). These have two unconstrained coordinates, which are zero for no correlation unless the
+family says otherwise:
+
+z   what people read and standard errors are for, u = tanh z: infinite at the limits of u
+t   an angle, u = sin t, which a search moves where limits are ordinary estimates: there it is at a
+    right angle, a stationary point. So t is the Gudermannian of z
+
+A new family is a class here and a word in `words`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model import linalg
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance import jets
-from jaxreml.model.covariance.base import FAR, Reading
+from jaxreml.model.covariance.base import FAR, Reading, drift, over_lanes
 from jaxreml.model.covariance.natural import places, triangle
 
 Array = Any  # NumPy's or JAX's
 MOST = 0.95  # of a correlation to start a search from
+RIGHT = np.pi / 2  # a right angle
+TINY = 1e-8  # a sine that is as good as none
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,9 @@ class Correlation(ABC):
 
     # Whether covariance matrices with free variances and these correlations are all there are.
     linear = False
+    # Whether covariance matrices are linear in variances and covariances where each effect has a
+    # variance of its own.
+    linear_each = False
 
     @property
     @abstractmethod
@@ -48,8 +60,8 @@ class Correlation(ABC):
         """What each coordinate is of, c texts."""
 
     @abstractmethod
-    def formula(self, z: Sequence[Any]) -> Any:
-        """Entries (t, ...) of the lower `triangle` at coordinates, arrays (...) or Jets."""
+    def formula(self, u: Sequence[Any]) -> Any:
+        """Entries (t, ...) of the lower `triangle` at bounded numbers, arrays (...) or Jets."""
 
     @abstractmethod
     def coordinates(self, matrix: Array) -> Array:
@@ -58,6 +70,54 @@ class Correlation(ABC):
     @abstractmethod
     def start(self, common: Array) -> Array:
         """Coordinates (c, ...) of correlations near a common one (...), below MOST in size."""
+
+    def bounded(self, z: Sequence[Any]) -> list[Any]:
+        """The numbers u of coordinates z, arrays (...) or Jets."""
+        return [jets.tanh(part) for part in z]
+
+    def turned(self, t: Sequence[Any]) -> list[Any]:
+        """The numbers u of angles t, likewise."""
+        return [jets.sin(part) for part in t]
+
+    def folded(self, t: Array) -> Array:
+        """Angles (c, ...) with the same matrix, no larger than a right angle."""
+        xp = namespace(t)
+        return xp.arcsin(xp.clip(xp.sin(t), -1.0, 1.0))
+
+    def snapped(self, t: Array, zero: Array) -> Array:
+        """`folded` angles, at a limit where what is left to it is at most `zero`."""
+        xp = namespace(t)
+        return xp.where(xp.cos(t) <= zero, xp.copysign(RIGHT, t), t)
+
+    def limits(self, t: Array) -> Array:
+        """Of `snapped` angles (c, ...): +-1 for a limit, which z is at infinity of, else 0."""
+        xp = namespace(t)
+        return xp.where(xp.abs(t) >= RIGHT, xp.sign(t), 0.0)
+
+    def of_angles(self, t: Array) -> Array:
+        """z (c, ...) of angles that are at no limit."""
+        return namespace(t).arcsinh(namespace(t).tan(t))
+
+    def angles(self, z: Array) -> Array:
+        """t (c, ...) of z."""
+        return namespace(z).arcsin(namespace(z).tanh(z))
+
+    @property
+    def centre(self) -> float:
+        """Of z: far from it, the matrix is at a limit."""
+        return 0.0
+
+    @property
+    def kinds(self) -> np.ndarray | None:
+        """(t,), which entries are equal in all members, by numbers, and below zero for those that
+        are zero, if with one variance for all any numbers in their places are a member; else
+        None."""
+        return None
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:
@@ -69,23 +129,74 @@ class Correlation(ABC):
         """Rows and columns of the correlations that say all."""
         return [(1, 0)]
 
+    @property
+    def linear_shared(self) -> bool:
+        """The same where all effects that may be correlated share a variance."""
+        return self.kinds is not None
+
     def readings(self, effects: Sequence[str]) -> list[Reading]:
         """The same with labels, or parameters in their place; places of parameters as in z."""
         return [Reading(f"{effects[i]}.{effects[j]}", (i, j)) for i, j in self.described]
 
     def entries(self, z: Array) -> Array:
-        """The formula at (c, ...)."""
-        return self.formula(list(z)) if self.count else self._ones(z)
+        """The lower triangle (t, ...) at z (c, ...)."""
+        return self.formula(self.bounded(list(z))) if self.count else self._ones(z)
+
+    def entries_at(self, t: Array) -> Array:
+        """The same at angles."""
+        return self.formula(self.turned(list(t))) if self.count else self._ones(t)
 
     def derivatives(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First and second derivatives of `entries`, (t, c, ...) and (t, c, c, ...). On the
         host."""
+        return self._differentiated(z, self.bounded)
+
+    def derivatives_at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of `entries_at`."""
+        return self._differentiated(t, self.turned)
+
+    def depends(self, t: Array) -> Array:
+        """Which entries depend on which coordinate at `snapped` angles, (t, c, ...) booleans: what
+        others at their limits leave of it."""
+        xp = namespace(t)
+        u = xp.stack(self.turned(list(t)))
+        if on_host(t):
+            slopes = np.moveaxis(self.formula(jets.variables(u)).first, 1, 0)
+        else:
+            import jax
+
+            slopes = over_lanes(jax.jacfwd(lambda u: self.formula(list(u))), u)
+        return xp.abs(slopes) > TINY
+
+    def _differentiated(
+        self, at: np.ndarray, to_bounded: Callable[[list[Any]], list[Any]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         t = self.size * (self.size + 1) // 2
         if not self.count:
-            none = np.zeros((t, 0, *z.shape[1:]), z.dtype)
+            none = np.zeros((t, 0, *at.shape[1:]), at.dtype)
             return none, none[:, None][:, :0]
-        found = self.formula(jets.variables(z))
+        found = self.formula(to_bounded(jets.variables(at)))
         return np.moveaxis(found.first, 1, 0), np.moveaxis(found.second, 2, 0)
+
+    def stated(self, z: Array) -> Array:
+        """Parameters (c, ...) as SAS states them: the correlations that are `described`."""
+        return self.entries(z)[self._described]
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        """Of the coordinates in the `stated` parameters, as `base.drift`, for a `spread`
+        (c, c, ...)."""
+        if on_host(z, spread):
+            first, second = self.derivatives(z)
+            return drift(first[self._described], second[self._described], spread)
+        import jax
+
+        slope = jax.jacfwd(self.stated)
+        return drift(slope(z), jax.jacfwd(slope)(z), spread)
+
+    @property
+    def _described(self) -> np.ndarray:
+        """Where `entries` has what is `described`."""
+        return np.array([places(self.size)[pair] for pair in self.described], int)
 
     def _ones(self, z: Array) -> Array:
         """The identity's entries."""
@@ -104,6 +215,8 @@ class Correlation(ABC):
 class Independent(Correlation):
     """No correlation: "diag"."""
 
+    linear_each = True
+
     @property
     def count(self) -> int:
         return 0
@@ -115,8 +228,12 @@ class Independent(Correlation):
     def described(self) -> list[tuple[int, int]]:
         return []
 
-    def formula(self, z: Sequence[Any]) -> Any:
+    def formula(self, u: Sequence[Any]) -> Any:
         raise NotImplementedError
+
+    @property
+    def kinds(self) -> np.ndarray:
+        return np.where(self._lags == 0, 0, -1)
 
     def coordinates(self, matrix: Array) -> Array:
         return matrix[0, :0]
@@ -136,14 +253,39 @@ class _OneCoordinate(Correlation):
         return ("correlation",)
 
 
+class Stationary(_OneCoordinate):
+    """Of the distance alone: effects may then be at any places, each subject's at its own
+    (`covariance.timed`)."""
+
+    # Whether on a line what lies before an effect tells no more of it than the nearest does.
+    markov = True
+
+    # What describes it at any places.
+    reading = Reading("correlation", (), 0, "fisher")
+
+    @abstractmethod
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        """Correlations at distances, an array or a Jet as z is."""
+
+    @abstractmethod
+    def with_correlation(self, common: float, distance: float) -> float:
+        """The coordinate with which there is this positive correlation at a distance."""
+
+
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
-    """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2."""
+    """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
+    rho is 1 and -1 / (q - 1)."""
 
-    def formula(self, z: Sequence[Any]) -> Any:
-        # With e the smaller of exp(2 z) and exp(-2 z) nothing overflows; z is never that far.
-        square = jets.exp(z[0] * 2.0)
-        rho = (square - 1.0) / (square + (self.size - 1.0))
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
+
+    @property
+    def kinds(self) -> np.ndarray:
+        return np.minimum(self._lags, 1)
+
+    def formula(self, u: Sequence[Any]) -> Any:
+        rho = u[0] * 2.0 / (u[0] * (2.0 - self.size) + float(self.size))
         one = rho * 0.0 + 1.0
         return jets.stack([one if lag == 0 else rho for lag in self._lags])
 
@@ -158,14 +300,19 @@ class Exchangeable(_OneCoordinate):
 
 
 @dataclass(frozen=True)
-class Autoregressive(_OneCoordinate):
+class Autoregressive(Stationary):
     """rho^|i - j| ("ar1"), z Fisher's of rho: neighbours are one apart."""
 
-    def formula(self, z: Sequence[Any]) -> Any:
-        rho = jets.tanh(z[0])
-        powers = [rho * 0.0 + 1.0]
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        return jets.tanh(z) ** distances
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(np.arctanh(min(common ** (1 / distance), MOST)))
+
+    def formula(self, u: Sequence[Any]) -> Any:
+        powers = [u[0] * 0.0 + 1.0]
         for _ in range(self.size - 1):
-            powers.append(powers[-1] * rho)
+            powers.append(powers[-1] * u[0])
         return jets.stack([powers[lag] for lag in self._lags])
 
     def coordinates(self, matrix: Array) -> Array:
@@ -190,14 +337,13 @@ class Antedependent(Correlation):
     def described(self) -> list[tuple[int, int]]:
         return [(k + 1, k) for k in range(self.count)]
 
-    def formula(self, z: Sequence[Any]) -> Any:
-        own = [jets.tanh(part) for part in z]
-        one = own[0] * 0.0 + 1.0
+    def formula(self, u: Sequence[Any]) -> Any:
+        one = u[0] * 0.0 + 1.0
         found = []
         for column in range(self.size):
             product = one
             found.append(product)
-            for part in own[column:]:
+            for part in u[column:]:
                 product = product * part
                 found.append(product)
         return jets.stack(found)
@@ -227,12 +373,15 @@ class Toeplitz(Correlation):
     def described(self) -> list[tuple[int, int]]:
         return [(lag, 0) for lag in range(1, self.size)]
 
-    def formula(self, z: Sequence[Any]) -> Any:
-        partial = [jets.tanh(part) for part in z]
-        lags = [partial[0] * 0.0 + 1.0]
+    @property
+    def kinds(self) -> np.ndarray:
+        return self._lags
+
+    def formula(self, u: Sequence[Any]) -> Any:
+        lags = [u[0] * 0.0 + 1.0]
         weights: list[Any] = []  # of the regression on those before
         left: Any = lags[0]  # what it leaves of the variance
-        for own in partial:
+        for own in u:
             explained = sum(
                 (weight * lags[-1 - k] for k, weight in enumerate(weights)), lags[0] * 0.0
             )
@@ -263,24 +412,81 @@ class Toeplitz(Correlation):
         return xp.stack([xp.arctanh(rho / (1 + k * rho)) for k in range(self.count)])
 
 
-@dataclass(frozen=True)
-class Distance(_OneCoordinate):
-    """exp(-d / range) or, squared, exp(-(d / range)^2), of the distance d between two times
-    ("sp_exp", "sp_gau"); z is the logarithm of the range, minus infinity without correlation.
+class Shape(NamedTuple):
+    """How correlations die away with x, distance over range.
 
     Attributes:
-        times: q, in order.
-        squared: which.
+        power: b = x^power is what the formula is in; correlations are linear in it near zero.
+        tail: of the sum in front of exp(-b): factors of b, b^2, ...
     """
 
-    times: tuple[float, ...] = ()
-    squared: bool = False
+    power: int
+    tail: tuple[float, ...] = ()
+
+    def value(self, b: Any) -> Any:
+        """The correlation, of an array or a Jet."""
+        front, power = 1.0, b
+        for factor in self.tail:
+            front = front + power * factor
+            power = power * b
+        return jets.exp(-b) * front
+
+
+SHAPES = {
+    "exponential": Shape(1),
+    "gaussian": Shape(2),
+    "matern3": Shape(1, (1.0,)),  # Matern's of smoothness 3/2 and 5/2
+    "matern5": Shape(1, (1.0, 1 / 3)),
+}
+
+
+@dataclass(frozen=True)
+class Distance(Stationary):
+    """A function of the distance d between two times or places, over a range ("sp_exp", "sp_gau",
+    "ou", "exp", "gau", "mat"): exp(-x), exp(-x^2), (1 + x) exp(-x) or (1 + x + x^2 / 3) exp(-x) of
+    x = d / range. z is the logarithm of the range: at minus infinity there is no correlation, at
+    infinity all are 1.
+
+    Attributes:
+        places: q of them, each a number or coordinates.
+        shape: a key of `SHAPES`.
+    """
+
+    places: tuple[Any, ...] = ()
+    shape: str = "exponential"
+
+    @property
+    def _own(self) -> Shape:
+        return SHAPES[self.shape]
+
+    reading = Reading("range", (), 0, "log")
+
+    @property
+    def markov(self) -> bool:
+        return self.shape == "exponential"
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        power = self._own.power
+        return self._own.value(jets.exp(z * -float(power)) * distances**power)
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(self._z_of(np.float64(common), np.float64(distance))[0])
 
     @property
     def _distances(self) -> np.ndarray:
+        """(t,)."""
+        points = np.array(self.places, float).reshape(self.size, -1)
         rows, columns = triangle(self.size)
-        times = np.array(self.times)
-        return times[rows] - times[columns]
+        return np.linalg.norm(points[rows] - points[columns], axis=1)
+
+    @property
+    def nearest(self) -> float:
+        """The smallest distance."""
+        return float(np.min(self._distances[self._distances > 0]))
+
+    @property
+    def centre(self) -> float:
+        return float(np.log(self.nearest))
 
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ("log range",)
@@ -290,34 +496,93 @@ class Distance(_OneCoordinate):
         return []
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
-        return [Reading("range", (), 0, "log")]
+        return [self.reading]
 
-    def formula(self, z: Sequence[Any]) -> Any:
-        distances = self._distances
-        nearness = jets.exp(-z[0])
-        exponents = nearness * nearness if self.squared else nearness
-        amounts = distances**2 if self.squared else distances
-        return jets.stack([jets.exp(exponents * -amount) for amount in amounts])
+    def formula(self, u: Sequence[Any]) -> Any:
+        """Of b at the smallest distance."""
+        ratios = (self._distances / self.nearest) ** self._own.power
+        lanes = u[0].value.ndim if isinstance(u[0], jets.Jet) else u[0].ndim
+        return self._own.value(u[0][None] * ratios.reshape(-1, *[1] * lanes))
+
+    def bounded(self, z: Sequence[Any]) -> list[Any]:
+        power, centre = self._own.power, self.centre
+
+        def nearness(z: Array) -> tuple[Array, Array, Array]:
+            xp = namespace(z)
+            b = xp.exp(power * (centre - xp.maximum(z, centre - 7.0)))
+            return b, -power * b, power**2 * b
+
+        return [jets.through(z[0], nearness)]
+
+    def turned(self, t: Sequence[Any]) -> list[Any]:
+        """b is zero at a right angle and infinite at none. Where correlations are linear in b it is
+        like the square of what is left to a right angle, otherwise like that itself."""
+        return [jets.through(t[0], _by_cotangent if self._own.tail else _by_sine)]
+
+    def folded(self, t: Array) -> Array:
+        xp = namespace(t)
+        return xp.arcsin(xp.clip(xp.abs(xp.sin(t)), 0.0, 1.0))
+
+    def snapped(self, t: Array, zero: Array) -> Array:
+        xp = namespace(t)
+        return xp.where(xp.sin(t) <= zero, 0.0, super().snapped(t, zero))
+
+    def limits(self, t: Array) -> Array:
+        xp = namespace(t)
+        return xp.where(t >= RIGHT, 1.0, xp.where(t <= 0, -1.0, 0.0))
+
+    def depends(self, t: Array) -> Array:
+        apart = (self._distances > 0).reshape(-1, 1, *[1] * (t.ndim - 1))
+        return namespace(t).zeros((apart.size, *t.shape), bool) | apart
+
+    def of_angles(self, t: Array) -> Array:
+        (b,) = self.turned(list(t))
+        return self.centre - namespace(t).log(b)[None] / self._own.power
+
+    def angles(self, z: Array) -> Array:
+        xp = namespace(z)
+        (b,) = self.bounded(list(z))
+        half = xp.minimum(b, 700.0) / 2
+        return (xp.arctan2(1.0, 2 * xp.sinh(half)) if self._own.tail else xp.arcsin(xp.exp(-half)))[
+            None
+        ]
 
     def coordinates(self, matrix: Array) -> Array:
-        xp, nearest = namespace(matrix), int(np.argmin(np.diff(self.times)))
-        distance = self.times[nearest + 1] - self.times[nearest]
-        share = -xp.log(matrix[nearest + 1, nearest])
-        return xp.log(distance / (xp.sqrt(share) if self.squared else share))[None]
+        rows, columns = triangle(self.size)
+        place = int(np.argmin(np.where(self._distances > 0, self._distances, np.inf)))
+        return self._z_of(matrix[rows[place], columns[place]], self.nearest)
+
+    def _z_of(self, rho: Array, distance: Array) -> Array:
+        """The logarithm of the range with which the correlation at a distance is rho."""
+        xp = namespace(rho)
+        rho = xp.clip(rho, 1e-300, 1.0)
+        low, b = rho * 0.0, -xp.log(rho)
+        if self._own.tail:  # by halving: b is at least that of the exponential, and below its twice
+            high = 2 * b + 10.0
+            for _ in range(60):
+                b = (low + high) / 2
+                above = self._own.value(b) > rho
+                low, high = xp.where(above, b, low), xp.where(above, high, b)
+        return (xp.log(distance) - xp.log(b) / self._own.power)[None]
+
+    def stated(self, z: Array) -> Array:
+        """The range."""
+        return namespace(z).exp(z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        return -linalg.diagonal(spread)
 
     def start(self, common: Array) -> Array:
         """With that correlation at the mean distance."""
-        xp = namespace(common)
-        share = -xp.log(xp.clip(common, 0.1, MOST))
         mean = float(np.mean(self._distances[self._distances > 0]))
-        return xp.log(mean / (xp.sqrt(share) if self.squared else share))[None]
+        return self._z_of(namespace(common).clip(common, 0.1, MOST), mean)
 
 
 @dataclass(frozen=True)
 class Unrestricted(Correlation):
     """Any correlations ("us"); z are those of `factors`."""
 
-    linear = True
+    linear = linear_each = True
 
     @property
     def count(self) -> int:
@@ -331,7 +596,7 @@ class Unrestricted(Correlation):
     def described(self) -> list[tuple[int, int]]:
         return [(i, j) for i in range(self.size) for j in range(i)]
 
-    def formula(self, z: Sequence[Any]) -> Any:
+    def formula(self, u: Sequence[Any]) -> Any:
         raise NotImplementedError
 
     def entries(self, z: Array) -> Array:
@@ -362,12 +627,40 @@ class Copies(Correlation):
     each: Correlation
 
     @property
+    def linear_shared(self) -> bool:
+        return self.each.linear_shared
+
+    @property
+    def linear_each(self) -> bool:
+        return self.each.linear_each
+
+    def stated(self, z: Array) -> Array:
+        return namespace(z).concatenate([self.each.stated(own) for own in self._cut(z)])
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        count, found = self.each.count, []
+        for k, own in enumerate(self._cut(z)):
+            places = slice(k * count, (k + 1) * count)
+            found.append(self.each.drift(own, spread[places, places]))
+        return namespace(z).concatenate(found)
+
+    def _cut(self, z: Array) -> list[Array]:
+        """Coordinates of each group."""
+        count = self.each.count
+        return [z[k * count : (k + 1) * count] for k in range(len(self._starts))]
+
+    @property
     def _starts(self) -> range:
         return range(0, self.size, self.each.size)
 
     @property
     def count(self) -> int:
         return self.each.count * len(self._starts)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:
@@ -403,14 +696,12 @@ class Copies(Correlation):
         rows, columns = triangle(self.each.size)
         return [places(self.size)[start + rows, start + columns] for start in self._starts]
 
-    def formula(self, z: Sequence[Any]) -> Any:
+    def formula(self, u: Sequence[Any]) -> Any:
         raise NotImplementedError
 
     def entries(self, z: Array) -> Array:
-        xp, count = namespace(z), self.each.count
-        found = [
-            self.each.entries(z[k * count : (k + 1) * count]) for k in range(len(self._starts))
-        ]
+        xp = namespace(z)
+        found = [self.each.entries(own) for own in self._cut(z)]
         order = np.concatenate(self._entries)
         t = self.size * (self.size + 1) // 2
         whole = xp.concatenate([*found, xp.zeros((1, *z.shape[1:]), z.dtype)])
@@ -437,6 +728,25 @@ class Copies(Correlation):
 
     def start(self, common: Array) -> Array:
         return namespace(common).concatenate([self.each.start(common)] * len(self._starts))
+
+
+def _by_sine(t: Array) -> tuple[Array, Array, Array]:
+    """-log sin^2 t, with its derivatives."""
+    xp = namespace(t)
+    sine, cosine = xp.maximum(xp.abs(xp.sin(t)), TINY), xp.cos(t) * xp.sign(xp.sin(t))
+    return -2 * xp.log(sine), -2 * cosine / sine, 2 / sine**2
+
+
+def _by_cotangent(t: Array) -> tuple[Array, Array, Array]:
+    """2 arsinh |cot t / 2|, which is like -log sin^2 t where that is large."""
+    xp = namespace(t)
+    sine = xp.maximum(xp.abs(xp.sin(t)), TINY)
+    cotangent = xp.cos(t) * xp.sign(xp.sin(t)) / sine
+    sign = xp.where(cotangent < 0, -1.0, 1.0)
+    c = sign * cotangent
+    root = xp.sqrt(4 + c * c)
+    bend = 2 * c * (7 + c * c) * (1 + c * c) / root**3
+    return 2 * xp.arcsinh(c / 2), -2 * sign * (1 + c * c) / root, bend
 
 
 def _fisher(common: Array) -> Array:

@@ -105,6 +105,22 @@ def tanh(argument: Any) -> Any:
     return argument._through(value, slope, -2 * value * slope)
 
 
+def sin(argument: Any) -> Any:
+    """Of a Jet or an array."""
+    if not isinstance(argument, Jet):
+        return namespace(argument).sin(argument)
+    value = np.sin(argument.value)
+    return argument._through(value, np.cos(argument.value), -value)
+
+
+def through(argument: Any, function: Any) -> Any:
+    """A function of one variable that gives its value, slope and second derivative, of a Jet or
+    an array."""
+    if not isinstance(argument, Jet):
+        return function(argument)[0]
+    return argument._through(*function(argument.value))
+
+
 def stack(parts: list[Any]) -> Any:
     """Jets or arrays (...) as one, (k, ...)."""
     jet = next((part for part in parts if isinstance(part, Jet)), None)
