@@ -259,7 +259,7 @@ def _model_frame(
     kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    beside_formula = words_of(residual).columns if residual is not None else ()
+    beside_formula = words_of(residual, context).columns if residual is not None else ()
     table = _used_columns(parsed, data, {**context, **(columns or {})}, beside_formula)
     table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():
@@ -292,7 +292,7 @@ def _model_frame(
     check_terms(terms, n, prior, independent=residual is None)
     of_residuals = None
     if residual is not None:
-        of_residuals = residual_term(residual, table, [term.codes for term in terms])
+        of_residuals = residual_term(residual, table, [term.codes for term in terms], context)
         if not terms:
             refuse_perfect(of_residuals, X)
     return ModelFrame(

@@ -275,8 +275,7 @@ class FittedModel:
             positions = np.concatenate([positions[:k], positions[-1:], positions[k : k + count]])
             names = block.variance_labels(self.residual.effects)
             labels = labels[:-1] + [(RESIDUAL, name) for name in names]
-            first = [block.variances.index(k) for k in range(count + 1)]
-            own = np.diagonal(self.residual_cov.to_numpy())[first]
+            own = np.exp(self.parameters[positions[k:]])
         variance = np.concatenate([*variances, own])
         group, term = zip(*labels, strict=True)
         return pd.DataFrame(

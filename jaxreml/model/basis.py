@@ -111,7 +111,7 @@ class Basis:
                 for own, columns in zip(terms, columns, strict=True)
             ]
         n_used = n if used is None else int(used.sum())
-        if is_traced(weights):  # rows of weight zero are left out
+        if is_traced(weights) and roots is not None:  # rows of weight zero are left out
             n_used = (roots > 0).sum(dtype=kind)
         _check_terms(terms, columns, used, n_used)
         covariance = Covariance(tuple(own.covariance for own in terms))
@@ -318,7 +318,7 @@ def _same(codes: Any, others: Any) -> bool:
 
 
 def _of_kernels(
-    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: int | None
+    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: bool
 ) -> Projector:
     """That of terms some of which have known covariances of their levels; `n` rows are used."""
     if structure not in (None, *OF_KERNELS):

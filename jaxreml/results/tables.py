@@ -11,6 +11,7 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.parameters.variances import (
     estimates,
@@ -21,6 +22,7 @@ from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
 ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
+MOST_VISITS = 15  # shown, where a few parameters say all of them
 
 
 def tidy(
@@ -336,20 +338,40 @@ def _residuals(fit: FittedModel) -> str:
     """Variances of the visits, and correlations of one subject's."""
     residual = fit.residual
     assert residual is not None
-    components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
-    names = ("variance", "sd", "log_variance", "log_variance_se")
-    columns = [_digits(components[name].to_numpy()) for name in names]
+    names, of_visits = ["Variance", "Std.Dev."], range(len(residual.effects))
+    if residual.words.own is None:
+        components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
+        values = [components[own] for own in ("variance", "sd", "log_variance", "log_variance_se")]
+        names, of_visits = [*names, "Log-Var.", "Std.Error"], residual.block.variances
+    else:  # variances are what the function makes of its parameters
+        variances = np.diagonal(fit.residual_cov.to_numpy())
+        values = [variances, np.sqrt(variances)]
+    columns = [_digits(np.asarray(own)) for own in values]
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
-    shown = q - 1 if residual.block.correlation.count else 0
-    header = [f" {residual.words.visit}", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
+    shown = q - 1 if residual.block.correlation.correlated else 0
+    header = [f" {residual.words.visit}", *names]
     rows = [header + ["Corr"] * (shown > 0) + [""] * max(shown - 1, 0)]
     for i, effect in enumerate(residual.effects):
-        cells = [f" {effect}", *(column[residual.block.variances[i]] for column in columns)]
+        cells = [f" {effect}", *(column[of_visits[i]] for column in columns)]
         start = i - i % q  # of the visits of its arm
         own = [f"{correlation[i, start + j]:.2f}" if start + j < i else "" for j in range(shown)]
         rows.append(cells + own)
+    parameters = _described(fit, RESIDUAL)
+    if parameters and len(rows) > MOST_VISITS:  # they say all
+        rows = [[f" {q} values of {residual.words.visit}: see residual_cov"]]
     of = "" if residual.words.subject is None else " of a subject"
-    return f"Residuals{of}:\n {residual.text}\n" + _table(rows, left=1)
+    return f"Residuals{of}:\n {residual.text}\n" + parameters + _table(rows, left=1)
+
+
+def _described(fit: FittedModel, group: str) -> str:
+    """Parameters of a covariance that are no SDs or correlations, such as a range; "" for none."""
+    known = [own for own in named_readings(fit) if own.group == group and own.kind == "parameter"]
+    if not known or not fit.converged:
+        return ""
+    table = variance_parameters(fit).loc[[own.name for own in known]]
+    columns = [_digits(table[name].to_numpy()) for name in ("estimate", "std_error")]
+    rows = zip([f" {own.term}" for own in known], *columns, strict=True)
+    return _table([[" Parameter", "Estimate", "Std.Error"], *map(list, rows)], left=1) + "\n\n"
 
 
 def _counts(fit: FittedModel) -> str:

@@ -642,7 +642,6 @@ def test_compared():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda fit: fit.profile(),
         lambda fit: fit.bootstrap(10),
         lambda fit: fit.leverage(),
         lambda fit: fit.influence("subject"),

@@ -102,7 +102,7 @@ def model_of(fit: FittedModel) -> Model:
     left = list(frame.terms)
     bars = []
     for written in parsed.random:
-        own = [term for term in left if term.name == written.name]
+        own = [term for term in left if term.is_of(written.name)]
         if written.correlated:
             own = [term for term in own if term.encoding.text == written.effects][:1]
         else:  # in the order written, the intercept first
@@ -112,7 +112,7 @@ def model_of(fit: FittedModel) -> Model:
         factor = ":".join(map(_quoted, written.factors))
         for term in own:
             effects = written.effects if written.correlated else _alone(term.encoding.text)
-            bars.append(Bar(effects, term.name, factor))
+            bars.append(Bar(effects, written.name, factor))
     return Model(parsed.response, tuple(terms_of(parsed.fixed)), parsed.offsets, tuple(bars))
 
 

@@ -115,6 +115,11 @@ class Correlation(ABC):
         return None
 
     @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
+
+    @property
     def together(self) -> np.ndarray:
         """(q, q) booleans, which effects may be correlated."""
         return np.ones((self.size, self.size), bool)
@@ -252,6 +257,9 @@ class _OneCoordinate(Correlation):
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
     rho is 1 and -1 / (q - 1)."""
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
 
     @property
     def kinds(self) -> np.ndarray:
@@ -610,6 +618,11 @@ class Copies(Correlation):
     @property
     def count(self) -> int:
         return self.each.count * len(self._starts)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:

@@ -56,6 +56,11 @@ class Residual(Block):
     def log_variances(self) -> int:
         return max(self.variances)
 
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all visits have one variance, those that were not seen, too."""
+        return not self.log_variances
+
     def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
         """What each variance is of: a visit, or what labels like "arm: visit" share; "" for one
         that all have."""

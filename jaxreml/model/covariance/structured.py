@@ -19,7 +19,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Reading, Report
-from jaxreml.model.covariance.correlations import Correlation
+from jaxreml.model.covariance.correlations import RIGHT, Correlation
 from jaxreml.model.covariance.factors import factor_semidefinite, rounding
 from jaxreml.model.covariance.natural import places, triangle
 
@@ -76,6 +76,18 @@ class Structured(Block):
             own._replace(parameter=own.parameter + shift) if own.parameter >= 0 else own
             for own in self.correlation.readings(effects)
         ]
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        low, high = self.ends(place)
+        if not low < entry < high:
+            return float(np.copysign(np.inf, entry))
+        own = place - self.log_variances
+        t = self.correlation.angles(np.full(self.correlation.count, self.correlation.centre))
+        t[own] = entry
+        return float(self.correlation.of_angles(t)[own])
+
+    def ends(self, place: int) -> tuple[float, float]:
+        return -RIGHT, RIGHT
 
     def _parts(self, vector: Array) -> tuple[Array, Array]:
         """SDs of all effects, or what else there is one of for a variance, and the rest."""

@@ -76,6 +76,14 @@ class Parts:
         pairs = zip(self.parts, cross, strict=True)
         return _sum(part.form(own, matrix) for part, own in pairs)
 
+    def combined(self, matrix: Array, absent: Array) -> Parts:
+        """As `OfColumns.combined`: absent columns are the first part's."""
+        first, *others = self.parts
+        parts = [first.combined(matrix, absent)]
+        return replace(
+            self, parts=(*parts, *(part.combined(matrix, 0 * absent) for part in others))
+        )
+
     def start(self) -> None:
         return None
 
