@@ -158,7 +158,7 @@ def three_kernels(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small studies")
     parser.add_argument("--glimix", help="a Python interpreter that has glimix-core")
     parser.add_argument("--json", type=Path, help="file for the raw figures")

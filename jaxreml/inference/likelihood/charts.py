@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxreml.fitting.random_terms import unpack
-from jaxreml.inference.parameters.linearised import TRANSFORMS
+from jaxreml.inference.parameters.linearised import scale_of
 from jaxreml.inference.parameters.variances import Places, named_readings
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Block, Reading
@@ -127,7 +127,7 @@ class Parameter:
         chart: coordinates in which it is an axis, and held.
         axis: the entry of x that it is.
         scale, shift: the value is scale * x (SD), cos x, scale * exp(x) (sigma, logarithms),
-            shift + scale * x (fixed effects).
+            shift + scale * x (fixed effects); of shift + parameter (coordinates).
         bounds: of the axis.
     """
 
@@ -161,7 +161,7 @@ class Parameter:
             return correlation(at, self.reading.least)
         if self.kind == "coordinate":
             parameter = self.chart.blocks[self.place].parameter_of(self.reading.parameter, at)
-            return float(TRANSFORMS[self.reading.transform].inverse(parameter))
+            return float(scale_of(self.reading.transform).inverse(self.shift + parameter))
         if self.kind == "log" and at == self.bounds[0]:
             return 0.0
         logarithm = self.kind in ("sigma", "log")
@@ -229,6 +229,13 @@ def in_units(
     return np.asarray(block.rescaled(chart, 1 / units if inner else units))
 
 
+def log_unit(fit: FittedModel, block: Block, place: int) -> float:
+    """What a parameter of a block is more than in a chart relative to the fit's sigma: log sigma2
+    of a log-variance, behind all others that of the residuals' own."""
+    is_variance = place < block.log_variances or place >= block.length
+    return 2 * math.log(fit.sigma) if is_variance else 0.0
+
+
 def of_inner(fit: FittedModel, k: int) -> np.ndarray:
     """What the effects of term `k` are in the inner ones of the design, (q, q)."""
     return np.asarray(fit.design.units.effects(k, np.eye(fit.design.sizes[k])))
@@ -251,7 +258,8 @@ def readings(values: Values, fit: FittedModel) -> list[float]:
         parts.append(own)
         for named in known:
             if named.block == k and (place := named.reading.parameter) >= 0:
-                entry = block.parameter_of(place, float(chart[place]))
+                at = chart[place] if place < block.length else values.log_sigma
+                entry = block.parameter_of(place, float(at)) + log_unit(fit, block, place)
                 coordinates[covariance.starts[k] + place] = entry
     whole = fit.sigma**2 * np.concatenate([*parts, [sigma2]])
     return Places.of(covariance, known).values(whole, coordinates).tolist()

@@ -17,6 +17,7 @@ from jaxreml.inference.likelihood.charts import (
     Pair,
     Parameter,
     estimates,
+    log_unit,
     of_inner,
     width,
 )
@@ -113,9 +114,15 @@ class _Builder:
         if own.kind == "sigma":
             return self._parameter(*names, "sigma", k, reading, self.starts[-1], self.fit.sigma)
         if own.kind == "parameter":
-            axis = self.starts[k] + reading.parameter
-            ends = self.blocks[k].ends(reading.parameter)
-            return self._parameter(*names, "coordinate", k, reading, axis, bounds=ends)
+            block, place = self.blocks[k], reading.parameter
+            if block.residual and place < block.log_variances:
+                raise DataError(
+                    f"{own.name} cannot be held: a covariance of residuals of your own has "
+                    "profiles if it has one variance, so far"
+                )
+            axis, unit = self.starts[k] + place, log_unit(self.fit, block, place)
+            ends = block.ends(place)
+            return self._parameter(*names, "coordinate", k, reading, axis, shift=unit, bounds=ends)
         if not self.blocks[k].any_basis:
             return self._solved_for(names, own)
         effects = reading.effects[::-1]

@@ -63,6 +63,15 @@ class Own(Block):
         """The user's parameters."""
         return _readings(self.function, range(self.length))
 
+    def parameter_of(self, place: int, entry: float) -> float:
+        if place >= self.log_variances:
+            return entry
+        with np.errstate(divide="ignore"):
+            return float(2 * np.log(np.abs(entry)) - np.log(self.function.units[place]))
+
+    def ends(self, place: int) -> tuple[float, float]:
+        return (0.0 if place < self.log_variances else -np.inf), np.inf
+
     def _units(self, like: Array) -> np.ndarray:
         """Of the SDs in the chart: (variances, ...)."""
         units = np.sqrt(self.function.units).astype(like.dtype)
@@ -328,6 +337,10 @@ class OwnResidual(Residual):
     def readings(self, effects: tuple[str, ...]) -> list[Reading]:
         """The user's parameters: the first variance is sigma2, behind all parameters."""
         return _readings(self.function, [self.length, *range(self.length)])
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        """That of sigma2 from log sigma."""
+        return 2 * entry if place == self.length else entry
 
     def _at(self, chart: Array) -> Array:
         """Variances over the first, and coordinates."""
