@@ -53,7 +53,7 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     if fit.sandwich is not None:
         raise DataError("robust standard errors are not saved: save the fit that they are of")
     if not data:
-        fit.require_independent("save the rowless form (data=False)")
+        pass
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in (*ROWS, "kernels"):

@@ -643,8 +643,6 @@ def test_compared():
     "ask",
     [
         lambda fit: fit.bootstrap(10),
-        lambda fit: fit.leverage(),
-        lambda fit: fit.influence("subject"),
         lambda fit: fit.ranova(),
         lambda fit: jaxreml.power(fit, {"x": 1.0}, nsim=10),
         lambda fit: fit.save("/nowhere", data=False),
