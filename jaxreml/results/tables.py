@@ -80,7 +80,11 @@ def tidy(
         "ran_vals": _tidy_modes,
         "ran_coefs": _tidy_coefficients,
     }
-    frame = pd.concat([parts[effect](fit, conf_level) for effect in wanted], ignore_index=True)
+    if not fit.groupings:
+        wanted = [effect for effect in wanted if effect not in ("ran_vals", "ran_coefs")]
+    frames = [parts[effect](fit, conf_level) for effect in wanted]
+    none = pd.DataFrame(columns=["effect", "group", "level", "term", "estimate", "std_error"])
+    frame = pd.concat(frames, ignore_index=True) if frames else none
     order = ["effect", "group", "level", "term", "estimate", "std_error", "statistic", "df"]
     order += ["p_value"] + (["conf_low", "conf_high"] if conf_int else [])
     return frame.reindex(columns=[name for name in order if name in frame])

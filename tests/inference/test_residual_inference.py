@@ -243,3 +243,9 @@ def test_points_and_regions_of_a_profile():
     wide = fitted(f"csh{ON}", method="ML").profile(["cor_10.8|Residual", "sd_10|Residual"])
     edge = wide.contour("cor_10.8|Residual", "sd_10|Residual", [0.5], points=4)
     np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.5, 2), atol=1e-5)
+
+
+def test_no_random_effects_are_no_rows():
+    fit = fitted("us(age | Subject)")
+    assert fit.tidy("ran_vals").empty
+    assert set(fit.tidy(("fixed", "ran_vals"))["effect"]) == {"fixed"}

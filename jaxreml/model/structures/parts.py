@@ -33,6 +33,11 @@ class Parts:
     costly = False
 
     @property
+    def evaluated(self) -> Parts:
+        """As `OfColumns.evaluated`."""
+        return self
+
+    @property
     def written_out(self) -> bool:
         return all(part.written_out for part in self.parts)
 
