@@ -111,6 +111,8 @@ def packed(frame: ModelFrame) -> dict[str, Any]:
     levels = np.unique(np.concatenate([*firsts, np.zeros(1, int)]))
     encodings = _encodings(frame)
     used = {name for encoding in encodings for name in encoding.variables}
+    if frame.residual is not None:
+        used |= set(frame.residual.words.columns)
     places = {name: _places(frame, name) for name in _others(frame) if name in used}
     k = max([len(levels), *map(len, places.values())])
     random = np.random.default_rng(0)

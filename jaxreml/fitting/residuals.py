@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,11 @@ class ResidualCovariance:
         own = None if term.words.own is None else {term.words.family: term.words.own}
         modes = np.asarray(modes)[: len(seen)]
         return ResidualCovariance(term.words.text, *labels, modes, seen, own)
+
+    @property
+    def of_unseen(self) -> ResidualCovariance:
+        """The same without what is known of visits with a response, from which residuals follow."""
+        return replace(self, modes=np.where(self.seen > 0, 0.0, self.modes))
 
     @cached_property
     def words(self) -> Words:

@@ -645,7 +645,6 @@ def test_compared():
         lambda fit: fit.bootstrap(10),
         lambda fit: fit.ranova(),
         lambda fit: jaxreml.power(fit, {"x": 1.0}, nsim=10),
-        lambda fit: fit.save("/nowhere", data=False),
     ],
 )
 def test_what_is_not_there_says_so(ask):

@@ -30,9 +30,9 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
         fit: the fit.
         kind: "response", y less fitted values; "pearson", these times the root of the prior
             weight; "scaled", Pearson ones over sigma, as in lme4's summary; "studentized", over
-            their standard deviations, of independent residuals sigma sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in;
-            "normalized", scaled ones, made uncorrelated within subjects where the fit has a
-            covariance of residuals, as nlme's.
+            their standard deviations, of independent residuals sigma sqrt(1 - leverage);
+            "marginal", y - X beta - offset, random effects left in; "normalized", scaled ones, made
+            uncorrelated within subjects where the fit has a covariance of residuals, as nlme's.
 
     Examples:
         >>> fit.residuals("scaled").round(2).head(3).tolist()

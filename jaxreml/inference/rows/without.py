@@ -53,7 +53,7 @@ def fits_without(
     fit: FittedModel, codes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """Coefficients, standard errors and variance parameters without each group of rows, (count, p),
-    (count, p) and (count, k + 1), NaN for those that there are none of; and how each refit ended."""
+    (count, p) and (count, k + 1), NaN where there are none; and how each refit ended."""
     p, k = len(fit.beta), len(fit.parameters)
     beta, se = np.full((count, p), np.nan), np.full((count, p), np.nan)
     parameters = np.full((count, k), np.nan)
