@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
@@ -104,7 +104,8 @@ def grouping_terms(
         texts = [bar.effects] if bar.correlated else summands(bar.effects)
     except FormulaicError as error:
         raise FormulaError(f"{bar.effects!r}: {error}") from error
-    terms = []
+    terms: list[GroupingTerm] = []
+    encoding: Any  # that of places is like others
     what = f"the random effects on {bar.name}"
     for text in texts:
         if is_timed(word):
@@ -169,6 +170,21 @@ def lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
         return terms
     order = sorted(range(len(terms)), key=levels.__getitem__)
     return [terms[k] for k in reversed(order)]
+
+
+def require_plain(terms: Iterable[Any], purpose: str) -> None:
+    """Raise DataError for a term with a word for its covariance, named.
+
+    Args:
+        terms: random terms, of a model frame or of a fit.
+        purpose: what needs it, after "cannot".
+    """
+    for term in terms:
+        if term.covariance.word != "us":
+            raise DataError(
+                f"cannot {purpose}: the term {term.covariance.word}(... | {term.name}) has a "
+                "covariance by a word, and this is there for (x | g) and (x || g) so far"
+            )
 
 
 def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 from formulaic.parser.types import Factor
 
-from jaxreml.data.encoding import Encoding, encode
+from jaxreml.data.encoding import encode
 from jaxreml.data.estimability import RowSpace
 from jaxreml.data.evaluation import plain
 from jaxreml.data.formula import parse
 from jaxreml.data.frame import EXTRAS, ModelFrame
 from jaxreml.data.grouping import GroupingTerm
+from jaxreml.data.places import PlacesEncoding
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError
 
@@ -81,7 +82,7 @@ def _places(frame: ModelFrame, name: str) -> np.ndarray:
     return ordered[np.unique(np.linspace(0, len(ordered) - 1, VALUES).round().astype(int))]
 
 
-def _encodings(frame: ModelFrame) -> list[Encoding]:
+def _encodings(frame: ModelFrame) -> list[Any]:
     of_terms = [term.encoding for term in frame.terms]
     return [frame.fixed_encoding, *frame.offset_encodings, *of_terms]
 
@@ -90,6 +91,9 @@ def _factors(frame: ModelFrame) -> set[str]:
     """Columns that the formula uses as factors, numbers in C() among them."""
     found = set()
     for encoding in _encodings(frame):
+        if isinstance(encoding, PlacesEncoding):
+            found |= set(encoding.columns)
+            continue
         for factor, names in encoding.spec.factor_variables.items():
             kind, _ = encoding.spec.encoder_state.get(factor.expr, (None, None))
             if kind is Factor.Kind.CATEGORICAL:

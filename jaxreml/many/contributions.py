@@ -125,9 +125,9 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     found = xp.concatenate([of_random, of_terms, of_fixed[None]])
 
     parameters = estimate.parameters
-    none = xp.zeros_like(estimate.parameters_vcov)
     finite = covariance.finite(parameters)
-    moved, _ = covariance.in_parameters(finite, xp.zeros_like(parameters), none)
+    none = xp.zeros((len(omega) + 1, *parameters.shape[1:]), omega.dtype)
+    moved, _ = covariance.in_parameters(finite, none, none[:, None] * none)
     slopes = moved[:-1] + omega[:, None] * moved[-1]
     slopes = xp.concatenate([_times(parts.random, slopes), moved[-1:]])
     free = xp.isfinite(parameters)

@@ -29,7 +29,6 @@ from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.singles import SinglesEngine
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
-from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, placeholders
 from jaxreml.optimum.estimate import estimate_at
 from jaxreml.optimum.report import Estimate
@@ -100,7 +99,9 @@ class BatchFitter:
             parts=Parts.of(frame, np.arange(p)),
         )
         self.basis = self._basis(np.arange(p))
-        in_step = Lanes.in_step(self.basis)
+        words = not all(block.any_basis for block in self.basis.covariance.blocks)
+        in_step = Lanes.in_step(self.basis) and not words
+        engine = "numpy" if words and engine is None and devices is None else engine
         self.engine_name = _engine_for(in_step, count, devices, engine)
         if self.engine_name == "numpy" and not in_step:
             self.asked_structure = suited_structure(frame, structure, engine)
@@ -117,11 +118,10 @@ class BatchFitter:
     def _basis(self, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Basis:
         """Of these columns of X in the rows `kept`; None for all."""
         frame = self.frame
-        covariance = unstructured(tuple(len(term.effect_names) for term in frame.terms))
-        own = zip(placeholders(covariance.sizes), covariance.blocks, strict=True)
+        sizes = tuple(len(term.effect_names) for term in frame.terms)
         terms = [
-            Effects(term.codes, term.effects, len(term.levels), *names, block)
-            for term, (names, block) in zip(frame.terms, own, strict=True)
+            Effects(term.codes, term.effects, len(term.levels), *names, term.block(q))
+            for term, names, q in zip(frame.terms, placeholders(sizes), sizes, strict=True)
         ]
         if kept is not None:
             _check_rows(kept, terms)
@@ -288,7 +288,8 @@ def _one_by_one(
 
 def _kind(basis: Basis, engine: str) -> Any:
     if engine == "numpy":
-        return HostEngine if Lanes.in_step(basis) else SinglesEngine
+        plain = all(block.any_basis for block in basis.covariance.blocks)
+        return HostEngine if plain and Lanes.in_step(basis) else SinglesEngine
     if basis.kind == "crossed":
         from jaxreml.many.crossed import CrossedEngine
 

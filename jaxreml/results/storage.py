@@ -23,7 +23,7 @@ from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
 from jaxreml.fitting.residuals import ResidualCovariance
-from jaxreml.model.covariance.words import TermCovariance
+from jaxreml.model.covariance.words import TermCovariance, is_timed
 
 FORMAT = "jaxreml.LMMResults"
 VERSION = 2  # since 2 with labels that are no text or numbers, such as dates
@@ -52,6 +52,12 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
         raise DataError("robust standard errors are not saved: save the fit that they are of")
     if not data:
         fit.require_independent("save the rowless form (data=False)")
+        timed = [own for own in fit.groupings if is_timed(own.covariance.word)]
+        if timed:
+            raise DataError(
+                f"the fit cannot be saved without its rows, data=False: {timed[0].covariance.word} "
+                f"of {timed[0].name!r} needs the places of its rows; save it with them"
+            )
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in (*ROWS, "kernels"):

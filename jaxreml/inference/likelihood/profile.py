@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from jaxreml.arguments import check_conf_level, is_reml
+from jaxreml.data.grouping import require_plain
 from jaxreml.errors import ConvergenceWarning, DataError
 from jaxreml.inference.likelihood.charts import Parameter, pair, readings
 from jaxreml.inference.likelihood.charts import parameters as known_parameters
@@ -59,6 +60,7 @@ class Profile(Tabulated):
         check_conf_level(conf_level)
         fit.require_optimum("profile the likelihood")
         fit.require_independent("profile the likelihood")
+        require_plain(fit.groupings, "profile the likelihood")
         self._fit = fit
         self._known = known_parameters(fit)
         self._chosen = _choose(self._known, parameters)

@@ -195,6 +195,28 @@ class Block(ABC):
         variances = xp.maximum(parameters[:count], log_sigma2 + LOG_ZERO)
         return xp.concatenate([variances, correlations])
 
+    def boundary(
+        self, effects: tuple[str, ...], factor: np.ndarray, parameters: np.ndarray
+    ) -> list[str]:
+        """What is on the boundary of the parameter space, in words, "{group}" in the place of the
+        grouping factor.
+
+        Args:
+            effects: their names.
+            factor: as `factor` gives it.
+            parameters: as `Report.shown` has them.
+        """
+        positive = np.any(factor != 0, axis=1)
+        zero = [effect for effect, varies in zip(effects, positive, strict=True) if not varies]
+        found = [f"the variance of {effect} of {{group}} is zero" for effect in zero]
+        if np.count_nonzero(np.diagonal(factor)) < np.count_nonzero(positive):
+            found.append(
+                "the correlation of the effects of {group} is +-1"
+                if positive.sum() == 2
+                else "the correlation matrix of the effects of {group} has lost rank"
+            )
+        return found
+
     def last_name(self, effects: tuple[str, ...]) -> str:
         """What sigma2 is the variance of, where the block is the residuals'."""
         return "Residual"
