@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 import jaxreml
+from jaxreml import kernels
 
 # Reaction times of 18 people over ten days with little sleep.
 data = jaxreml.datasets.load("sleepstudy")
@@ -23,6 +24,9 @@ genes = pd.DataFrame(genes, columns=[f"gene{k}" for k in range(1, 41)])
 counts = np.round(20 * np.exp2(genes)).astype(int)
 results = jaxreml.fit_many("~ Days + (1 | Subject)", data, genes, modes=True)
 moderated = results.moderated()
+
+# A calf whose sire is its mother's sire too.
+tree = kernels.pedigree(["calf", "cow"], ["bull", "bull"], ["cow", None])
 
 # A study that is planned, with parameters that are guessed.
 guesses = {"(Intercept)": 250, "Days": 10}

@@ -63,6 +63,7 @@ def fit_many(
     output: None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> BatchResults: ...
 
 
@@ -102,6 +103,7 @@ def fit_many(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    kernels: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> BatchResults | StreamedResults:
     """Fit one linear mixed model to many responses: genes, voxels, metrics, simulated draws.
@@ -161,6 +163,10 @@ def fit_many(
             fitted are kept in the folder ``<output>.parts`` until all are.
         overwrite: replace `output`, and do not go on from an interrupted run.
         progress: show a progress bar on stderr; if stderr is a terminal, if left out.
+        kernels: known covariances of levels, as for `fit`. One kernel, alone, is decomposed once
+            for all responses; a response that lacks values needs a decomposition for its rows,
+            which responses with the same rows share. Several are fitted one response after the
+            other.
         others: none; as for `fit`.
 
     With several processes (``jax.distributed.initialize`` called before), each fits its share;
@@ -231,8 +237,13 @@ def fit_many(
     own = {role: value for role, value in given.items() if of_each(value, data)}
     shared = {role: value for role, value in given.items() if role not in own}
     covariate, matrix = _only(covariates)
+    if kernels is not None and (own or covariate is not None):
+        raise ValueError(
+            "with kernels responses share weights, offset and covariates: each with its own would "
+            "need a decomposition of its own. Fit these one by one"
+        )
     if covariate is None:
-        frame = covariate_frame(formula, data, context=context, **shared)
+        frame = covariate_frame(formula, data, context=context, kernels=kernels, **shared)
     else:
         frame = paired_frame(formula, data, covariate, context=context, **shared)
     require_plain(frame.terms, "fit many responses")

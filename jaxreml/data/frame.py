@@ -36,7 +36,7 @@ from jaxreml.data.formula import (
 from jaxreml.data.grouping import GroupingTerm, check_terms, grouping_terms, lme4_order
 from jaxreml.data.kernels import Kernels, read_kernels, with_kernels
 from jaxreml.data.outputs import library_of
-from jaxreml.data.residual import ResidualTerm, residual_term, words_of
+from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, words_of
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
@@ -120,8 +120,9 @@ class ModelFrame:
         """(m,), the sum of the formula's offsets at the values in `table`."""
         return sum((own.matrix(table)[:, 0] for own in self.offset_encodings), np.zeros(len(table)))
 
-    def design(self, structure: str | None = None) -> Design:
-        """The cross-products of this frame."""
+    @property
+    def random_terms(self) -> list[Term]:
+        """The terms of a design, that of the residuals' covariance last."""
         terms = [
             Term(
                 term.codes,
@@ -133,10 +134,17 @@ class ModelFrame:
             )
             for term in self.terms
         ]
-        if self.residual is not None:
-            terms.append(self.residual.term)
+        return terms if self.residual is None else [*terms, self.residual.term]
+
+    def design(self, structure: str | None = None) -> Design:
+        """The cross-products of this frame."""
         return Design.from_arrays(
-            self.y, self.X, terms, weights=self.weights, offset=self.offset, structure=structure
+            self.y,
+            self.X,
+            self.random_terms,
+            weights=self.weights,
+            offset=self.offset,
+            structure=structure,
         )
 
 
@@ -251,7 +259,7 @@ def _model_frame(
     kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     context = {**R_NAMES, **(context or {})}
-    beside_formula = words_of(residual).columns if residual is not None else ()
+    beside_formula = words_of(residual, context).columns if residual is not None else ()
     table = _used_columns(parsed, data, {**context, **(columns or {})}, beside_formula)
     table = table.assign(**(columns or {}))
     for role, value in {"weights": weights, "offset": offset}.items():
@@ -281,7 +289,12 @@ def _model_frame(
             f"weights must be positive; row {label(table.index[row:])} has {prior[row]:g}. Drop "
             "rows of weight zero"
         )
-    check_terms(terms, n, prior)
+    check_terms(terms, n, prior, independent=residual is None)
+    of_residuals = None
+    if residual is not None:
+        of_residuals = residual_term(residual, table, [term.codes for term in terms], context)
+        if not terms:
+            refuse_perfect(of_residuals, X)
     return ModelFrame(
         formula=parsed,
         y=y,
@@ -295,7 +308,7 @@ def _model_frame(
         rows=rows,
         fixed_encoding=of_fixed,
         offset_encodings=tuple(encoding for _, encoding in offsets),
-        residual=None if residual is None else residual_term(residual, table),
+        residual=of_residuals,
         library=library_of(data),
         kernels=known,
     )

@@ -16,16 +16,18 @@ from jaxreml.data.encoding import Encoding, encode
 from jaxreml.data.estimability import independent_columns
 from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
-from jaxreml.data.places import encode_places
+from jaxreml.data.places import encode_own, encode_places
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import instead_of_residual, replaces_residual
 from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.covariance.words import (
     ANY,
     FAMILIES,
     TermCovariance,
     check_word,
     is_timed,
+    own_covariance,
 )
 
 
@@ -111,6 +113,8 @@ def grouping_terms(
         if is_timed(word):
             effects, encoding = encode_places(text, table, context, what)
             places = encoding.places
+        elif own_covariance(word, context) is not None:
+            effects, encoding, places = encode_own(text, table, context, what)
         else:
             (effects, encoding), places = encode(text, table, context, what), ()
         names = encoding.names
@@ -135,9 +139,15 @@ def _check_covariance(bar: RandomTerm, term: GroupingTerm) -> None:
             f"effects in an order; write {word}(0 + ...) for the levels of a factor"
         )
     try:
-        term.block(len(names))
+        block = term.block(len(names))
     except DataError as error:
         raise DataError(f"{text!r}: {error}") from None
+    count, levels = len(block.parameter_names("", names)), len(term.levels)
+    if word != "us" and (count > levels * len(names) or getattr(block, "rank", 0) > levels):
+        raise DataError(
+            f"{text!r} has {count} parameters of a covariance of {len(names)} effects, and "
+            f"{bar.name!r} has {levels} levels: these are too few to estimate them"
+        )
 
 
 def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, tuple[Any, ...]]:
@@ -187,15 +197,22 @@ def require_plain(terms: Iterable[Any], purpose: str) -> None:
             )
 
 
-def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -> None:
+def check_terms(
+    terms: list[GroupingTerm], n: int, weights: np.ndarray | None, *, independent: bool = True
+) -> None:
     """Raise DataError for terms whose variances cannot be estimated from `n` rows, named.
 
-    `weights` are prior weights, (n,), or None.
+    Args:
+        terms: the random terms.
+        n: rows.
+        weights: prior weights, (n,), or None.
+        independent: whether residuals are; a covariance of theirs may stand beside an effect for
+            every row.
     """
     seen: set[tuple[str, str]] = set()
     for term in terms:
-        n_levels = len(term.seen)
-        if n_levels < 2:
+        n_levels, block = len(term.seen), term.block(len(term.effect_names))
+        if n_levels < 2 and isinstance(block, Unstructured):
             only = term.levels[term.codes[0]]
             raise DataError(
                 f"the grouping factor {term.name!r} has one level ({only!r}); its "
@@ -213,8 +230,8 @@ def check_terms(terms: list[GroupingTerm], n: int, weights: np.ndarray | None) -
                 )
             seen.add((term.name, effect))
         rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
-        block = term.block(len(term.effect_names))
-        if term.kernel is None and replaces_residual(term.codes, rows, block):
+        beside = term.kernel is None and independent
+        if beside and replaces_residual(term.codes, rows, block):
             raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))
         dependent = _dependent(term.effects)
         if dependent is not None:

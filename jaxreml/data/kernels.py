@@ -61,6 +61,9 @@ def read_kernels(kernels: Mapping[str, Any] | None, terms: list[GroupingTerm]) -
             raise DataError(
                 f"kernels has {name!r}, which is no grouping factor of the formula (it has {have})"
             )
+        if isinstance(given, tuple) and all(isinstance(own, KnownKernel) for own in given):
+            found[name] = given  # of a frame
+            continue
         if isinstance(given, Mapping):
             if not given:
                 raise DataError(f"kernels[{name!r}] has no kernel")
@@ -73,8 +76,6 @@ def read_kernels(kernels: Mapping[str, Any] | None, terms: list[GroupingTerm]) -
 
 def _read(name: str, part: str, given: Any, levels: tuple[Any, ...]) -> KnownKernel:
     what = f"the kernel {part!r} of {name!r}" if part else f"the kernel of {name!r}"
-    if isinstance(given, KnownKernel):
-        return given
     if given is None:
         if not part:
             raise DataError(f"{what} is None: leave it out for independent levels")

@@ -26,7 +26,7 @@ FEW = 150  # random effects of several factors up to which they take one matrix
 
 def suited_structure(frame: ModelFrame, asked: str | None, engine: str | None) -> str | None:
     """The structure asked for, or one that NumPy can work with; None to have it chosen."""
-    factors = {term.name for term in frame.terms}
+    factors: set[str | None] = {term.name for term in frame.terms}
     effects = sum(len(term.levels) * len(term.effect_names) for term in frame.terms)
     if frame.residual is not None:  # which has an effect for every row
         factors.add(frame.residual.words.subject)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.arguments import check_engine
+from jaxreml.arguments import check_engine, is_reml
 from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import ConvergenceWarning, DataError
@@ -18,6 +18,7 @@ from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.design import with_spare_levels
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_variances
+from jaxreml.optimum.identification import require_determined
 from jaxreml.optimum.rivals import optimality
 from jaxreml.status import NO_FIT, Status
 
@@ -37,6 +38,9 @@ def fit_frame(
     # Not finite then, the status says so.
     with np.errstate(over="ignore", invalid="ignore"), suited_blas(numbers_of(frame)):
         design = with_spare_levels(frame.design(structure))
+    if frame.residual is not None and frame.terms and design.written_out:
+        words = frame.residual.words
+        require_determined(design.collapsed, words.text, reml=is_reml(method))
     engine = engine_for(design, engine)
     estimated, inspection, proved = optimum(design.without_names(), method, max_iterations, engine)
     status = Status(int(estimated.status))

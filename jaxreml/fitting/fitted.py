@@ -95,6 +95,7 @@ class FittedModel:
         sandwich: what tests are made from if not the model's covariance (`robust`), and
             `sandwich_note` which that is; neither is saved.
         kernels: known covariances of the levels of grouping factors, by their names; None without.
+        residual_tried: covariances of residuals that were tried before, and why each was left.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -132,6 +133,7 @@ class FittedModel:
     engine: str = ""
     residual: ResidualCovariance | None = None
     kernels: Kernels | None = None
+    residual_tried: tuple[tuple[str, str], ...] = ()
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
     library: str = "pandas"
     sandwich: Any = field(default=None, metadata={"saved": False})
@@ -292,7 +294,7 @@ class FittedModel:
         start, count = self.covariance.starts[k], block.log_variances
         own = slice(start, start + count)
         logs, error = self.parameters[own], np.sqrt(np.diagonal(self.parameters_vcov_array))[own]
-        if count != len(labels):  # they are no parameters
+        if count != len(labels) or not block.of_variances:  # they are no parameters
             with np.errstate(divide="ignore"):
                 logs = np.log(variance)
             error = self._errors_of_logs(k)[first]
@@ -325,10 +327,9 @@ class FittedModel:
         start = self.covariance.starts[-2]
         places = np.append(len(self.parameters) - 1, np.arange(start, start + block.log_variances))
         names = block.variance_labels(self.residual.effects)
-        first = [block.variances.index(k) for k in range(len(places))]
-        variance = np.diagonal(self.residual_cov.to_numpy())[first]
         error = np.sqrt(np.diagonal(self.parameters_vcov_array))[places]
-        return [(RESIDUAL, name) for name in names], variance, self.parameters[places], error
+        logs = self.parameters[places]
+        return [(RESIDUAL, name) for name in names], np.exp(logs), logs, error
 
     @property
     def variances(self) -> pd.Series:
@@ -535,7 +536,7 @@ class FittedModel:
             own.name: len(own.levels) if own.n_seen is None else own.n_seen
             for own in self.groupings
         }
-        if self.residual is not None:
+        if self.residual is not None and self.residual.words.subject is not None:
             found.setdefault(self.residual.words.subject, len(self.residual.subjects))
         return found
 

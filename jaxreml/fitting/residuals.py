@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ class ResidualCovariance:
         modes: (subjects, visits of all arms), what a subject's residuals say of those of its other
             visits: sigma2 (M - I) Z' V^-1 (y - X beta).
         seen: likewise, 1 for visits with a response.
+        context: with the covariance, where it is the user's; not saved.
     """
 
     text: str
@@ -31,6 +33,7 @@ class ResidualCovariance:
     subjects: tuple[Any, ...]
     modes: np.ndarray
     seen: np.ndarray
+    context: Mapping[str, Any] | None = field(default=None, metadata={"saved": False})
 
     @staticmethod
     def of(term: ResidualTerm, modes: np.ndarray) -> ResidualCovariance:
@@ -38,17 +41,19 @@ class ResidualCovariance:
         seen = np.zeros((len(term.subjects), modes.shape[1]))
         seen[term.codes, term.places] = 1.0
         labels = term.visits, term.arms, term.subjects
-        return ResidualCovariance(term.words.text, *labels, np.asarray(modes)[: len(seen)], seen)
+        own = None if term.words.own is None else {term.words.family: term.words.own}
+        modes = np.asarray(modes)[: len(seen)]
+        return ResidualCovariance(term.words.text, *labels, modes, seen, own)
 
     @cached_property
     def words(self) -> Words:
         """What the text says."""
-        return words_of(self.text)
+        return words_of(self.text, self.context)
 
     @cached_property
     def block(self) -> Residual:
         """The map from parameters to the covariance."""
-        return covariance(self.words.family, self.visits, self.arms)
+        return covariance(self.words, self.visits, self.arms)
 
     @property
     def effects(self) -> tuple[str, ...]:

@@ -242,3 +242,25 @@ def _is_definite(matrix: np.ndarray, shift: float) -> bool:
     except np.linalg.LinAlgError:
         return False
     return True
+
+
+def labelled(what: str, table: Any, labels: Sequence[Any] | None) -> pd.Index:
+    """Labels of the rows of a table: those given, or its index, or 0, 1, ...
+
+    Raises:
+        DataError: labels of another number, missing or repeated ones.
+    """
+    count = np.shape(table)[0] if np.ndim(table) else len(table)
+    if labels is not None:
+        index = _index(labels)
+    elif isinstance(table, pd.DataFrame | pd.Series):
+        index = table.index
+    else:
+        index = pd.RangeIndex(count)
+    if len(index) != count:
+        raise DataError(f"{what} has {count} rows and {len(index)} labels: give one for each")
+    if index.hasnans:
+        raise DataError(f"{what} has a missing label")
+    if index.has_duplicates:
+        raise DataError(f"{what} has the label {index[index.duplicated()][0]!r} more than once")
+    return index

@@ -38,6 +38,7 @@ from jaxreml.status import Status
 FEW = 32
 # Responses with the same rows, or weights, from which on these get an engine of their own.
 TOGETHER = 16
+MOST_WORK = 10**12  # order^3 of all decompositions of kernels: some minutes to half an hour
 
 
 class BatchFitter:
@@ -82,11 +83,12 @@ class BatchFitter:
         count: int | None = None,
     ):
         check_df(df, method)
-        if df == "kenward-roger-sas":
-            raise ValueError('df="kenward-roger-sas" is of single fits, not of batches so far')
+        if df == "between-within":
+            raise ValueError('df="between-within" is of single fits, not of batches')
         self.own_rows: Callable[[], Any] | None = None
         self.frame, self.method, self.df = frame, method, df
         self.modes, self.asked_structure = modes, structure
+        self.decomposed = 0
         p = frame.X.shape[1]
         self.options = Options(
             reml=is_reml(method),
@@ -102,11 +104,17 @@ class BatchFitter:
         words = not all(block.any_basis for block in self.basis.covariance.blocks)
         in_step = Lanes.in_step(self.basis) and not words
         engine = "numpy" if words and engine is None and devices is None else engine
-        self.engine_name = _engine_for(in_step, count, devices, engine)
+        few = 1 if self.basis.kind == "linear" else count  # JAX would hold a matrix for each
+        self.engine_name = _engine_for(in_step, few, devices, engine)
         if self.engine_name == "numpy" and not in_step:
             self.asked_structure = suited_structure(frame, structure, engine)
             self.basis = self._basis(np.arange(p))
         self.structure = self.basis.kind
+        if self.structure == "linear" and self.engine_name == "jax":
+            raise ValueError(
+                "many responses of several kernels, or of kernels beside other terms, are NumPy's: "
+                "leave engine and devices out"
+            )
         if self.engine_name == "jax":
             require_own_threads()
             spare_memory_maps()
@@ -120,7 +128,7 @@ class BatchFitter:
         frame = self.frame
         sizes = tuple(len(term.effect_names) for term in frame.terms)
         terms = [
-            Effects(term.codes, term.effects, len(term.levels), *names, term.block(q))
+            Effects(term.codes, term.effects, len(term.levels), *names, term.block(q), term.kernel)
             for term, names, q in zip(frame.terms, placeholders(sizes), sizes, strict=True)
         ]
         if kept is not None:
@@ -184,6 +192,7 @@ class BatchFitter:
         todo = (missing < n) & ~infinite
         self._fit_pattern(values, np.flatnonzero(todo & (missing == 0)), None, table)
         patterns, apart = self._patterns(values, np.flatnonzero(todo & (missing > 0)))
+        self._allow(len(patterns))
         for columns, kept in patterns:
             self._fit_pattern(values, columns, kept, table)
         if apart.size and self.own_rows is not None:
@@ -199,6 +208,19 @@ class BatchFitter:
         apart = [own for own, _ in patterns if own.size < least]
         together = [pattern for pattern in patterns if pattern[0].size >= least]
         return together, np.sort(np.concatenate(apart)) if apart else columns[:0]
+
+    def _allow(self, patterns: int) -> None:
+        """Refuse more decompositions of kernels, one for each pattern of missing values, than can
+        be waited for."""
+        order = max((len(t.seen) for t in self.frame.terms if t.kernel is not None), default=0)
+        self.decomposed += patterns
+        if self.decomposed * order**3 > MOST_WORK:
+            raise DataError(
+                f"the responses lack values in {self.decomposed} different sets of rows or more. "
+                f"Each needs a decomposition of the kernel, of order {order}, and about "
+                f"{int(MOST_WORK / order**3)} are what can be waited for. Leave out rows or "
+                "responses with many missing values, or impute these"
+            )
 
     def basis_in(self, kept: np.ndarray) -> Basis:
         """The basis of the rows `kept`, (n,) booleans, in which no column of X may depend on

@@ -69,7 +69,8 @@ class Lanes:
             plan = collapse(factors, scores) if whole else None
             if plan is not None:
                 factors, scores, counts = plan.factors, plan.scores_x, plan.counts
-            if len(scores) == 1 and whole:
+            # Of a kernel V0 is diagonal as it stands: a decomposition more would cost as much.
+            if len(scores) == 1 and whole and basis.kind == "grouped":
                 eigen = spectral(factors, counts, scores, reml=reml)  # pyright: ignore
             pairs = cross_products(scores)  # pyright: ignore
         return Lanes(basis, _constant(X), plan, eigen, pairs)  # pyright: ignore
@@ -77,7 +78,7 @@ class Lanes:
     @staticmethod
     def in_step(basis: Basis) -> bool:
         """Whether batches are a `GroupedBatch`, all lanes in one."""
-        if basis.kind != "grouped":
+        if basis.kind not in ("grouped", "kernel"):
             return False
         (q, p, levels) = basis.structure.scores.shape
         size = p * (p + 1) // 2 * (q * (q + 1) // 2) * levels

@@ -263,7 +263,8 @@ def fitter_for(
         options.pop("count", None)
         return OwnFitter(frame, method, covariate=covariate, **options)
     fitter = BatchFitter(frame, method, **options)
-    if isinstance(fitter.engine, HostEngine) and frame.weights is None:
+    apart = frame.weights is None and not frame.kernels
+    if isinstance(fitter.engine, HostEngine) and apart:
         options.pop("count", None)
         fitter.own_rows = cache(lambda: OwnFitter(frame, method, **options))
     return fitter

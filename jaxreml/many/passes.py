@@ -47,7 +47,7 @@ class LaneEngine:
     def __init__(self, basis: Basis, X: np.ndarray, known: Known, options: Options):
         self.lanes, self.known, self.options = Lanes.of(basis, X, reml=options.reml), known, options
         self.in_step = self.lanes.pairs is not None
-        self.plan = Plan(options.reml, basis.kind == "grouped", self.in_step, options.df)
+        self.plan = Plan(options.reml, basis.kind != "dense", self.in_step, options.df)
         self.mesh = Mesh(np.array(options.devices), ("responses",))
 
     @cached_property

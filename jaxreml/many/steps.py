@@ -20,7 +20,7 @@ from jaxreml.many.contributions import Parts, contributions
 from jaxreml.many.lanes import Lanes
 from jaxreml.model import linalg, satterthwaite
 from jaxreml.model.design import Design
-from jaxreml.model.kenward_roger import adjust, single_degrees
+from jaxreml.model.kenward_roger import DIALECTS, adjust, single_degrees
 from jaxreml.model.objective import expand
 from jaxreml.model.residual_degrees import residual_degrees
 from jaxreml.model.response import Response
@@ -139,7 +139,7 @@ def tests_of(
     p, xp = contrasts.shape[1], namespace(contrasts, estimate.beta)
     rows = xp.concatenate([np.eye(p, dtype=contrasts.dtype), contrasts])
     if blank is not None:
-        return _kenward_roger_tests(blank, estimate, rows)
+        return _kenward_roger_tests(blank, estimate, rows, df)
     tests = satterthwaite_tests(estimate, rows)
     if df == "satterthwaite":
         return tests
@@ -165,9 +165,10 @@ def _forms(rows: Array, matrices: Array) -> Array:
     return namespace(squares, flat).tensordot(squares, flat, axes=1)
 
 
-def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array) -> Tests:
+def _kenward_roger_tests(blank: Design, estimate: Estimate, rows: Array, df: str) -> Tests:
     xp = namespace(rows, estimate.beta)
-    adjustment = adjust(estimate.theta, estimate.parameters, blank)
+    arrays = estimate.theta, estimate.parameters, blank, estimate.parameters_vcov
+    adjustment = adjust(*arrays, DIALECTS[df])
     exist = adjustment.exists
     variance = xp.where(exist, _forms(rows, adjustment.vcov), np.nan)
     degrees = xp.where(exist, single_degrees(adjustment, rows), np.nan)
@@ -241,4 +242,5 @@ def modes_of(lanes: Lanes, values: Array, shift: Array, root: Array) -> tuple[Ar
     """Conditional modes, per term (levels, effects, lanes): no level is collapsed here."""
     lanes = lanes.plain
     design = lanes.batch(lanes.reduce(values, shift, exact=True))
-    return conditional_modes(design.covariance.omega(root), design)
+    modes = conditional_modes(design.covariance.omega(root), design)
+    return lanes.basis.projector.of_levels(modes)

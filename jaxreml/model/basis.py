@@ -111,7 +111,7 @@ class Basis:
                 for own, columns in zip(terms, columns, strict=True)
             ]
         n_used = n if used is None else int(used.sum())
-        if is_traced(weights):  # rows of weight zero are left out
+        if is_traced(weights) and roots is not None:  # rows of weight zero are left out
             n_used = (roots > 0).sum(dtype=kind)
         _check_terms(terms, columns, used, n_used)
         covariance = Covariance(tuple(own.covariance for own in terms))
@@ -258,11 +258,13 @@ def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:
 def _check_terms(
     terms: Sequence[Effects], columns: list[Any], used: np.ndarray | None, n: int
 ) -> None:
-    """Refuse weighted columns (rows, q) that can take the place of the residual."""
+    """Refuse weighted columns (rows, q) that can take the place of independent residuals."""
+    if any(own.covariance.residual for own in terms):
+        return
     for own, weighted in zip(terms, columns, strict=True):
         if namespace(weighted, own.codes) is not np:
             continue
-        if own.covariance.residual or own.kernel is not None:
+        if own.kernel is not None:
             continue
         codes = own.codes
         if used is not None:

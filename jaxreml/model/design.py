@@ -120,8 +120,8 @@ class Design:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the structure holds, which evaluations cost by."""
-        return sum(np.size(leaf) for leaf in leaves(self.structure))
+        """How many numbers an evaluation works with, which it costs by."""
+        return sum(np.size(leaf) for leaf in leaves(self.structure.evaluated))
 
     @property
     def absent(self) -> Array:

@@ -3,7 +3,10 @@
 Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear: with P_i and
 Q_ij the first and halves of the second derivatives of X'V^-1 X in variances and covariances, W the
 inverse of the expected information in them and Phi the covariance of the estimates, the adjusted
-one is Phi + 2 Phi [sum W_ij (Q_ij - P_i Phi P_j)] Phi. No n x n matrix occurs.
+one is Phi + 2 Phi [sum W_ij (Q_ij - P_i Phi P_j - R_ij / 4)] Phi. R_ij, of second derivatives of V,
+is zero in coordinates in which V is linear. For covariances that are not linear in what SAS and
+others state, variances and correlations, it is not, and it depends on what is stated: the rest does
+not. No n x n matrix occurs.
 
 Where variances cannot be told apart the information is singular. In a flat direction d that leaves
 X'V^-1 alone, Q_dd = 0, all P_d and Q_dj are zero and any generalised inverse gives the same
@@ -50,46 +53,47 @@ class Adjustment(NamedTuple):
     exists: Array
 
 
-class Observed(NamedTuple):
-    """What the observed information says of the parameters: W of SAS, JMP and mmrm.
+class Dialect(NamedTuple):
+    """What a name of the argument `df` means.
 
     Attributes:
-        directions: (m + 1, k + 1), derivatives of omega in scaled units and of log sigma2 in the
-            parameters.
-        vcov: (k + 1, k + 1), asymptotic covariance of these; zeros for those on the boundary.
+        observed: W is from the observed information, as SAS, JMP and R's mmrm have it, and not from
+            the expected one, as Kenward and Roger's paper and pbkrtest.
+        curved: with R_ij; without it is SAS's ``firstorder``.
     """
 
-    directions: Array
-    vcov: Array
+    observed: bool
+    curved: bool
 
-    @staticmethod
-    def of(parameters: np.ndarray, vcov: np.ndarray, design: Design) -> Observed:
-        """Of `Estimate.parameters` and their covariance. On the host."""
-        covariance, free = design.covariance, np.isfinite(parameters)
-        finite, m = covariance.finite(parameters), natural.count_theta(design.sizes)
-        slopes, _ = covariance.in_parameters(finite, np.zeros(m + 1), np.zeros((m + 1, m + 1)))
-        slopes = np.asarray(slopes) * free
-        slopes[:-1] = design.units.of_omega(covariance) @ slopes[:-1]
-        return Observed(slopes, np.where(free & free[:, None], vcov, 0.0))
+
+DIALECTS = {
+    "kenward-roger": Dialect(observed=False, curved=True),
+    "kenward-roger-sas": Dialect(observed=True, curved=True),
+    "kenward-roger-linear": Dialect(observed=True, curved=False),
+}
 
 
 def adjust(
-    theta: Array, parameters: Array, design: Design, observed: Observed | None = None
+    theta: Array,
+    parameters: Array,
+    design: Design,
+    vcov: Array | None = None,
+    dialect: Dialect = DIALECTS["kenward-roger"],
 ) -> Adjustment:
     """The adjustment of a REML fit.
 
     V_0 = V / sigma2 = I + sum omega_i V_i is linear in its directions V_0 and V_i, and the
-    adjustment is the same for every basis of them. tr(P V_i P V_j) are minus the second derivatives
-    of log|V_0| + log|M|; what belongs to V_0 follows from V_0^-1 V_0 = I. A covariance that is not
-    free in all directions has fewer: combinations of the V_i.
+    adjustment but for R is the same for every basis of them. tr(P V_i P V_j) are minus the second
+    derivatives of log|V_0| + log|M|; what belongs to V_0 follows from V_0^-1 V_0 = I. A covariance
+    that is not free in all directions has fewer: combinations of the V_i.
 
     Args:
         theta: (m,), relative Cholesky factors; the axis of lanes may follow, as it does in the
             result and in `design`.
         parameters: (k + 1,), as in `Estimate`.
         design: the data; the response does not matter.
-        observed: W instead of the inverse of the expected information. Covariances that are not
-            linear in their parameters are taken to first order.
+        vcov: (k + 1, k + 1), `Estimate.parameters_vcov`, where the information is the observed one.
+        dialect: of `DIALECTS`.
     """
     xp, p = namespace(theta, design.residual_ss), design.p
     lanes = theta.shape[1:]
@@ -113,11 +117,14 @@ def adjust(
     traces = xp.einsum("iuju...->ij...", within)
     inside = linalg.border(traces, mixed, xp.full_like(last, p))
 
-    free = _directions(parameters, omega, design) if observed is None else observed.directions
+    if dialect.observed:
+        free, counts = _observed(parameters, design)
+    else:
+        free, counts = _directions(parameters, omega, design)
     across = linalg.transpose(free)
     slopes = xp.einsum("di...,iuv...->duv...", across, first)
     inside = linalg.matmul(across, linalg.matmul(inside, free))
-    if observed is None:
+    if not dialect.observed:
         information = linalg.matmul(across, linalg.matmul(information, free))
         # The squared size of a direction in the metric of V is that outside the space of X and
         # inside.
@@ -128,8 +135,9 @@ def adjust(
         bounds = xp.sum(xp.abs(flat) * xp.sqrt(sizes)[:, None], axis=0) ** 2
         exists = xp.all(along <= UNMOVED * bounds, axis=0)  # false where NaN
     else:
-        spread = observed.vcov
-        exists = xp.all(xp.isfinite(spread))
+        known = xp.isfinite(parameters)
+        spread = xp.where(known[:, None] & known, vcov, 0.0)
+        exists = xp.all(xp.isfinite(spread), axis=(0, 1))
 
     # Sum of the spread times Q_ij
     weights = linalg.matmul(free, linalg.matmul(spread, across))
@@ -138,18 +146,38 @@ def adjust(
     second = among - mixed + weights[-1, -1] * identity
 
     squares = xp.einsum("ij...,iuw...,jwv...->uv...", spread, slopes, slopes)
+    inner = second - squares
+    if dialect.curved:
+        finite = design.covariance.finite(parameters)
+        bend = design.covariance.bend(finite, spread, counts)
+        if bend is not None:  # R is minus the combination of P_i
+            inner = inner + xp.einsum("i...,iuv...->uv...", bend, own_first) / 4
     root = linalg.solve_upper(design.basis, to_unit)
-    vcov = identity + 2 * (second - squares)
-    vcov = linalg.matmul(root, linalg.matmul(vcov, linalg.transpose(root)))
-    vcov = xp.exp(parameters[-1]) * vcov
-    return Adjustment((vcov + linalg.transpose(vcov)) / 2, root, slopes, spread, exists)
+    vcov = identity + 2 * inner
+    adjusted = linalg.matmul(root, linalg.matmul(vcov, linalg.transpose(root)))
+    adjusted = xp.exp(parameters[-1]) * adjusted
+    adjusted = (adjusted + linalg.transpose(adjusted)) / 2
+    return Adjustment(adjusted, root, slopes, spread, exists)
 
 
-def _directions(parameters: Array, omega: Array, design: Design) -> Array:
+def _observed(parameters: Array, design: Design) -> tuple[Array, list[int]]:
+    """`_directions` in the parameters themselves, (m + 1, k + 1): derivatives of omega in scaled
+    units and of log sigma2, zero for those on the boundary."""
+    covariance, xp = design.covariance, namespace(parameters)
+    m, lanes = natural.count_theta(design.sizes), parameters.shape[1:]
+    none = np.zeros((m + 1, *lanes)), np.zeros((m + 1, m + 1, *lanes))
+    found, _ = covariance.in_parameters(covariance.finite(parameters), *none)
+    found = found * xp.isfinite(parameters)
+    inner = linalg.matmul(design.units.of_omega(covariance), found[:-1])
+    counts = [len(own) for _, own in covariance.own_parameters(parameters)]
+    return xp.concatenate([inner, found[-1:]]), counts
+
+
+def _directions(parameters: Array, omega: Array, design: Design) -> tuple[Array, list[int]]:
     """(m + 1, d + 1) combinations of the V_i and V_0: derivatives in what the covariance is free
-    in, and in log sigma2, which for random effects is I."""
+    in, and in log sigma2, which for random effects is I. And how many are of each block."""
     xp, lanes = namespace(omega), omega.shape[1:]
-    own = design.covariance.directions(parameters)
+    own, counts = design.covariance.directions(parameters)
     if own is None:
         own = xp.eye(len(omega), dtype=omega.dtype).reshape(
             len(omega), len(omega), *[1] * len(lanes)
@@ -158,7 +186,7 @@ def _directions(parameters: Array, omega: Array, design: Design) -> Array:
     row = np.append(np.zeros(own.shape[1]), 1.0).reshape(1, -1, *[1] * len(lanes))
     row = xp.broadcast_to(xp.asarray(row, omega.dtype), (*row.shape[:2], *lanes))
     of_scale = design.covariance.of_scale(parameters, omega)
-    return xp.concatenate([xp.concatenate([own, of_scale[:, None]], axis=1), row])
+    return xp.concatenate([xp.concatenate([own, of_scale[:, None]], axis=1), row]), counts
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:

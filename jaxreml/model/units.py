@@ -137,12 +137,17 @@ class Units:
                 parts.append(part * (scale[rows] * scale[columns]))
         return xp.concatenate(parts), last
 
-    def of_omega(self, covariance: Covariance) -> np.ndarray:
-        """The linear map (m, m) from relative covariances in the user's units to those inside."""
+    def of_omega(self, covariance: Covariance) -> Array:
+        """The linear map (m, m, ...) from relative covariances in the user's units to those
+        inside."""
         maps = []
         for matrix, block in zip(self.matrices, covariance.blocks, strict=True):
-            moved = matrix @ natural.symmetric_basis((block.size,)) @ matrix.T
-            maps.append(moved[:, *natural.triangle(block.size)].T)
+            rows, columns = natural.triangle(block.size)
+            across, once = matrix[rows], np.where(rows == columns, 0.5, 1.0).astype(matrix.dtype)
+            once = once.reshape(-1, *[1] * (matrix.ndim - 2))
+            left, right = across[:, rows], matrix[columns][:, columns]
+            crossed = across[:, columns] * matrix[columns][:, rows]
+            maps.append((left * right + crossed) * once)
         return linalg.block_diagonal(maps)
 
     def jacobians(self, shown: Array, inner: Array, covariance: Covariance) -> tuple[Array, Array]:

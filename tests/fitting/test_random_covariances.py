@@ -351,3 +351,141 @@ def test_nested_terms_and_several():
         jaxreml.fit("y ~ x + ar1(0 + f | big) + ar1(0 + f | big:g)", data).criterion, abs=1e-7
     )
     assert len(fit.parameters) == 5
+
+
+# Everything that follows from a fit
+
+
+@cache
+def fitted(word: str):
+    return jaxreml.fit(f"y ~ x + {word}", small())
+
+
+def test_summary_says_which_covariance():
+    text = fitted("ar1(0 + f | g)").summary()
+    assert (
+        "g, ar1: correlations rho^|i - j|, one variance for all effects; corr f[f1].f[f0]" in text
+    )
+    assert "f[f0]..f[f3]" in text
+    text = fitted("cs(0 + f | g)").summary()
+    assert "g, cs: equal correlations, a variance for each effect" in text
+    text = fitted("rr(0 + f | g)").summary()
+    assert "g, rr: loadings on fewer factors than effects" in text
+    assert " g, " not in fitted("(0 + f | g)").summary().split("Number of obs")[0]
+
+
+@pytest.mark.parametrize("word", ["ar1(0 + f | g)", "cs(0 + f | g)", "ou(t | g)", "rr(0 + f | g)"])
+def test_variances_have_standard_errors(word):
+    fit = fitted(word)
+    components = fit.variance_components
+    own = components[components["group"] == "g"]
+    variances = np.diagonal(fit.cov_re)
+    shared = word.startswith(("ar1", "ou"))
+    assert len(own) == (1 if shared else 4)
+    np.testing.assert_allclose(own["variance"], variances[:1] if shared else variances)
+    np.testing.assert_allclose(own["log_variance"], np.log(own["variance"]))
+    table = fit.variance_parameters()
+    sds = table[table.index.str.startswith("sd_")]
+    expected = 2 * sds["std_error"] / sds["estimate"]
+    np.testing.assert_allclose(own["log_variance_se"], expected, rtol=1e-6)
+    assert np.isfinite(table["std_error"]).all()
+    tidy = fit.tidy("ran_pars", conf_int=True)
+    np.testing.assert_allclose(tidy["estimate"].sort_values(), table["estimate"].sort_values())
+
+
+@pytest.mark.parametrize("word", ["ar1(0 + f | g)", "ou(t | g)", "rr(0 + f | g)"])
+def test_predictions_by_definition(word):
+    fit = fitted(word)
+    frame, V = fit.frame, dense(fit, fit.parameters)
+    weighted = np.linalg.solve(V, fit.y - frame.X @ fit.beta)
+    (term,) = frame.terms
+    sigma = fit.cov_re.to_numpy()
+    for level in (0, 3):
+        own = term.codes == level
+        modes = sigma @ term.effects[own].T @ weighted[own]
+        np.testing.assert_allclose(fit.random_effects["g"].iloc[level], modes, rtol=1e-7, atol=1e-9)
+    new = small().iloc[[0, 5]]
+    expected = fit.fittedvalues.iloc[[0, 5]]
+    np.testing.assert_allclose(fit.predict(new), expected, rtol=1e-9)
+    unseen = fit.predict(new.assign(g="new"), allow_new_levels=True, interval="prediction")
+    np.testing.assert_allclose(unseen["prediction"], frame.X[[0, 5]] @ fit.beta, rtol=1e-9)
+    spread = np.einsum("ia,ab,ib->i", term.effects[[0, 5]], sigma, term.effects[[0, 5]])
+    known = (
+        spread
+        + fit.sigma**2
+        + np.einsum("ia,ab,ib->i", *[frame.X[[0, 5]], fit.vcov_array, frame.X[[0, 5]]])
+    )
+    np.testing.assert_allclose(unseen["std_error"] ** 2, known, rtol=1e-7)
+
+
+def test_saved_and_read(tmp_path):
+    for word in ("mat(t + s | g, nu=2.5)", "cs(0 + f | g, hom=True)", "rr(0 + f | g, d=1)"):
+        fit = fitted(word)
+        fit.save(tmp_path / "fit.json")
+        again = jaxreml.load(tmp_path / "fit.json")
+        assert again.summary() == fit.summary()
+        pd.testing.assert_frame_equal(again.variance_components, fit.variance_components)
+        new = small().iloc[:3]
+        pd.testing.assert_series_equal(again.predict(new), fit.predict(new))
+
+
+def test_compared():
+    fits = [fitted(word) for word in ("homcs(0 + f | g)", "cs(0 + f | g)", "(0 + f | g)")]
+    table = jaxreml.compare(*fits, refit=False)
+    assert table["df"].tolist()[1:] == [3, 5] and (table["note"] == "").all()
+    table = jaxreml.compare(fitted("(1 | g)"), fitted("ar1(0 + f | g)"), refit=False)
+    assert table["df"].iloc[1] == 1 and "boundary" in table["note"].iloc[1]
+    other = jaxreml.compare(fitted("ar1(0 + f | g)"), fitted("cs(0 + f | g)"), refit=False)
+    assert "ar1(f[f0] + f[f1] + f[f2] + f[f3] | g) is a case of none" in other["note"].iloc[1]
+
+
+def test_tables_and_plots():
+    from matplotlib.figure import Figure
+
+    fit = fitted("ar1(0 + f | g)")
+    assert "f[f0]..f[f3]" in fit.to_markdown() and "f[f1]" in fit.to_markdown("random_effects")
+    assert fit.plot(ax=Figure().subplots(2, 2).ravel()) is not None
+    assert jaxreml.plots.caterpillar(fit) is not None
+    assert "ar1(0 + f | g)" in fit.ranova().index[1]
+
+
+def test_bad_input():
+    data = small()
+
+    def fit(word, own=data):
+        return jaxreml.fit(f"y ~ x + {word}", own)
+
+    for word, message in (
+        ("un(0 + f | g)", "'un' is no covariance of random effects; there are us, diag"),
+        ("ad(0 + f | g)", "'ad' is a word for residuals"),
+        ("us(0 + f | g, hom=True)", "'us' takes no options"),
+        ("ou(t | g, hom=True)", "'ou' takes no options"),
+        ("cs(0 + f | g, nu=1.5)", "'cs' takes the option hom"),
+        ("cs(0 + f | g, hom=2)", "hom is True or False"),
+        ("mat(t | g, nu=2)", "one of 0.5, 1.5, 2.5"),
+        ("ar1(f | g)", r"intercept among its effects.*write ar1\(0 \+"),
+        ("ou(log(t) | g)", "names of columns of numbers"),
+    ):
+        with pytest.raises(jaxreml.FormulaError, match=message):
+            fit(word)
+    for word, message in (
+        ("cs(1 | g)", "two or more effects of a term, not of one"),
+        ("ou(f | g)", "need numbers for 'f', and it has values such as 'f0'"),
+        ("rr(0 + f | g, d=4)", "a whole number from 1 to 3"),
+        ("rr(0 + f | g, d=True)", "a whole number from 1 to 3"),
+        ("rr(0 + f | big, d=3)", "2 levels"),
+        ("homcs(0 + row | g)", "cannot be told apart"),
+    ):
+        own = data.assign(big=(data["g"] > "g06").map({True: "a", False: "b"}))
+        own["row"] = own.groupby("g").cumcount().map("r{}".format)
+        with pytest.raises(jaxreml.DataError, match=message):
+            fit(word, own)
+    with pytest.raises(jaxreml.DataError, match="t has one value"):
+        fit("ou(t | g)", data.assign(t=1.0))
+    with pytest.raises(jaxreml.DataError, match="more than 100"):
+        twice = pd.concat([data, data], ignore_index=True)
+        fit("ou(t | g)", twice.assign(t=np.arange(len(twice))))
+    with pytest.raises(jaxreml.DataError, match=r"t 0\.7 in row"):
+        fitted("ou(t | g)").predict(data.head(1).assign(t=0.7))
+    with pytest.raises(jaxreml.DataError, match=r"cannot fit many responses: the term ar1\("):
+        jaxreml.fit_many("~ x + ar1(0 + f | g)", data, np.zeros((len(data), 2)))

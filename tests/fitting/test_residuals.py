@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 import jaxreml
 from jaxreml.backend.arrays import leaves
 from jaxreml.data.frame import model_frame
+from jaxreml.fitting.sequence import failure
 from jaxreml.model.covariance.words import FAMILIES, RESIDUALS, SYNONYMS
 from jaxreml.model.structures import grouped
 from jaxreml.model.structures.collapse import marginal_by_classes
@@ -161,13 +163,13 @@ def test_kenward_roger_of_sas_at_full_precision():
     np.testing.assert_allclose(found, table[order], rtol=1e-7)
     variances = fit.parameters_vcov("variance")
     np.testing.assert_allclose(variances, expected["asycov"], rtol=1e-6)
-    with pytest.raises(ValueError, match="not of batches"):
-        jaxreml.fit_many(
-            "~ 1 + (1 | Day)",
-            pd.read_csv(HERE / "pastry.csv.gz"),
-            np.ones((28, 2)),
-            df="kenward-roger-sas",
-        )
+    batch = jaxreml.fit_many(
+        expected["formula"].partition("~")[2].join(["~", ""]),
+        pd.read_csv(HERE / "pastry.csv.gz"),
+        pd.read_csv(HERE / "pastry.csv.gz")[["LEI"]],
+        df="kenward-roger-sas",
+    )
+    np.testing.assert_allclose(batch.df.to_numpy()[0], table[order][:, 2], rtol=1e-7)
 
 
 # Dense algebra
@@ -247,48 +249,165 @@ def test_dense_algebra(family, random):
     assert fit.coefficients()["df"].iloc[1] == pytest.approx(degrees, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["us", "cs", "diag"])
-def test_kenward_roger_by_definition(family):
-    """Where V is linear in variances and covariances: V_i are indicators of pairs of visits."""
+def stated_covariance(family: str, s: np.ndarray) -> np.ndarray:
+    """Covariance matrix of four visits in the parameters that SAS's PROC MIXED has."""
+    lag = np.abs(np.subtract.outer(range(4), range(4)))
+    each = family in ("csh", "ar1h", "adh", "toeph")
+    variances, rho = (s[:4], s[4:]) if each else (np.repeat(s[:1], 4), s[1:])
+    if family in ("us", "diag"):
+        matrix = np.zeros((4, 4))
+        rows, columns = np.triu_indices(4) if family == "us" else (np.arange(4),) * 2
+        matrix[rows, columns] = matrix[columns, rows] = s
+        return matrix
+    if family in ("cs", "toep"):  # a variance, and covariances
+        return np.append(s, [s[-1]] * 2)[lag] if family == "cs" else s[lag]
+    correlation = {
+        "csh": lambda: np.where(lag, rho[0], 1.0),
+        "ar1": lambda: rho[0] ** lag,
+        "ar1h": lambda: rho[0] ** lag,
+        "ad": lambda: np.array(
+            [[np.prod(rho[min(i, j) : max(i, j)]) for i in range(4)] for j in range(4)]
+        ),
+        "toeph": lambda: np.append(1.0, rho)[lag],
+        "sp_exp": lambda: np.exp(-lag / rho[0]),
+        "sp_gau": lambda: np.exp(-((lag / rho[0]) ** 2)),
+    }[family.removesuffix("h") if family == "adh" else family]()
+    return np.sqrt(np.outer(variances, variances)) * correlation
+
+
+def stated(family: str, matrix: np.ndarray) -> np.ndarray:
+    """Those parameters of a covariance matrix."""
+    rows, columns = np.triu_indices(4)
+    variances = np.diagonal(matrix)
+    rho = matrix / np.sqrt(np.outer(variances, variances))
+    first = variances if family in ("csh", "ar1h", "adh", "toeph", "diag") else variances[:1]
+    rest = {
+        "us": matrix[rows, columns],
+        "cs": matrix[0, 1:2],
+        "toep": matrix[0, 1:],
+        "toeph": rho[0, 1:],
+        "ad": rho[np.arange(3), np.arange(1, 4)],
+        "adh": rho[np.arange(3), np.arange(1, 4)],
+        "diag": np.zeros(0),
+    }.get(family, rho[0, 1:2])
+    if family.startswith("sp"):
+        rest = -1 / np.log(rest)
+        rest = np.sqrt(rest) if family == "sp_gau" else rest
+    return rest if family == "us" else np.append(first, rest)
+
+
+@pytest.mark.parametrize("family", [w for w in RESIDUALS if w not in SYNONYMS])
+@pytest.mark.parametrize("random", ["", " + (1 | subject)"])
+def test_kenward_roger_by_definition(family, random):
+    """Their formulas with n x n matrices, and derivatives of V by differences."""
+    if random and family not in ("diag", "ar1h"):
+        return  # these and a random intercept cannot be told apart, or nearly so
     data = small(3, subjects=25).assign(C=lambda d: "t" + d["time"].astype(int).astype(str))
-    fit = jaxreml.fit("y ~ x * C", data, residual=f"{family}(C | subject)")
+    visit = "time" if FAMILIES[family].timed else "C"
+    fit = jaxreml.fit(f"y ~ x * C{random}", data, residual=f"{family}({visit} | subject)")
     own, X = fit.frame.residual, fit.frame.X
     same = own.codes[:, None] == own.codes
-    pairs = [(own.places[:, None] == a) & (own.places == b) for a in range(4) for b in range(a + 1)]
-    pairs = [np.asarray((pair | pair.T) & same, float) for pair in pairs]
-    if family == "cs":
-        pairs = [np.eye(len(X)), same - np.eye(len(X))]
-    if family == "diag":
-        pairs = [pair for pair in pairs if np.trace(pair)]
+
+    def expanded(matrix: np.ndarray) -> np.ndarray:
+        return matrix[np.ix_(own.places, own.places)] * same
+
+    s = stated(family, fit.residual_cov.to_numpy())
+    np.testing.assert_allclose(stated_covariance(family, s), fit.residual_cov, rtol=1e-10)
+    ways = np.eye(len(s))
+
+    def slope(at: np.ndarray, i: int, step: float = 2e-3) -> np.ndarray:
+        h = step * s[i] * ways[i]
+        near, far = (
+            stated_covariance(family, at + k * h) - stated_covariance(family, at - k * h)
+            for k in (1, 2)
+        )
+        return (8 * near - far) / (12 * step * s[i])
+
+    def bend(i: int, j: int, step: float = 2e-3) -> np.ndarray:
+        h = step * s[j] * ways[j]
+        near, far = (slope(s + k * h, i) - slope(s - k * h, i) for k in (1, 2))
+        return (8 * near - far) / (12 * step * s[j])
+
+    first = [expanded(slope(s, i)) for i in range(len(s))]
+    if random:
+        first.append(same * 1.0)
     inverse = np.linalg.inv(dense(fit, fit.parameters))
     half = inverse @ X
     phi = np.linalg.inv(X.T @ half)
     projector = inverse - half @ phi @ half.T
-    moved = [projector @ pair for pair in pairs]
-    information = [[np.sum(left * right.T) / 2 for right in moved] for left in moved]
-    W = np.linalg.inv(information)
-    first = [-half.T @ pair @ half for pair in pairs]
-    second = [[half.T @ i @ inverse @ j @ half for j in pairs] for i in pairs]
-    inner = sum(
-        W[i, j] * (second[i][j] - first[i] @ phi @ first[j])
-        for i in range(len(pairs))
-        for j in range(len(pairs))
-    )
-    np.testing.assert_allclose(fit.vcov_kenward_roger, phi + 2 * phi @ inner @ phi, rtol=1e-7)
-    along = np.array([np.diagonal(phi @ slope @ phi) for slope in first]) / np.diagonal(phi)
+    moved = [projector @ pair for pair in first]
+    W = np.linalg.inv([[np.sum(left * right.T) / 2 for right in moved] for left in moved])
+    P = np.array([-half.T @ own @ half for own in first])
+    moved = [inverse @ own @ half for own in first]
+    Q = [[half.T @ left @ right for right in moved] for left in first]
+    inner = np.einsum("ij,ijuv->uv", W, Q) - np.einsum("ij,iuv,vw,jwx->ux", W, P, phi, P)
+    bends = sum(W[i, j] * bend(i, j) for i in range(len(s)) for j in range(len(s)))
+    curved = half.T @ expanded(bends) @ half / 4
+    expected = phi + 2 * phi @ (inner - curved) @ phi
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(fit.vcov_kenward_roger, expected, atol=1e-7 * scale)
+    along = np.array([np.diagonal(phi @ own @ phi) for own in P]) / np.diagonal(phi)
     degrees = 2 / np.einsum("ij,ik,jk->k", W, along, along)
     np.testing.assert_allclose(fit.coefficients("kenward-roger")["df"], degrees, rtol=1e-7)
-    # The observed information instead
-    vcov = np.asarray(fit.parameters_vcov_array)
-    slopes = []
-    for k in range(len(fit.parameters)):
-        step = 1e-5 * np.eye(len(fit.parameters))[k]
-        V = [dense(fit, fit.parameters + sign * step) for sign in (1, -1)]
-        slopes.append(np.diagonal(phi @ half.T @ ((V[0] - V[1]) / 2e-5) @ half @ phi))
-    along = np.array(slopes) / np.diagonal(phi)
-    degrees = 2 / np.einsum("ij,ik,jk->k", vcov, along, along)
-    found = fit.coefficients("kenward-roger-sas")["df"]
-    np.testing.assert_allclose(found, degrees, rtol=1e-5)
+    if family in ("us", "cs", "toep", "diag"):
+        np.testing.assert_allclose(curved, 0, atol=1e-7 * np.abs(inner).max())
+    if family in ("us", "ar1", "toeph", "sp_gau") and not random:
+        of_observed_information(fit, s, slope, bend, expanded)
+
+
+def of_observed_information(fit, s, slope, bend, expanded) -> None:
+    """The same with the covariance of the parameters that a numerical Hessian gives."""
+    X, y, family = fit.frame.X, fit.y, fit.residual.words.family
+
+    def gradient(at: np.ndarray) -> np.ndarray:
+        """Of the criterion in SAS's parameters: tr(P V_i) - y'P V_i P y."""
+        inverse = np.linalg.inv(expanded(stated_covariance(family, at)))
+        half = inverse @ X
+        projector = inverse - half @ np.linalg.solve(X.T @ half, half.T)
+        left = projector @ y
+        slopes = [expanded(slope(at, i)) for i in range(len(s))]
+        return np.array([np.sum(projector * own) - left @ own @ left for own in slopes])
+
+    steps = 1e-3 * np.diag(s)
+    near, far = (
+        np.array([gradient(s + k * h) - gradient(s - k * h) for h in steps]) for k in (1, 2)
+    )
+    hessian = (8 * near - far) / (12 * 1e-3 * s[:, None])
+    W = 2 * np.linalg.inv((hessian + hessian.T) / 2)
+    inverse = np.linalg.inv(expanded(stated_covariance(family, s)))
+    half = inverse @ X
+    phi = np.linalg.inv(X.T @ half)
+    first = [expanded(slope(s, i)) for i in range(len(s))]
+    P = np.array([-half.T @ own @ half for own in first])
+    moved = [inverse @ own @ half for own in first]
+    Q = [[half.T @ left @ right for right in moved] for left in first]
+    inner = np.einsum("ij,ijuv->uv", W, Q) - np.einsum("ij,iuv,vw,jwx->ux", W, P, phi, P)
+    bends = sum(W[i, j] * bend(i, j) for i in range(len(s)) for j in range(len(s)))
+    curved = half.T @ expanded(bends) @ half / 4
+    along = np.array([np.diagonal(phi @ own @ phi) for own in P]) / np.diagonal(phi)
+    degrees = 2 / np.einsum("ij,ik,jk->k", W, along, along)
+    for df, total in (("kenward-roger-sas", inner - curved), ("kenward-roger-linear", inner)):
+        expected = np.sqrt(np.diagonal(phi + 2 * phi @ total @ phi))
+        found = fit.coefficients(df)
+        np.testing.assert_allclose(found["std_error"], expected, rtol=1e-6)
+        np.testing.assert_allclose(found["df"], degrees, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", recorded("sas")["fev_kenward_roger"]["figures"])
+def test_kenward_roger_of_sas(family):
+    """SAS stops its search earlier, which its figures show: at 1e-8 of the criterion."""
+    error, degrees, linear = recorded("sas")["fev_kenward_roger"]["figures"][family]
+    found = {
+        df: fitted(f"{family}{ON}", "FEV1 ~ ARMCD").coefficients(df).iloc[1]
+        for df in ("kenward-roger-sas", "kenward-roger-linear")
+    }
+    near = 5e-4 if family in ("us", "csh", "adh", "toep", "ar1h") else 5e-6
+    for row, expected in zip(found.values(), (error, linear), strict=True):
+        assert row["std_error"] == pytest.approx(expected, rel=near)
+        assert row["df"] == pytest.approx(degrees, rel=near)
+    # What the second derivatives of V do hardly depends on where the search stops.
+    ratio = found["kenward-roger-sas"]["std_error"] / found["kenward-roger-linear"]["std_error"]
+    assert ratio == pytest.approx(error / linear, abs=2e-7)
 
 
 @pytest.mark.parametrize("random", ["", " + (1 | subject)"])
@@ -523,7 +642,6 @@ def test_compared():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda fit: fit.profile(),
         lambda fit: fit.bootstrap(10),
         lambda fit: fit.leverage(),
         lambda fit: fit.influence("subject"),
@@ -535,6 +653,43 @@ def test_compared():
 def test_what_is_not_there_says_so(ask):
     with pytest.raises(jaxreml.DataError, match="so far"):
         ask(followed())
+
+
+def few() -> pd.DataFrame:
+    """Five subjects at four visits: too few for any covariance matrix."""
+    return small(2, subjects=5)
+
+
+def test_covariances_in_turn(tmp_path):
+    words = [f"{word}(time | subject)" for word in ("us", "toeph", "ar1", "cs")]
+    fit = jaxreml.fit("y ~ x * time", few(), residual=words)
+    alone = []
+    for text in words:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", jaxreml.ConvergenceWarning)
+            try:
+                alone.append(failure(jaxreml.fit("y ~ x * time", few(), residual=text)))
+            except jaxreml.DataError as error:
+                alone.append(str(error))
+    place = alone.index(None)
+    assert place > 0 and fit.residual.text == words[place]
+    assert fit.residual_tried == tuple(zip(words[:place], alone[:place], strict=True))
+    assert f"residual={words[0]!r} was tried and left: {alone[0]}" in fit.summary()
+    fit.save(tmp_path / "fit.json")
+    assert jaxreml.load(tmp_path / "fit.json").residual_tried == fit.residual_tried
+    first = jaxreml.fit("y ~ x", small(3, subjects=25), residual=["ar1(time | subject)"])
+    assert first.residual_tried == () and "tried" not in first.summary()
+
+
+def test_none_of_the_covariances():
+    words = [f"{word}(time | subject)" for word in ("us", "toeph")]
+    with pytest.warns(jaxreml.ConvergenceWarning, match="none of us"):
+        fit = jaxreml.fit("y ~ x * time", few(), residual=words, max_iterations=1)
+    assert not fit.converged and fit.residual_tried[0][0] == words[0]
+    with pytest.raises(ValueError, match="nothing to try"):
+        jaxreml.fit("y ~ x", few(), residual=[])
+    with pytest.raises(jaxreml.FormulaError, match="'un' is no"):
+        jaxreml.fit("y ~ x", few(), residual=[words[0], "un(time | subject)"])
 
 
 def test_bad_input():

@@ -13,6 +13,7 @@ import pytest
 from independent import gradient, hessian
 
 import jaxreml
+from jaxreml.data.frame import model_frame
 from jaxreml.model.objective import expand, neg2_loglik
 
 HERE = Path(__file__).parents[1] / "reference" / "residuals"
@@ -42,7 +43,8 @@ def small(seed: int = 0, subjects: int = 14, visits: int = 3) -> pd.DataFrame:
     data["arm"] = np.where(who % 3 == 0, "new", "old")
     shared = rng.normal(size=subjects)[who] + rng.normal(size=5)[what] + rng.normal(size=5)[who % 5]
     data["y"] = data["x"] + shared + rng.normal(size=len(data)) * (1 + data["time"] / 3)
-    return data[rng.random(len(data)) > 0.15].reset_index(drop=True)
+    data = data[rng.random(len(data)) > 0.15].reset_index(drop=True)
+    return data.assign(row=np.arange(len(data)))
 
 
 @cache
@@ -67,6 +69,9 @@ def fitted(random: str, residual: str, structure: str | None = None, **options):
         ("ar1_site_weights", "(1 | site)", "ar1(v | subject)", {"weights": "w"}),
         ("us_item_tmb", "(1 | item)", "us(visit | subject)", {}),
         ("ar1_item_site_tmb", "(1 | item) + (1 | site)", "ar1(visit | subject)", {}),
+        ("diag_nested", "(1 | site/subject)", "diag(arm)", {}),
+        ("diag_nested_ml", "(1 | site/subject)", "diag(arm)", {"method": "ML"}),
+        ("diag_crossed_tmb", "(1 | item) + (1 | subject)", "diag(arm)", {}),
     ],
 )
 def test_nlme_and_glmmtmb(name, random, residual, options):
@@ -80,7 +85,10 @@ def test_nlme_and_glmmtmb(name, random, residual, options):
         for factor in set(found.index.get_level_values("group")) - {"Residual"}:
             assert found[factor].iloc[0] == pytest.approx(expected["variances"][factor], rel=5e-4)
         own = np.diagonal(fit.residual_cov)
-        np.testing.assert_allclose(own, expected["variances"]["subject"], rtol=5e-4)
+        theirs = expected["variances"]["subject"]
+        if expected["dispersion"]:
+            theirs = np.exp(np.cumsum(list(expected["dispersion"].values())))
+        np.testing.assert_allclose(own, theirs, rtol=5e-4)
         return
     np.testing.assert_allclose(fit.bse, expected["se"], rtol=1e-4)
     assert fit.sigma == pytest.approx(expected["sigma"], rel=1e-4)
@@ -91,7 +99,7 @@ def test_nlme_and_glmmtmb(name, random, residual, options):
     if residual.startswith("us"):
         below = matrix.T[np.triu_indices(4, 1)]
         np.testing.assert_allclose(below, expected["correlation"], rtol=1e-3)
-    elif not residual.startswith("sp"):
+    elif not residual.startswith(("sp", "diag")):
         assert matrix[1, 0] == pytest.approx(expected["correlation"], rel=1e-4)
     if expected.get("ratios"):
         sds = np.sqrt(np.diagonal(fit.residual_cov))
@@ -103,10 +111,10 @@ def test_nlme_and_glmmtmb(name, random, residual, options):
 # Dense algebra
 
 
-def parts(fit, parameters: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+def parts(frame, block, parameters: np.ndarray) -> list[np.ndarray]:
     """Per random intercept its part of V, and the residuals' part, from the definition."""
-    own, block = fit.frame.residual, fit.residual.block
-    count = len(block.parameter_names("", fit.residual.effects))
+    own = frame.residual
+    count = len(block.parameter_names("", tuple(map(str, range(block.size)))))
     mine = parameters[len(parameters) - 1 - count : -1]
     logs, z = mine[: block.log_variances], mine[block.log_variances :]
     sds = np.sqrt(np.append(np.exp(parameters[-1]), np.exp(logs)))[list(block.variances)]
@@ -115,27 +123,30 @@ def parts(fit, parameters: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     matrix[rows, columns] = matrix[columns, rows] = block.correlation.entries(z)
     matrix = sds[:, None] * matrix * sds
     R = matrix[np.ix_(own.places, own.places)] * (own.codes[:, None] == own.codes)
-    root = np.sqrt(fit.prior_weights)
+    root = np.sqrt(np.ones(len(R)) if frame.weights is None else frame.weights)
     random = [
         value * (term.effects @ term.effects.T) * (term.codes[:, None] == term.codes)
-        for term, value in zip(fit.frame.terms, np.exp(parameters), strict=False)
+        for term, value in zip(frame.terms, np.exp(parameters), strict=False)
     ]
-    return random, R / root[:, None] / root
+    return [*random, R / root[:, None] / root]
 
 
 def covariance(fit, parameters: np.ndarray) -> np.ndarray:
-    random, R = parts(fit, parameters)
-    return sum(random) + R
+    return sum(parts(fit.frame, fit.residual.block, parameters))
 
 
 def criterion(fit, parameters: np.ndarray) -> float:
-    V, X, y = covariance(fit, parameters), fit.frame.X, fit.y
+    return of_covariance(fit.frame, covariance(fit, parameters), fit.method)
+
+
+def of_covariance(frame, V: np.ndarray, method: str) -> float:
+    X, y = frame.X, frame.y
     inverse = np.linalg.inv(V)
     M = X.T @ inverse @ X
     rest = y - X @ np.linalg.solve(M, X.T @ inverse @ y)
     n, p = X.shape
     value = np.linalg.slogdet(V)[1] + rest @ inverse @ rest
-    if fit.method == "ML":
+    if method == "ML":
         return n * np.log(2 * np.pi) + value
     return (n - p) * np.log(2 * np.pi) + value + np.linalg.slogdet(M)[1]
 
@@ -146,46 +157,56 @@ MODELS = [
     ("(1 | item) + (1 | site)", "csh(time | subject)", "ML"),
     ("(1 | site/subject)", "ar1h(time | subject)", "REML"),
     ("(0 + x | site) + (1 | item)", "toep(time | arm/subject)", "REML"),
+    ("(1 | item) + (1 | subject)", "diag(arm)", "REML"),
+    ("(1 | row) + (1 | site)", "ar1(time | subject)", "REML"),  # with an error of measurement
 ]
 
 
-@pytest.mark.parametrize("structure", ["dense", "crossed"])
 @pytest.mark.parametrize(("random", "residual", "method"), MODELS)
-def test_derivatives_anywhere(random, residual, method, structure):
+def test_derivatives_anywhere(random, residual, method):
     """Value, gradient and Hessian of the criterion at a point that is no optimum."""
-    fit = fitted(random, residual, structure, method=method, weights="w")
-    assert fit.structure == structure
-    design, reml = fit.design, method == "REML"
+    data = small(3, subjects=20)
+    frame = model_frame(f"y ~ x + {random}", data, weights="w", residual=residual)
+    block = frame.residual.term.covariance(0)
     rng = np.random.default_rng(7)
-    at = rng.normal(scale=0.3, size=len(fit.parameters))
-    omega, log_sigma2 = design.units.omega(at, design.covariance)
-    expected = criterion(fit, at)
-    assert neg2_loglik(omega, log_sigma2, design, reml=reml) == pytest.approx(expected, rel=1e-12)
-    inner = np.array(at)  # a unit is a constant in a log-variance
-    for k, (matrix, block) in enumerate(
-        zip(design.units.matrices, design.covariance.blocks, strict=True)
-    ):
-        if not block.residual:
-            inner[k] += 2 * np.log(matrix[0, 0])
-    around = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
-    jacobian, second = design.covariance.in_parameters(
-        inner, around.joint_gradient, around.joint_hessian
-    )
-    slope = gradient(lambda p: criterion(fit, p), at)
-    np.testing.assert_allclose(jacobian.T @ around.joint_gradient, slope, rtol=1e-7, atol=1e-7)
-    bend = hessian(lambda p: criterion(fit, p), at)
-    np.testing.assert_allclose(second, bend, rtol=1e-4, atol=1e-4)
+    k = len(frame.design("dense").parameter_names)
+    at, way = 0.3 * rng.normal(size=k), rng.normal(size=k)
+
+    def dense(parameters):
+        return of_covariance(frame, sum(parts(frame, block, parameters)), method)
+
+    value, slope = dense(at), gradient(dense, at)
+    steps = [gradient(dense, at + sign * 1e-4 * way) for sign in (1, -1)]
+    bend = (steps[0] - steps[1]) / 2e-4
+    for structure in ("dense", "crossed"):
+        design, reml = frame.design(structure), method == "REML"
+        assert type(design.structure).__name__ == structure.title()
+        omega, log_sigma2 = design.units.omega(at, design.covariance)
+        found = neg2_loglik(omega, log_sigma2, design, reml=reml)
+        assert found == pytest.approx(value, rel=1e-12)
+        inner = np.array(at)  # a unit is a constant in a log-variance
+        for i, matrix in enumerate(design.units.matrices[:-1]):
+            inner[i] += 2 * np.log(matrix[0, 0])
+        around = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
+        first, second = design.covariance.in_parameters(
+            inner, around.joint_gradient, around.joint_hessian
+        )
+        ours = first.T @ around.joint_gradient
+        np.testing.assert_allclose(ours, slope, rtol=1e-7, atol=1e-7, err_msg=structure)
+        np.testing.assert_allclose(second @ way, bend, rtol=1e-5, atol=1e-4, err_msg=structure)
 
 
 @pytest.mark.parametrize("structure", ["dense", "crossed"])
-@pytest.mark.parametrize(("random", "residual"), [model[:2] for model in MODELS[:4]])
+@pytest.mark.parametrize(
+    ("random", "residual"), [model[:2] for model in (MODELS[0], MODELS[3], MODELS[5])]
+)
 def test_random_effects(random, residual, structure):
     fit = fitted(random, residual, structure, weights="w")
     assert fit.converged and not fit.is_singular
     np.testing.assert_allclose(
         gradient(lambda at: criterion(fit, at), fit.parameters), 0, atol=2e-5
     )
-    own, _ = parts(fit, fit.parameters)
+    *own, _ = parts(fit.frame, fit.residual.block, fit.parameters)
     V, X = covariance(fit, fit.parameters), fit.frame.X
     inverse = np.linalg.inv(V)
     vcov = np.linalg.inv(X.T @ inverse @ X)
@@ -251,6 +272,70 @@ def test_kenward_roger_by_definition(structure):
     np.testing.assert_allclose(found, degrees, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("random", "residual", "names"),
+    [
+        ("(1 | subject)", "cs(time | subject)", "from the random effects on 'subject': log_var"),
+        ("(1 | alone)", "us(time | subject)", "from the random effects on 'alone'"),
+        ("(1 | item) + (1 | subject)", "toep(time | subject)", "on 'subject': .*lag 1.*lag 2"),
+        ("(1 | row)", "diag(time | subject)", "on 'row'"),
+        ("(1 | row) + (1 | item)", "diag(arm)", "on 'row'"),
+    ],
+)
+def test_what_means_the_same_is_refused(random, residual, names):
+    data = small(3, subjects=20)
+    data["alone"] = data["subject"].str.replace("s", "z")
+    with pytest.raises(jaxreml.DataError, match=names):
+        jaxreml.fit(f"y ~ x + {random}", data, residual=residual)
+
+
+def test_visits_that_no_subject_has_together():
+    data = small(3, subjects=20)
+    late = data["subject"].isin(data.loc[data["time"] == 2, "subject"])
+    data = data[~(late & (data["time"] == 0))]
+    with pytest.raises(jaxreml.DataError, match=r"do not determine .*z\[Residual, 0, 2\]"):
+        jaxreml.fit("y ~ x + (1 | site)", data, residual="us(time | subject)")
+
+
+def test_variances_by_level_without_random_effects():
+    """Weighted least squares of each level's variance, by the definition."""
+    fit = jaxreml.fit("y ~ x + time", small(3, subjects=20), "ML", residual="diag(item)")
+    assert fit.converged and fit.ngroups == {} and "Residuals:\n diag(item)" in fit.summary()
+    variances = np.diagonal(fit.residual_cov)
+    own, X, y = fit.frame.residual.places, fit.frame.X, fit.y
+    weights = 1 / variances[own]
+    beta = np.linalg.solve(X.T @ (weights[:, None] * X), X.T @ (weights * y))
+    np.testing.assert_allclose(fit.params, beta, rtol=1e-8)
+    squares = (y - X @ beta) ** 2
+    expected = [squares[own == k].mean() for k in range(len(variances))]  # the likelihood's
+    np.testing.assert_allclose(variances, expected, rtol=1e-5)
+    row = fit.table.iloc[[0]]
+    found = fit.predict(row, interval="prediction")["std_error"].iloc[0]
+    x = X[0]
+    assert found**2 == pytest.approx(x @ fit.vcov @ x + variances[own[0]], rel=1e-8)
+    smaller = jaxreml.fit("y ~ x + time + (1 | item)", small(3, subjects=20), "ML")
+    larger = jaxreml.fit(smaller.formula, fit.table, "ML", residual="diag(item)")
+    table = jaxreml.compare(smaller, larger)
+    assert table["df"].iloc[1] == 4 and "no case" not in table["note"].iloc[1]
+
+
+def test_bad_levels():
+    data = small(3, subjects=30)
+    for residual, match in (
+        ("diag(many)", "'many' has 70 different values, and a .* for each is there for 2 to 60"),
+        ("diag(one)", "'one' has 1 different values"),
+        ("diag(rare)", "the rows with rare 'once', 1 of them, are fitted exactly"),
+    ):
+        with pytest.raises(jaxreml.DataError, match=match):
+            own = data.assign(one=1, rare=np.where(data["row"] == 4, "once", "often"))
+            own["many"] = own["row"] % 70
+            jaxreml.fit("y ~ x", own, residual=residual)
+    with pytest.raises(jaxreml.FormulaError, match=r"of the form 'diag\(group\)'"):
+        jaxreml.fit("y ~ x", data, residual="diag(arm + item)")
+    with pytest.raises(jaxreml.DataError, match="give cluster="):
+        jaxreml.fit("y ~ x", data, residual="diag(arm)").robust()
+
+
 # What follows from a fit
 
 
@@ -293,7 +378,7 @@ def test_simulated_responses_and_residuals():
     V = covariance(fit, fit.parameters)
     error = np.sqrt((np.outer(np.diagonal(V), np.diagonal(V)) + V**2) / draws.shape[1])
     assert (np.abs(draws @ draws.T / draws.shape[1] - V) / error).max() < 5
-    _, R = parts(fit, fit.parameters)
+    *_, R = parts(fit.frame, fit.residual.block, fit.parameters)
     order = np.lexsort((fit.frame.residual.places, fit.frame.residual.codes))
     root = np.linalg.cholesky(R[np.ix_(order, order)])
     expected = np.linalg.solve(root, (fit.y - fit.fitted)[order])

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxreml.model.covariance import correlations, jets
+from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.natural import places
 from jaxreml.model.covariance.residual import Residual
+from jaxreml.model.covariance.structured import Structured
 
 TIMES = (0.0, 1.0, 2.5, 3.0, 7.0)
 FAMILIES = {
@@ -187,3 +189,34 @@ def test_jax_has_the_same_numbers(block):
             block.curvature(chart, weights),
             atol=1e-11,
         )
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Residual(5, FAMILIES["toeplitz"], (0, 0, 1, 1, 1)),
+        Residual(4, COPIES["autoregressive copies"], (0, 1, 2, 3)),
+        Residual(5, FAMILIES["gaussian"], (0,) * 5),
+        Structured(5, FAMILIES["toeplitz"]),
+        Structured(5, FAMILIES["exponential"], each=False),
+    ],
+    ids=lambda block: f"{type(block).__name__} {type(block.correlation).__name__}",
+)
+def test_second_derivatives_in_what_is_stated(block):
+    """Written out, by JAX, and by the default, which random effects have: V there is theirs."""
+    rng = np.random.default_rng(0)
+    parameters, log_sigma2 = coordinates(block.length, 2), 0.7
+    root = rng.normal(size=(len(parameters) + 1,) * 2)
+    spread = root @ root.T
+    found = block.bend(parameters, np.array(log_sigma2), spread)
+    alone = spread.copy()
+    alone[-1] = alone[:, -1] = 0
+    with jax.enable_x64(True):
+        at = jnp.asarray(parameters), jnp.asarray(log_sigma2)
+        if block.residual:  # of others it is the default
+            np.testing.assert_allclose(block.bend(*at, jnp.asarray(spread)), found, rtol=1e-9)
+        own = Block.bend(block, *at, jnp.asarray(alone))
+    expected = block.bend(parameters, np.array(log_sigma2), alone)
+    np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-12)
+    lanes = block.bend(*(np.stack([own] * 2, -1) for own in (parameters, log_sigma2, spread)))
+    np.testing.assert_allclose(lanes[:, 1], found, rtol=1e-12)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreml import Design, Term, estimate, stack
+from jaxreml import Design, Term, datasets, estimate, stack
 from jaxreml.covariance import custom
+from jaxreml.model.covariance.correlations import Autoregressive
 from jaxreml.model.covariance.custom import Transform
 from jaxreml.model.covariance.natural import places
 from jaxreml.model.covariance.own import Own
+from jaxreml.model.covariance.residual import Residual
 from jaxreml.optimum.effects import inspect_on_host
 from jaxreml.optimum.estimate import estimate_on_host
 from jaxreml.status import Status
@@ -188,6 +190,19 @@ def test_derivatives_of_the_block():
     np.testing.assert_allclose(first, slopes(natural, report.finite), rtol=1e-6, atol=1e-8)
     bend = slopes(lambda p: gradient @ slopes(natural, p), report.finite)
     np.testing.assert_allclose(second, bend, rtol=1e-4, atol=1e-6)
+    directions = block.directions(report.finite, np.array(0.3))
+    np.testing.assert_allclose(directions, first, rtol=1e-12)
+    # Second derivatives in the user's parameters, of which these are the logarithms
+    stated, root = np.exp(report.finite), np.random.default_rng(1).normal(size=(4, 4))
+    spread = root @ root.T
+    weights = spread[:3, :3] * stated[:, None] * stated
+
+    def curved(s):
+        return slopes(lambda s: block.natural(np.log(s), np.array(0.3)), s)
+
+    expected = np.einsum("tij,ij->t", slopes(curved, stated), weights)
+    found = block.bend(report.finite, np.array(0.3), spread)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     lanes = np.stack([chart, chart + 0.1], axis=1)
     np.testing.assert_allclose(block.omega(lanes)[:, 0], block.omega(chart), rtol=1e-12)
     np.testing.assert_allclose(block.jacobian(lanes)[..., 0], block.jacobian(chart), rtol=1e-12)
@@ -208,6 +223,8 @@ def test_transforms(given):
     np.testing.assert_allclose(kind.coordinate(values), z, rtol=1e-10, atol=1e-12)
     steps = (kind.value(z + 1e-5) - kind.value(z - 1e-5)) / 2e-5
     np.testing.assert_allclose(kind.slope(z), steps, rtol=1e-7)
+    steps = (kind.slope(z + 1e-5) - kind.slope(z - 1e-5)) / 2e-5
+    np.testing.assert_allclose(kind.bend(z), steps, rtol=1e-7, atol=1e-9)
 
 
 def test_search_leaves_out_what_is_no_covariance():
@@ -292,3 +309,52 @@ def test_under_jax():
     slope = jax.jit(jax.jacrev(coordinates))(y)
     up, down = (estimate_on_host(design_of(y + h * way, AR1))[0].parameters for h in (1e-4, -1e-4))
     np.testing.assert_allclose(slope @ way, (up - down) / 2e-4, rtol=1e-5)
+
+
+def visits_design(covariance) -> Design:
+    """Of orthodont's rows, the last visit of every third child missing."""
+    data = datasets.load("orthodont")
+    data = data.drop(data.index[3::12])
+    age, male = data["age"].to_numpy(), (data["Sex"] == "Male").to_numpy(float)
+    columns = np.column_stack([np.ones(len(data)), age, male])
+    visits = np.eye(4)[((age - 8) / 2).astype(int)]
+    term = Term(data["Subject"].astype(str), visits, "Residual", tuple("abcd"), covariance)
+    return Design.from_arrays(data["distance"], columns, [term])
+
+
+def unequal(at, variances, rho):
+    sds = jnp.sqrt(variances)
+    return sds[:, None] * sds * rho ** jnp.abs(at[:, None] - at)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_of_residuals_equals_the_family(each):
+    starts = {"variances": np.ones(4) if each else np.ones(1), "rho": 0.3}
+    own = custom(unequal, starts, {"rho": "tanh"})
+    family = Residual(4, Autoregressive(4), (0, 1, 2, 3) if each else (0,) * 4)
+    designs = [visits_design(covariance) for covariance in (own.residual, lambda size: family)]
+    first, second = (estimate_on_host(design)[0] for design in designs)
+    assert first.status == Status.CONVERGED
+    assert float(first.criterion) == pytest.approx(float(second.criterion), abs=1e-8)
+    np.testing.assert_allclose(first.parameters, second.parameters, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(first.parameters_vcov, second.parameters_vcov, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(first.vcov_slopes, second.vcov_slopes, rtol=1e-5, atol=1e-8)
+    if each:
+        assert designs[0].parameter_names[0] == "log_variance[Residual, variances[1]]"
+        assert designs[0].parameter_names[-1] == "log_variance[Residual, variances[0]]"
+
+
+def test_derivatives_of_the_block_of_residuals():
+    block = custom(unequal, {"variances": np.ones(4), "rho": 0.3}, {"rho": "tanh"}).residual(4)
+    chart = np.array([0.2, -0.3, 0.1, 0.5])
+    gradient = np.random.default_rng(0).normal(size=10)
+    first, second = block.slopes(chart, gradient)
+    np.testing.assert_allclose(first, slopes(block.omega, chart), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        second, slopes(lambda c: gradient @ block.jacobian(c), chart), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_residuals_need_a_definite_matrix():
+    with pytest.raises(ValueError, match="not positive definite"):
+        custom(lambda at, variance: variance * jnp.ones((4, 4)), {"variance": 1.0}).residual(4)

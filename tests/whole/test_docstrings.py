@@ -32,13 +32,14 @@ CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
            Elimination, Table, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
            jaxreml.Status]  # fmt: skip
 MODULES = [jaxreml.batches, jaxreml.plots, jaxreml.batch_plots, jaxreml.counts,
-           jaxreml.covariance, jaxreml.datasets]  # fmt: skip
+           jaxreml.covariance, jaxreml.datasets, jaxreml.kernels]  # fmt: skip
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Public in name only: what the rooms of the package use of each other's classes.
 INTERNAL = {
     "FittedModel": {"frame", "frame_of", "design", "approximations", "prototype", "henderson",
                     "covariance", "layout", "residual_sds", "require_independent",
+                    "require_independent_levels",
                     "groups", "labels", "cov_re_arrays", "require_optimum"},
     "FittedBatch": {"messages", "message_codes"},
     "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",

@@ -24,6 +24,7 @@ import scipy.linalg
 
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import Fit, FittedModel
+from jaxreml.model.groups import contains
 
 KINDS = ("CR0", "CR1", "CR2", "CR3")
 MOST_CLUSTERS = 5000  # degrees of freedom take matrices of this order
@@ -73,8 +74,10 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
     """Codes (n,) of the clusters, and their name."""
     frame = fit.frame
     parts = [(term.name, term.codes) for term in frame.terms]
-    if frame.residual is not None:
+    if frame.residual is not None and frame.residual.words.subject is not None:
         parts.append((frame.residual.words.subject, frame.residual.codes))
+    if cluster is None and not parts:
+        raise DataError("the rows are independent in this fit: give cluster= a column of clusters")
     if cluster is None:
         # The coarsest; what it does not contain is refused below.
         name, codes = min(parts, key=lambda part: int(part[1].max()))
@@ -87,8 +90,7 @@ def _clusters(fit: FittedModel, cluster: Any) -> tuple[np.ndarray, str]:
         values = fit.table[cluster]
         codes, name = np.unique(values, return_inverse=True)[1], str(cluster)
     for other, own in parts:
-        first = codes[np.unique(own, return_index=True)[1]]
-        if np.any(codes != first[own]):
+        if not contains(codes, own):
             raise DataError(
                 f"levels of {other!r} are in several clusters of {name!r}, which are not "
                 "independent then; give cluster= a column that contains them"

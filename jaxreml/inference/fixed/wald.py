@@ -7,14 +7,19 @@ The approximations, by the names of the argument `df`:
     (1996, J. Stat. Comput. Simul. 54:363) for several, as lmerTest. Parameters on the boundary are
     held there.
 ``"kenward-roger"``
-    Kenward and Roger (1997, Biometrics 53:983) in the coordinates in which V is linear, variances
-    and covariances, as pbkrtest: with an adjusted covariance of the estimates. REML only.
+    Kenward and Roger (1997, Biometrics 53:983), with an adjusted covariance of the estimates, by
+    the expected information, as pbkrtest. REML only. Where V is not linear in variances and
+    covariances (`jaxreml.model.kenward_roger`) with the term in its second derivatives in the
+    parameters that SAS has.
 ``"kenward-roger-sas"``
-    The same with the observed information in the place of the expected one, as SAS, JMP and R's
-    mmrm have it.
+    The same with the observed information in the place of the expected one, as SAS's ``ddfm=kr``
+    and JMP.
 ``"kenward-roger-linear"``
-    That of pbkrtest without the second derivatives of V, as mmrm calls it. They are zero in these
-    coordinates, so both names give the same figures.
+    The latter without the term in second derivatives of V: SAS's ``ddfm=kr(firstorder)``, and
+    "Kenward-Roger-Linear" of R's mmrm, which takes others than SAS's parameters with that term.
+``"between-within"``
+    Counted: of groups less effects between them, or of rows less groups less effects within them
+    (`between_within`), as R's mmrm and nlme's lme.
 ``"residual"``
     n - p.
 ``"inf"``
@@ -24,6 +29,7 @@ The approximations, by the names of the argument `df`:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,13 +42,21 @@ from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.fixed.adjustments import f_tail
+from jaxreml.inference.fixed.between_within import BetweenWithin
 from jaxreml.inference.likelihood.profile import Profile
 from jaxreml.model import satterthwaite
-from jaxreml.model.kenward_roger import Adjustment, Observed, adjust, joint_degrees, single_degrees
+from jaxreml.model.kenward_roger import (
+    DIALECTS,
+    Adjustment,
+    adjust,
+    joint_degrees,
+    single_degrees,
+)
 
 NOT_ESTIMATED = 1e-10  # rows of L, relative to their lengths, that depend on others
 CONTRADICTION = 1e-8  # right-hand sides that differ by more, relative to their terms
 EQUAL = 1e-8  # degrees of freedom that differ by less, relatively, are one number
+ADJUSTMENTS = {name: partial(adjust, dialect=own) for name, own in DIALECTS.items()}
 
 
 class Approximation(Protocol):
@@ -134,18 +148,15 @@ class KenwardRoger:
         return joint_degrees(self.adjustment, rows, rank)
 
 
-def kenward_roger(fit: FittedModel, *, observed: bool = False) -> KenwardRoger:
-    """The Kenward-Roger adjustment of a fit, by the expected or the `observed` information;
-    `approximation` keeps it.
+def kenward_roger(fit: FittedModel, df: str = "kenward-roger") -> KenwardRoger:
+    """The Kenward-Roger adjustment of a fit by one of `DIALECTS`; `approximation` keeps it.
 
     Raises:
         DataError: variance parameters that cannot be told apart.
     """
     design = fit.design.without_names()
-    known = ()
-    if observed:
-        known = (Observed.of(fit.parameters, fit.parameters_vcov_array, design),)
-    found = evaluated(adjust, fit.theta, fit.parameters, design, *known, on_host=design.written_out)
+    arrays = fit.theta, fit.parameters, design, fit.parameters_vcov_array
+    found = evaluated(ADJUSTMENTS[df], *arrays, on_host=design.written_out)
     if not found.exists:
         raise DataError(
             "Kenward-Roger's method needs the information of the variance parameters, "
@@ -160,23 +171,25 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
 
     Raises:
         ValueError: another name, or one that is not for the fit's method.
-        DataError: variance parameters that Kenward-Roger's method cannot tell apart.
+        DataError: variance parameters that Kenward-Roger's method cannot tell apart; groups that
+            "between-within" cannot count, as they are not nested.
     """
     check_df(df, fit.method)
     if fit.sandwich is not None:
         return fit.sandwich
-    df = "kenward-roger" if df == "kenward-roger-linear" else df
     if df not in fit.approximations:
         fit.approximations[df] = _approximation(fit, df)
     return fit.approximations[df]
 
 
 def _approximation(fit: FittedModel, df: str) -> Approximation:
-    if df.startswith("kenward-roger"):
-        return kenward_roger(fit, observed=df == "kenward-roger-sas")
+    if df in ADJUSTMENTS:
+        return kenward_roger(fit, df)
     if df == "satterthwaite":
         known = satterthwaite.spread(np.asarray(fit.hessian))
         return Satterthwaite(fit.vcov_array, fit.vcov_slopes, known)
+    if df == "between-within":
+        return BetweenWithin.of(fit)
     degrees = float(fit.nobs - len(fit.beta)) if df == "residual" else np.inf
     return Fixed(fit.vcov_array, degrees)
 
@@ -288,7 +301,7 @@ def test(
             equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar.
         df: "satterthwaite", "kenward-roger", "kenward-roger-sas", "kenward-roger-linear",
-            "residual" or "inf"; see `jaxreml.inference.wald`.
+            "between-within", "residual" or "inf"; see `jaxreml.inference.wald`.
         joint: all rows together, one F test; or each by itself, with t tests.
 
     Returns:

@@ -90,7 +90,7 @@ def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
 
 
 # Families of residual covariances, and of random effects by their names among these, that a family
-# is a special case of, on the same visits or effects
+# is a special case of, on the same visits or effects; one of a user's own is of "us"
 _WIDER = {
     "homdiag": {"diag", "cs", "csh", "ar1", "ar1h", "toep", "toeph", "us"},
     "diag": {"us", "csh", "ar1h", "adh", "toeph"},
@@ -115,12 +115,14 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     if second is None:
         return f"the larger has independent residuals, and it has {first.words.text}"
     visits, others = (own.places % len(own.visits) for own in (first, second))
-    if not (same_partition(first.codes, second.codes) and np.array_equal(visits, others)):
+    subjects = first.words.family == "diag" or same_partition(first.codes, second.codes)
+    if not (subjects and np.array_equal(visits, others)):
         return f"{first.words.text} and {second.words.text} have other visits or subjects"
     if first.words.arm is not None and not np.array_equal(first.places, second.places):
         return f"{first.words.text} has a covariance for each {first.words.arm}"
     family, wider = (SYNONYMS.get(own.words.family, own.words.family) for own in (first, second))
-    if family != wider and wider not in _WIDER[family]:
+    same = family == wider and first.words.own is second.words.own
+    if not same and wider not in _WIDER.get(family, {"us"}):
         return f"{family} is no case of {wider}"
     return ""
 

@@ -14,7 +14,7 @@ import pandas as pd
 from jaxreml.backend.runtime import neutral
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters.delta import FLAT, given, interior, on_boundary, propagate
-from jaxreml.inference.parameters.linearised import TRANSFORMS, Linearised, wald
+from jaxreml.inference.parameters.linearised import Linearised, scale_of, wald
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance, Reading
 
@@ -122,7 +122,7 @@ def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
     return pd.DataFrame(linear.vcov, index, index)
 
 
-def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], list[str | None]]:
+def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], list[Any]]:
     """Variance parameters on a scale, their names and the transforms for their intervals."""
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
@@ -192,7 +192,7 @@ class Places(NamedTuple):
     first: np.ndarray
     second: np.ndarray
     parameter: np.ndarray
-    transforms: list[str | None]
+    transforms: list[Any]
 
     @staticmethod
     def of(covariance: Covariance, known: list[Named]) -> Places:
@@ -224,7 +224,7 @@ class Places(NamedTuple):
                 correlations = found / (sds[self.first] * sds[self.second])
             found = np.where(alone, sds[self.entry], correlations)
         for k in np.flatnonzero(self.parameter >= 0):
-            found[k] = TRANSFORMS[self.transforms[k]].inverse(parameters[self.parameter[k]])
+            found[k] = scale_of(self.transforms[k]).inverse(parameters[self.parameter[k]])
         return found
 
     def slopes(
@@ -250,7 +250,7 @@ class Places(NamedTuple):
             found = np.where(alone, sds[self.entry, None] * relative[self.entry], of_pairs)
         for k in np.flatnonzero(self.parameter >= 0):
             place = self.parameter[k]
-            transform = TRANSFORMS[self.transforms[k]]
+            transform = scale_of(self.transforms[k])
             value = transform.inverse(parameters[place])
             found[k] = 0.0
             found[k, place] = 1 / transform.slope(value)

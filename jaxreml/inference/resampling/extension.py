@@ -18,6 +18,7 @@ from jaxreml.data.frame import (
 )
 from jaxreml.errors import DataError
 from jaxreml.inference.resampling.simulation import Population
+from jaxreml.model.groups import contains
 
 
 def extend(
@@ -137,7 +138,7 @@ def _taken(
     def regrouped(term: GroupingTerm) -> GroupingTerm:
         codes = term.codes[rows]
         own = np.zeros_like(codes)
-        if copy is not None and along is not None and _is_nested(term.codes, along):
+        if copy is not None and along is not None and contains(along, term.codes):
             own = copy
         _, first, fresh = np.unique(
             own * len(term.levels) + codes, return_index=True, return_inverse=True
@@ -158,13 +159,6 @@ def _taken(
         table=pd.DataFrame(index=pd.RangeIndex(rows.size)),  # its labels would not be the levels
         rows=np.ones(rows.size, bool),
     )
-
-
-def _is_nested(inner: np.ndarray, outer: np.ndarray) -> bool:
-    """Whether every level of `inner` lies in one level of `outer`."""
-    parents = np.zeros(inner.max() + 1, outer.dtype)
-    parents[inner] = outer
-    return np.array_equal(parents[inner], outer)
 
 
 def _along_values(people: Population, name: str, n: int) -> ModelFrame:

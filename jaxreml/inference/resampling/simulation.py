@@ -166,6 +166,7 @@ def population(
     offset: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Population:
     """A linear mixed model with given parameters, as ``simr::makeLmer``.
 
@@ -178,7 +179,7 @@ def population(
             together, in the order of `LMMResults.cov_re`.
         sigma: residual standard deviation.
         method: by which simulated responses are to be fitted, "REML" or "ML".
-        weights, offset, structure, context: as for `fit`.
+        weights, offset, structure, context, kernels: as for `fit`.
 
     Raises:
         FormulaError, DataError: as `fit`; parameters that are missing or unknown.
@@ -197,7 +198,9 @@ def population(
     is_reml(method)
     parsed = parse(formula)
     right = parsed.text[len(parsed.response) :]
-    frame = covariate_frame(right, data, weights=weights, offset=offset, context=context)
+    frame = covariate_frame(
+        right, data, weights=weights, offset=offset, context=context, kernels=kernels
+    )
     values = _checked("beta", beta, frame.fixed_names)
     coefficients = np.array([float(values[name]) for name in frame.fixed_names])
     if not np.all(np.isfinite(coefficients)):

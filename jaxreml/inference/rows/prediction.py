@@ -200,7 +200,7 @@ def _of_other_visits(
     here = np.zeros((len(places), len(residual.effects)))
     here[np.arange(len(here)), visits] = other / np.sqrt(rows.weights)
     ratios = np.diagonal(fit.residual_cov.to_numpy()) / fit.sigma**2
-    unknown = np.nan if residual.block.log_variances else 0.0
+    unknown = 0.0 if residual.block.homogeneous else np.nan
     beyond = np.where(other, 0.0, np.where(rows.visits >= 0, ratios[visits] - 1, unknown))
     return places, here, beyond
 

@@ -118,7 +118,7 @@ def model_of(fit: FittedModel) -> Model:
     left = list(frame.terms)
     bars = []
     for written in parsed.random:
-        own = [term for term in left if term.name == written.name]
+        own = [term for term in left if term.is_of(written.name)]
         if written.word:
             said = (written.word, written.options)
             own = [term for term in own if term.covariance[:2] == said][:1]
@@ -131,7 +131,7 @@ def model_of(fit: FittedModel) -> Model:
         factor = ":".join(map(_quoted, written.factors))
         for term in own:
             effects = written.effects if written.correlated else _alone(term.encoding.text)
-            bars.append(Bar(effects, term.name, factor, written if written.word else None))
+            bars.append(Bar(effects, written.name, factor, written if written.word else None))
     return Model(parsed.response, tuple(terms_of(parsed.fixed)), parsed.offsets, tuple(bars))
 
 

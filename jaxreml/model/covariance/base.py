@@ -9,7 +9,7 @@ parameters   what people read and standard errors are for, k numbers: logarithms
              unconstrained coordinates of correlations. Minus infinity at a variance of zero
 
 A new covariance is a frozen dataclass that derives from `Block`, in a file of its own:
-`compound_symmetry` is one. Derivatives are by autodiff unless it writes them out. Arrays may have
+`factor_analytic` is one. Derivatives are by autodiff unless it writes them out. Arrays may have
 one more axis at the end, the lanes of a batch.
 """
 
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.factors import factor_semidefinite, rounding
@@ -55,15 +56,19 @@ class Reading(NamedTuple):
     Attributes:
         label: what it is of; "" for an SD that all effects share.
         effects: places of the effect or of the two, the later first; none for a parameter.
-        parameter: its place among the block's parameters, and in its chart; -1 for others.
+        parameter: its place among the block's parameters, and in its chart (see
+            `Block.parameter_of`); -1 for others.
         transform: how the parameter was made from what people read: "log", "logit", "fisher"
-            (arctanh) or None.
+            (arctanh) or None; or an object with `coordinate`, `value`, `slope` and `domain`
+            (`custom.Transform`).
+        least: the least value that the correlation can have.
     """
 
     label: str
     effects: tuple[int, ...]
     parameter: int = -1
-    transform: str | None = None
+    transform: Any = None
+    least: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,13 @@ class Block(ABC):
     any_basis = False
     # Whether there is one for every scale of each effect at least, see `rescaled`.
     any_scale = False
+    # Whether its log-variances are those of the effects, by `of_effects`.
+    of_variances = True
     # Whether it writes out all derivatives, for NumPy's arrays too; by JAX otherwise.
     written_out = False
+    # Whether covariances are linear in the parameters that SAS has for them, variances and
+    # covariances: then Kenward and Roger's adjustment has no term in second derivatives of V.
+    linear = False
     # Whether it is that of the residuals, I + Omega times sigma2 (`residual`): then Omega need not
     # be semidefinite, and `factor` and `chart` are of I + Omega.
     residual = False
@@ -152,6 +162,15 @@ class Block(ABC):
             Reading(effects[i], (i,)) if i == j else Reading(f"{effects[i]}.{effects[j]}", (i, j))
             for i, j in pairs
         ]
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        """A parameter that `readings` has, at this entry of the chart: of no others. Infinite at an
+        end (`ends`)."""
+        return entry
+
+    def ends(self, place: int) -> tuple[float, float]:
+        """Between which entries of the chart that parameter has all its values, in their order."""
+        return -np.inf, np.inf
 
     def omega_of_factor(self, factor: Array) -> Array:
         """Relative covariances of what `factor` gives, (q, q, ...) to (q (q + 1) / 2, ...)."""
@@ -245,6 +264,12 @@ class Block(ABC):
 
         return over_lanes(bend, chart, gradient)
 
+    def second(self, chart: Array) -> Array:
+        """Second derivatives of omega in the chart, (q (q + 1) / 2, r, r, ...)."""
+        import jax
+
+        return over_lanes(jax.jacfwd(jax.jacfwd(self.omega)), chart)
+
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         """`jacobian` and `curvature` together, which a search asks for."""
         return self.jacobian(chart), self.curvature(chart, gradient)
@@ -278,12 +303,66 @@ class Block(ABC):
     def directions(self, parameters: Array, log_sigma2: Array) -> Array | None:
         """Tangents of omega that Kenward and Roger's adjustment is in, as columns; None for all.
 
-        Exact where omega is linear in some parameters; otherwise their adjustment without the term
-        in second derivatives of V. Directions on the boundary are zero.
+        Those in the parameters, in order, unless it is `linear`. Zero on the boundary.
         """
         import jax
 
         return jax.jacfwd(lambda p: self.natural(p, log_sigma2))(parameters)
+
+    def stated(self, coordinates: Array) -> Array:
+        """The parameters after the log-variances as SAS and others state them, (c, ...): second
+        derivatives of V in Kenward and Roger's adjustment are in these and in variances."""
+        return coordinates
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """Sums of second derivatives of the covariance, over sigma2, in its `stated` parameters.
+
+        Args:
+            parameters, log_sigma2: (k, ...) and (...), finite.
+            spread: (k + 1, k + 1, ...), the weights of the sum, given as the covariance of the
+                parameters and log sigma2.
+
+        Returns:
+            (q (q + 1) / 2, ...); None for zeros, where it is `linear`.
+        """
+        if self.linear:
+            return None
+        if on_host(parameters):
+            with neutral():
+                return np.asarray(self._bend(parameters, log_sigma2, spread))
+        return self._bend(parameters, log_sigma2, spread)
+
+    def _bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array:
+        import jax
+        import jax.numpy as jnp
+
+        def own(parameters: Array, log_sigma2: Array, spread: Array) -> Array:
+            def at(parameters: Array) -> Array:
+                return self.natural(parameters, log_sigma2)
+
+            count, spread = self.log_variances, spread[:-1, :-1]
+            slope, curve = jax.jacfwd(at)(parameters), jax.jacfwd(jax.jacfwd(at))(parameters)
+            z, stated = parameters[count:], self.stated
+            first, second = jax.jacfwd(stated)(z), jax.jacfwd(jax.jacfwd(stated))(z)
+            moves = [-linalg.diagonal(spread)[:count], drift(first, second, spread[count:, count:])]
+            return jnp.einsum("ij,tij->t", spread, curve) + slope @ jnp.concatenate(moves)
+
+        return over_lanes(own, parameters, log_sigma2, spread)
+
+
+def drift(first: Array, second: Array, spread: Array) -> Array:
+    """Sums (c, ...) of the second derivatives of coordinates in what is stated instead.
+
+    Args:
+        first, second: (c, c, ...) and (c, c, c, ...), derivatives of what is stated in the
+            coordinates. Those of an exponential would be the diagonal of `spread`, less.
+        spread: (c, c, ...), weights, given as the covariance of the coordinates.
+    """
+    if not len(first):
+        return spread[:, :0].sum(axis=1)
+    xp = namespace(first, second, spread)
+    bent = xp.einsum("ij...,aij...->a...", spread, second)
+    return -linalg.matmul(linalg.inverse(first, definite=False)[0], bent[:, None])[:, 0]
 
 
 def over_lanes(function: Callable[..., Any], *arrays: Array) -> Any:
@@ -544,17 +623,43 @@ class Covariance:
             ]
         )
 
-    def directions(self, parameters: Array) -> Array | None:
-        """Tangents of omega as columns, (m, d); None if they are those of all its entries."""
+    def directions(self, parameters: Array) -> tuple[Array | None, list[int]]:
+        """Tangents of omega as columns, (m, d), and how many each block has; None if they are those
+        of all its entries."""
         pairs = self.own_parameters(parameters)
         found = [block.directions(own, parameters[-1]) for block, own in pairs]
+        counts = [q * (q + 1) // 2 for q in self.sizes]
+        if all(own is None for own in found):
+            return None, counts
+        tangents = [
+            np.eye(count, dtype=parameters.dtype) if own is None else own
+            for own, count in zip(found, counts, strict=True)
+        ]
+        return linalg.block_diagonal(tangents), [own.shape[1] for own in tangents]
+
+    def bend(self, parameters: Array, spread: Array, counts: list[int]) -> Array | None:
+        """`Block.bend` of all blocks, (m, ...).
+
+        Args:
+            parameters: (k + 1, ...), finite.
+            spread: weights of directions, of which the blocks have so many, one after the other,
+                and log sigma2 the last. Those of a block that is not linear are its parameters.
+            counts: these numbers.
+        """
+        found, start, scale = [], 0, sum(counts)
+        for (block, own), count in zip(self.own_parameters(parameters), counts, strict=True):
+            places = np.append(np.arange(start, start + count), scale)
+            weights = None if block.linear else spread[places[:, None], places]
+            found.append(None if block.linear else block.bend(own, parameters[-1], weights))
+            start += count
         if all(own is None for own in found):
             return None
-        counts = [q * (q + 1) // 2 for q in self.sizes]
-        return linalg.block_diagonal(
+        like = next(own for own in found if own is not None)
+        xp, sizes = namespace(like), [q * (q + 1) // 2 for q in self.sizes]
+        return _joined(
             [
-                np.eye(count, dtype=parameters.dtype) if own is None else own
-                for own, count in zip(found, counts, strict=True)
+                xp.zeros((size, *like.shape[1:]), like.dtype) if own is None else own
+                for own, size in zip(found, sizes, strict=True)
             ]
         )
 

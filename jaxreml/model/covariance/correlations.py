@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.model import linalg
 from jaxreml.model.covariance import factors as cholesky
 from jaxreml.model.covariance import jets
-from jaxreml.model.covariance.base import FAR, Reading, over_lanes
+from jaxreml.model.covariance.base import FAR, Reading, drift, over_lanes
 from jaxreml.model.covariance.natural import places, triangle
 
 Array = Any  # NumPy's or JAX's
@@ -45,6 +46,9 @@ class Correlation(ABC):
 
     # Whether covariance matrices with free variances and these correlations are all there are.
     linear = False
+    # Whether covariance matrices are linear in variances and covariances where each effect has a
+    # variance of its own.
+    linear_each = False
 
     @property
     @abstractmethod
@@ -99,6 +103,11 @@ class Correlation(ABC):
         return namespace(z).arcsin(namespace(z).tanh(z))
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Of `folded` angles, between which z is finite."""
+        return -RIGHT, RIGHT
+
+    @property
     def centre(self) -> float:
         """Of z: far from it, the matrix is at a limit."""
         return 0.0
@@ -111,6 +120,11 @@ class Correlation(ABC):
         return None
 
     @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
+
+    @property
     def together(self) -> np.ndarray:
         """(q, q) booleans, which effects may be correlated."""
         return np.ones((self.size, self.size), bool)
@@ -119,6 +133,11 @@ class Correlation(ABC):
     def described(self) -> list[tuple[int, int]]:
         """Rows and columns of the correlations that say all."""
         return [(1, 0)]
+
+    @property
+    def linear_shared(self) -> bool:
+        """The same where all effects that may be correlated share a variance."""
+        return self.kinds is not None
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
         """The same with labels, or parameters in their place; places of parameters as in z."""
@@ -164,6 +183,26 @@ class Correlation(ABC):
         found = self.formula(to_bounded(jets.variables(at)))
         return np.moveaxis(found.first, 1, 0), np.moveaxis(found.second, 2, 0)
 
+    def stated(self, z: Array) -> Array:
+        """Parameters (c, ...) as SAS states them: the correlations that are `described`."""
+        return self.entries(z)[self._described]
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        """Of the coordinates in the `stated` parameters, as `base.drift`, for a `spread`
+        (c, c, ...)."""
+        if on_host(z, spread):
+            first, second = self.derivatives(z)
+            return drift(first[self._described], second[self._described], spread)
+        import jax
+
+        slope = jax.jacfwd(self.stated)
+        return drift(slope(z), jax.jacfwd(slope)(z), spread)
+
+    @property
+    def _described(self) -> np.ndarray:
+        """Where `entries` has what is `described`."""
+        return np.array([places(self.size)[pair] for pair in self.described], int)
+
     def _ones(self, z: Array) -> Array:
         """The identity's entries."""
         same = np.equal(*triangle(self.size)).astype(z.dtype)
@@ -180,6 +219,8 @@ class Correlation(ABC):
 @dataclass(frozen=True)
 class Independent(Correlation):
     """No correlation: "diag"."""
+
+    linear_each = True
 
     @property
     def count(self) -> int:
@@ -221,6 +262,9 @@ class _OneCoordinate(Correlation):
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
     rho is 1 and -1 / (q - 1)."""
+
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
 
     @property
     def kinds(self) -> np.ndarray:
@@ -411,6 +455,10 @@ class Distance(_OneCoordinate):
     def centre(self) -> float:
         return float(np.log(self.nearest))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, RIGHT
+
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ("log range",)
 
@@ -488,6 +536,13 @@ class Distance(_OneCoordinate):
                 low, high = xp.where(above, b, low), xp.where(above, high, b)
         return (xp.log(distance) - xp.log(b) / self._own.power)[None]
 
+    def stated(self, z: Array) -> Array:
+        """The range."""
+        return namespace(z).exp(z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        return -linalg.diagonal(spread)
+
     def start(self, common: Array) -> Array:
         """With that correlation at the mean distance."""
         mean = float(np.mean(self._distances[self._distances > 0]))
@@ -498,7 +553,7 @@ class Distance(_OneCoordinate):
 class Unrestricted(Correlation):
     """Any correlations ("us"); z are those of `factors`."""
 
-    linear = True
+    linear = linear_each = True
 
     @property
     def count(self) -> int:
@@ -543,12 +598,40 @@ class Copies(Correlation):
     each: Correlation
 
     @property
+    def linear_shared(self) -> bool:
+        return self.each.linear_shared
+
+    @property
+    def linear_each(self) -> bool:
+        return self.each.linear_each
+
+    def stated(self, z: Array) -> Array:
+        return namespace(z).concatenate([self.each.stated(own) for own in self._cut(z)])
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        count, found = self.each.count, []
+        for k, own in enumerate(self._cut(z)):
+            places = slice(k * count, (k + 1) * count)
+            found.append(self.each.drift(own, spread[places, places]))
+        return namespace(z).concatenate(found)
+
+    def _cut(self, z: Array) -> list[Array]:
+        """Coordinates of each group."""
+        count = self.each.count
+        return [z[k * count : (k + 1) * count] for k in range(len(self._starts))]
+
+    @property
     def _starts(self) -> range:
         return range(0, self.size, self.each.size)
 
     @property
     def count(self) -> int:
         return self.each.count * len(self._starts)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:
@@ -588,10 +671,8 @@ class Copies(Correlation):
         raise NotImplementedError
 
     def entries(self, z: Array) -> Array:
-        xp, count = namespace(z), self.each.count
-        found = [
-            self.each.entries(z[k * count : (k + 1) * count]) for k in range(len(self._starts))
-        ]
+        xp = namespace(z)
+        found = [self.each.entries(own) for own in self._cut(z)]
         order = np.concatenate(self._entries)
         t = self.size * (self.size + 1) // 2
         whole = xp.concatenate([*found, xp.zeros((1, *z.shape[1:]), z.dtype)])

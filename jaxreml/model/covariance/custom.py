@@ -91,6 +91,16 @@ class Transform:
         scale = 1.0 if self.word == "tanh" else 0.5
         return scale * (upper - lower) / 2 * (1 - np.tanh(scale * z) ** 2)
 
+    def bend(self, z: np.ndarray) -> np.ndarray:
+        """The second derivative."""
+        lower, upper = self.domain
+        if self.word == "identity":
+            return np.zeros_like(z)
+        if math.isinf(upper) or math.isinf(lower):
+            return self.slope(z) if math.isinf(upper) else -self.slope(z)
+        scale = 1.0 if self.word == "tanh" else 0.5
+        return -2 * scale * np.tanh(scale * z) * self.slope(z)
+
     def coordinate(self, value: Any) -> Any:
         """The inverse of `value`, inside the `domain`."""
         lower, upper = self.domain
@@ -102,6 +112,12 @@ class Transform:
             return -np.log(upper - value)
         share = (value - lower) / (upper - lower)
         return np.arctanh(2 * share - 1) * (1.0 if self.word == "tanh" else 2.0)
+
+    @property
+    def reading(self) -> str | Transform | None:
+        """As `Reading.transform` has it."""
+        known = {VARIANCE: "log", "log": "log", "logit": "logit", "tanh": "fisher"}
+        return self if self.word == "interval" else known.get(self.word)
 
     def label(self, name: str) -> str:
         """What the coordinate is called: that of tanh is z, as a correlation's is."""
@@ -263,6 +279,12 @@ class Function:
         """The mean variance of the effects at the start."""
         same = np.equal(*triangle(self.size))
         return float(self.derivatives(self.start).value[same].mean())
+
+    def stated(self, z: Array) -> Array:
+        """The parameters that are no variances, (c, ...), of coordinates."""
+        kinds = self.transforms[self.variances :]
+        found = [kind.value(own) for kind, own in zip(kinds, z, strict=True)]
+        return namespace(z).stack(found) if found else z
 
     def matrix(self, x: Array) -> Any:
         """(q, q) at variances and coordinates (c,), by JAX, of what the function returns."""

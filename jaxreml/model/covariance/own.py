@@ -7,7 +7,7 @@ are log-variances and the same coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.errors import DataError
 from jaxreml.model import linalg
-from jaxreml.model.covariance.base import LOG_ZERO, Block, Report
+from jaxreml.model.covariance.base import LOG_ZERO, Block, Reading, Report
+from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.custom import Function, Parameter
 from jaxreml.model.covariance.custom_checks import check_function
 from jaxreml.model.covariance.factors import factor_semidefinite
 from jaxreml.model.covariance.natural import places
+from jaxreml.model.covariance.residual import Residual
 
 Array = Any  # NumPy's or JAX's
 SEMIDEFINITE = 1e-8  # of the mean variance, by how much an eigenvalue may be negative
 ZERO_PIVOT = 1e-7  # relative root of a pivot that is none
+VANISHED = 1e-30  # a relative variance below stands for zero
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Own(Block):
     function: Function
 
     written_out = True
+    of_variances = False
 
     @property
     def length(self) -> int:
@@ -54,6 +59,19 @@ class Own(Block):
             names[0] = f"log_variance[{group}]"
         others = zip(own.labels[k:], own.transforms[k:], strict=True)
         return (*names, *(f"z[{group}, {kind.label(label)}]" for label, kind in others))
+
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The user's parameters."""
+        return _readings(self.function, range(self.length))
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        if place >= self.log_variances:
+            return entry
+        with np.errstate(divide="ignore"):
+            return float(2 * np.log(np.abs(entry)) - np.log(self.function.units[place]))
+
+    def ends(self, place: int) -> tuple[float, float]:
+        return (0.0 if place < self.log_variances else -np.inf), np.inf
 
     def _units(self, like: Array) -> np.ndarray:
         """Of the SDs in the chart: (variances, ...)."""
@@ -93,6 +111,13 @@ class Own(Block):
         return Report(
             xp.concatenate([logs, z]), xp.concatenate([inside, moved]), xp.concatenate(shown)
         )
+
+    def finite(self, parameters: Array, log_sigma2: Array) -> Array:
+        xp, k = namespace(parameters), self.log_variances
+        start = self.function.start[k:].astype(parameters.dtype)
+        start = start.reshape(-1, *[1] * (parameters.ndim - 1))
+        logs, z = xp.maximum(parameters[:k], log_sigma2 + LOG_ZERO), parameters[k:]
+        return xp.concatenate([logs, xp.where(xp.isnan(z), start, z)])
 
     def snap(self, chart: Array, zero: float) -> Array:
         xp, k = namespace(chart), self.log_variances
@@ -183,11 +208,41 @@ class Own(Block):
         slopes[:k] = bends[:k] = at[:k]
         return self._chain(at, slopes, bends, gradient)
 
+    def _steps(self, at: np.ndarray) -> np.ndarray:
+        """How `_at_parameters` moves with each parameter; with the variance itself at zero."""
+        steps, k = np.ones_like(at), self.log_variances
+        steps[:k] = np.where(at[:k] > VANISHED, at[:k], 1.0)
+        return steps
+
     def directions(self, parameters: Array, log_sigma2: Array) -> Array:
         if not on_host(parameters):
             return super().directions(parameters, log_sigma2)
-        first = self.function.derivatives(self._at_parameters(parameters, log_sigma2)).first
+        at = self._at_parameters(parameters, log_sigma2)
+        first = self.function.derivatives(at).first * self._steps(at)
         return np.where(np.isnan(parameters), 0.0, first)
+
+    def stated(self, coordinates: Array) -> Array:
+        """The user's parameters."""
+        return self.function.stated(coordinates)
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """In the variances, and in the others by what their transforms bend."""
+        if not on_host(parameters):
+            return super().bend(parameters, log_sigma2, spread)
+        at, k = self._at_parameters(parameters, log_sigma2), self.log_variances
+        _, first, second = self.function.derivatives(at)
+        steps, weights = self._steps(at), spread[:-1, :-1]
+        found = np.einsum("tij...,ij...->t...", second, weights * steps[:, None] * steps)
+        for place, kind in enumerate(self.function.transforms[k:], k):
+            ratio = kind.bend(at[place]) / kind.slope(at[place])
+            found = found - first[:, place] * ratio * weights[place, place]
+        return found
+
+
+def _readings(function: Function, places: Iterable[int]) -> list[Reading]:
+    """A function's parameters, at these places among those of a block."""
+    named = zip(function.labels, places, function.transforms, strict=True)
+    return [Reading(label, (), place, kind.reading) for label, place, kind in named]
 
 
 def _semidefinite(entries: Array, q: int) -> Array:
@@ -202,13 +257,135 @@ def _semidefinite(entries: Array, q: int) -> Array:
     return xp.where(xp.all(xp.isfinite(pivots), axis=0), entries, xp.nan)
 
 
+@dataclass(frozen=True)
+class OwnCorrelation(Correlation):
+    """What a function says of residuals where the ratios of its variances are those of its start.
+
+    Attributes:
+        function: of this size.
+    """
+
+    function: Function
+
+    @property
+    def count(self) -> int:
+        return self.function.count - self.function.variances
+
+    def names(self, effects: Sequence[str]) -> tuple[str, ...]:
+        own, k = self.function, self.function.variances
+        pairs = zip(own.labels[k:], own.transforms[k:], strict=True)
+        return tuple(kind.label(label) for label, kind in pairs)
+
+    @property
+    def correlated(self) -> bool:
+        return True
+
+    @property
+    def described(self) -> list[tuple[int, int]]:
+        return [(i, 0) for i in range(1, self.size)]
+
+    def formula(self, z: Sequence[Any]) -> Any:
+        return self.entries(namespace(*z).stack(z))
+
+    def entries(self, z: Array) -> Array:
+        xp, own, k = namespace(z), self.function, self.function.variances
+        ratios = (own.start[:k] / own.start[0]).astype(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+        return own.entries(xp.concatenate([xp.broadcast_to(ratios, (k, *z.shape[1:])), z]))
+
+    def stated(self, z: Array) -> Array:
+        """The user's parameters."""
+        return self.function.stated(z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        if not on_host(z):
+            return super().drift(z, spread)
+        kinds = self.function.transforms[self.function.variances :]
+        ratios = [kind.bend(own) / kind.slope(own) for kind, own in zip(kinds, z, strict=True)]
+        return -np.array(ratios).reshape(z.shape) * linalg.diagonal(spread)
+
+    def coordinates(self, matrix: Array) -> Array:
+        raise NotImplementedError  # `Residual.chart_at` knows the parameters
+
+    def start(self, common: Array) -> Array:
+        """The user's, whatever the correlation."""
+        start, shape = self.function.start[self.function.variances :], np.shape(common)
+        start = start.reshape(-1, *[1] * len(shape)).astype(np.asarray(common).dtype)
+        return namespace(common).broadcast_to(start, (self.count, *shape))
+
+
+@dataclass(frozen=True)
+class OwnResidual(Residual):
+    """That of the residuals, of which sigma2 is the function's first variance. The chart has half
+    the logarithms of the others' ratios to it."""
+
+    @property
+    def function(self) -> Function:
+        """The user's."""
+        assert isinstance(self.correlation, OwnCorrelation)
+        return self.correlation.function
+
+    @property
+    def log_variances(self) -> int:
+        return self.function.variances - 1
+
+    @property
+    def homogeneous(self) -> bool:
+        return False  # what the function says of others is not known
+
+    def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
+        return self.function.labels[: self.function.variances] if self.log_variances else ("",)
+
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The user's parameters: the first variance is sigma2, behind all parameters."""
+        return _readings(self.function, [self.length, *range(self.length)])
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        """That of sigma2 from log sigma."""
+        return 2 * entry if place == self.length else entry
+
+    def _at(self, chart: Array) -> Array:
+        """Variances over the first, and coordinates."""
+        xp, k = namespace(chart), self.log_variances
+        return xp.concatenate([xp.ones_like(chart[:1]), xp.exp(2 * chart[:k]), chart[k:]])
+
+    def _relative(self, chart: Array) -> Array:
+        """NaN, outside of the parameter space, where the function is no covariance."""
+        if not self.length:
+            return self.function.entries(np.ones((1, *chart.shape[1:]), chart.dtype))
+        return _semidefinite(self.function.entries(self._at(chart)), self.size)
+
+    def _derivatives(self, chart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at, k = self._at(chart), self.log_variances
+        _, first, second = self.function.derivatives(at)
+        slopes, bends = np.ones_like(chart), np.zeros_like(chart)
+        slopes[:k], bends[:k] = 2 * at[1 : k + 1], 4 * at[1 : k + 1]
+        first, second = first[:, 1:], second[:, 1:, 1:]
+        whole = second * slopes[:, None] * slopes[None]
+        return first * slopes, whole + linalg.eye_like(whole[0]) * (first * bends)[:, :, None]
+
+    def start(self, omega: Array, least: float) -> Array:
+        """The user's: sigma2 is found for it."""
+        return self._start(omega[0])
+
+    def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
+        return self._start(np.array(0.0))
+
+    def _start(self, like: Array) -> Array:
+        xp, own, k = namespace(like), self.function, self.function.variances
+        logs = np.log(own.start[1:k] / own.start[0]) / 2
+        logs = logs.astype(like.dtype).reshape(-1, *[1] * like.ndim)
+        logs = xp.broadcast_to(logs, (k - 1, *like.shape))
+        return xp.concatenate([logs, self.correlation.start(like)])
+
+
 @dataclass(frozen=True, eq=False)
 class Custom:
     """What `jaxreml.covariance.custom` makes: a `Block` of a term for a number of effects.
 
     Attributes:
         function, parameters: as given.
-        data: what is known of the effects; None for their numbers 0, 1, ...
+        data: what is known of the effects; of pandas by their labels; None for these, where they
+            are numbers, or else 0, 1, ...
     """
 
     function: Callable[..., Any]
@@ -221,17 +398,46 @@ class Custom:
         Raises:
             ValueError: the function is no covariance at its start, as `check_function` says.
         """
-        return _checked(self.bound(size, None))
+        return self.term(size)
 
-    def bound(self, size: int, at: Any) -> Function:
-        """The function of so many effects, of which `at` is known unless the user gave data."""
-        known = self.data if self.data is not None else at
-        return Function.of(
-            self.function, self.parameters, size, np.arange(float(size)) if known is None else known
-        )
+    def term(self, size: int, labels: Sequence[Any] | None = None) -> Own:
+        """The same of effects with labels: places, or levels of a factor."""
+        return _checked(self._bound(size, labels))
+
+    def residual(self, size: int, labels: Sequence[Any] | None = None) -> OwnResidual:
+        """That of the residuals of so many visits; errors as for a term."""
+        return _checked_residual(self._bound(size, labels))
+
+    def _bound(self, size: int, labels: Sequence[Any] | None) -> Function:
+        return Function.of(self.function, self.parameters, size, self._known(size, labels))
+
+    def _known(self, size: int, labels: Sequence[Any] | None) -> Any:
+        """The function's first argument."""
+        data: Any = self.data
+        if data is None:
+            places = np.asarray(np.arange(size) if labels is None else labels)
+            return (places if places.dtype.kind in "iuf" else np.arange(size)).astype(float)
+        if labels is None or not hasattr(data, "reindex"):
+            return data.to_numpy() if hasattr(data, "reindex") else data
+        missing = [label for label in labels if label not in data.index]
+        if missing:
+            raise DataError(
+                f"the data of a covariance of your own have no row {missing[0]!r}, which is one of "
+                "its effects: the labels of their rows are to be those of the effects"
+            )
+        square = data.ndim == 2 and all(label in data.columns for label in labels)
+        wanted = list(labels)
+        return (data.loc[wanted, wanted] if square else data.loc[wanted]).to_numpy()
 
 
 @lru_cache(256)
 def _checked(function: Function) -> Own:
     check_function(function, definite=False)
     return Own(function.size, function)
+
+
+@lru_cache(256)
+def _checked_residual(function: Function) -> OwnResidual:
+    check_function(function, definite=True)
+    q = function.size
+    return OwnResidual(q, OwnCorrelation(q, function), (0,) * q)

@@ -41,12 +41,25 @@ class Residual(Block):
     residual = True
 
     @property
+    def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        own = self.correlation
+        if not own.count or self.log_variances == self.size - 1:
+            return own.linear_each
+        of = np.array(self.variances)
+        return own.linear_shared and bool((of[:, None] == of)[own.together].all())
+
+    @property
     def length(self) -> int:
         return self.log_variances + self.correlation.count
 
     @property
     def log_variances(self) -> int:
         return max(self.variances)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all visits have one variance, those that were not seen, too."""
+        return not self.log_variances
 
     def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
         """What each variance is of: a visit, or what labels like "arm: visit" share; "" for one
@@ -130,6 +143,10 @@ class Residual(Block):
         sds = xp.sqrt(variances)
         z = self.correlation.coordinates(matrix / (sds[:, None] * sds))
         return xp.concatenate([xp.log(variances[self._first] / variances[:1]) / 2, z])
+
+    def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
+        """By the parameters, none of which is on a boundary."""
+        return self._chart_at(parameters, log_sigma2)
 
     @property
     def _first(self) -> np.ndarray:
@@ -220,3 +237,27 @@ class Residual(Block):
             return np.eye(t, dtype=parameters.dtype)[:, 1:]
         chart = self._chart_at(parameters, log_sigma2)
         return linalg.matmul(self.jacobian(chart), self._moves(chart)[:, :-1])
+
+    def stated(self, coordinates: Array) -> Array:
+        return self.correlation.stated(coordinates)
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """Of sigma2 M: with x the chart, l log sigma2 and W the spread, the sum of W_xx M_xx,
+        2 W_xl M_x and W_ll M, and what the second derivatives of logarithms and coordinates in
+        variances and correlations add to M_x; what they add to M takes W_ll M away."""
+        if self.linear:
+            return None
+        xp, count = namespace(parameters, spread), self.log_variances
+        chart = self._chart_at(parameters, log_sigma2)
+        moves = self._moves(chart)
+        if on_host(chart):
+            first, second = self._derivatives(chart)
+        else:
+            first, second = super().jacobian(chart), self.second(chart)
+        steps = -linalg.diagonal(spread)
+        z = slice(count, len(parameters))
+        own = self.correlation.drift(parameters[z], spread[z, z])
+        steps = xp.concatenate([steps[:count], own, steps[-1:]]) + 2 * spread[:, -1]
+        inner = linalg.matmul(moves, linalg.matmul(spread, linalg.transpose(moves)))
+        bent = xp.einsum("ij...,tij...->t...", inner, second)
+        return bent + linalg.matmul(first, linalg.matmul(moves, steps[:, None]))[:, 0]

@@ -45,6 +45,7 @@ class Unstructured(Block):
 
     any_basis = True
     written_out = True
+    linear = True
 
     @property
     def length(self) -> int:

@@ -466,6 +466,10 @@ class GroupedBasis:
         sums = [self.rows.sums(effect[:, None] * columns).T for effect in self.effects.T]
         return jnp.stack(sums)
 
+    def of_levels(self, modes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Effects of the user's levels of those of the structure's."""
+        return modes
+
     def structure(
         self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]
     ) -> Grouped:

@@ -26,7 +26,7 @@ from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Marginal, OfColumns, Projection, Rows
-from jaxreml.model.structures.crossed import derivatives, schur
+from jaxreml.model.structures.crossed import derivatives, forms, schur
 from jaxreml.model.structures.crossed.elimination import (
     Eliminated,
     Stage,
@@ -196,13 +196,9 @@ class Crossed(OfColumns):
         return self._outside(namespace(*slopes).concatenate(slopes), 0)
 
     def curvature(self, projection: Projection, matrix: Array, weights: Array) -> Array:
-        m = natural.count_theta(self.sizes)
-        of_gram: Any = 0.0
-        for left, right in zip(*self._images(projection, matrix), strict=True):
-            shape = left.shape[0], m, weights.size, *left.shape[2:]
-            left = left.reshape(shape) * weights.reshape(-1, *[1] * (left.ndim - 2))
-            of_gram = of_gram + _by_parameter(left, right.reshape(shape))
-        return self._of_logdet(projection) + self._outside(of_gram + of_gram.T, 0, 1)
+        vectors = self.combine(projection.cross, matrix)
+        of_gram = forms.curvature(self, projection, vectors, weights)
+        return self._of_logdet(projection) + self._outside(of_gram, 0, 1)
 
     def _of_logdet(self, projection: Projection) -> Array:
         """Second derivatives of log|V0|, (m, m)."""
@@ -236,48 +232,10 @@ class Crossed(OfColumns):
         return self._outside((whole + whole.T) / 2, 0, 1)
 
     def spread(self, projection: Projection, matrix: Array) -> Array:
-        k, m = matrix.shape[1], natural.count_theta(self.sizes)
-        spread: Any = 0.0
-        for left, right in zip(*self._images(projection, matrix), strict=True):
-            spread = spread + _inner(left, right)
-        spread = ((spread + spread.T) / 2).reshape(m, k, m, k)
-        return self._outside(spread, 0, 2)
+        vectors = self.combine(projection.cross, matrix)
+        return self._outside(forms.spread(self, projection, vectors), 0, 2)
 
-    def _images(self, projection: Projection, matrix: Array) -> tuple[Any, Any]:
-        """E_j d and B E_j d for each parameter j and columns d of D `matrix`, as `_moved`."""
-        (chain, _), done, R = projection.inner
-        moved = self._moved(self.combine(projection.cross, matrix))
-        # B v = Z' V0^-1 Z v: the columns of Z v take the place of X and y.
-        of_chain, of_tail = self._of_effects(moved)
-        columns, C = reduce(self.stages, done, of_chain, of_tail)
-        modes, tail = C, C
-        if self.levels:
-            modes = R @ C
-            tail = C - done.A @ modes
-        return moved, (*substitute(self.stages, chain, done, columns, modes), tail)
-
-    def _moved(self, vectors: tuple[Array, ...]) -> tuple[Array, ...]:
-        """E_j v for each parameter j and each of k vectors: per stage (q, m k, J), and (Q, m k)."""
-        total = natural.count_theta(self.sizes)
-        xp = namespace(*vectors)
-        moved = []
-        start = 0
-        for stage, part in zip(self.stages, vectors, strict=False):
-            basis = natural.symmetric_basis(stage.sizes).astype(part.dtype)
-            own = xp.einsum("jab,bkJ->ajkJ", basis, part)
-            after = total - start - len(basis)
-            none = [xp.zeros((len(own), k, *own.shape[2:]), own.dtype) for k in (start, after)]
-            own = xp.concatenate([none[0], own, none[1]], axis=1)
-            moved.append(own.reshape(len(own), -1, stage.n_levels))
-            start += len(basis)
-        tail = vectors[-1]
-        if self.levels:
-            tail = self.layout.moved(tail)
-            none = xp.zeros((len(tail), start, tail.shape[2]), tail.dtype)
-            tail = xp.concatenate([none, tail], axis=1)
-        return (*moved, tail.reshape(len(tail), total * vectors[-1].shape[1]))
-
-    def _of_effects(self, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+    def of_effects(self, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         """`columns` of Z v for k vectors v, in the place of X and y: of the stages and the tail."""
         *of_chain, of_tail = vectors
         columns = [
@@ -414,21 +372,3 @@ def _gathered(counts: list[int], order: tuple[int, ...]) -> np.ndarray:
     starts = np.cumsum([0, *counts])
     places = [np.arange(starts[k], starts[k + 1]) for k in order]
     return np.concatenate(places).astype(natural.INDEX)
-
-
-def _inner(left: Array, right: Array) -> Array:
-    """Inner products of (q, k, J) and (q, l, J), or (Q, k) and (Q, l), over effects: (k, l)."""
-    if left.ndim == 2:
-        return left.T @ right
-    return sum(linalg.row_products(*pair) for pair in zip(left, right, strict=True))  # pyright: ignore
-
-
-def _by_parameter(left: Array, right: Array) -> Array:
-    """The same of (q, m, k, J) or (Q, m, k), summed over k: (m, m)."""
-    if left.ndim == 3:
-        return sum(left[:, :, u].T @ right[:, :, u] for u in range(left.shape[2]))
-    m = left.shape[1]
-    return sum(
-        linalg.row_products(a.reshape(m, -1), b.reshape(m, -1))
-        for a, b in zip(left, right, strict=True)
-    )

@@ -203,7 +203,7 @@ def second(
         basis = natural.symmetric_basis(stage.sizes).astype(inner.dtype)
         m, q = basis.shape[:2]
         flat = basis.reshape(m, q * q)
-        own = _pair_trace(basis, inner, 2 * around - inner)
+        own = pair_trace(basis, inner, 2 * around - inner)
         before = [one.state[k] for one in moves if one.stage < k]
         if before:
             mixed, early = _of_earlier(stage, k, done, R, later[k:], before)
@@ -258,9 +258,9 @@ def trace(stage: Stage, block: Array) -> Array:
     return basis.reshape(len(basis), -1) @ block.sum(axis=2).reshape(-1)
 
 
-def _pair_trace(basis: np.ndarray, left: Array, right: Array) -> Array:
+def pair_trace(basis: np.ndarray, left: Array, right: Array) -> Array:
     """Sums over levels of tr(E_i left E_j right), (m, m), for symmetric (q, q, J)."""
     q = len(left)
     products = left.reshape(q * q, -1) @ right.reshape(q * q, -1).T
     products = products.reshape(q, q, q, q)
-    return namespace(left).einsum("iab,jcd,bcda->ij", basis, basis, products)
+    return namespace(left).einsum("iab,jcd,bcda->ij", basis, basis, products, optimize=True)

@@ -3,7 +3,9 @@ same model."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -228,3 +230,51 @@ def test_a_kernel_that_is_the_residual():
     labels = data.assign(animal=np.arange(SEEN))
     with pytest.raises(jaxreml.DataError, match="types of the labels differ: int, str"):
         jaxreml.fit("y ~ x + (1 | animal)", labels, kernels={"animal": A})
+
+
+HERE = Path(__file__).parents[1] / "reference" / "kernels"
+
+
+@pytest.mark.parametrize(
+    ("name", "formula", "options"),
+    [
+        ("one", "y ~ x + (1 | animal)", {}),
+        ("one_ml", "y ~ x + (1 | animal)", {"method": "ML"}),
+        ("one_weights", "y ~ x + (1 | animal)", {"weights": "w"}),
+        ("litter", "y ~ x + (1 | animal) + (1 | litter)", {}),
+        ("slope", "y ~ x + (x | animal) + (1 | litter)", {}),
+    ],
+)
+def test_lme4_with_the_relationship_in_its_design(name, formula, options):
+    """R's lme4 with Z L in the place of Z, on a pedigree with animals without records."""
+    expected = json.loads((HERE / "lme4.json").read_text())["models"][name]
+    table, herd = (pd.read_csv(HERE / f"{own}.csv.gz") for own in ("pedigree", "herd"))
+    tree = kernels.pedigree(table["animal"], table["sire"], table["dam"])
+    fit = jaxreml.fit(formula, herd, kernels={"animal": tree}, **options)
+    assert fit.ngroups["animal"] == 50 and len(fit.random_effects["animal"]) == 60
+    assert fit.criterion == pytest.approx(expected["criterion"], abs=1e-5)
+    np.testing.assert_allclose(fit.params, expected["beta"], rtol=1e-4)
+    np.testing.assert_allclose(fit.bse, expected["se"], rtol=1e-3)
+    found = fit.variances.tolist()
+    if name == "slope":  # R puts the covariance after the two variances
+        found.insert(2, fit.cov_re.iloc[0, 1])
+    np.testing.assert_allclose(found, expected["vcov"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("term", ["cs(0 + f | animal)", "diag(x | animal)", "ar1(0 + f | animal)"])
+def test_words_for_covariances(term):
+    """Omega of any family, Kronecker's product with K: the criterion at what was found."""
+    data = animals().assign(f=lambda table: np.where(table["x"] > 0.3, "u", "v"))
+    fit = jaxreml.fit(f"y ~ x + {term} + (1 | litter)", data, kernels={"animal": A})
+    assert fit.converged
+    V = fit.sigma**2 * np.eye(fit.nobs)
+    for (codes, Z, K), sigma in zip(parts(fit), fit.cov_re_arrays, strict=True):
+        V += (Z @ sigma @ Z.T) * K[np.ix_(codes, codes)]
+    X, inverse = fit.frame.X, np.linalg.inv(V)
+    M = X.T @ inverse @ X
+    rest = fit.y - X @ np.linalg.solve(M, X.T @ inverse @ fit.y)
+    value = np.linalg.slogdet(V)[1] + np.linalg.slogdet(M)[1] + rest @ inverse @ rest
+    value += (fit.nobs - 2) * np.log(2 * np.pi)
+    assert value == pytest.approx(fit.criterion, abs=1e-7)
+    plain = jaxreml.fit("y ~ x + (1 | litter)", data)
+    assert fit.criterion < plain.criterion
