@@ -42,6 +42,7 @@ class Own(Block):
     function: Function
 
     written_out = True
+    of_variances = False
 
     @property
     def length(self) -> int:
