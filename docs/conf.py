@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
+    "kernels",
     "reference",
 ]
 exclude_patterns = ["_build", "_templates"]

@@ -12,6 +12,7 @@ DF_METHODS = (
     "kenward-roger",
     "kenward-roger-sas",
     "kenward-roger-linear",
+    "between-within",
     "residual",
     "inf",
 )

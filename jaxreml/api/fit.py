@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jaxreml.arguments import is_reml, refuse_arguments
 from jaxreml.data.frame import model_frame
 from jaxreml.fitting.fit import fit_frame
+from jaxreml.fitting.sequence import fit_in_turn
 from jaxreml.results.results import LMMResults
 
 
@@ -22,7 +24,7 @@ def fit(
     context: Mapping[str, Any] | None = None,
     max_iterations: int = 100,
     engine: str | None = None,
-    residual: str | None = None,
+    residual: str | Sequence[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> LMMResults:
@@ -54,6 +56,8 @@ def fit(
             ``"us(visit | arm/subject)"`` for one of each arm; ``"diag(group)"`` for a variance by
             level of a column. Beside any random effects, or none; what means the same as they do
             is refused. With `weights`, it is that of the residuals times the roots of these.
+            A list of such texts is tried in turn, until one has a certified optimum with a positive
+            definite Hessian: ``fit.residual_tried`` and the summary say which were left, and why.
         kernels: known covariances K of the levels of grouping factors, up to a factor, such as
             ``{"animal": A}`` for ``(1 | animal)``: b ~ N(0, sigma2_a A). A frame with labels, which
             may have levels that the data lack (these are predicted), an array in the order of the
@@ -96,13 +100,20 @@ def fit(
     """
     refuse_arguments("fit", others)
     is_reml(method)
-    frame = model_frame(
+    made = partial(
+        model_frame,
         formula,
         data,
         weights=weights,
         offset=offset,
         context=context,
-        residual=residual,
         kernels=kernels,
     )
-    return fit_frame(frame, method, structure, context, max_iterations, LMMResults, engine)
+    options = method, structure, context, max_iterations, LMMResults, engine
+    if not isinstance(residual, (list, tuple)):
+        return fit_frame(made(residual=residual), *options)
+    texts = list(dict.fromkeys(residual))
+    if not texts:
+        raise ValueError("residual=[] has nothing to try; None is for independent residuals")
+    frames = {text: made(residual=text) for text in texts}
+    return fit_in_turn(frames, lambda frame: fit_frame(frame, *options))

@@ -55,6 +55,7 @@ class Df(StrEnum):
     kenward_roger = "kenward-roger"
     kenward_roger_sas = "kenward-roger-sas"
     kenward_roger_linear = "kenward-roger-linear"
+    between_within = "between-within"
     residual = "residual"
     inf = "inf"
 
@@ -136,9 +137,10 @@ def fit(
     ml: Ml = False,
     weights: Weights = None,
     residual: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help='Covariance of the residuals within subjects, such as "us(visit | subject)".'
+            help='Covariance of the residuals within subjects, such as "us(visit | subject)"; '
+            "given again, another to try if that cannot be estimated."
         ),
     ] = None,
     df: Degrees = Df.satterthwaite,
@@ -172,7 +174,8 @@ def fit(
         table = read_table(data, Dialect.of(sep, na_values, encoding))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = jaxreml.fit(formula, table, method, weights=weights, residual=residual)
+            own = residual[0] if residual and len(residual) == 1 else residual or None
+            result = jaxreml.fit(formula, table, method, weights=weights, residual=own)
         text = _render(result, layout, df.value, anova)
         if output is None:
             sys.stdout.write(text)

@@ -16,16 +16,18 @@ from jaxreml.data.encoding import Encoding, encode
 from jaxreml.data.estimability import independent_columns
 from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
-from jaxreml.data.places import encode_places
+from jaxreml.data.places import encode_own, encode_places
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import instead_of_residual, replaces_residual
 from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.covariance.words import (
     ANY,
     FAMILIES,
     TermCovariance,
     check_word,
     is_timed,
+    own_covariance,
 )
 
 
@@ -106,10 +108,13 @@ def grouping_terms(
         raise FormulaError(f"{bar.effects!r}: {error}") from error
     terms = []
     what = f"the random effects on {bar.name}"
+    encoding: Any
     for text in texts:
         if is_timed(word):
             effects, encoding = encode_places(text, table, context, what)
             places = encoding.places
+        elif own_covariance(word, context) is not None:
+            effects, encoding, places = encode_own(text, table, context, what)
         else:
             (effects, encoding), places = encode(text, table, context, what), ()
         names = encoding.names
@@ -185,8 +190,8 @@ def check_terms(
     """
     seen: set[tuple[str, str]] = set()
     for term in terms:
-        n_levels = len(term.seen)
-        if n_levels < 2:
+        n_levels, block = len(term.seen), term.block(len(term.effect_names))
+        if n_levels < 2 and isinstance(block, Unstructured):
             only = term.levels[term.codes[0]]
             raise DataError(
                 f"the grouping factor {term.name!r} has one level ({only!r}); its "
@@ -204,7 +209,6 @@ def check_terms(
                 )
             seen.add((term.name, effect))
         rows = term.effects if weights is None else term.effects * np.sqrt(weights)[:, None]
-        block = term.block(len(term.effect_names))
         beside = term.kernel is None and independent
         if beside and replaces_residual(term.codes, rows, block):
             raise DataError(instead_of_residual(term.name, n_levels, term.effect_names, n))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.data.columns import is_amount, label
+from jaxreml.data.encoding import encode
 from jaxreml.data.formula import single_name
 from jaxreml.errors import DataError, FormulaError
 
@@ -101,6 +102,27 @@ def encode_places(
     )
     encoding = PlacesEncoding(" + ".join(columns), what, columns, places, context)
     return encoding.matrix(table), encoding
+
+
+def encode_own(
+    text: str, table: pd.DataFrame, context: Mapping[str, Any], what: str
+) -> tuple[np.ndarray, Any, tuple[Any, ...]]:
+    """Effects of a covariance of the user's own, their encoding, and what is known of each.
+
+    Names of columns of numbers are places, as for `encode_places`, and the name of a factor stands
+    for its levels. Anything else is a formula for columns, of which nothing is known but the order.
+    """
+    parts = [part.strip() for part in text.split("+")]
+    names = [single_name(part) for part in parts if part != "0"]
+    if any(name is None or name not in table.columns for name in names) or not names:
+        return *encode(text, table, context, what), ()
+    if len(names) == 1 and not is_amount(pd.Series(table[names[0]])):
+        levels = pd.Categorical(table[names[0]]).remove_unused_categories().categories
+        return *encode(f"0 + `{names[0]}`", table, context, what), tuple(levels.tolist())
+    if "0" not in parts and all(is_amount(pd.Series(table[name])) for name in names):
+        effects, encoding = encode_places(text, table, context, what)
+        return effects, encoding, encoding.places
+    return *encode(text, table, context, what), ()
 
 
 def _values(columns: tuple[str, ...], table: pd.DataFrame, what: str) -> np.ndarray:

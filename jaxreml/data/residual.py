@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,15 @@ from jaxreml.data.grouping import combined_codes, same_partition
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
+from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.residual import Residual
-from jaxreml.model.covariance.words import FAMILIES, RESIDUALS
+from jaxreml.model.covariance.timed import Timed
+from jaxreml.model.covariance.words import FAMILIES, RESIDUALS, own_covariance
+from jaxreml.model.groups import crossing
 
-MOST_VISITS = 60  # a covariance matrix of more is out of reach
+# A covariance matrix of more is out of reach; where it is a function of the distance, it is not
+# needed.
+MOST_VISITS = 60
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,10 @@ class Words:
 
     Attributes:
         text: as given.
-        family: a word of `FAMILIES`.
+        family: a word of `FAMILIES`, or of the user's.
         visit, subject, arm: names of the columns; no arm where all share one covariance, and no
             subject in ``diag(group)``, where residuals are independent.
+        own: the covariance, if the word is the user's.
     """
 
     text: str
@@ -38,6 +44,7 @@ class Words:
     visit: str
     subject: str | None
     arm: str | None = None
+    own: Custom | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -66,12 +73,16 @@ class ResidualTerm:
     @property
     def term(self) -> Term:
         """What stands for it in a design."""
+        if is_series(self.words, self.visits):
+            times = places_in_time(self.words.family, self.visits)[self.places, None]
+            law = covariance(self.words, self.visits, ())
+            return Term(self.codes, times, RESIDUAL, (self.words.visit,), lambda size: law)
         labels = labels_of(self.visits, self.arms)
         effects = np.zeros((len(self.codes), len(labels)))
         effects[np.arange(len(effects)), self.places] = 1.0
 
-        def block(size: int) -> Residual:
-            return covariance(self.words.family, self.visits, self.arms)
+        def block(size: int) -> Residual | Timed:
+            return covariance(self.words, self.visits, self.arms)
 
         return Term(self.codes, effects, RESIDUAL, labels, block)
 
@@ -82,8 +93,31 @@ def labels_of(visits: tuple[Any, ...], arms: tuple[Any, ...]) -> tuple[str, ...]
     return tuple(f"{arm}: {visit}" for arm in arms for visit in short) if arms else tuple(short)
 
 
-def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual:
+def is_series(words: Words, visits: tuple[Any, ...]) -> bool:
+    """Whether there is no matrix of so many visits: each subject is at its own."""
+    if len(visits) <= MOST_VISITS or words.own is not None:
+        return False
+    return _is_stationary(words.family)
+
+
+def _is_stationary(family: str) -> bool:
+    """Whether a word is of a function of the distance alone."""
+    return isinstance(FAMILIES[family].correlation(2, (0.0, 1.0)), correlations.Stationary)
+
+
+def places_in_time(family: str, visits: tuple[Any, ...]) -> np.ndarray:
+    """Where each visit is: its time, or its place among the visits, neighbours one apart."""
+    return np.array(visits, float) if FAMILIES[family].timed else np.arange(float(len(visits)))
+
+
+def covariance(words: Words, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual | Timed:
     """Of visits with these labels; with arms, once for each."""
+    if words.own is not None:
+        return words.own.residual(len(visits), visits)
+    family = words.family
+    if is_series(words, visits):
+        law: Any = FAMILIES[family].correlation(2, (0.0, 1.0))
+        return Timed(1, law)
     own, size, count = FAMILIES[family], len(visits), max(len(arms), 1)
     correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
     if arms:
@@ -92,8 +126,9 @@ def covariance(family: str, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> R
     return Residual(size * count, correlation, tuple(variances.tolist()))
 
 
-def words_of(text: str) -> Words:
-    """What ``us(visit | subject)``, ``us(visit | arm/subject)`` or ``diag(group)`` says.
+def words_of(text: str, context: Mapping[str, Any] | None = None) -> Words:
+    """What ``us(visit | subject)``, ``us(visit | arm/subject)`` or ``diag(group)`` says, or a word
+    of the user's for a covariance in the `context`.
 
     Raises:
         FormulaError: another form, or a family that is not known.
@@ -111,12 +146,14 @@ def words_of(text: str) -> Words:
     if found is None:
         raise FormulaError(f"{form}, not {text!r}")
     family = found[1]
-    if family not in RESIDUALS:
+    own = own_covariance(family, context)
+    if own is None and family not in RESIDUALS:
         hint = ""
         if family in FAMILIES:
             hint = f"; {family!r} is a word for random effects, in the formula"
         raise FormulaError(
-            f"{family!r} is no residual covariance; there are {', '.join(RESIDUALS)}{hint}"
+            f"{family!r} is no residual covariance; there are {', '.join(RESIDUALS)}{hint}, and "
+            "jaxreml.covariance.custom makes one of your own, given in context"
         )
     arm, _, last = found[3].rpartition("/")
     names = [single_name(part) for part in ([found[2], last, arm] if arm else [found[2], last])]
@@ -127,11 +164,21 @@ def words_of(text: str) -> Words:
         )
     if len(set(names)) < len(names):
         raise FormulaError(f"{text!r} has the same column in two places")
-    return Words(text, family, *names)  # pyright: ignore
+    if own is None:
+        return Words(text, family, *names)  # pyright: ignore
+    if arm:
+        raise FormulaError(
+            f"{text!r}: a covariance of your own is one for all subjects, so far; copies for each "
+            f"{arm.strip()} are there for {', '.join(RESIDUALS)}"
+        )
+    return Words(text, family, *names, own=own)  # pyright: ignore
 
 
 def residual_term(
-    text: str, table: pd.DataFrame, factors: Sequence[np.ndarray] = ()
+    text: str,
+    table: pd.DataFrame,
+    factors: Sequence[np.ndarray] = (),
+    context: Mapping[str, Any] | None = None,
 ) -> ResidualTerm:
     """The term of complete rows.
 
@@ -139,17 +186,18 @@ def residual_term(
         text: the argument ``residual``.
         table: with its columns.
         factors: codes (n,) of the grouping factors of random effects.
+        context: with covariances of the user's own.
 
     Raises:
         DataError: a subject with the same visit twice, times that are not numbers, fewer than two
             visits or subjects, too many visits, nothing to estimate a correlation from: named.
     """
-    words = words_of(text)
+    words = words_of(text, context)
     if words.subject is None:
         return _by_level(words, table, factors)
-    visit, subject, own = words.visit, words.subject, FAMILIES[words.family]
+    visit, subject, own = words.visit, words.subject, FAMILIES.get(words.family)
     column = pd.Series(table[visit])
-    if own.timed and not is_amount(column):
+    if own is not None and own.timed and not is_amount(column):
         raise DataError(
             f"residual={text!r} needs numbers for {visit!r}, and it has values such as "
             f"{column.tolist()[0]!r}"
@@ -157,18 +205,28 @@ def residual_term(
     visits, subjects = pd.Categorical(table[visit]), pd.Categorical(table[subject])
     visits, subjects = visits.remove_unused_categories(), subjects.remove_unused_categories()
     for name, found, what in ((visit, visits, "visits"), (subject, subjects, "subjects")):
-        if len(found.categories) < 2:
+        # One subject tells the parameters of a covariance if these are few.
+        if len(found.categories) < (1 if own is None and what == "subjects" else 2):
             raise DataError(
                 f"residual={text!r}: {name!r} has one value, and {what} are two or more"
             )
-    if len(visits.categories) > MOST_VISITS:
+    levels = len(visits.categories)
+    if levels > MOST_VISITS and not is_series(words, tuple(range(levels))):
+        distance = filter(_is_stationary, RESIDUALS)
         raise DataError(
-            f"residual={text!r}: {visit!r} has {len(visits.categories)} different values, and a "
-            f"covariance of more than {MOST_VISITS} is not there yet; round times to fewer"
+            f"residual={text!r}: {visit!r} has {levels:,} different values, and "
+            f"{words.family!r} has a matrix of all of them, which may be {MOST_VISITS}. Of more, "
+            f"there are functions of the distance ({', '.join(distance)}); or round to fewer"
+        )
+    if levels > MOST_VISITS and words.arm is not None:
+        raise DataError(
+            f"residual={text!r}: with {levels:,} different values of {visit!r} there is one "
+            f"covariance for all subjects, and not one of each {words.arm!r}, so far"
         )
     places, codes = np.asarray(visits.codes), np.asarray(subjects.codes)
     _refuse_repeats(text, visit, subject, table, codes.astype(np.int64) * 10**6 + places)
-    if own.correlation(2, (0.0, 1.0)).count and np.bincount(codes).max() < 2:
+    correlated = own is None or own.correlation(2, (0.0, 1.0)).count
+    if correlated and np.bincount(codes).max() < 2:
         raise DataError(
             f"residual={text!r}: no {subject!r} has two visits, so nothing is known of their "
             "correlation"
@@ -229,8 +287,7 @@ def refuse_perfect(term: ResidualTerm, X: np.ndarray) -> None:
 def _refuse_two_arms(
     words: Words, table: pd.DataFrame, codes: np.ndarray, arms: np.ndarray
 ) -> None:
-    first = arms[np.unique(codes, return_index=True)[1]]
-    other = arms != first[codes]
+    other = crossing(arms, codes)
     if other.any():
         row = int(np.argmax(other))
         raise DataError(

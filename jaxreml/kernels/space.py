@@ -179,7 +179,7 @@ def _adjacency(adjacency: Any, labels: Sequence[Any] | None) -> tuple[Any, pd.In
             raise DataError("the rows and the columns of the adjacency have different labels")
         adjacency = adjacency[index]
     values = adjacency if sparse.issparse(adjacency) else _numbers(adjacency)
-    weights = sparse.csr_matrix(values, dtype=float)
+    weights: Any = sparse.csr_matrix(values, dtype=float)
     if weights.shape[0] != weights.shape[1]:
         raise DataError(f"the adjacency must be square, not {weights.shape}")
     if weights.nnz and (weights.data.min() < 0 or not np.all(np.isfinite(weights.data))):

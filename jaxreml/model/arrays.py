@@ -210,12 +210,12 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
         names = ("(Intercept)",) if term.effects is None else tuple(f"x{i + 1}" for i in range(q))
     if len(names) != q:
         raise DataError(f"{term.name} has {q} effects and {len(names)} effect names")
-    if n_levels < 2:
-        raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
     covariance = term.covariance
     covariance = (
         covariance_of(covariance, {}, {}, q) if isinstance(covariance, str) else covariance(q)
     )
+    if n_levels < 2 and isinstance(covariance, Unstructured):
+        raise DataError(f"the grouping factor {term.name} has one level; two or more are needed")
     return Effects(codes, columns, n_levels, term.name, tuple(names), covariance, kernel)
 
 

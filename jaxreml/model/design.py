@@ -120,8 +120,8 @@ class Design:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the structure holds, which evaluations cost by."""
-        return sum(np.size(leaf) for leaf in leaves(self.structure))
+        """How many numbers an evaluation works with, which it costs by."""
+        return sum(np.size(leaf) for leaf in leaves(self.structure.evaluated))
 
     @property
     def absent(self) -> Array:
@@ -333,6 +333,13 @@ class Design:
         if self.covariance.random.all() or not isinstance(self.structure, Grouped):
             return self
         return replace(self, structure=fewer_levels(self.structure))
+
+    @property
+    def first_order(self) -> Design:
+        """As if V were linear in omega, for expected informations; itself where it is."""
+        structure: Any = self.structure
+        own = getattr(structure, "first_order", None)
+        return self if own is None else replace(self, structure=own)
 
     def combined(self, matrix: Array, absent: Array) -> Design:
         """The criterion of the columns [X y] C, for what follows from it alone: see

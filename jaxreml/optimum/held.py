@@ -31,6 +31,7 @@ from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.optimum import newton
 from jaxreml.optimum.certificate import STEP, is_certified, slopes_by_differences
+from jaxreml.optimum.eliminated import Eliminated, in_held, near, solved
 from jaxreml.optimum.search import ZERO
 
 Array = Any  # NumPy's or JAX's
@@ -42,8 +43,9 @@ ALONE = 2**16  # numbers in a structure from which on they are sought one by one
 
 
 class Coordinates(NamedTuple):
-    """Axes of the parameters x of one optimum, (m + 2,): entries of T for all terms, column by
-    column, log sigma, and the distance that held fixed effects are from least squares.
+    """Axes of the parameters x of one optimum, (m + 2,): per block the entries of T, column by
+    column, or its chart if it has no T; log sigma; and the distance that held fixed effects are
+    from least squares.
 
     All arrays are of floats.
 
@@ -58,6 +60,8 @@ class Coordinates(NamedTuple):
         shift: (p,), the combination of X that the response gains per unit of the last entry of x.
         absent: (p + 1,), 1 for columns that there are none of.
         log_unit: (), logarithm of the residual SD to which T and sigma are relative.
+        scaled: entries of Omega, 1 for those that are relative to sigma, 0 for the residuals' own.
+        eliminated: what is held by solving for an entry of x (`eliminated`); on the host only.
     """
 
     order: Any
@@ -69,6 +73,8 @@ class Coordinates(NamedTuple):
     shift: Any
     absent: Any
     log_unit: Any
+    scaled: Any
+    eliminated: tuple[Eliminated, ...] = ()
 
 
 class Optimum(NamedTuple):
@@ -158,8 +164,9 @@ def triangle_slopes(x: Any, axes: Coordinates, weights: Any) -> tuple[Any, Any]:
 def _omega(x: Array, axes: Coordinates, covariance: Covariance) -> tuple[Array, Array]:
     """Relative covariances and residual log-variance at x (m + 1,)."""
     entries = triangle(x[:-1], axes)
-    absolute = covariance.omega(axes.order @ entries)
-    return absolute * namespace(x).exp(-2 * x[-1]), 2 * (x[-1] + axes.log_unit)
+    absolute = _like(x, covariance.omega(axes.order @ entries))
+    scale = namespace(x).exp(-2 * x[-1] * axes.scaled)
+    return absolute * scale, 2 * (x[-1] + axes.log_unit)
 
 
 def _omega_slopes(
@@ -168,19 +175,25 @@ def _omega_slopes(
     """Derivatives of `_omega` in x, (m + 1, m + 1), and second ones, (m + 1, m + 1), of
     gradient'(omega, log sigma2) for `gradient` (m + 1,)."""
     xp, order = namespace(x), axes.order
-    entries, scale = triangle(x[:-1], axes), xp.exp(-2 * x[-1])
-    of_omega = gradient[:-1]
-    of_chart, bend = covariance.slopes(order @ entries, of_omega)
+    entries, scale = triangle(x[:-1], axes), xp.exp(-2 * x[-1] * axes.scaled)
+    of_omega = gradient[:-1] * scale
+    of_chart, bend = (_like(x, own) for own in covariance.slopes(order @ entries, of_omega))
     weights = (of_omega @ of_chart) @ order
     first, inner = triangle_slopes(x[:-1], axes, weights)
     inner = inner + first.T @ (order.T @ bend @ order) @ first
-    jacobian = scale * of_chart @ order @ first
-    omega = scale * covariance.omega(order @ entries)
-    mixed = -2 * of_omega @ jacobian
-    bends = linalg.border(scale * inner, mixed, 4 * of_omega @ omega)
+    jacobian = of_chart @ order @ first
+    falls = -2 * axes.scaled
+    omega = _like(x, covariance.omega(order @ entries))
+    mixed = (falls * of_omega) @ jacobian
+    bends = linalg.border(inner, mixed, (falls**2 * of_omega) @ omega)
     last = xp.asarray(np.append(np.zeros(len(entries)), 2.0)[None], x.dtype)
-    whole = xp.concatenate([jacobian, -2 * omega[:, None]], axis=1)
+    whole = xp.concatenate([scale[:, None] * jacobian, (falls * scale * omega)[:, None]], axis=1)
     return xp.concatenate([whole, last]), bends
+
+
+def _like(x: Array, found: Array) -> Array:
+    """A NumPy array where x is one: blocks may have their derivatives from JAX."""
+    return np.asarray(found) if on_host(x) else found
 
 
 def _combined(shift: Array, axes: Coordinates, design: Design) -> Design:
@@ -195,13 +208,15 @@ def _columns(shift: Array, axes: Coordinates) -> Array:
 
 def expansion(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> Point:
     """The criterion at x (m + 2,) with its derivatives, the response of `design` moved."""
-    inner, covariance, xp = x[:-1], design.covariance, namespace(x)
+    covariance, xp = design.covariance, namespace(x)
+    inner = solved(x[:-1], axes.eliminated)
     omega, log_sigma2 = _omega(inner, axes, covariance)
     outer = expand(omega, design, reml=reml, log_sigma2=log_sigma2)
     jacobian, bend = _omega_slopes(inner, axes, covariance, outer.joint_gradient)
     free, none = axes.free, xp.zeros_like(x[:1])
-    slope = xp.concatenate([outer.joint_gradient @ jacobian, none])
     inside = jacobian.T @ outer.joint_hessian @ jacobian + bend
+    first, inside = in_held(inner, outer.joint_gradient @ jacobian, inside, axes.eliminated)
+    slope = xp.concatenate([first, none])
     full = linalg.border(inside, xp.zeros_like(inner), none[0])
     return Point(outer.value, slope * free, full * free[:, None] * free, slope, full)
 
@@ -234,7 +249,8 @@ def _criterion(
     """At x; `held` is the design that no x moves, if it is known."""
     if held is None:
         held = _combined(x[-1], axes, design)
-    return neg2_loglik(*_omega(x[:-1], axes, design.covariance), held, reml=reml)
+    inner = solved(x[:-1], axes.eliminated)
+    return neg2_loglik(*_omega(inner, axes, design.covariance), held, reml=reml)
 
 
 def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[Array, Array, Array]:
@@ -246,7 +262,7 @@ def _look(x: Array, axes: Coordinates, design: Design, *, reml: bool) -> tuple[A
 def _fixed_effects(x: Array, axes: Coordinates, design: Design) -> Array:
     xp, p = namespace(x), design.p
     held = _combined(x[-1], axes, design)
-    omega, _ = _omega(x[:-1], axes, design.covariance)
+    omega, _ = _omega(solved(x[:-1], axes.eliminated), axes, design.covariance)
     factor = linalg.cholesky(held.structure.marginal(omega).gram)
     slopes = -linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
     moved = (_columns(x[-1], axes) @ xp.append(slopes, 1.0))[:p, None]
@@ -281,6 +297,11 @@ def _programs(
     return climb, look
 
 
+def on_host_only(design: Design) -> bool:
+    """Whether optima of a design are sought by NumPy only: what `eliminated` does."""
+    return not all(block.any_basis for block in design.covariance.blocks)
+
+
 def optima(
     starts: np.ndarray,
     axes: list[Coordinates],
@@ -291,14 +312,16 @@ def optima(
 ) -> Optimum:
     """The optima nearest to `starts`, (b, m + 2), each in axes of its own.
 
-    On NumPy one by one, up to `FEW` and unless `more` follow; on JAX `LANES` at a time, in step,
-    and in large structures one by one too. `design` is one `without_names`, on the host or the
-    device.
+    On NumPy one by one, up to `FEW` and unless `more` follow, and always where blocks have charts
+    of their own; on JAX `LANES` at a time, in step, and in large structures one by one too.
+    `design` is one `without_names`, on the host or the device.
     """
     large = design.numbers >= ALONE
-    if on_host(design.residual_ss) and (large or not (more or len(starts) > FEW)):
+    alone = large or on_host_only(design) or not (more or len(starts) > FEW)
+    if on_host(design.residual_ss) and alone:
         pairs = zip(starts, axes, strict=True)
-        with suited_blas(design.numbers):
+        settings = np.errstate() if design.written_out else neutral()
+        with settings, suited_blas(design.numbers):
             found = [_alone(start, own, design, reml) for start, own in pairs]
     else:
         size = 1 if large else LANES
@@ -314,10 +337,12 @@ def _alone(start: np.ndarray, axes: Coordinates, design: Design, reml: bool) -> 
     two ways: all coordinates together, and with signs in turns."""
     moves = bool(axes.shift.any())
     held = None if moves else _combined(start[-1], axes, design)
-    criterion = partial(_criterion, axes=axes, design=design, reml=reml, held=held)
     with np.errstate(all="ignore"):
+        axes = axes._replace(eliminated=near(start[:-1], axes.eliminated))
         trace = _climb(start, axes, design, reml=reml)
         x, point = trace.at, trace.point
+        axes = axes._replace(eliminated=near(x[:-1], axes.eliminated))
+        criterion = partial(_criterion, axes=axes, design=design, reml=reml, held=held)
         scale = axes.free / np.sqrt(1 + np.abs(point.hessian.diagonal()))
         ways = scale * np.array([np.ones(x.size), (-1.0) ** np.arange(x.size)])
         value, slopes = slopes_by_differences(criterion, x, ways, STEP / 2)

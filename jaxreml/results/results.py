@@ -5,8 +5,10 @@ Its methods are functions of the rooms below, whose first argument is the fit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxreml.data.outputs import in_library
 from jaxreml.fitting.fitted import FittedModel
@@ -158,7 +160,7 @@ class LMMResults(FittedModel):
         return f"<LMMResults {self.formula!r}, {self.method}, criterion {self.criterion:.4f}>"
 
     @classmethod
-    def load(cls, path: str | Path) -> LMMResults:
+    def load(cls, path: str | Path, *, context: Mapping[str, Any] | None = None) -> LMMResults:
         """Read a fit that `save` wrote; the same as `jaxreml.load`.
 
         Examples:
@@ -166,18 +168,24 @@ class LMMResults(FittedModel):
             >>> jaxreml.LMMResults.load("sleep.json").has_rows
             False
         """
-        return storage.read(path, cls)
+        return storage.read(path, cls, context)
 
 
-def load(path: str | Path) -> LMMResults:
+def load(path: str | Path, *, context: Mapping[str, Any] | None = None) -> LMMResults:
     """Read a fit that `LMMResults.save` wrote.
 
+    Args:
+        path: of the file.
+        context: that of the fit: names that its formula uses besides columns, such as functions,
+            which are not saved. A covariance of your own must be there.
+
     Raises:
-        DataError: a file that is not one, or of a later version.
+        DataError: a file that is not one, or of a later version; a covariance of your own that is
+            not in the context, or another one.
 
     Examples:
         >>> fit.save("sleep.json")
         >>> jaxreml.load("sleep.json").params.equals(fit.params)
         True
     """
-    return LMMResults.load(path)
+    return LMMResults.load(path, context=context)

@@ -10,8 +10,8 @@ import base64
 import datetime as dt
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from jaxreml.data.prototype import packed, require_same, unpacked
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.fitting.fitted import ROWS, Fit, FittedModel, Grouping
 from jaxreml.fitting.residuals import ResidualCovariance
+from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.own import Own, OwnResidual
 from jaxreml.model.covariance.words import TermCovariance
 
 FORMAT = "jaxreml.LMMResults"
@@ -50,17 +52,17 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     """
     if fit.sandwich is not None:
         raise DataError("robust standard errors are not saved: save the fit that they are of")
-    if not data:
-        fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in (*ROWS, "kernels"):
             record[name] = encode(getattr(fit, name))
+    if not data and fit.residual is not None:
+        record["residual"] = encode(fit.residual.of_unseen)
     if not data:
         frame = fit.frame if fit.has_rows else fit.prototype
         record |= {"nobs": fit.nobs, "prototype": encode(packed(frame))}
         try:
-            require_same(_slim(record, str(path), FittedModel).prototype, frame)
+            require_same(_slim(record, str(path), FittedModel, None).prototype, frame)
         except (DataError, FormulaError) as error:
             raise DataError(
                 f"the fit cannot be saved without its rows, data=False: {error}; save it with them"
@@ -68,8 +70,8 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     Path(path).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
 
 
-def read(path: str | Path, kind: type[Fit]) -> Fit:
-    """Read a fit that `save` wrote, as one of class `kind`.
+def read(path: str | Path, kind: type[Fit], context: Mapping[str, Any] | None = None) -> Fit:
+    """Read a fit that `save` wrote, as one of class `kind`, with the `context` of its formula.
 
     Raises:
         DataError: a file that is not one, or of a later version.
@@ -82,18 +84,52 @@ def read(path: str | Path, kind: type[Fit]) -> Fit:
         raise DataError(f"{path} is not a saved fit of jaxreml")
     check_version(record, VERSION, str(path))
     if "prototype" in record:
-        return _slim(record, str(path), kind)
-    return kind(**decode_fields(kind, record, str(path)))
+        fit = _slim(record, str(path), kind, context)
+    else:
+        fit = kind(**decode_fields(kind, record, str(path)))
+    return with_context(fit, context)
 
 
-def _slim(record: dict[str, Any], what: str, kind: type[Fit]) -> Fit:
+def with_context(fit: Fit, context: Mapping[str, Any] | None) -> Fit:
+    """A fit that was loaded with the names that its formula may use, which are not saved.
+
+    Raises:
+        DataError: a covariance of the user's own is not among them, or is not that of the fit.
+    """
+    vars(fit)["context"] = context
+    if fit.residual is not None:
+        vars(fit)["residual"] = replace(fit.residual, context=context)
+    try:
+        covariance = fit.covariance
+    except FormulaError as error:
+        raise DataError(
+            f"the fit has a covariance that is not saved: give it as load(path, context={{...}}), "
+            f"by the name that it had; {error}"
+        ) from None
+    if any(isinstance(block, Own | OwnResidual) for block in covariance.blocks):
+        same = covariance.parameter_names(fit.labels) == tuple(fit.parameter_names)
+        if same:
+            factors = natural.split_triangles(fit.theta, covariance.sizes)
+            found, _ = covariance.natural(covariance.finite(fit.parameters))
+            same = np.allclose(found, covariance.omega_of_factors(factors), rtol=1e-5, atol=1e-8)
+        if not same:
+            raise DataError(
+                "the covariance in context is another one than that of the fit: it has other "
+                "parameters, or other values at the estimates"
+            )
+    return fit
+
+
+def _slim(
+    record: dict[str, Any], what: str, kind: type[Fit], context: Mapping[str, Any] | None
+) -> Fit:
     """A fit without its rows."""
     fit = kind.__new__(kind)
     own = decode_fields(kind, record, what, without=ROWS)
     vars(fit).update(own, context=None, nobs=record["nobs"])
     terms = [(grouping.name, grouping.levels, grouping.effects) for grouping in fit.groupings]
     vars(fit)["prototype"] = unpacked(
-        decode(record["prototype"]), fit.formula, fit.fixed_names, fit.aliased, terms
+        decode(record["prototype"]), fit.formula, fit.fixed_names, fit.aliased, terms, context
     )
     return fit
 
@@ -158,7 +194,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, KnownKernel):
         return {"kernel": [encode(value.part), encode(value.labels), _packed(value.matrix)]}
     if isinstance(value, ResidualCovariance):
-        return {"residual": [encode(getattr(value, f.name)) for f in fields(value)]}
+        return {"residual": [encode(getattr(value, f)) for f in saved_fields(ResidualCovariance)]}
     if isinstance(value, pd.DataFrame):
         columns = [[str(name), _encode_column(column)] for name, column in value.items()]
         return {"frame": columns, "index": _encode_index(value.index)}

@@ -11,16 +11,19 @@ import pandas as pd
 from jaxreml.arguments import check_conf_level
 from jaxreml.data.frame import split_extras
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.fixed import wald
 from jaxreml.inference.parameters.variances import (
     estimates,
     named_readings,
     variance_parameters,
 )
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
 ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
+MOST_VISITS = 15  # shown, where a few parameters say all of them
 
 
 def tidy(
@@ -78,7 +81,11 @@ def tidy(
         "ran_vals": _tidy_modes,
         "ran_coefs": _tidy_coefficients,
     }
-    frame = pd.concat([parts[effect](fit, conf_level) for effect in wanted], ignore_index=True)
+    if not fit.groupings:
+        wanted = [effect for effect in wanted if effect not in ("ran_vals", "ran_coefs")]
+    frames = [parts[effect](fit, conf_level) for effect in wanted]
+    none = pd.DataFrame(columns=["effect", "group", "level", "term", "estimate", "std_error"])
+    frame = pd.concat(frames, ignore_index=True) if frames else none
     order = ["effect", "group", "level", "term", "estimate", "std_error", "statistic", "df"]
     order += ["p_value"] + (["conf_low", "conf_high"] if conf_int else [])
     return frame.reindex(columns=[name for name in order if name in frame])
@@ -101,7 +108,7 @@ def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
         table = pd.DataFrame({"estimate": estimates(fit, known)}).reindex(columns=columns)
     blocks = [own.block if own.block >= 0 else len(known) for own in known]
     order = sorted(range(len(known)), key=lambda k: (blocks[k], ORDER[known[k].kind]))
-    labels = [("ran_pars", known[k].group, tidy_term(fit, known[k])) for k in order]
+    labels = [("ran_pars", known[k].group, tidy_term(known[k])) for k in order]
     table = table.iloc[order].rename(columns={"lower": "conf_low", "upper": "conf_high"})
     named = pd.DataFrame(labels, columns=["effect", "group", "term"])
     return pd.concat([named, table.reset_index(drop=True)], axis=1)
@@ -177,6 +184,7 @@ _METHODS = {
     "kenward-roger": "t-tests use Kenward-Roger's method",
     "kenward-roger-sas": "t-tests use Kenward-Roger's method (observed information)",
     "kenward-roger-linear": "t-tests use Kenward-Roger's method (observed information, linear)",
+    "between-within": "t-tests use between-within degrees of freedom",
     "residual": "t-tests use the residual degrees of freedom",
     "inf": "Tests are normal",
 }
@@ -186,6 +194,7 @@ def tests_in_words(df: str) -> str:
     """Of which degrees of freedom tests are, as a sentence for the note of a table."""
     return {
         "satterthwaite": "Tests use Satterthwaite's degrees of freedom",
+        "between-within": "Tests use between-within degrees of freedom",
         "residual": "Tests use the residual degrees of freedom",
         "inf": "Tests are normal",
     }.get(df, "Tests use Kenward and Roger's degrees of freedom and standard errors")
@@ -252,6 +261,7 @@ def summary(
             f"dropped {len(fit.aliased)} column(s) of X that depend on others: "
             f"{', '.join(fit.aliased)}"
         )
+    notes += [f"residual={text!r} was tried and left: {why}" for text, why in fit.residual_tried]
     notes.append(fit.message if fit.converged else f"NOT CONVERGED: {fit.message}")
     return "\n\n".join(parts) + "\n\n" + "\n".join(notes) + "\n"
 
@@ -333,20 +343,48 @@ def _residuals(fit: FittedModel) -> str:
     """Variances of the visits, and correlations of one subject's."""
     residual = fit.residual
     assert residual is not None
-    components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
-    names = ("variance", "sd", "log_variance", "log_variance_se")
-    columns = [_digits(components[name].to_numpy()) for name in names]
+    names, of_visits = ["Variance", "Std.Dev."], range(len(residual.effects))
+    if residual.words.own is None:
+        components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
+        values = [components[own] for own in ("variance", "sd", "log_variance", "log_variance_se")]
+        names, of_visits = [*names, "Log-Var.", "Std.Error"], residual.block.variances
+    else:  # variances are what the function makes of its parameters
+        variances = np.diagonal(fit.residual_cov.to_numpy())
+        values = [variances, np.sqrt(variances)]
+    columns = [_digits(np.asarray(own)) for own in values]
+    if isinstance(residual.block, Timed):
+        lines = [_table([["", *names], [" Residual", *(own[0] for own in columns)]], left=1)]
+        if fit.converged:
+            found = variance_parameters(fit)
+            value, error = _digits(found[["estimate", "std_error"]].to_numpy()[-1])
+            name = residual.block.correlation.reading.label.capitalize()
+            lines.append(f" {name} {value}, standard error {error}")
+        return "\n".join([f" {residual.text}, {len(residual.visits):,} different times", *lines])
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
-    shown = q - 1 if residual.block.correlation.count else 0
-    header = [f" {residual.words.visit}", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
+    shown = q - 1 if residual.block.correlation.correlated else 0
+    header = [f" {residual.words.visit}", *names]
     rows = [header + ["Corr"] * (shown > 0) + [""] * max(shown - 1, 0)]
     for i, effect in enumerate(residual.effects):
-        cells = [f" {effect}", *(column[residual.block.variances[i]] for column in columns)]
+        cells = [f" {effect}", *(column[of_visits[i]] for column in columns)]
         start = i - i % q  # of the visits of its arm
         own = [f"{correlation[i, start + j]:.2f}" if start + j < i else "" for j in range(shown)]
         rows.append(cells + own)
+    parameters = _described(fit, RESIDUAL)
+    if parameters and len(rows) > MOST_VISITS:  # they say all
+        rows = [[f" {q} values of {residual.words.visit}: see residual_cov"]]
     of = "" if residual.words.subject is None else " of a subject"
-    return f"Residuals{of}:\n {residual.text}\n" + _table(rows, left=1)
+    return f"Residuals{of}:\n {residual.text}\n" + parameters + _table(rows, left=1)
+
+
+def _described(fit: FittedModel, group: str) -> str:
+    """Parameters of a covariance that are no SDs or correlations, such as a range; "" for none."""
+    known = [own for own in named_readings(fit) if own.group == group and own.kind == "parameter"]
+    if not known or not fit.converged:
+        return ""
+    table = variance_parameters(fit).loc[[own.name for own in known]]
+    columns = [_digits(table[name].to_numpy()) for name in ("estimate", "std_error")]
+    rows = zip([f" {own.term}" for own in known], *columns, strict=True)
+    return _table([[" Parameter", "Estimate", "Std.Error"], *map(list, rows)], left=1) + "\n\n"
 
 
 def _counts(fit: FittedModel) -> str:

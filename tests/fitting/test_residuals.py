@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 import jaxreml
 from jaxreml.backend.arrays import leaves
 from jaxreml.data.frame import model_frame
+from jaxreml.fitting.sequence import failure
 from jaxreml.model.covariance.words import FAMILIES, RESIDUALS, SYNONYMS
 from jaxreml.model.structures import grouped
 from jaxreml.model.structures.collapse import marginal_by_classes
@@ -640,18 +642,49 @@ def test_compared():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda fit: fit.profile(),
-        lambda fit: fit.bootstrap(10),
-        lambda fit: fit.leverage(),
-        lambda fit: fit.influence("subject"),
-        lambda fit: fit.ranova(),
-        lambda fit: jaxreml.power(fit, {"x": 1.0}, nsim=10),
-        lambda fit: fit.save("/nowhere", data=False),
+        lambda fit: fit.posterior(),
     ],
 )
 def test_what_is_not_there_says_so(ask):
     with pytest.raises(jaxreml.DataError, match="so far"):
         ask(followed())
+
+
+def few() -> pd.DataFrame:
+    """Five subjects at four visits: too few for any covariance matrix."""
+    return small(2, subjects=5)
+
+
+def test_covariances_in_turn(tmp_path):
+    words = [f"{word}(time | subject)" for word in ("us", "toeph", "ar1", "cs")]
+    fit = jaxreml.fit("y ~ x * time", few(), residual=words)
+    alone = []
+    for text in words:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", jaxreml.ConvergenceWarning)
+            try:
+                alone.append(failure(jaxreml.fit("y ~ x * time", few(), residual=text)))
+            except jaxreml.DataError as error:
+                alone.append(str(error))
+    place = alone.index(None)
+    assert place > 0 and fit.residual.text == words[place]
+    assert fit.residual_tried == tuple(zip(words[:place], alone[:place], strict=True))
+    assert f"residual={words[0]!r} was tried and left: {alone[0]}" in fit.summary()
+    fit.save(tmp_path / "fit.json")
+    assert jaxreml.load(tmp_path / "fit.json").residual_tried == fit.residual_tried
+    first = jaxreml.fit("y ~ x", small(3, subjects=25), residual=["ar1(time | subject)"])
+    assert first.residual_tried == () and "tried" not in first.summary()
+
+
+def test_none_of_the_covariances():
+    words = [f"{word}(time | subject)" for word in ("us", "toeph")]
+    with pytest.warns(jaxreml.ConvergenceWarning, match="none of us"):
+        fit = jaxreml.fit("y ~ x * time", few(), residual=words, max_iterations=1)
+    assert not fit.converged and fit.residual_tried[0][0] == words[0]
+    with pytest.raises(ValueError, match="nothing to try"):
+        jaxreml.fit("y ~ x", few(), residual=[])
+    with pytest.raises(jaxreml.FormulaError, match="'un' is no"):
+        jaxreml.fit("y ~ x", few(), residual=[words[0], "un(time | subject)"])
 
 
 def test_bad_input():
@@ -688,4 +721,4 @@ def test_bad_input():
     many = pd.DataFrame({"y": np.random.default_rng(0).normal(size=300), "x": 1.0})
     many = many.assign(x=many["y"].round(), time=np.arange(300.0), subject=np.repeat(range(10), 30))
     with pytest.raises(jaxreml.DataError, match="300 different values"):
-        fit("ar1(time | subject)", many)
+        fit("toep(time | subject)", many)

@@ -18,6 +18,7 @@ from scipy.stats import chi2, norm
 import jaxreml
 from jaxreml.errors import JaxremlError
 from jaxreml.inference.likelihood import charts
+from jaxreml.inference.likelihood.holding import pair, parameters
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.optimum import held as holding
 from jaxreml.status import Status
@@ -68,7 +69,7 @@ def brute_force(fit, likelihood: str, label: str, value: float) -> float:
         place = next(k for k, name in enumerate(names) if name.startswith("z["))
         held = np.arctanh(value)
     else:
-        own = next(parameter for parameter in charts.parameters(fit) if parameter.name == label)
+        own = next(parameter for parameter in parameters(fit) if parameter.name == label)
         group, term = own.group, own.term
         entry = "Residual" if group == "Residual" else f"{group}, {term}"
         place, held = names.index(f"log_variance[{entry}]"), 2 * np.log(value)
@@ -229,7 +230,7 @@ def test_correlations_held_keep_their_signs():
 
 def test_derivatives_in_coordinates_equal_autodiff():
     fit = fitted("sleep_corr", "ML")
-    own = charts.parameters(fit)
+    own = parameters(fit)
     held = next(parameter for parameter in own if parameter.kind == "cor")
     x = held.x(charts.estimates(fit), fit.beta) + 0.1
     covariance = fit.design.covariance
@@ -322,7 +323,7 @@ def both_held(fit, labels: list[str], values: list[float]) -> float:
                 value
             )
         else:
-            own = next(parameter for parameter in charts.parameters(fit) if parameter.name == label)
+            own = next(parameter for parameter in parameters(fit) if parameter.name == label)
             entry = "Residual" if label == "sigma" else f"{own.group}, {own.term}"
             held[names.index(f"log_variance[{entry}]")] = 2 * np.log(value)
     free = [k for k in range(len(names)) if k not in held]
@@ -394,10 +395,10 @@ def test_contour_refusals():
     with pytest.raises(ValueError, match="at least 4 points"):
         profile.contour("sigma", "Days", points=3)
     machines = fitted("machines_s", "ML")
-    _, one, other, *_ = charts.parameters(machines)
+    _, one, other, *_ = parameters(machines)
     assert one.kind == other.kind == "cor"
     with pytest.raises(jaxreml.DataError, match="cannot be held together: of one term's effects"):
-        charts.pair(machines, one, other)
+        pair(machines, one, other)
 
 
 def test_a_step_too_far_is_bracketed():

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
+from scipy.stats import chi2
 
 import jaxreml
 from jaxreml import DataError
+from jaxreml.inference.parameters.variances import Places
+from jaxreml.inference.resampling.extension import extend
+from jaxreml.inference.resampling.likelihood_ratio import null_distribution
+from jaxreml.inference.resampling.simulation import of_fit
+from jaxreml.inference.resampling.statistics import default, fits_of
 
 CHILDREN = jaxreml.datasets.load("orthodont")
 ON = "(age | Subject)"
@@ -123,3 +131,242 @@ def test_shares_of_variance():
         alone.icc(at=8)
     equal = fitted(f"us{ON}").r2()["estimate"]
     assert equal["marginal"] == equal["conditional"]
+
+
+# Profiles: the criterion of the matrix of all rows, by another parametrisation and optimiser
+
+
+def matrix_of_visits(family: str, at: np.ndarray) -> np.ndarray:
+    """(4, 4), from SDs or the one, and correlations as they are."""
+    ages = np.array([8.0, 10.0, 12.0, 14.0])
+    lags = np.abs(ages[:, None] - ages)
+    if family == "us":
+        root = np.zeros((4, 4))
+        root[np.tril_indices(4)] = at
+        return root @ root.T
+    if family == "toeph":
+        correlations = np.append(1.0, at[4:7])[(lags / 2).astype(int)]
+        return correlations * np.outer(at[:4], at[:4])
+    if family == "sp_exp":
+        return at[0] ** 2 * np.exp(-lags / at[1])
+    return np.outer(at[:4], at[:4]) * at[4] ** (lags / 2)  # ar1h
+
+
+def dense_criterion(fit: jaxreml.LMMResults, matrix: np.ndarray, random: float) -> float:
+    own, X = fit.frame.residual, fit.frame.X
+    assert own is not None
+    same = own.codes[:, None] == own.codes
+    V = np.where(same, matrix[own.places[:, None], own.places] + random, 0.0)
+    try:
+        root = np.linalg.cholesky(V)
+    except np.linalg.LinAlgError:
+        return 1e6
+    half = np.linalg.solve(root, np.column_stack([X, fit.y]))
+    gram = half.T @ half
+    rss = gram[-1, -1] - gram[:-1, -1] @ np.linalg.solve(gram[:-1, :-1], gram[:-1, -1])
+    value = 2 * np.log(np.diagonal(root)).sum() + rss
+    if fit.method == "REML":
+        value += np.linalg.slogdet(gram[:-1, :-1])[1] - X.shape[1] * np.log(2 * np.pi)
+    return float(value + len(V) * np.log(2 * np.pi))
+
+
+def correlation(i: int, j: int) -> Callable[[np.ndarray], float]:
+    return lambda matrix: float(matrix[i, j] / np.sqrt(matrix[i, i] * matrix[j, j]))
+
+
+@pytest.mark.parametrize(
+    ("family", "random", "method", "name", "reading"),
+    [
+        pytest.param(
+            *("us", "", "REML", "cor_14.10|Residual", correlation(3, 1)), marks=pytest.mark.long
+        ),
+        pytest.param(
+            *("toeph", "", "ML", "cor_12.8|Residual", correlation(2, 0)), marks=pytest.mark.long
+        ),
+        ("sp_exp", "", "REML", "range|Residual", lambda m: -2 / np.log(correlation(1, 0)(m))),
+        ("ar1h", " + (1 | Subject)", "ML", "sd_12|Residual", lambda m: float(m[2, 2] ** 0.5)),
+    ],
+)
+def test_profiles_are_the_lowest_criterion_with_a_number_held(
+    family, random, method, name, reading
+):
+    fit = fitted(f"{family}{ON}", random, method)
+    interval = fit.profile(name, method=method).conf_int().loc[name]
+    sds, cor = fit.variance_parameters()["estimate"], fit.residual_corr.to_numpy()
+    start = {
+        "us": np.linalg.cholesky(fit.residual_cov.to_numpy())[np.tril_indices(4)],
+        "toeph": np.append(fit.residual_sds.max() * np.ones(4), cor[0, 1:]),
+        "sp_exp": sds.to_numpy(),
+        "ar1h": np.append(sds.iloc[1:], sds.iloc[0]),
+    }[family]
+
+    def objective(at: np.ndarray) -> float:
+        return dense_criterion(fit, matrix_of_visits(family, at), at[-1] ** 2 * bool(random))
+
+    for limit in interval[["lower", "upper"]]:
+        held = {
+            "type": "eq",
+            "fun": lambda at, limit=limit: reading(matrix_of_visits(family, at)) - limit,
+        }
+        options = {"maxiter": 300, "ftol": 1e-10}
+        best = minimize(objective, start, method="SLSQP", constraints=held, options=options)
+        assert abs(held["fun"](best.x)) < 1e-6
+        assert best.fun - fit.criterion == pytest.approx(chi2.ppf(0.95, 1), abs=2e-4), limit
+
+
+def test_profile_of_a_fixed_effect_is_the_fit_with_an_offset():
+    fit = fitted(f"csh{ON}", method="ML")
+    interval = fit.profile("age").conf_int().loc["age"]
+    table = fit.table.assign(female=(fit.table["Sex"] == "Female") * 1.0)
+    for limit in interval[["lower", "upper"]]:
+        held = jaxreml.fit(
+            "distance ~ Sex + female:age",
+            table,
+            "ML",
+            offset=limit * table["age"],
+            residual=f"csh{ON}",
+        )
+        assert held.criterion - fit.criterion == pytest.approx(chi2.ppf(0.95, 1), abs=1e-7)
+
+
+def test_points_and_regions_of_a_profile():
+    fit = fitted(f"ar1{ON}", method="ML")
+    names = ["sigma", "cor_10.8|Residual"]
+    profile = fit.profile(names)
+    frame = profile.frame
+    for name in names:
+        own = frame[frame["parameter"] == name]
+        assert own["value"].to_numpy() == pytest.approx(own[name].to_numpy(), rel=1e-9)
+        np.testing.assert_allclose(own["criterion"] - fit.criterion, own["zeta"] ** 2, atol=1e-8)
+        assert (np.diff(own["zeta"]) > 0).all() and abs(own["zeta"].iloc[0]) > 2.5
+    edge = profile.contour(*names, [0.8], points=4)
+    np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.8, 2), atol=1e-5)
+    for _, row in edge.iloc[:3].iterrows():
+        matrix = matrix_of_visits("ar1h", np.append(np.full(4, row["sigma"]), row[names[1]]))
+        rise = dense_criterion(fit, matrix, 0.0) - fit.criterion
+        assert rise == pytest.approx(row["deviance"], abs=1e-5)
+    wide = fitted(f"csh{ON}", method="ML").profile(["cor_10.8|Residual", "sd_10|Residual"])
+    edge = wide.contour("cor_10.8|Residual", "sd_10|Residual", [0.5], points=4)
+    np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.5, 2), atol=1e-5)
+
+
+def test_no_random_effects_are_no_rows():
+    fit = fitted("us(age | Subject)")
+    assert fit.tidy("ran_vals").empty
+    assert set(fit.tidy(("fixed", "ran_vals"))["effect"]) == {"fixed"}
+
+
+# The bootstrap, and what else simulates
+
+
+def test_bootstrap():
+    fit = fitted(f"ar1{ON}")
+    drawn = fit.bootstrap(120, seed=4)
+    again = fit.bootstrap(5, seed=4)
+    np.testing.assert_array_equal(again.draws, drawn.draws.iloc[:5])
+    assert drawn.n_failed == 0
+    for k, y in enumerate(fit.simulate(2, seed=4).to_numpy().T):
+        table = fit.table.assign(distance=y)
+        one = jaxreml.fit(fit.formula, table, residual=f"ar1{ON}")
+        values = [*one.params, one.sigma, one.residual_corr.iloc[1, 0], 2 * np.log(one.sigma)]
+        np.testing.assert_allclose(drawn.draws.iloc[k], values, rtol=1e-6)
+    wald = fit.variance_parameters()
+    names = {"sigma": "sigma", "correlation[Residual, 8, 10]": "cor_10.8|Residual"}
+    percentile, studentized = (drawn.conf_int(0.9, way) for way in ("percentile", "studentized"))
+    limits = fit.variance_parameters(conf_level=0.9)
+    for name, own in names.items():
+        error = wald.loc[own, "std_error"]
+        assert drawn.std_error[name] == pytest.approx(error, rel=0.25)
+        for end in ("lower", "upper"):
+            expected = limits.loc[own, end]
+            assert abs(percentile.loc[name, end] - expected) < 0.6 * error
+            assert abs(studentized.loc[name, end] - expected) < 0.6 * error
+    assert drawn.std_error["beta[age]"] == pytest.approx(fit.bse["age"], rel=0.25)
+    own = drawn.errors["correlation[Residual, 8, 10]"].iloc[0]
+    assert own == pytest.approx(
+        wald.loc["cor_10.8|Residual", "std_error"]
+        / (1 - wald.loc["cor_10.8|Residual", "estimate"] ** 2),
+        rel=0.3,
+    )
+
+
+def test_default_statistics():
+    fit = fitted("toeph(age | Sex/Subject)", method="ML")
+    own = default(fit)
+    values = own.values(fit.beta, fit.theta, np.asarray(fit.sigma), fit.parameters)
+    named = dict(zip(own.names, values, strict=True))
+    table = fit.variance_parameters()
+    at = "cor_Female: 14.Female: 8|Residual"
+    assert named["correlation[Residual, Female: 8, Female: 14]"] == pytest.approx(
+        table.loc[at, "estimate"]
+    )
+    errors = own.errors(fits_of(fit), fit)[0]
+    relative = table["std_error"] / table["estimate"]
+    place = own.names.index("sd[Residual, Male: 12]")
+    assert errors[place] == pytest.approx(relative["sd_Male: 12|Residual"])
+    assert np.isnan(errors[own.names.index("correlation[Residual, Female: 8, Female: 14]")])
+    _, slopes = own.slopes(fit)
+    step = 1e-6 * np.eye(len(fit.parameters))
+    omega, last = fit.covariance.natural(fit.parameters + step[2])
+    whole = np.exp(last) * np.append(fit.covariance.whole(omega), 1.0)
+    moved = Places.of(fit.covariance, list(own.known)).values(whole, fit.parameters + step[2])
+    expected = (moved - table["estimate"].to_numpy()) / 1e-6
+    sds = [name.startswith("sd[") for name in own.names]
+    np.testing.assert_allclose(slopes[sds, 2], expected[: sum(sds)], atol=1e-5)
+
+
+def test_ratios_of_likelihoods():
+    both = fitted(f"ar1{ON}", " + (1 | Subject)")
+    alone = fitted(f"ar1{ON}")
+    table = both.ranova()
+    assert table["chisq"].iloc[1] == pytest.approx(alone.criterion - both.criterion, abs=1e-7)
+    assert table["df"].iloc[1] == 1 and table["npar"].tolist() == [both.dof, alone.dof]
+    with pytest.raises(DataError, match="no random effects to test"):
+        alone.ranova()
+    found = both.step(alpha_random=0.0, reduce_fixed=False)
+    assert found.fit is not None and found.fit.groupings == ()
+    assert found.fit.residual is not None and found.fit.residual.text == f"ar1{ON}"
+    assert found.fit.criterion == pytest.approx(alone.criterion, abs=1e-7)
+    dropped = fitted(f"csh{ON}", method="ML").drop1(test="chi2")
+    smaller = jaxreml.fit("distance ~ age + Sex", alone.table, "ML", residual=f"csh{ON}")
+    assert dropped["logLik"].loc["age:Sex"] == pytest.approx(smaller.llf)
+    sleep = jaxreml.datasets.load("sleepstudy")
+    words = jaxreml.fit("Reaction ~ Days + cs(Days | Subject)", sleep, "ML")
+    label = "cs(Days | Subject)"
+    assert words.ranova().index.tolist() == ["<none>", label]
+    assert words.step().formula == words.formula
+
+
+def test_simulated_null_distribution():
+    small, large = fitted(f"cs{ON}"), fitted(f"toep{ON}")
+    null = null_distribution(small, large, nsim=20, seed=3)
+    assert null.n_failed == 0 and (null.draws >= 0).all() and null.draws.size == 20
+    y = small.simulate(1, seed=3)["sim_1"].to_numpy()
+    table = small.table.assign(distance=y)
+    first, second = (
+        jaxreml.fit(small.formula, table, residual=f"{word}{ON}").criterion
+        for word in ("cs", "toep")
+    )
+    assert null.draws[0] == pytest.approx(first - second, abs=1e-7)
+    compared = jaxreml.compare(small, large, refit=False, method="bootstrap", nsim=20, seed=3)
+    assert compared["p_value"].iloc[1] == pytest.approx(null.p_value)
+
+
+def test_power_of_a_longer_trial():
+    fit = fitted(f"csh{ON}")
+    people = extend(of_fit(fit), 40, "Subject")
+    own = people.frame.residual
+    assert own is not None and len(own.subjects) == 40 and own.codes.max() == 39
+    rows = [own.places[own.codes == code] for code in range(40)]
+    assert all(len(set(places)) == len(places) for places in rows)
+    table = jaxreml.power(fit, {"age": [0.0, 0.7]}, [40], along="Subject", nsim=25, seed=1)
+    assert table["power"].iloc[0] < 0.3 and table["power"].iloc[1] == 1.0
+    assert (table["nobs"] == len(people.frame.X)).all()
+    with pytest.raises(DataError, match="same 'age' twice"):
+        extend(of_fit(fit), 6, within="Subject")
+    with pytest.raises(DataError, match="cannot be added to a design with residual="):
+        extend(of_fit(fit), 6, "age")
+    levels = extend(of_fit(fitted("diag(Sex)", " + (1 | Subject)")), 6, within="Subject").frame
+    assert levels.residual is not None
+    pairs = np.stack([levels.residual.codes, levels.residual.places])
+    assert np.unique(pairs, axis=1).shape == pairs.shape

@@ -43,3 +43,10 @@ record <- lapply(names(fits), function(name) tryCatch(of(fits[[name]]), error = 
 names(record) <- names(fits)
 write(toJSON(record, digits = NA, auto_unbox = TRUE, pretty = TRUE, null = "null"),
       file.path(here, "nlme.json"))
+
+# Degrees of freedom between and within groups: fixDF of lme, in tests/inference/test_between_within.py
+o <- Oxide
+o$x <- as.numeric(o$Site)
+o$w <- as.numeric(o$Wafer)
+print(lme(Thickness ~ Source + x + w, o, random = ~ 1 | Lot/Wafer)$fixDF$X)
+print(lme(distance ~ age * Sex, Orthodont, random = ~ 1 | Subject)$fixDF$X)

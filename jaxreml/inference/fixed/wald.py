@@ -17,6 +17,9 @@ The approximations, by the names of the argument `df`:
 ``"kenward-roger-linear"``
     The latter without the term in second derivatives of V: SAS's ``ddfm=kr(firstorder)``, and
     "Kenward-Roger-Linear" of R's mmrm, which takes others than SAS's parameters with that term.
+``"between-within"``
+    Counted: of groups less effects between them, or of rows less groups less effects within them
+    (`between_within`), as R's mmrm and nlme's lme.
 ``"residual"``
     n - p.
 ``"inf"``
@@ -39,6 +42,7 @@ from jaxreml.data.hypotheses import hypotheses
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.fixed.adjustments import f_tail
+from jaxreml.inference.fixed.between_within import BetweenWithin
 from jaxreml.inference.likelihood.profile import Profile
 from jaxreml.model import satterthwaite
 from jaxreml.model.kenward_roger import (
@@ -167,7 +171,8 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
 
     Raises:
         ValueError: another name, or one that is not for the fit's method.
-        DataError: variance parameters that Kenward-Roger's method cannot tell apart.
+        DataError: variance parameters that Kenward-Roger's method cannot tell apart; groups that
+            "between-within" cannot count, as they are not nested.
     """
     check_df(df, fit.method)
     if fit.sandwich is not None:
@@ -183,6 +188,8 @@ def _approximation(fit: FittedModel, df: str) -> Approximation:
     if df == "satterthwaite":
         known = satterthwaite.spread(np.asarray(fit.hessian))
         return Satterthwaite(fit.vcov_array, fit.vcov_slopes, known)
+    if df == "between-within":
+        return BetweenWithin.of(fit)
     degrees = float(fit.nobs - len(fit.beta)) if df == "residual" else np.inf
     return Fixed(fit.vcov_array, degrees)
 
@@ -294,7 +301,7 @@ def test(
             equations such as ``"Days = 10"``, see `jaxreml.data.hypotheses.hypotheses`.
         rhs: (k,) or a scalar.
         df: "satterthwaite", "kenward-roger", "kenward-roger-sas", "kenward-roger-linear",
-            "residual" or "inf"; see `jaxreml.inference.wald`.
+            "between-within", "residual" or "inf"; see `jaxreml.inference.wald`.
         joint: all rows together, one F test; or each by itself, with t tests.
 
     Returns:

@@ -88,7 +88,8 @@ def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     return ""
 
 
-# Families of residual covariances that a family is a special case of, on the same visits
+# Families of residual covariances that a family is a special case of, on the same visits; one of a
+# user's own is of "us"
 _WIDER = {
     "diag": {"us", "csh", "ar1h", "adh", "toeph"},
     "cs": {"csh", "toep", "toeph", "us"},
@@ -118,7 +119,8 @@ def residual_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     if first.words.arm is not None and not np.array_equal(first.places, second.places):
         return f"{first.words.text} has a covariance for each {first.words.arm}"
     family, wider = (SYNONYMS.get(own.words.family, own.words.family) for own in (first, second))
-    if family != wider and wider not in _WIDER[family]:
+    same = family == wider and first.words.own is second.words.own
+    if not same and wider not in _WIDER.get(family, {"us"}):
         return f"{family} is no case of {wider}"
     return ""
 

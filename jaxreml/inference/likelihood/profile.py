@@ -20,8 +20,9 @@ import pandas as pd
 
 from jaxreml.arguments import check_conf_level, is_reml
 from jaxreml.errors import ConvergenceWarning, DataError
-from jaxreml.inference.likelihood.charts import Parameter, pair, readings
-from jaxreml.inference.likelihood.charts import parameters as known_parameters
+from jaxreml.inference.likelihood.charts import Parameter, readings
+from jaxreml.inference.likelihood.holding import pair
+from jaxreml.inference.likelihood.holding import parameters as known_parameters
 from jaxreml.inference.likelihood.search import EXACT, MENDINGS, Limit, Search
 from jaxreml.typeset.content import Column, Section
 from jaxreml.typeset.frames import frame_table
@@ -58,7 +59,6 @@ class Profile(Tabulated):
         reml = is_reml(method)
         check_conf_level(conf_level)
         fit.require_optimum("profile the likelihood")
-        fit.require_independent("profile the likelihood")
         self._fit = fit
         self._known = known_parameters(fit)
         self._chosen = _choose(self._known, parameters)
@@ -259,18 +259,18 @@ def _choose(known: list[Parameter], names: str | Sequence[str] | None) -> list[P
     if names is None:
         return known
     wanted = [names] if isinstance(names, str) else list(names)
-    kinds = {"theta_": ("sd", "cor", "sigma"), "beta_": ("fixed",)}
+    fixed = {"theta_": False, "beta_": True}
     all_names = [own.name for own in known]
     for name in wanted:
-        if name not in kinds and name not in all_names:
+        if name not in fixed and name not in all_names:
             raise DataError(
                 f"{name!r} is not a parameter of the fit; there are {', '.join(all_names)}, and "
                 "'theta_' and 'beta_' for all variance parameters and all fixed effects"
             )
     if not wanted:
         raise ValueError(f"no parameters to profile; the fit has {', '.join(all_names)}")
-    kept = {kind for name in wanted for kind in kinds.get(name, ())}
-    return [own for own in known if own.name in wanted or own.kind in kept]
+    kept = {fixed[name] for name in wanted if name in fixed}
+    return [own for own in known if own.name in wanted or (own.kind == "fixed") in kept]
 
 
 def profile(

@@ -25,7 +25,8 @@ from jaxreml.inference.likelihood.charts import (
     readings,
     without_rounding,
 )
-from jaxreml.optimum.held import Optimum, optima
+from jaxreml.inference.likelihood.holding import free_chart
+from jaxreml.optimum.held import Optimum, on_host_only, optima
 from jaxreml.optimum.search import START
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ FAILURES = 4  # optima not found, after which a target is given up
 LOWER = 1e-9  # per unit of the criterion: the fit was not the optimum
 KINK = 1e-5  # by how much zeta may fall
 MENDINGS = 5  # times that a search goes on after a lower optimum was found
-RESTARTS = 4  # other starts, for each effect of the largest term beyond the first
 FLAT = 1e-8  # eigenvalues below this fraction of the largest count as zero in tangents
 
 
@@ -189,25 +189,23 @@ class Search:
         self.reml = reml
         self.name = "restricted likelihood" if reml else "likelihood"
         self.design = fit.design.without_names()
-        if not self.design.written_out or fit.engine == "jax":
+        if on_host_only(self.design):
+            self.design = self.design.collapsed
+        elif not self.design.written_out or fit.engine == "jax":
             with neutral():
                 self.design = jax.device_put(self.design)
-        sigma = next(parameter for parameter in known if parameter.kind == "sigma")
-        free = sigma.axes.free.copy()
-        free[sigma.axis] = 1.0
-        start = sigma.x(estimates(fit), fit.beta, floor=START)
-        axes = sigma.axes._replace(free=free, pivots=sigma.axes.pivots)
-        best = optima(start[None], [axes], self.design, reml=reml)
+        chart, blocks = free_chart(fit), fit.covariance.blocks
+        start = chart.x(estimates(fit), floor=START)
+        best = optima(start[None], [chart.axes], self.design, reml=reml)
         if not best.certified[0]:
             raise JaxremlError(f"the optimum of the {self.name} was not found")
         self.minimum = float(best.value[0])
         if reml == is_reml(fit.method):
             self.require_optimum(self.minimum, "an optimum from another start", fit.criterion)
-        values = sigma.values(best.x[0])
-        values = values._replace(roots=tuple(without_rounding(root) for root in values.roots))
+        values = without_rounding(chart.values(best.x[0]), blocks)
         self.known, self.values = known, values
         self.estimates = [*readings(values, fit), *best.beta[0]]
-        self.elsewhere = other_values(values, RESTARTS * (max(fit.design.sizes) - 1))
+        self.elsewhere = other_values(values, blocks)
         self.tracks = {}
         for own in chosen:
             start, *others = [own.x(each, best.beta[0]) for each in (values, *self.elsewhere)]

@@ -32,6 +32,21 @@ TRANSFORMS: dict[str | None, Transform] = {
 }
 
 
+def scale_of(kind: Any) -> Transform:
+    """That of a name, or of what a covariance's parameter has (`Reading.transform`).
+
+    Raises:
+        ValueError: another name.
+    """
+    if kind is None or isinstance(kind, str):
+        if kind not in TRANSFORMS:
+            known = ", ".join(f'"{other}"' for other in TRANSFORMS if other)
+            raise ValueError(f"transform must be None, {known}, not {kind!r}")
+        return TRANSFORMS[kind]
+    slope = lambda x: 1 / kind.slope(kind.coordinate(x))  # noqa: E731
+    return Transform(kind.coordinate, kind.value, slope, kind.domain)
+
+
 class Linearised(NamedTuple):
     """Values of a function at a fit, and what the delta method says of them.
 
@@ -50,7 +65,7 @@ def wald(
     linear: Linearised,
     names: Sequence[str],
     conf_level: float,
-    transform: str | Sequence[str | None] | None = None,
+    transform: Any = None,
 ) -> pd.DataFrame:
     """Standard errors and Wald intervals as a frame; arguments and errors as those of
     `delta`."""
@@ -66,11 +81,7 @@ def wald(
     limits = np.full((count, 2), np.nan)
     notes = list(linear.notes)
     for k, (name, kind) in enumerate(zip(names, chosen, strict=True)):
-        if kind not in TRANSFORMS:
-            known = ", ".join(f'"{other}"' for other in TRANSFORMS if other)
-            raise ValueError(f"transform must be None, {known}, not {kind!r}")
-        value = linear.estimate[k]
-        scale = TRANSFORMS[kind]
+        value, scale = linear.estimate[k], scale_of(kind)
         low, high = scale.domain
         if value < low - ROUNDING or value > high + ROUNDING:
             raise DataError(

@@ -215,7 +215,7 @@ def _factors(fit: FittedModel) -> list[str]:
 
 def _require_uncorrelated(fit: FittedModel, what: str) -> None:
     """Raise DataError if residuals of a subject are correlated."""
-    if fit.residual is not None and fit.residual.block.correlation.count:
+    if fit.residual is not None and fit.residual.block.correlation.correlated:
         raise DataError(
             f"{what} must be 1 with residual={fit.residual.text!r}: residuals of a subject are "
             "correlated, so that the variance of the mean of several is not theirs over their "

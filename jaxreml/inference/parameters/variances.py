@@ -14,7 +14,7 @@ import pandas as pd
 from jaxreml.backend.runtime import neutral
 from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters.delta import FLAT, given, interior, on_boundary, propagate
-from jaxreml.inference.parameters.linearised import TRANSFORMS, Linearised, wald
+from jaxreml.inference.parameters.linearised import Linearised, scale_of, wald
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Covariance, Reading
 
@@ -35,6 +35,7 @@ class Named(NamedTuple):
         kind: "sd", "cor", "parameter" or "sigma".
         block: the place of its block in the covariance; -1 of the SD of independent residuals.
         reading: what it is to the block.
+        effects: names of the effect or effects that it is of, in their order.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Named(NamedTuple):
     kind: str
     block: int
     reading: Reading
+    effects: tuple[str, ...] = ()
 
 
 def named_readings(fit: FittedModel, scale: str = "sd") -> list[Named]:
@@ -60,7 +62,8 @@ def named_readings(fit: FittedModel, scale: str = "sd") -> list[Named]:
                 continue
             name = f"{prefixes[kind]}{own.label}|{group}"
             name = name if own.label else f"{prefixes[kind].removesuffix('_')}|{group}"
-            found.append(Named(name, group, own.label or group, kind, k, own))
+            named = tuple(effects[place] for place in reversed(own.effects))
+            found.append(Named(name, group, own.label or group, kind, k, own, named))
     if fit.residual is None:
         found.append(Named(sigma, RESIDUAL, RESIDUAL, "sigma", -1, Reading("", ())))
     return found
@@ -122,7 +125,7 @@ def parameters_vcov(fit: FittedModel, scale: str = "log") -> pd.DataFrame:
     return pd.DataFrame(linear.vcov, index, index)
 
 
-def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], list[str | None]]:
+def _parameters(fit: FittedModel, scale: str) -> tuple[Linearised, list[str], list[Any]]:
     """Variance parameters on a scale, their names and the transforms for their intervals."""
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
@@ -192,7 +195,7 @@ class Places(NamedTuple):
     first: np.ndarray
     second: np.ndarray
     parameter: np.ndarray
-    transforms: list[str | None]
+    transforms: list[Any]
 
     @staticmethod
     def of(covariance: Covariance, known: list[Named]) -> Places:
@@ -215,16 +218,16 @@ class Places(NamedTuple):
         return Places(entry, first, second, parameter, [own.reading.transform for own in known])
 
     def values(self, whole: np.ndarray, parameters: np.ndarray, scale: str = "sd") -> np.ndarray:
-        """Of covariances with sigma2, (m + 1,)."""
+        """Of covariances with sigma2, (m + 1, ...)."""
         found = whole[self.entry]
         if scale == "sd":
-            alone = self.first == self.second
+            alone = (self.first == self.second).reshape(-1, *[1] * (whole.ndim - 1))
             with np.errstate(invalid="ignore", divide="ignore"):
                 sds = np.sqrt(whole)
                 correlations = found / (sds[self.first] * sds[self.second])
             found = np.where(alone, sds[self.entry], correlations)
         for k in np.flatnonzero(self.parameter >= 0):
-            found[k] = TRANSFORMS[self.transforms[k]].inverse(parameters[self.parameter[k]])
+            found[k] = scale_of(self.transforms[k]).inverse(parameters[self.parameter[k]])
         return found
 
     def slopes(
@@ -250,7 +253,7 @@ class Places(NamedTuple):
             found = np.where(alone, sds[self.entry, None] * relative[self.entry], of_pairs)
         for k in np.flatnonzero(self.parameter >= 0):
             place = self.parameter[k]
-            transform = TRANSFORMS[self.transforms[k]]
+            transform = scale_of(self.transforms[k])
             value = transform.inverse(parameters[place])
             found[k] = 0.0
             found[k, place] = 1 / transform.slope(value)

@@ -40,6 +40,7 @@ class Population:
         context: names the formula may use besides columns.
         residual: (q, q), a square root of the covariance matrix of a subject's residuals over
             sigma2, where ``frame.residual`` says whose they are.
+        start: theta and parameters of the fit that it is made from.
 
     Examples:
         >>> planned.beta.tolist(), planned.sigma
@@ -54,6 +55,7 @@ class Population:
     structure: str | None = None
     context: Mapping[str, Any] | None = None
     residual: np.ndarray | None = None
+    start: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -151,6 +153,7 @@ def of_fit(fit: FittedModel) -> Population:
         fit.structure,
         fit.context,
         root,
+        (fit.theta, fit.parameters),
     )
 
 
@@ -166,6 +169,7 @@ def population(
     offset: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Population:
     """A linear mixed model with given parameters, as ``simr::makeLmer``.
 
@@ -178,7 +182,7 @@ def population(
             together, in the order of `LMMResults.cov_re`.
         sigma: residual standard deviation.
         method: by which simulated responses are to be fitted, "REML" or "ML".
-        weights, offset, structure, context: as for `fit`.
+        weights, offset, structure, context, kernels: as for `fit`.
 
     Raises:
         FormulaError, DataError: as `fit`; parameters that are missing or unknown.
@@ -197,7 +201,9 @@ def population(
     is_reml(method)
     parsed = parse(formula)
     right = parsed.text[len(parsed.response) :]
-    frame = covariate_frame(right, data, weights=weights, offset=offset, context=context)
+    frame = covariate_frame(
+        right, data, weights=weights, offset=offset, context=context, kernels=kernels
+    )
     values = _checked("beta", beta, frame.fixed_names)
     coefficients = np.array([float(values[name]) for name in frame.fixed_names])
     if not np.all(np.isfinite(coefficients)):

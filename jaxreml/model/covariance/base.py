@@ -56,15 +56,19 @@ class Reading(NamedTuple):
     Attributes:
         label: what it is of; "" for an SD that all effects share.
         effects: places of the effect or of the two, the later first; none for a parameter.
-        parameter: its place among the block's parameters, and in its chart; -1 for others.
+        parameter: its place among the block's parameters, and in its chart (see
+            `Block.parameter_of`); -1 for others.
         transform: how the parameter was made from what people read: "log", "logit", "fisher"
-            (arctanh) or None.
+            (arctanh) or None; or an object with `coordinate`, `value`, `slope` and `domain`
+            (`custom.Transform`).
+        least: the least value that the correlation can have.
     """
 
     label: str
     effects: tuple[int, ...]
     parameter: int = -1
-    transform: str | None = None
+    transform: Any = None
+    least: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,15 @@ class Block(ABC):
             Reading(effects[i], (i,)) if i == j else Reading(f"{effects[i]}.{effects[j]}", (i, j))
             for i, j in pairs
         ]
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        """A parameter that `readings` has, at this entry of the chart: of no others. Infinite at an
+        end (`ends`)."""
+        return entry
+
+    def ends(self, place: int) -> tuple[float, float]:
+        """Between which entries of the chart that parameter has all its values, in their order."""
+        return -np.inf, np.inf
 
     def omega_of_factor(self, factor: Array) -> Array:
         """Relative covariances of what `factor` gives, (q, q, ...) to (q (q + 1) / 2, ...)."""

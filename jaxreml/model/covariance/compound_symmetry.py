@@ -16,7 +16,7 @@ import numpy as np
 from jaxreml.backend.lazy import jnp
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
-from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Report
+from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Reading, Report
 from jaxreml.model.covariance.factors import lower_factor
 from jaxreml.model.covariance.natural import places, triangle
 
@@ -49,6 +49,10 @@ class CompoundSymmetry(Block):
     def _patterns(self) -> np.ndarray:  # omega per unit of a^2 and b^2
         same = np.equal(*triangle(self.size))
         return np.stack([np.full(same.size, 1 / self.size), same - 1 / self.size], axis=1)
+
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        pair = Reading(f"{effects[1]}.{effects[0]}", (1, 0), least=-1 / (self.size - 1))
+        return [Reading("", (0,)), pair]
 
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
         return f"log_variance[{group}]", f"z[{group}]"

@@ -46,9 +46,8 @@ class Correlation(ABC):
 
     # Whether covariance matrices with free variances and these correlations are all there are.
     linear = False
-    # Whether covariance matrices are linear in variances and covariances: where all effects that
-    # may be correlated share a variance, and where each has its own.
-    linear_shared = False
+    # Whether covariance matrices are linear in variances and covariances where each effect has a
+    # variance of its own.
     linear_each = False
 
     @property
@@ -116,6 +115,11 @@ class Correlation(ABC):
         return None
 
     @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
+
+    @property
     def together(self) -> np.ndarray:
         """(q, q) booleans, which effects may be correlated."""
         return np.ones((self.size, self.size), bool)
@@ -124,6 +128,11 @@ class Correlation(ABC):
     def described(self) -> list[tuple[int, int]]:
         """Rows and columns of the correlations that say all."""
         return [(1, 0)]
+
+    @property
+    def linear_shared(self) -> bool:
+        """The same where all effects that may be correlated share a variance."""
+        return self.kinds is not None
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
         """The same with labels, or parameters in their place; places of parameters as in z."""
@@ -244,12 +253,32 @@ class _OneCoordinate(Correlation):
         return ("correlation",)
 
 
+class Stationary(_OneCoordinate):
+    """Of the distance alone: effects may then be at any places, each subject's at its own
+    (`covariance.timed`)."""
+
+    # Whether on a line what lies before an effect tells no more of it than the nearest does.
+    markov = True
+
+    # What describes it at any places.
+    reading = Reading("correlation", (), 0, "fisher")
+
+    @abstractmethod
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        """Correlations at distances, an array or a Jet as z is."""
+
+    @abstractmethod
+    def with_correlation(self, common: float, distance: float) -> float:
+        """The coordinate with which there is this positive correlation at a distance."""
+
+
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
     rho is 1 and -1 / (q - 1)."""
 
-    linear_shared = True
+    def readings(self, effects: Sequence[str]) -> list[Reading]:
+        return [own._replace(least=-1 / (self.size - 1)) for own in super().readings(effects)]
 
     @property
     def kinds(self) -> np.ndarray:
@@ -271,8 +300,14 @@ class Exchangeable(_OneCoordinate):
 
 
 @dataclass(frozen=True)
-class Autoregressive(_OneCoordinate):
+class Autoregressive(Stationary):
     """rho^|i - j| ("ar1"), z Fisher's of rho: neighbours are one apart."""
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        return jets.tanh(z) ** distances
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(np.arctanh(min(common ** (1 / distance), MOST)))
 
     def formula(self, u: Sequence[Any]) -> Any:
         powers = [u[0] * 0.0 + 1.0]
@@ -326,8 +361,6 @@ class Toeplitz(Correlation):
     """One correlation for each distance ("toep"); z are Fisher's of the partial autocorrelations,
     which may be any numbers between -1 and 1 (Barndorff-Nielsen and Schou 1973, J. Multivariate
     Analysis 3:408)."""
-
-    linear_shared = True
 
     @property
     def count(self) -> int:
@@ -408,7 +441,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Distance(_OneCoordinate):
+class Distance(Stationary):
     """A function of the distance d between two times or places, over a range ("sp_exp", "sp_gau",
     "ou", "exp", "gau", "mat"): exp(-x), exp(-x^2), (1 + x) exp(-x) or (1 + x + x^2 / 3) exp(-x) of
     x = d / range. z is the logarithm of the range: at minus infinity there is no correlation, at
@@ -425,6 +458,19 @@ class Distance(_OneCoordinate):
     @property
     def _own(self) -> Shape:
         return SHAPES[self.shape]
+
+    reading = Reading("range", (), 0, "log")
+
+    @property
+    def markov(self) -> bool:
+        return self.shape == "exponential"
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        power = self._own.power
+        return self._own.value(jets.exp(z * -float(power)) * distances**power)
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(self._z_of(np.float64(common), np.float64(distance))[0])
 
     @property
     def _distances(self) -> np.ndarray:
@@ -450,7 +496,7 @@ class Distance(_OneCoordinate):
         return []
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
-        return [Reading("range", (), 0, "log")]
+        return [self.reading]
 
     def formula(self, u: Sequence[Any]) -> Any:
         """Of b at the smallest distance."""
@@ -536,7 +582,7 @@ class Distance(_OneCoordinate):
 class Unrestricted(Correlation):
     """Any correlations ("us"); z are those of `factors`."""
 
-    linear = linear_shared = linear_each = True
+    linear = linear_each = True
 
     @property
     def count(self) -> int:
@@ -610,6 +656,11 @@ class Copies(Correlation):
     @property
     def count(self) -> int:
         return self.each.count * len(self._starts)
+
+    @property
+    def correlated(self) -> bool:
+        """Whether there is any correlation."""
+        return self.count > 0
 
     @property
     def together(self) -> np.ndarray:

@@ -113,6 +113,12 @@ class Transform:
         share = (value - lower) / (upper - lower)
         return np.arctanh(2 * share - 1) * (1.0 if self.word == "tanh" else 2.0)
 
+    @property
+    def reading(self) -> str | Transform | None:
+        """As `Reading.transform` has it."""
+        known = {VARIANCE: "log", "log": "log", "logit": "logit", "tanh": "fisher"}
+        return self if self.word == "interval" else known.get(self.word)
+
     def label(self, name: str) -> str:
         """What the coordinate is called: that of tanh is z, as a correlation's is."""
         return name if self.word in ("tanh", "identity") else f"{self.word} {name}"
@@ -273,6 +279,12 @@ class Function:
         """The mean variance of the effects at the start."""
         same = np.equal(*triangle(self.size))
         return float(self.derivatives(self.start).value[same].mean())
+
+    def stated(self, z: Array) -> Array:
+        """The parameters that are no variances, (c, ...), of coordinates."""
+        kinds = self.transforms[self.variances :]
+        found = [kind.value(own) for kind, own in zip(kinds, z, strict=True)]
+        return namespace(z).stack(found) if found else z
 
     def matrix(self, x: Array) -> Any:
         """(q, q) at variances and coordinates (c,), by JAX, of what the function returns."""

@@ -7,7 +7,7 @@ are log-variances and the same coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
+from jaxreml.errors import DataError
 from jaxreml.model import linalg
-from jaxreml.model.covariance.base import LOG_ZERO, Block, Report
+from jaxreml.model.covariance.base import LOG_ZERO, Block, Reading, Report
 from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.custom import Function, Parameter
 from jaxreml.model.covariance.custom_checks import check_function
@@ -58,6 +59,19 @@ class Own(Block):
         others = zip(own.labels[k:], own.transforms[k:], strict=True)
         return (*names, *(f"z[{group}, {kind.label(label)}]" for label, kind in others))
 
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The user's parameters."""
+        return _readings(self.function, range(self.length))
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        if place >= self.log_variances:
+            return entry
+        with np.errstate(divide="ignore"):
+            return float(2 * np.log(np.abs(entry)) - np.log(self.function.units[place]))
+
+    def ends(self, place: int) -> tuple[float, float]:
+        return (0.0 if place < self.log_variances else -np.inf), np.inf
+
     def _units(self, like: Array) -> np.ndarray:
         """Of the SDs in the chart: (variances, ...)."""
         units = np.sqrt(self.function.units).astype(like.dtype)
@@ -96,6 +110,13 @@ class Own(Block):
         return Report(
             xp.concatenate([logs, z]), xp.concatenate([inside, moved]), xp.concatenate(shown)
         )
+
+    def finite(self, parameters: Array, log_sigma2: Array) -> Array:
+        xp, k = namespace(parameters), self.log_variances
+        start = self.function.start[k:].astype(parameters.dtype)
+        start = start.reshape(-1, *[1] * (parameters.ndim - 1))
+        logs, z = xp.maximum(parameters[:k], log_sigma2 + LOG_ZERO), parameters[k:]
+        return xp.concatenate([logs, xp.where(xp.isnan(z), start, z)])
 
     def snap(self, chart: Array, zero: float) -> Array:
         xp, k = namespace(chart), self.log_variances
@@ -201,9 +222,7 @@ class Own(Block):
 
     def stated(self, coordinates: Array) -> Array:
         """The user's parameters."""
-        kinds = self.function.transforms[self.log_variances :]
-        found = [kind.value(own) for kind, own in zip(kinds, coordinates, strict=True)]
-        return namespace(coordinates).stack(found) if found else coordinates
+        return self.function.stated(coordinates)
 
     def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
         """In the variances, and in the others by what their transforms bend."""
@@ -217,6 +236,12 @@ class Own(Block):
             ratio = kind.bend(at[place]) / kind.slope(at[place])
             found = found - first[:, place] * ratio * weights[place, place]
         return found
+
+
+def _readings(function: Function, places: Iterable[int]) -> list[Reading]:
+    """A function's parameters, at these places among those of a block."""
+    named = zip(function.labels, places, function.transforms, strict=True)
+    return [Reading(label, (), place, kind.reading) for label, place, kind in named]
 
 
 def _semidefinite(entries: Array, q: int) -> Array:
@@ -251,6 +276,10 @@ class OwnCorrelation(Correlation):
         return tuple(kind.label(label) for label, kind in pairs)
 
     @property
+    def correlated(self) -> bool:
+        return True
+
+    @property
     def described(self) -> list[tuple[int, int]]:
         return [(i, 0) for i in range(1, self.size)]
 
@@ -261,6 +290,17 @@ class OwnCorrelation(Correlation):
         xp, own, k = namespace(z), self.function, self.function.variances
         ratios = (own.start[:k] / own.start[0]).astype(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
         return own.entries(xp.concatenate([xp.broadcast_to(ratios, (k, *z.shape[1:])), z]))
+
+    def stated(self, z: Array) -> Array:
+        """The user's parameters."""
+        return self.function.stated(z)
+
+    def drift(self, z: Array, spread: Array) -> Array:
+        if not on_host(z):
+            return super().drift(z, spread)
+        kinds = self.function.transforms[self.function.variances :]
+        ratios = [kind.bend(own) / kind.slope(own) for kind, own in zip(kinds, z, strict=True)]
+        return -np.array(ratios).reshape(z.shape) * linalg.diagonal(spread)
 
     def coordinates(self, matrix: Array) -> Array:
         raise NotImplementedError  # `Residual.chart_at` knows the parameters
@@ -287,8 +327,20 @@ class OwnResidual(Residual):
     def log_variances(self) -> int:
         return self.function.variances - 1
 
+    @property
+    def homogeneous(self) -> bool:
+        return False  # what the function says of others is not known
+
     def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
         return self.function.labels[: self.function.variances] if self.log_variances else ("",)
+
+    def readings(self, effects: tuple[str, ...]) -> list[Reading]:
+        """The user's parameters: the first variance is sigma2, behind all parameters."""
+        return _readings(self.function, [self.length, *range(self.length)])
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        """That of sigma2 from log sigma."""
+        return 2 * entry if place == self.length else entry
 
     def _at(self, chart: Array) -> Array:
         """Variances over the first, and coordinates."""
@@ -331,7 +383,8 @@ class Custom:
 
     Attributes:
         function, parameters: as given.
-        data: what is known of the effects; None for their numbers 0, 1, ...
+        data: what is known of the effects; of pandas by their labels; None for these, where they
+            are numbers, or else 0, 1, ...
     """
 
     function: Callable[..., Any]
@@ -344,18 +397,36 @@ class Custom:
         Raises:
             ValueError: the function is no covariance at its start, as `check_function` says.
         """
-        return _checked(self.bound(size, None))
+        return self.term(size)
 
-    def residual(self, size: int, at: Any = None) -> OwnResidual:
+    def term(self, size: int, labels: Sequence[Any] | None = None) -> Own:
+        """The same of effects with labels: places, or levels of a factor."""
+        return _checked(self._bound(size, labels))
+
+    def residual(self, size: int, labels: Sequence[Any] | None = None) -> OwnResidual:
         """That of the residuals of so many visits; errors as for a term."""
-        return _checked_residual(self.bound(size, at))
+        return _checked_residual(self._bound(size, labels))
 
-    def bound(self, size: int, at: Any) -> Function:
-        """The function of so many effects, of which `at` is known unless the user gave data."""
-        known = self.data if self.data is not None else at
-        return Function.of(
-            self.function, self.parameters, size, np.arange(float(size)) if known is None else known
-        )
+    def _bound(self, size: int, labels: Sequence[Any] | None) -> Function:
+        return Function.of(self.function, self.parameters, size, self._known(size, labels))
+
+    def _known(self, size: int, labels: Sequence[Any] | None) -> Any:
+        """The function's first argument."""
+        data: Any = self.data
+        if data is None:
+            places = np.asarray(np.arange(size) if labels is None else labels)
+            return (places if places.dtype.kind in "iuf" else np.arange(size)).astype(float)
+        if labels is None or not hasattr(data, "reindex"):
+            return data.to_numpy() if hasattr(data, "reindex") else data
+        missing = [label for label in labels if label not in data.index]
+        if missing:
+            raise DataError(
+                f"the data of a covariance of your own have no row {missing[0]!r}, which is one of "
+                "its effects: the labels of their rows are to be those of the effects"
+            )
+        square = data.ndim == 2 and all(label in data.columns for label in labels)
+        wanted = list(labels)
+        return (data.loc[wanted, wanted] if square else data.loc[wanted]).to_numpy()
 
 
 @lru_cache(256)

@@ -56,6 +56,11 @@ class Residual(Block):
     def log_variances(self) -> int:
         return max(self.variances)
 
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all visits have one variance, those that were not seen, too."""
+        return not self.log_variances
+
     def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
         """What each variance is of: a visit, or what labels like "arm: visit" share; "" for one
         that all have."""
@@ -229,7 +234,8 @@ class Residual(Block):
         """Without one for the first variance, which is sigma2."""
         if self.log_variances == self.size - 1 and self.correlation.linear:
             t = self.size * (self.size + 1) // 2
-            return np.eye(t, dtype=parameters.dtype)[:, 1:]
+            found = np.eye(t, dtype=parameters.dtype)[:, 1:]
+            return found.reshape(*found.shape, *[1] * (parameters.ndim - 1))
         chart = self._chart_at(parameters, log_sigma2)
         return linalg.matmul(self.jacobian(chart), self._moves(chart)[:, :-1])
 

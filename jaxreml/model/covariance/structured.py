@@ -19,7 +19,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Reading, Report
-from jaxreml.model.covariance.correlations import Correlation
+from jaxreml.model.covariance.correlations import RIGHT, Correlation
 from jaxreml.model.covariance.factors import factor_semidefinite, rounding
 from jaxreml.model.covariance.natural import places, triangle
 
@@ -39,6 +39,10 @@ class Structured(Block):
     each: bool = True
 
     written_out = True
+
+    @property
+    def linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.patterns is not None
 
     @property
     def any_scale(self) -> bool:
@@ -72,6 +76,18 @@ class Structured(Block):
             own._replace(parameter=own.parameter + shift) if own.parameter >= 0 else own
             for own in self.correlation.readings(effects)
         ]
+
+    def parameter_of(self, place: int, entry: float) -> float:
+        low, high = self.ends(place)
+        if not low < entry < high:
+            return float(np.copysign(np.inf, entry))
+        own = place - self.log_variances
+        t = self.correlation.angles(np.full(self.correlation.count, self.correlation.centre))
+        t[own] = entry
+        return float(self.correlation.of_angles(t)[own])
+
+    def ends(self, place: int) -> tuple[float, float]:
+        return -RIGHT, RIGHT
 
     def _parts(self, vector: Array) -> tuple[Array, Array]:
         """SDs of all effects, or what else there is one of for a variance, and the rest."""
@@ -256,6 +272,30 @@ class Structured(Block):
         none = np.zeros((len(self._pairs), *parameters.shape[1:]))
         slope, _ = self.derivatives(finite, log_sigma2, none)
         return slope * np.isfinite(parameters)
+
+    def stated(self, coordinates: Array) -> Array:
+        return self.correlation.stated(coordinates)
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """An entry is exp of a sum of log-variances over sigma2, times one of R(z)."""
+        if self.linear or not on_host(parameters):
+            return super().bend(parameters, log_sigma2, spread)
+        count, (logs, z) = self.log_variances, self._parts(parameters)
+        rows, columns = triangle(self.size)
+        scale = np.exp((logs[rows] + logs[columns]) / 2 - log_sigma2)
+        values, (slope, curve) = self.correlation.entries(z), self.correlation.derivatives(z)
+        half = self._pairs / 2
+        own, mixed, rest = (
+            spread[:count, :count],
+            spread[:count, count:-1],
+            spread[count:-1, count:-1],
+        )
+        of_logs = np.einsum("ab...,ta,tb->t...", own, half, half)
+        of_logs = of_logs - np.tensordot(half, linalg.diagonal(own), axes=1)
+        steps = 2 * np.tensordot(half, mixed, axes=1) + self.correlation.drift(z, rest)
+        bent = np.einsum("tc...,tc...->t...", slope, steps)
+        bent = bent + np.einsum("cd...,tcd...->t...", rest, curve)
+        return scale * (values * of_logs + bent)
 
 
 def _all(effects: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.correlations import Correlation, Distance
+from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.structured import Structured
 from jaxreml.model.covariance.unstructured import Unstructured
 
@@ -89,16 +90,39 @@ def is_timed(word: str) -> bool:
     return word in FAMILIES and FAMILIES[word].timed
 
 
+def own_covariance(word: str, context: Mapping[str, Any] | None) -> Custom | None:
+    """A covariance of the user's own by that name, if there is one.
+
+    Raises:
+        FormulaError: it has the name of one that there is.
+    """
+    own = (context or {}).get(word)
+    if not isinstance(own, Custom):
+        return None
+    if word in FAMILIES:
+        raise FormulaError(f"{word!r} is a covariance that there is: call your own by another name")
+    return own
+
+
 def check_word(word: str, options: Mapping[str, Any], context: Mapping[str, Any]) -> None:
     """Raise FormulaError for a word or options that a random term cannot have, named."""
-    if word not in RANDOM:
+    own = own_covariance(word, context)
+    if own is None and word not in RANDOM:
         hint = ", or is a + missing before the brackets?"
         if word in RESIDUALS:
             hint = f"; {word!r} is a word for residuals: residual='{word}(visit | subject)'"
         raise FormulaError(
             f"{word!r} is no covariance of random effects; there are {', '.join(RANDOM)}{hint}"
         )
-    known = {"hom"} if word in HOMOGENEOUS else {"nu"} if word == "mat" else set()
+    known: set[str] = (
+        set()
+        if own is not None
+        else {"hom"}
+        if word in HOMOGENEOUS
+        else {"nu"}
+        if word == "mat"
+        else set()
+    )
     for name, value in options.items():
         if name not in known:
             takes = f"takes {', '.join(sorted(known))}" if known else "takes no options"
@@ -126,13 +150,16 @@ def covariance_of(
         options: its keyword arguments in the formula.
         context: names that the formula may use besides columns.
         size: number of effects.
-        places: of the effects, where their distances count.
+        places: of the effects, where their distances count; labels of those of a user's own.
 
     Raises:
         FormulaError: a word or options that there are not.
         DataError: too few effects.
     """
     check_word(word, options, context)
+    users = own_covariance(word, context)
+    if users is not None:
+        return users.term(size, places or None)
     if word == "us":
         return Unstructured(size)
     own = FAMILIES[word]

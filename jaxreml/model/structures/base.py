@@ -86,6 +86,11 @@ class OfColumns:
         """The projections of [X y]: a tree of arrays (., p + 1, ...)."""
         raise NotImplementedError
 
+    @property
+    def evaluated(self) -> Any:
+        """What an evaluation works with, a tree of arrays."""
+        return self
+
     def with_columns(self: Any, columns: Any, remainder: Array) -> Any:
         """The structure of other columns: their projections and what these leave of their
         cross-products."""
@@ -198,6 +203,11 @@ class Differentiable(Structure, Protocol):
 
 class Full(Differentiable, Protocol):
     """A structure of one data set, with its random effects: that of a `Design`."""
+
+    @property
+    def evaluated(self) -> Any:
+        """As `OfColumns.evaluated`."""
+        ...
 
     def spread(self, projection: Projection, matrix: Array) -> Array:
         """d_u'E_i B E_j d_v, (m, k, m, k), for the columns d of D matrix, `matrix` (p + 1, k)."""

@@ -44,6 +44,10 @@ class Kernel(Grouped):
     loadings: Any = None
     apart: Any = None
 
+    @property
+    def evaluated(self) -> Grouped:
+        return Grouped(self.factors, self.scores, self.remainder, self.sizes)
+
     def padded(self, n_levels: int) -> Kernel:
         """As it is: sizes of kernels are not made alike."""
         return self

@@ -33,6 +33,11 @@ class Parts:
     costly = False
 
     @property
+    def evaluated(self) -> Parts:
+        """As `OfColumns.evaluated`."""
+        return self
+
+    @property
     def written_out(self) -> bool:
         return all(part.written_out for part in self.parts)
 
@@ -75,6 +80,14 @@ class Parts:
     def form(self, cross: Any, matrix: Array) -> Array:
         pairs = zip(self.parts, cross, strict=True)
         return _sum(part.form(own, matrix) for part, own in pairs)
+
+    def combined(self, matrix: Array, absent: Array) -> Parts:
+        """As `OfColumns.combined`: absent columns are the first part's."""
+        first, *others = self.parts
+        parts = [first.combined(matrix, absent)]
+        return replace(
+            self, parts=(*parts, *(part.combined(matrix, 0 * absent) for part in others))
+        )
 
     def start(self) -> None:
         return None

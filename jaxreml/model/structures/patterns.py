@@ -101,6 +101,11 @@ class Patterns(Levels):
             found[:, :, j] = np.einsum("iad,aduv->iuv", basis, both)
         return found
 
+    def combined(self, matrix: Array, absent: Array) -> Patterns:
+        """As `OfColumns.combined`."""
+        gram = matrix.T @ self.remainder @ matrix + np.diag(absent)
+        return replace(self, products=matrix.T @ self.products @ matrix, remainder=gram)
+
     def silent(self) -> Array:
         """Cross-products of a response with all columns, (C, q, q, p + 1)."""
         return np.zeros(self.products.shape[:4], self.products.dtype)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.interpolate import CubicSpline
 from scipy.special import chdtri, ndtri
 
 from jaxreml.errors import DataError
@@ -162,6 +161,8 @@ def _edge(points: np.ndarray, deviance: np.ndarray, level: float) -> np.ndarray:
 def _spline(points: np.ndarray, periodic: bool = False) -> np.ndarray:
     """A curve through points in turn, by the lengths of the straight lines between them over the
     extent of each coordinate."""
+    from scipy.interpolate import CubicSpline  # takes half a second to import
+
     steps = np.linalg.norm(np.diff(points, axis=0) / np.ptp(points, axis=0), axis=1)
     along = np.append(0.0, np.cumsum(steps))
     if periodic:
@@ -181,5 +182,7 @@ def _parameter(profile: Profile, name: str | None) -> str:
 
 def _interpolated(x: Any, y: Any) -> Any:
     """A cubic spline through points in the order of x, ties left out."""
+    from scipy.interpolate import CubicSpline
+
     values, places = np.unique(np.asarray(x, float), return_index=True)
     return CubicSpline(values, np.asarray(y, float)[places])

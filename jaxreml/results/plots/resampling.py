@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import gaussian_kde
 
 from jaxreml.errors import DataError
 from jaxreml.inference.resampling.bootstrap import Bootstrap
@@ -28,6 +27,8 @@ def bootstrap_density_data(bootstrap: Bootstrap, statistic: str | None = None) -
         >>> jaxreml.plots.bootstrap_density_data(draws, "sigma").shape
         (200, 2)
     """
+    from scipy.stats import gaussian_kde  # takes half a second to import
+
     draws = _draws(bootstrap, statistic)
     values = np.linspace(draws.min(), draws.max(), PLACES)
     return pd.DataFrame({"value": values, "density": gaussian_kde(draws)(values)})

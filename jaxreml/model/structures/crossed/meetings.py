@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from jaxreml.backend.lazy import is_of_jax, jax, jnp
+from jaxreml.model import groups
 from jaxreml.model.covariance.unstructured import INDEX
 from jaxreml.model.structures.base import Terms
 
@@ -53,13 +54,11 @@ class Factor:
 
     def contains(self, finer: Factor) -> bool:
         """Whether every level of `finer` lies in one level of this factor."""
-        return np.array_equal(self.parents(finer)[finer.codes], self.codes)
+        return groups.contains(self.codes, finer.codes)
 
     def parents(self, finer: Factor) -> np.ndarray:
         """The level of this factor that contains each level of `finer`."""
-        parents = np.zeros(finer.n_levels, INDEX)
-        parents[finer.codes] = self.codes
-        return parents
+        return groups.parents(self.codes, finer.codes, finer.n_levels).astype(INDEX)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sums of (n,) values by level, (J,)."""

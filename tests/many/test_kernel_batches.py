@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ def herd() -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
     return data, K, values
 
 
-def batch(formula="~ x + (1 | animal)", values=None, kernels=None, **options):
+def batch(formula="~ x + (1 | animal)", values=None, kernels=None, **options) -> Any:
     data, K, own = herd()
     values = own if values is None else values
     kernels = {"animal": K} if kernels is None else kernels
@@ -101,6 +102,7 @@ def test_simulated_responses_have_the_covariance_of_the_kernel():
     fit = alone(herd()[2][:, 0])
     drawn = fit.simulate(4000, seed=1).to_numpy()
     term = fit.frame.terms[0]
+    assert term.kernel is not None
     V = fit.variances.iloc[0] * term.kernel[np.ix_(term.codes, term.codes)]
     V = V + fit.sigma**2 * np.eye(N)
     centred = drawn - (fit.frame.X @ fit.beta)[:, None]
