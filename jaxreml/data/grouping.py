@@ -108,6 +108,7 @@ def grouping_terms(
         raise FormulaError(f"{bar.effects!r}: {error}") from error
     terms = []
     what = f"the random effects on {bar.name}"
+    encoding: Any
     for text in texts:
         if is_timed(word):
             effects, encoding = encode_places(text, table, context, what)

@@ -94,16 +94,16 @@ CASES = {
 MORE = {("ML", case) for case in CASES if case not in ("collapsed", "spectral")}
 
 
-@pytest.mark.optimised  # lanes against single fits
+def marks(case: str, method: str) -> list[pytest.MarkDecorator]:
+    """Lanes against single fits are optimised; what NumPy fits has no program to optimise."""
+    optimised = [] if CASES[case][-1] else [pytest.mark.optimised]
+    return optimised + [pytest.mark.long] * ((method, case) in MORE)
+
+
 @pytest.mark.parametrize(
     ("case", "method"),
     [
-        pytest.param(
-            case,
-            method,
-            marks=pytest.mark.long if (method, case) in MORE else (),
-            id=f"{case}-{method}",
-        )
+        pytest.param(case, method, marks=marks(case, method), id=f"{case}-{method}")
         for case in CASES
         for method in ("REML", "ML")
     ],

@@ -176,7 +176,8 @@ class Crossed(OfColumns):
     @property
     def costly(self) -> bool:
         couplings = sum(stage.level.shape[0] for stage in self.stages)
-        return len(self.rest) ** 2 + couplings > LIGHT
+        each = natural.count_theta(self.stages[0].sizes) if self.moments is None else 1
+        return (len(self.rest) ** 2 + couplings) * each > LIGHT
 
     @property
     def written_out(self) -> bool:
@@ -219,9 +220,8 @@ class Crossed(OfColumns):
             mixed.append(layout.trace_blocks(layout.diagonal_blocks(W.T, through)))
             products.append(product)
         across = xp.stack(mixed)
-        block = block - xp.stack(
-            [xp.stack([xp.sum(product * other.T) for other in products]) for product in products]
-        )
+        flat = xp.stack([product.reshape(-1) for product in products])
+        block = block - flat @ xp.stack([product.T.reshape(-1) for product in products]).T
         corner = -layout.pair_trace(B, B)
         whole = xp.concatenate(
             [
