@@ -212,16 +212,19 @@ class Crossed(OfColumns):
         if not self.levels:
             return self._outside(block, 0, 1)
         W, B = schur.complements(layout, tail, done.A, R)
-        xp = namespace(B)
-        mixed, products = [], []
-        for move in moves:
-            product = move.A @ R
-            through = schur.times_complement(layout, tail, done.A, product, move.A)
-            mixed.append(layout.trace_blocks(layout.diagonal_blocks(W.T, through)))
-            products.append(product)
-        across = xp.stack(mixed)
-        flat = xp.stack([product.reshape(-1) for product in products])
-        block = block - flat @ xp.stack([product.T.reshape(-1) for product in products]).T
+        xp, Q = namespace(B), len(B)
+        moved = xp.concatenate([move.A for move in moves])
+        product = moved @ R
+        through = schur.times_complement(layout, tail, done.A, product, moved)
+        across = xp.stack(
+            [
+                layout.trace_blocks(layout.diagonal_blocks(W.T, own))
+                for own in through.reshape(-1, Q, Q)
+            ]
+        )
+        products = product.reshape(-1, Q, Q)
+        turned = products.swapaxes(1, 2).reshape(len(products), -1)
+        block = block - product.reshape(len(products), -1) @ turned.T
         corner = -layout.pair_trace(B, B)
         whole = xp.concatenate(
             [

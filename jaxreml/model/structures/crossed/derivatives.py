@@ -156,7 +156,8 @@ def moved(stages: tuple[Stage, ...], done: Eliminated) -> list[Moved]:
         here, U = done.couplings[k], done.solved[k]
         rows = [_row(stage, here, U[a]) for a in range(len(U))]
         for a, b in zip(*natural.effects_of_omega(stage.sizes), strict=True):
-            state = list(mapped(_zeros, done.couplings))
+            later = mapped(_zeros, done.couplings[k + 1 :])
+            state = [*done.couplings[: k + 1], *later]
             half = 0.5 if a == b else 1.0
             A = _add_pair(stages, k, rows[a], rows[b], half, state, _zeros(done.A))
             for j in range(k + 1, len(stages)):
