@@ -34,6 +34,7 @@ from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson
 from jaxreml.status import Status
 
+MOST_SHOWN = 2000  # visits whose covariance matrix is written out
 ROWS = ("y", "fixed_fitted", "fitted", "weights", "offset", "table")  # fields of the rows
 
 
@@ -350,7 +351,21 @@ class FittedModel:
         """
         if self.residual is None:
             raise DataError("the residuals are independent: sigma is their standard deviation")
-        return self.residual.frame(self.sigma**2 * self._factors[-1] @ self._factors[-1].T)
+        count = len(self.residual.effects)
+        if count > MOST_SHOWN:
+            raise DataError(
+                f"the residuals have {count:,} different visits, and their covariances make a "
+                f"matrix of {count:,} x {count:,}; it is there for up to {MOST_SHOWN:,}. "
+                "`variance_parameters` has what it is made of"
+            )
+        every = np.arange(count)
+        return self.residual.frame(self.residual_between(every, every))
+
+    def residual_between(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Covariances (k, l) of residuals of one subject at weight 1, between visits (k,) and (l,),
+        as ``frame.residual.places`` counts them."""
+        assert self.residual is not None
+        return self.sigma**2 * self.residual.relative(self._factors[-1], rows, columns)
 
     @property
     def residual_corr(self) -> pd.DataFrame:
@@ -542,7 +557,7 @@ class FittedModel:
     @cached_property
     def residual_sds(self) -> np.ndarray:
         """(n,), standard deviations of the residuals at weight 1."""
-        if self.residual is None:
+        if self.residual is None or not self.residual.block.log_variances:
             return np.full(self.nobs, self.sigma)
         sds = np.sqrt(np.diagonal(self.residual_cov.to_numpy()))
         assert self.frame.residual is not None

@@ -103,7 +103,9 @@ class BatchFitter:
         )
         self.basis = self._basis(np.arange(p))
         in_step = Lanes.in_step(self.basis)
-        few = 1 if self.basis.kind == "linear" else count  # JAX would hold a matrix for each
+        # JAX would hold a matrix for each; and has no batches of residuals within subjects.
+        apart = self.basis.kind == "linear" or frame.residual is not None
+        few = 1 if apart else count
         self.engine_name = _engine_for(in_step, few, devices, engine)
         if self.engine_name == "numpy" and not in_step:
             self.asked_structure = suited_structure(frame, structure, engine)
@@ -113,6 +115,11 @@ class BatchFitter:
             raise ValueError(
                 "many responses of several kernels, or of kernels beside other terms, are NumPy's: "
                 "leave engine and devices out"
+            )
+        if frame.residual is not None and self.engine_name == "jax":
+            raise ValueError(
+                "many responses with a covariance of residuals within subjects are NumPy's: leave "
+                "engine and devices out"
             )
         if self.engine_name == "jax":
             require_own_threads()
@@ -131,6 +138,12 @@ class BatchFitter:
             Effects(term.codes, term.effects, len(term.levels), *names, block, term.kernel)
             for term, (names, block) in zip(frame.terms, own, strict=True)
         ]
+        if frame.residual is not None:
+            term = frame.residual.term
+            q = term.effects.shape[1]
+            names = placeholders((*covariance.sizes, q))[-1]
+            levels = len(frame.residual.subjects)
+            terms.append(Effects(term.group, term.effects, levels, *names, term.covariance(q)))
         if kept is not None:
             _check_rows(kept, terms)
         return Basis.of(

@@ -59,6 +59,8 @@ class HostEngine:
     def grid(self) -> Grid | None:
         """To look for other optima with, where a response may have several."""
         lanes = self.lanes
+        if not lanes.covariance.random.all():  # of residuals there is one
+            return None
         if has_one_optimum(lanes.basis.structure, lanes.covariance, lanes.p):
             return None
         return Grid(lanes, reml=self.options.reml)

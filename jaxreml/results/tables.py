@@ -18,6 +18,7 @@ from jaxreml.inference.parameters.variances import (
     named_readings,
     variance_parameters,
 )
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
 ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
@@ -107,7 +108,7 @@ def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
         table = pd.DataFrame({"estimate": estimates(fit, known)}).reindex(columns=columns)
     blocks = [own.block if own.block >= 0 else len(known) for own in known]
     order = sorted(range(len(known)), key=lambda k: (blocks[k], ORDER[known[k].kind]))
-    labels = [("ran_pars", known[k].group, tidy_term(fit, known[k])) for k in order]
+    labels = [("ran_pars", known[k].group, tidy_term(known[k])) for k in order]
     table = table.iloc[order].rename(columns={"lower": "conf_low", "upper": "conf_high"})
     named = pd.DataFrame(labels, columns=["effect", "group", "term"])
     return pd.concat([named, table.reset_index(drop=True)], axis=1)
@@ -351,6 +352,14 @@ def _residuals(fit: FittedModel) -> str:
         variances = np.diagonal(fit.residual_cov.to_numpy())
         values = [variances, np.sqrt(variances)]
     columns = [_digits(np.asarray(own)) for own in values]
+    if isinstance(residual.block, Timed):
+        lines = [_table([["", *names], [" Residual", *(own[0] for own in columns)]], left=1)]
+        if fit.converged:
+            found = variance_parameters(fit)
+            value, error = _digits(found[["estimate", "std_error"]].to_numpy()[-1])
+            name = residual.block.correlation.reading.label.capitalize()
+            lines.append(f" {name} {value}, standard error {error}")
+        return "\n".join([f" {residual.text}, {len(residual.visits):,} different times", *lines])
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
     shown = q - 1 if residual.block.correlation.correlated else 0
     header = [f" {residual.words.visit}", *names]

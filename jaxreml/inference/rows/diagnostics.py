@@ -11,6 +11,7 @@ from scipy.linalg import solve_triangular
 
 from jaxreml.data.estimability import RowSpace, independent_columns
 from jaxreml.data.frame import ModelFrame
+from jaxreml.data.residual import ResidualTerm
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.rows import influence_derivatives
@@ -63,13 +64,30 @@ def _uncorrelated(fit: FittedModel, resid: np.ndarray) -> np.ndarray:
     own = fit.frame.residual
     if own is None:
         return resid
-    matrix = fit.residual_cov.to_numpy() / fit.sigma**2
+    assert fit.residual is not None
     order = np.lexsort((own.places, own.codes))
+    if fit.residual.is_chain:
+        return _innovations(fit, resid, own, order)
     found = np.empty_like(resid)
     for rows in np.split(order, np.flatnonzero(np.diff(own.codes[order])) + 1):
         visits = own.places[rows]
-        root = np.linalg.cholesky(matrix[np.ix_(visits, visits)])
+        root = np.linalg.cholesky(fit.residual_between(visits, visits) / fit.sigma**2)
         found[rows] = solve_triangular(root, resid[rows], lower=True)
+    return found
+
+
+def _innovations(
+    fit: FittedModel, resid: np.ndarray, own: ResidualTerm, order: np.ndarray
+) -> np.ndarray:
+    """`_uncorrelated` where each residual depends on the one before alone, at any number of
+    times."""
+    assert fit.residual is not None
+    sorted_, codes = resid[order], own.codes[order]
+    nearness = fit.residual.neighbours(fit.theta[-1], own.places[order])
+    nearness = np.where(np.diff(codes, prepend=-1) == 0, nearness, 0.0)
+    before = np.concatenate([[0.0], sorted_[:-1]])
+    found = np.empty_like(resid)
+    found[order] = (sorted_ - nearness * before) / np.sqrt(1 - nearness**2)
     return found
 
 

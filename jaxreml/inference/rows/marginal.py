@@ -37,7 +37,7 @@ def covariances(fit: FittedModel, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     else:
         visits = own.places[rows]
         same = own.codes[rows][:, None] == own.codes[rows]
-        R = fit.residual_cov.to_numpy()[np.ix_(visits, visits)] * same / root[:, None] / root
+        R = fit.residual_between(visits, visits) * same / root[:, None] / root
     V = R
     for term, block in zip(fit.frame.terms, fit.cov_re_arrays, strict=True):
         Z, levels = term.effects[rows], term.codes[rows]

@@ -25,22 +25,33 @@ class Bar:
         effects: its formulaic right side.
         group: the grouping factor, as the fit names it.
         factor: the same as text of a formula.
+        word: for the covariance, "" for brackets alone; `options` follow the factor.
     """
 
     effects: str
     group: str
     factor: str
+    word: str = ""
+    options: str = ""
 
     @property
     def label(self) -> str:
         """As lmerTest writes it."""
-        return f"({self.effects} | {self.group})"
+        return f"{self.word}({self.effects} | {self.group}{self.options})"
+
+    @property
+    def text(self) -> str:
+        """As a formula has it."""
+        return f"{self.word}({self.effects} | {self.factor}{self.options})"
 
     def reductions(self) -> dict[str, Bar | None]:
         """Per label the term without one of its marginal effects; without any, no term at all.
 
-        lmerTest's rule: what is left of (x | g), and of (0 + x | g), is (1 | g).
+        lmerTest's rule: what is left of (x | g), and of (0 + x | g), is (1 | g). A covariance by a
+        word is of all effects together, and goes with them.
         """
+        if self.word:
+            return {self.label: None}
         terms = terms_of(self.effects)
         slopes = [text for text in terms if text != "1"]
         if not slopes:
@@ -77,7 +88,7 @@ class Model:
             fixed = ["0", *fixed]
         parts = fixed or ["1"]
         parts += [f"offset({text})" for text in self.offsets]
-        parts += [f"({bar.effects} | {bar.factor})" for bar in self.bars]
+        parts += [bar.text for bar in self.bars]
         return f"{self.response} ~ {' + '.join(parts)}"
 
     @property
@@ -112,7 +123,8 @@ def model_of(fit: FittedModel) -> Model:
         factor = ":".join(map(_quoted, written.factors))
         for term in own:
             effects = written.effects if written.correlated else _alone(term.encoding.text)
-            bars.append(Bar(effects, written.name, factor))
+            options = "".join(f", {name}={value!r}" for name, value in written.options)
+            bars.append(Bar(effects, written.name, factor, written.word, options))
     return Model(parsed.response, tuple(terms_of(parsed.fixed)), parsed.offsets, tuple(bars))
 
 

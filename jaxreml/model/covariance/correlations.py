@@ -253,6 +253,25 @@ class _OneCoordinate(Correlation):
         return ("correlation",)
 
 
+class Stationary(_OneCoordinate):
+    """Of the distance alone: effects may then be at any places, each subject's at its own
+    (`covariance.timed`)."""
+
+    # Whether on a line what lies before an effect tells no more of it than the nearest does.
+    markov = True
+
+    # What describes it at any places.
+    reading = Reading("correlation", (), 0, "fisher")
+
+    @abstractmethod
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        """Correlations at distances, an array or a Jet as z is."""
+
+    @abstractmethod
+    def with_correlation(self, common: float, distance: float) -> float:
+        """The coordinate with which there is this positive correlation at a distance."""
+
+
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
@@ -281,8 +300,14 @@ class Exchangeable(_OneCoordinate):
 
 
 @dataclass(frozen=True)
-class Autoregressive(_OneCoordinate):
+class Autoregressive(Stationary):
     """rho^|i - j| ("ar1"), z Fisher's of rho: neighbours are one apart."""
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        return jets.tanh(z) ** distances
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(np.arctanh(min(common ** (1 / distance), MOST)))
 
     def formula(self, u: Sequence[Any]) -> Any:
         powers = [u[0] * 0.0 + 1.0]
@@ -416,7 +441,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Distance(_OneCoordinate):
+class Distance(Stationary):
     """A function of the distance d between two times or places, over a range ("sp_exp", "sp_gau",
     "ou", "exp", "gau", "mat"): exp(-x), exp(-x^2), (1 + x) exp(-x) or (1 + x + x^2 / 3) exp(-x) of
     x = d / range. z is the logarithm of the range: at minus infinity there is no correlation, at
@@ -433,6 +458,19 @@ class Distance(_OneCoordinate):
     @property
     def _own(self) -> Shape:
         return SHAPES[self.shape]
+
+    reading = Reading("range", (), 0, "log")
+
+    @property
+    def markov(self) -> bool:
+        return self.shape == "exponential"
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        power = self._own.power
+        return self._own.value(jets.exp(z * -float(power)) * distances**power)
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(self._z_of(np.float64(common), np.float64(distance))[0])
 
     @property
     def _distances(self) -> np.ndarray:
@@ -458,7 +496,7 @@ class Distance(_OneCoordinate):
         return []
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
-        return [Reading("range", (), 0, "log")]
+        return [self.reading]
 
     def formula(self, u: Sequence[Any]) -> Any:
         """Of b at the smallest distance."""

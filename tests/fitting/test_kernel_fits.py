@@ -259,3 +259,22 @@ def test_lme4_with_the_relationship_in_its_design(name, formula, options):
     if name == "slope":  # R puts the covariance after the two variances
         found.insert(2, fit.cov_re.iloc[0, 1])
     np.testing.assert_allclose(found, expected["vcov"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("term", ["cs(0 + f | animal)", "diag(x | animal)", "ar1(0 + f | animal)"])
+def test_words_for_covariances(term):
+    """Omega of any family, Kronecker's product with K: the criterion at what was found."""
+    data = animals().assign(f=lambda table: np.where(table["x"] > 0.3, "u", "v"))
+    fit = jaxreml.fit(f"y ~ x + {term} + (1 | litter)", data, kernels={"animal": A})
+    assert fit.converged
+    V = fit.sigma**2 * np.eye(fit.nobs)
+    for (codes, Z, K), sigma in zip(parts(fit), fit.cov_re_arrays, strict=True):
+        V += (Z @ sigma @ Z.T) * K[np.ix_(codes, codes)]
+    X, inverse = fit.frame.X, np.linalg.inv(V)
+    M = X.T @ inverse @ X
+    rest = fit.y - X @ np.linalg.solve(M, X.T @ inverse @ fit.y)
+    value = np.linalg.slogdet(V)[1] + np.linalg.slogdet(M)[1] + rest @ inverse @ rest
+    value += (fit.nobs - 2) * np.log(2 * np.pi)
+    assert value == pytest.approx(fit.criterion, abs=1e-7)
+    plain = jaxreml.fit("y ~ x + (1 | litter)", data)
+    assert fit.criterion < plain.criterion
