@@ -255,7 +255,7 @@ class FittedBatch:
             "df": fits.contrast_df,
             "statistic": statistic,
             "p_value": p_value,
-            "p_adjusted": benjamini_hochberg(p_value),
+            "p_adjusted": false_discovery_rates(p_value),
         }
         parts = {
             name: pd.DataFrame({key: part[:, k] for key, part in named.items()}, self.responses)
@@ -274,7 +274,7 @@ class FittedBatch:
             >>> results.pvalues_adjusted["Days"].lt(0.05).sum().item()
             5
         """
-        return self._fixed(benjamini_hochberg(self.pvalues.to_numpy()))
+        return self._fixed(false_discovery_rates(self.pvalues.to_numpy()))
 
     # Variance parameters
 
@@ -293,9 +293,8 @@ class FittedBatch:
         residual = self.fits.sigma[:, None] ** 2
         own = self.model.residual
         if own is not None and own.block.log_variances:
-            every = np.diagonal(self._residual_covs, axis1=1, axis2=2)
             count = own.block.log_variances + 1
-            residual = every[:, [own.block.variances.index(k) for k in range(count)]]
+            residual = np.exp(self.fits.parameters[:, self._positions[-count:]])
         return self._by_effect(np.concatenate([*diagonals, residual], axis=1))
 
     @property
@@ -651,13 +650,14 @@ class FittedBatch:
         return [factor @ factor.transpose(0, 2, 1) for factor in factors]
 
 
-def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
-    """Adjusted p-values (b, k), column by column, NaN where there is none."""
+def false_discovery_rates(p_values: np.ndarray, method: str = "bh") -> np.ndarray:
+    """Adjusted p-values (b, k), column by column, NaN where there is none; by Benjamini and
+    Hochberg, or by Benjamini and Yekutieli ("by")."""
     from scipy.stats import false_discovery_control
 
     adjusted = np.full_like(p_values, np.nan)
     for own, column in zip(adjusted.T, p_values.T, strict=True):
         known = np.flatnonzero(~np.isnan(column))
         if known.size:
-            own[known] = false_discovery_control(column[known])
+            own[known] = false_discovery_control(column[known], method=method)
     return adjusted

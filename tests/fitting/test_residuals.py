@@ -642,12 +642,7 @@ def test_compared():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda fit: fit.bootstrap(10),
-        lambda fit: fit.leverage(),
-        lambda fit: fit.influence("subject"),
-        lambda fit: fit.ranova(),
-        lambda fit: jaxreml.power(fit, {"x": 1.0}, nsim=10),
-        lambda fit: fit.save("/nowhere", data=False),
+        lambda fit: fit.posterior(),
     ],
 )
 def test_what_is_not_there_says_so(ask):

@@ -24,6 +24,7 @@ from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures.base import Marginal, OfColumns, Projection, Rows, Terms
 from jaxreml.model.structures.grouped import Partition
+from jaxreml.model.structures.spans import Span, spanned
 
 Array = Any  # NumPy's or JAX's
 MOST_ROWS = 5000  # order of the matrices: each of them is 200 MB there
@@ -39,8 +40,8 @@ class Loadings:
     Attributes:
         kernel: (L, L), or None for independent levels.
         seen: (J,), which of the L levels have rows.
-        factors: (r, q, J), F; None where Q is the identity: then
-        rows, columns: (n,) by the J levels, and (n, q), what Z is made of; else None.
+        factors: (r, q, J), F; None where each of its rows has effects of one level only: then
+        rows, columns: (r,) by the J levels, and (r, q), what F is made of; else None.
         n_levels: L, static.
     """
 
@@ -136,6 +137,10 @@ class Linear(OfColumns):
     costly = True
     written_out = True
 
+    @property
+    def evaluated(self) -> Any:
+        return self.matrices, self.scores, self.remainder
+
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         xp = namespace(omega, self.matrices)
         inner = xp.tensordot(omega, self.matrices, axes=1)
@@ -224,9 +229,10 @@ class Linear(OfColumns):
             diagonal = np.asarray(own.diagonal())
             for start in range(0, own.n_levels, step):
                 codes = np.arange(start, min(start + step, own.n_levels))
-                rows = np.einsum("ab,lbr->lar", matrix, own.matrix(codes))
-                known = np.einsum("lar,lbr->lab", rows @ inner, rows)
-                parts.append(diagonal[codes, None, None] * matrix - known)
+                rows = own.matrix(codes)
+                moved = (rows.reshape(-1, len(inner)) @ inner).reshape(rows.shape)
+                known = np.einsum("lar,lbr->lab", moved, rows)
+                parts.append(diagonal[codes, None, None] * matrix - matrix @ known @ matrix)
             whole = np.concatenate(parts)
             np.einsum("laa->la", whole)[:] = np.maximum(np.einsum("laa->la", whole), 0.0)
             found.append(whole)
@@ -255,11 +261,11 @@ class LinearBasis:
     """The random terms in the span that they are worked on in.
 
     Attributes:
-        directions: (n, r), Q; None for the identity, r = n.
+        span: Q.
         matrices, traces, terms: as in `Linear`.
     """
 
-    directions: Any
+    span: Span
     matrices: Any
     traces: Any
     terms: tuple[Loadings, ...]
@@ -279,46 +285,17 @@ class LinearBasis:
         Raises:
             DataError: matrices that are too large, or that cannot be told apart.
         """
-        found = [np.unique(codes, return_inverse=True) for codes, *_ in effects]
-        rows = len(effects[0][0])
-        counts = [
-            len(seen) * columns.shape[1]
-            for (seen, _), (_, columns, _) in zip(found, effects, strict=True)
-        ]
-        order = min(rows, sum(counts))
-        if order > MOST_ROWS:
-            raise DataError(
-                f"kernels beside other random effects, or random slopes, need matrices of the "
-                f"smaller of {rows} rows and {sum(counts)} random effects: more than {MOST_ROWS}. "
-                "One kernel alone, with one effect, takes more"
-            )
-        directions, factors = None, [None] * len(effects)
-        if order < rows:
-            blocks = []
-            for (seen, codes), (_, columns, _) in zip(found, effects, strict=True):
-                block = np.zeros((rows, columns.shape[1], len(seen)))
-                block[np.arange(rows)[:, None], np.arange(columns.shape[1]), codes[:, None]] = (
-                    columns
-                )
-                blocks.append(block.reshape(rows, -1))
-            directions, whole = np.linalg.qr(np.concatenate(blocks, axis=1))
-            parts = np.split(whole, np.cumsum(counts)[:-1], axis=1)
-            factors: Any = [
-                part.reshape(order, columns.shape[1], -1)
-                for part, (_, columns, _) in zip(parts, effects, strict=True)
-            ]
+        span, parts, order = spanned(effects, MOST_ROWS)
         terms = tuple(
             Loadings(
                 kernel,
-                seen,
-                factor,
-                None if factor is not None else Partition(codes, len(seen)),
-                None if factor is not None else columns,
+                part.seen,
+                part.factors,
+                None if part.codes is None else Partition(part.codes, len(part.seen)),
+                part.columns,
                 n_levels,
             )
-            for (seen, codes), (_, columns, n_levels), kernel, factor in zip(
-                found, effects, kernels, factors, strict=True
-            )
+            for part, kernel, (_, _, n_levels) in zip(parts, kernels, effects, strict=True)
         )
         sizes = [columns.shape[1] * (columns.shape[1] + 1) // 2 for _, columns, _ in effects]
         matrices = np.empty((sum(sizes), order, order))
@@ -327,19 +304,15 @@ class LinearBasis:
             start = own.fill(matrices, start)
         traces = _traces(matrices, n)
         _require_distinct(traces, [*map(str, np.repeat(names, sizes)), "the residual"])
-        return LinearBasis(directions, matrices, traces, terms)
+        return LinearBasis(span, matrices, traces, terms)
 
     def project(self, columns: Any) -> tuple[Any, Any]:
         """Scores Q'columns, (r, k), and what Q leaves, (n, k)."""
-        if self.directions is None:
-            xp = namespace(columns)
-            return xp.asarray(columns), xp.zeros_like(columns)
-        scores = self.directions.T @ columns
-        return scores, columns - self.directions @ scores
+        return self.span.project(columns)
 
     def scores(self, columns: Any) -> Any:
         """Q'columns, (r, k)."""
-        return columns if self.directions is None else self.directions.T @ columns
+        return self.span.scores(columns)
 
     def products(self, columns: Any) -> None:
         """Effects are concrete."""

@@ -26,10 +26,9 @@ def relationship(seed: int, rank: int = 40) -> pd.DataFrame:
 
 
 @cache
-def animals(seed: int = 0) -> pd.DataFrame:
+def animals(n: int = 60) -> pd.DataFrame:
     """Records of some of the animals in litters; animals 20 to 23 have none."""
-    rng = np.random.default_rng(seed)
-    n = 60
+    rng = np.random.default_rng(0)
     codes, litter = rng.integers(0, SEEN, n), rng.integers(0, 7, n)
     codes[:SEEN] = np.arange(SEEN)
     b = np.linalg.cholesky(relationship(1).to_numpy()) @ rng.normal(size=(LEVELS, 2))
@@ -58,6 +57,11 @@ MODELS = {
     "two": ("y ~ x + (1 | animal)", {"animal": {"additive": A, "dominance": D}}, {}),
     "permanent": ("y ~ x + (1 | animal)", {"animal": {"additive": A, "own": None}}, {}),
     "slope": ("y ~ x + (x | animal)", {"animal": A}, {"weights": "w"}),
+    "fewer rows than effects": (
+        "y ~ x + (1 | animal) + (1 | litter)",
+        {"animal": {"a": A, "d": D}},
+        {},
+    ),
     "slope, litter": ("y ~ x + (x | animal) + (1 | litter)", {"animal": A}, {"method": "ML"}),
 }
 
@@ -65,7 +69,8 @@ MODELS = {
 @cache
 def fitted(name: str) -> jaxreml.LMMResults:
     formula, known, options = MODELS[name]
-    return jaxreml.fit(formula, animals(), kernels=known, **options)
+    n = 35 if name == "fewer rows than effects" else 60
+    return jaxreml.fit(formula, animals(n), kernels=known, **options)
 
 
 def parts(fit):
@@ -259,3 +264,22 @@ def test_lme4_with_the_relationship_in_its_design(name, formula, options):
     if name == "slope":  # R puts the covariance after the two variances
         found.insert(2, fit.cov_re.iloc[0, 1])
     np.testing.assert_allclose(found, expected["vcov"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("term", ["cs(0 + f | animal)", "diag(x | animal)", "ar1(0 + f | animal)"])
+def test_words_for_covariances(term):
+    """Omega of any family, Kronecker's product with K: the criterion at what was found."""
+    data = animals().assign(f=lambda table: np.where(table["x"] > 0.3, "u", "v"))
+    fit = jaxreml.fit(f"y ~ x + {term} + (1 | litter)", data, kernels={"animal": A})
+    assert fit.converged
+    V = fit.sigma**2 * np.eye(fit.nobs)
+    for (codes, Z, K), sigma in zip(parts(fit), fit.cov_re_arrays, strict=True):
+        V += (Z @ sigma @ Z.T) * K[np.ix_(codes, codes)]
+    X, inverse = fit.frame.X, np.linalg.inv(V)
+    M = X.T @ inverse @ X
+    rest = fit.y - X @ np.linalg.solve(M, X.T @ inverse @ fit.y)
+    value = np.linalg.slogdet(V)[1] + np.linalg.slogdet(M)[1] + rest @ inverse @ rest
+    value += (fit.nobs - 2) * np.log(2 * np.pi)
+    assert value == pytest.approx(fit.criterion, abs=1e-7)
+    plain = jaxreml.fit("y ~ x + (1 | litter)", data)
+    assert fit.criterion < plain.criterion

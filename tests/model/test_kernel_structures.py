@@ -53,7 +53,7 @@ def test_sizes_are_bounded(monkeypatch):
     effects = np.stack([np.ones(40), rng.normal(size=40)], axis=1)
     terms = [jaxreml.Term(codes, effects, kernel=np.eye(20))]
     monkeypatch.setattr("jaxreml.model.structures.linear.MOST_ROWS", 30)
-    with pytest.raises(jaxreml.DataError, match="smaller of 40 rows and 40 random effects: more"):
+    with pytest.raises(jaxreml.DataError, match="here 40, and 30 is the limit"):
         jaxreml.Design.from_arrays(rng.normal(size=40), np.ones((40, 1)), terms, dtype="float64")
     monkeypatch.setattr("jaxreml.model.structures.kernel.MOST_LEVELS", 10)
     with pytest.raises(jaxreml.DataError, match=r"20 levels of 'group' have rows.* 10 at most"):
