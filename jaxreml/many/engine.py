@@ -27,7 +27,7 @@ from jaxreml.many.host import HostEngine
 from jaxreml.many.lanes import Lanes
 from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.singles import SinglesEngine
-from jaxreml.model.arrays import Effects
+from jaxreml.model.arrays import Effects, Term
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design, placeholders
 from jaxreml.optimum.estimate import estimate_at
@@ -140,11 +140,11 @@ class BatchFitter:
             for term, names, q in zip(frame.terms, placeholders(sizes), sizes, strict=True)
         ]
         if frame.residual is not None:
-            term = frame.residual.term
-            q = term.effects.shape[1]
-            names = placeholders((*sizes, q))[-1]
+            last: Term = frame.residual.term
+            q = last.effects.shape[1]
+            named = placeholders((*covariance.sizes, q))[-1]
             levels = len(frame.residual.subjects)
-            terms.append(Effects(term.group, term.effects, levels, *names, term.covariance(q)))
+            terms.append(Effects(last.group, last.effects, levels, *named, last.covariance(q)))
         if kept is not None:
             _check_rows(kept, terms)
         return Basis.of(
