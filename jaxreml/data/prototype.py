@@ -111,9 +111,12 @@ def packed(frame: ModelFrame) -> dict[str, Any]:
         DataError: a formula whose columns cannot be made again from that, with functions of one's
             own or of several columns at a time.
     """
-    levels = np.unique(np.concatenate([_first(term.codes) for term in frame.terms]))
+    firsts = [_first(term.codes) for term in frame.terms]
+    levels = np.unique(np.concatenate([*firsts, np.zeros(1, int)]))
     encodings = _encodings(frame)
     used = {name for encoding in encodings for name in encoding.variables}
+    if frame.residual is not None:
+        used |= set(frame.residual.words.columns)
     places = {name: _places(frame, name) for name in _others(frame) if name in used}
     k = max([len(levels), *map(len, places.values())])
     random = np.random.default_rng(0)

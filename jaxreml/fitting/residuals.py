@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,11 @@ class ResidualCovariance:
         series = is_series(term.words, term.visits)
         size = 1 if series else len(labels_of(term.visits, term.arms))
         return ResidualCovariance.of(term, np.zeros((len(term.codes) if series else 0, size)))
+
+    @property
+    def of_unseen(self) -> ResidualCovariance:
+        """The same without what is known of visits with a response, from which residuals follow."""
+        return replace(self, modes=np.where(self.seen > 0, 0.0, self.modes))
 
     @cached_property
     def words(self) -> Words:

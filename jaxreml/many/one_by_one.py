@@ -1,8 +1,9 @@
 """Refits of a model with any covariances, one response after the other, by NumPy.
 
-`BatchFitter` has unstructured covariances of random effects and independent residuals. Here
-are all others: of the levels' effects by words (``ar1(...)``) or of a user's own, of residuals, and
-with kernels beside them. Responses are complete, as those that are drawn from a fit.
+`BatchFitter` has unstructured covariances of random effects, and works on residuals of up to
+four visits in batches. Here are all others: covariances of effects by words (``ar1(...)``) or of a
+user's own, and of residuals of more visits, from the estimates that responses are drawn from.
+Responses are complete.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxreml.data.frame import ModelFrame
 from jaxreml.fitting.engines import suited_structure
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits
+from jaxreml.many.singles import SinglesEngine
 from jaxreml.many.steps import objective_gradients, satterthwaite_tests
 from jaxreml.model.arrays import read_terms
 from jaxreml.model.basis import Basis
@@ -51,8 +53,12 @@ def refitter(
             drawn from.
     """
     blocks = tuple(term.block(len(term.effect_names)) for term in frame.terms)
-    if frame.residual is None and blocks == unstructured(tuple(b.size for b in blocks)).blocks:
-        return BatchFitter(frame, method, count=count)
+    own = frame.residual
+    in_batches = own is None or own.term.covariance(own.term.effects.shape[1]).of_matrix
+    if in_batches and blocks == unstructured(tuple(block.size for block in blocks)).blocks:
+        fitter = BatchFitter(frame, method, count=count)
+        if frame.residual is None or not isinstance(fitter.engine, SinglesEngine):
+            return fitter
     return OneByOne(frame, method, start)
 
 

@@ -52,12 +52,12 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     """
     if fit.sandwich is not None:
         raise DataError("robust standard errors are not saved: save the fit that they are of")
-    if not data:
-        fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in (*ROWS, "kernels"):
             record[name] = encode(getattr(fit, name))
+    if not data and fit.residual is not None:
+        record["residual"] = encode(fit.residual.of_unseen)
     if not data:
         frame = fit.frame if fit.has_rows else fit.prototype
         record |= {"nobs": fit.nobs, "prototype": encode(packed(frame))}

@@ -26,10 +26,9 @@ def relationship(seed: int, rank: int = 40) -> pd.DataFrame:
 
 
 @cache
-def animals(seed: int = 0) -> pd.DataFrame:
+def animals(n: int = 60) -> pd.DataFrame:
     """Records of some of the animals in litters; animals 20 to 23 have none."""
-    rng = np.random.default_rng(seed)
-    n = 60
+    rng = np.random.default_rng(0)
     codes, litter = rng.integers(0, SEEN, n), rng.integers(0, 7, n)
     codes[:SEEN] = np.arange(SEEN)
     b = np.linalg.cholesky(relationship(1).to_numpy()) @ rng.normal(size=(LEVELS, 2))
@@ -58,6 +57,11 @@ MODELS = {
     "two": ("y ~ x + (1 | animal)", {"animal": {"additive": A, "dominance": D}}, {}),
     "permanent": ("y ~ x + (1 | animal)", {"animal": {"additive": A, "own": None}}, {}),
     "slope": ("y ~ x + (x | animal)", {"animal": A}, {"weights": "w"}),
+    "fewer rows than effects": (
+        "y ~ x + (1 | animal) + (1 | litter)",
+        {"animal": {"a": A, "d": D}},
+        {},
+    ),
     "slope, litter": ("y ~ x + (x | animal) + (1 | litter)", {"animal": A}, {"method": "ML"}),
 }
 
@@ -65,7 +69,8 @@ MODELS = {
 @cache
 def fitted(name: str) -> jaxreml.LMMResults:
     formula, known, options = MODELS[name]
-    return jaxreml.fit(formula, animals(), kernels=known, **options)
+    n = 35 if name == "fewer rows than effects" else 60
+    return jaxreml.fit(formula, animals(n), kernels=known, **options)
 
 
 def parts(fit):

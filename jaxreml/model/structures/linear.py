@@ -137,6 +137,10 @@ class Linear(OfColumns):
     costly = True
     written_out = True
 
+    @property
+    def evaluated(self) -> Any:
+        return self.matrices, self.scores, self.remainder
+
     def _factorise(self, omega: Array) -> tuple[Array, Array]:
         xp = namespace(omega, self.matrices)
         inner = xp.tensordot(omega, self.matrices, axes=1)
