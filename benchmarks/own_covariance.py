@@ -107,7 +107,7 @@ def compared(study: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small studies")
     parser.add_argument("--json", type=Path, help="file for the raw figures")
     options = parser.parse_args(arguments)

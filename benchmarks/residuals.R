@@ -2,7 +2,7 @@
 suppressPackageStartupMessages({library(nlme); library(glmmTMB); library(jsonlite)})
 task <- fromJSON(commandArgs(TRUE)[1], simplifyVector = FALSE)
 data <- read.csv(task$csv, stringsAsFactors = TRUE)
-data$v <- as.integer(data$visit)
+data$v <- if (task$model %in% c("corExp", "corGaus")) data$visit else as.integer(data$visit)
 data <- data[order(data$subject, data$v), ]
 fixed <- as.formula(task$formula)
 timed <- function(f) {
@@ -18,6 +18,10 @@ if (task$model == "us") {
   if ("glmmTMB" %in% task$peers)
     out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + us(0 + visit | subject)), data,
                                             dispformula = ~ 0, REML = TRUE))
+} else if (task$model %in% c("corExp", "corGaus", "corAR1")) {
+  of <- get(task$model)(form = ~ v | subject)
+  if (task$random) out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = of))
+  else out$gls <- timed(function() gls(fixed, data, correlation = of))
 } else {
   if ("lme" %in% task$peers) out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = corAR1(form = ~ v | subject)))
   if ("glmmTMB" %in% task$peers) out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + (1 | subject) + ar1(0 + visit | subject)), data,

@@ -1,8 +1,9 @@
 """Covariances of residuals (`fit(..., residual=)`) beside nlme's gls and lme and glmmTMB.
 
 Studies like the FEV and BCVA trials of R's mmrm: subjects with visits, some of them missing, an
-unstructured covariance of the visits, Satterthwaite's degrees of freedom with ours; and AR(1)
-residuals beside a random intercept. Criteria are compared first. Times are of one call from a
+unstructured covariance of the visits, Satterthwaite's degrees of freedom with ours; AR(1)
+residuals beside a random intercept; times of each subject's own; and many responses, where a peer
+does the first of them in a loop. Criteria are compared first. Times are of one call from a
 dataframe, ours in this process after a fit of another shape, R's in a process of its own.
 
     python benchmarks/residuals.py [--quick] [--json FILE]
@@ -56,6 +57,29 @@ def trial(subjects: int, visits: int, patterns: int | None = None, seed: int = 1
     )
 
 
+def own_times(subjects: int, rows: int, spaced: bool = False, seed: int = 2) -> pd.DataFrame:
+    """Subjects at times of their own, or equally spaced ones, correlated by the distance."""
+    rng = np.random.default_rng(seed)
+    times = np.sort(rng.uniform(0, 4 * rows, (subjects, rows)), axis=1)
+    if spaced:
+        times = np.broadcast_to(np.arange(float(rows)), times.shape)
+    y = np.empty((subjects, rows))
+    y[:, 0] = rng.normal(size=subjects)
+    for k in range(1, rows):
+        near = np.exp(-(times[:, k] - times[:, k - 1]) / 5)
+        y[:, k] = near * y[:, k - 1] + np.sqrt(1 - near**2) * rng.normal(size=subjects)
+    x, who = rng.normal(size=y.shape), np.repeat(np.arange(subjects), rows)
+    y += 0.2 * x + rng.normal(size=(subjects, 1))
+    return pd.DataFrame(
+        {
+            "chg": y.ravel(),
+            "subject": [f"s{k:06d}" for k in who],
+            "visit": times.ravel().round(6),
+            "x": x.ravel(),
+        }
+    )
+
+
 def studies(quick: bool) -> list[dict[str, Any]]:
     """What is fitted, and by whom besides."""
     large = 2_000 if quick else 100_000
@@ -89,7 +113,64 @@ def studies(quick: bool) -> list[dict[str, Any]]:
             "residual": "ar1(visit | subject)",
             "peers": ["lme", "glmmTMB"],
         },
+        *_of_own_times(quick),
     ]
+
+
+def _of_own_times(quick: bool) -> list[dict[str, Any]]:
+    few, long = (20, 500) if quick else (500, 5_000)
+    at = {"formula": "chg ~ x", "peers": ["gls"]}
+    exponential = {**at, "residual": "sp_exp(visit | subject)", "model": "corExp"}
+    gaussian = {**at, "residual": "sp_gau(visit | subject)", "model": "corGaus"}
+    large = own_times(few, 200)
+    return [
+        {"name": f"sp_exp, {few} x 20 own times", "data": own_times(few, 20), **exponential},
+        {"name": f"sp_exp, {few} x 200 own times", "data": large, **exponential, "peers": []},
+        {"name": f"sp_gau, {few} x 20 own times", "data": own_times(few, 20), **gaussian},
+        {
+            "name": f"sp_exp and random intercept, {few} x 20 own times",
+            "data": own_times(few, 20),
+            **exponential,
+            "random": True,
+            "peers": ["lme"],
+        },
+        {
+            "name": f"ar1, 2 series of {long:,}",
+            "data": own_times(2, long, spaced=True),
+            **at,
+            "residual": "ar1(visit | subject)",
+            "model": "corAR1",
+        },
+    ]
+
+
+def many(quick: bool) -> dict[str, Any]:
+    """`fit_many` of simulated responses of one trial, and single fits of some of them."""
+    count, single = (20, 4) if quick else (500, 20)
+    data = trial(200, 4, 8)
+    rng = np.random.default_rng(3)
+    shared = rng.normal(size=(200, count))[data["subject"].str[1:].astype(int)]
+    values = shared + rng.normal(size=(len(data), count))
+    options = {"residual": "us(visit | subject)"}
+    fits: list[Any] = []
+
+    def at_once() -> None:
+        fits.append(jaxreml.fit_many("~ arm * visit", data, values, **options))
+
+    together = seconds(at_once)
+    alone: list[Any] = []
+
+    def one_by_one() -> None:
+        for k in range(single):
+            own = data.assign(chg=values[:, k])
+            alone.append(jaxreml.fit("chg ~ arm * visit", own, **options))
+
+    took = seconds(one_by_one) / single
+    apart = max(
+        abs(fit.criterion - fits[0].fits.criterion[k]) / (1 + abs(fit.criterion))
+        for k, fit in enumerate(alone[:single])
+    )
+    return {"responses": count, "each_s": together / count, "single_s": took, "apart": apart}
 
 
 def of_r(study: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -100,6 +181,7 @@ def of_r(study: dict[str, Any], limit: float) -> dict[str, Any]:
         study["data"].to_csv(path, index=False)
         for peer in study["peers"] if have_r() else ():
             task = {name: study[name] for name in ("formula", "model")}
+            task |= {"random": study.get("random", False)}
             task |= {"csv": str(path), "peers": [peer]}
             script = Path(__file__).with_suffix(".R")
             command = ["Rscript", str(script), json.dumps(task)]
@@ -125,7 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     header("study", "rows", "jaxreml, s", "peers, s (times ours)", "criteria differ by")
     found, agree = [], True
     for study in studies(options.quick):
-        formula = study["formula"] + (" + (1 | subject)" if study["model"] == "ar1" else "")
+        random = study["model"] == "ar1" or study.get("random", False)
+        formula = study["formula"] + (" + (1 | subject)" if random else "")
         fits: list[Any] = []
 
         def ours(study: dict = study, formula: str = formula, fits: list = fits) -> None:
@@ -150,6 +233,15 @@ def main(arguments: list[str] | None = None) -> int:
         found.append({"study": study["name"], "jaxreml_s": took, "peers": peers})
         if options.json:
             options.json.write_text(json.dumps(found, indent=1))
+    batch = many(options.quick)
+    agree &= batch["apart"] < AGREE
+    print(
+        f"\nfit_many, {batch['responses']} responses of 200 x 4 visits, us: "
+        f"{1e3 * batch['each_s']:.2f} ms each; fit: {1e3 * batch['single_s']:.1f} ms; criteria "
+        f"differ by {batch['apart']:.0e}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps([*found, batch], indent=1))
     return 0 if agree else 1
 
 

@@ -66,8 +66,8 @@ _SENTENCES = {
     "more than the fixed or the random effects, or all in one level",
     Status.UNDERFLOW: "the squares of the response underflow: its values are too small for "
     "floating point; rescale it, by its standard deviation say",
-    Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of those before it: beta "
-    "is NaN for it, and the other numbers are those of the model without it; leave the column out",
+    Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of the others: the data "
+    "say nothing about its coefficient, which is NaN; leave the column out",
     Status.BAD_WEIGHTS: "a prior weight is negative, infinite or NaN; weights must be positive, or "
     "zero for rows to leave out where they are traced by JAX",
     Status.BAD_LEVELS: "a code of a grouping factor is negative or not below n_levels: correct the "

@@ -110,7 +110,7 @@ def fit(
         kernels=kernels,
     )
     options = method, structure, context, max_iterations, LMMResults, engine
-    if residual is None or isinstance(residual, str):
+    if not isinstance(residual, (list, tuple)):
         return fit_frame(made(residual=residual), *options)
     texts = list(dict.fromkeys(residual))
     if not texts:

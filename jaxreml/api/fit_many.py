@@ -15,11 +15,13 @@ from jaxreml.api.blocks import Job, block_size, fit_in_memory, fit_to_file, prog
 from jaxreml.arguments import is_reml, refuse_arguments
 from jaxreml.data.companions import Companions, Measured, of_each
 from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
+from jaxreml.data.grouping import require_plain
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.pairs import Pairs, paired_frame
 from jaxreml.data.responses import Responses
 from jaxreml.errors import FormulaError
 from jaxreml.fitting.fit import fit_frame
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.many.fitted import BatchModel
 from jaxreml.many.own_fitter import fitter_for
 from jaxreml.many.processes import Crew
@@ -63,6 +65,7 @@ def fit_many(
     overwrite: bool = False,
     progress: bool | None = None,
     kernels: Mapping[str, Any] | None = None,
+    residual: str | None = None,
 ) -> BatchResults: ...
 
 
@@ -103,6 +106,7 @@ def fit_many(
     overwrite: bool = False,
     progress: bool | None = None,
     kernels: Mapping[str, Any] | None = None,
+    residual: str | None = None,
     **others: Any,
 ) -> BatchResults | StreamedResults:
     """Fit one linear mixed model to many responses: genes, voxels, metrics, simulated draws.
@@ -166,6 +170,8 @@ def fit_many(
             for all responses; a response that lacks values needs a decomposition for its rows,
             which responses with the same rows share. Several are fitted one response after the
             other.
+        residual: a covariance of the residuals within subjects, as for `fit`, on NumPy: responses
+            with up to four visits go side by side, and others one after the other.
         others: none; as for `fit`.
 
     With several processes (``jax.distributed.initialize`` called before), each fits its share;
@@ -241,10 +247,15 @@ def fit_many(
             "with kernels responses share weights, offset and covariates: each with its own would "
             "need a decomposition of its own. Fit these one by one"
         )
+    if residual is not None:
+        _refuse_beside_residuals(own, covariate, output)
     if covariate is None:
-        frame = covariate_frame(formula, data, context=context, kernels=kernels, **shared)
+        frame = covariate_frame(
+            formula, data, context=context, kernels=kernels, residual=residual, **shared
+        )
     else:
         frame = paired_frame(formula, data, covariate, context=context, **shared)
+    require_plain(frame.terms, "fit many responses")
     rows = _contrast_rows(frame, contrasts or {})
 
     def beside(role: str, value: Any) -> Responses:
@@ -318,6 +329,18 @@ def fit_many(
     return BatchResults(job.model, names, fits, shown, refit, revisit, values)
 
 
+def _refuse_beside_residuals(own: Mapping[str, Any], covariate: str | None, output: Any) -> None:
+    """ValueError for what batches with a covariance of residuals within subjects do not have."""
+    asked = [*own, *(["covariates"] if covariate else []), *(["output"] if output else [])]
+    if asked:
+        raise ValueError(
+            f"with residual= there is no {asked[0]}= of the responses' own, so far: they share "
+            "weights, offset and covariates, and results stay in memory"
+            if asked[0] != "output"
+            else "with residual= results stay in memory, so far: leave output= out"
+        )
+
+
 def _only(covariates: Mapping[str, Any] | None) -> tuple[str | None, Any]:
     """Name and values of the covariate that the responses have their own of."""
     if covariates is None:
@@ -361,6 +384,7 @@ def _model(
         tuple(frame.fixed_terms),
         own,
         frame.library,
+        frame.residual and ResidualCovariance.of_labels(frame.residual),
     )
 
 

@@ -187,25 +187,28 @@ def covariate_frame(
     weights: Any = None,
     offset: Any = None,
     context: Mapping[str, Any] | None = None,
-    need_random: bool = True,
+    need_random: bool | None = None,
+    residual: str | None = None,
     columns: Mapping[str, np.ndarray] | None = None,
     kernels: Mapping[str, Any] | None = None,
 ) -> ModelFrame:
     """The model frame of a formula without left side, for responses that come as a block.
 
-    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s; `columns` (n,) are taken
-    for columns of the data.
+    Arguments and errors as `model_frame`'s; `need_random` as `parse`'s, true if left out but for
+    a covariance of residuals; `columns` (n,) are taken for columns of the data.
 
     Raises:
         FormulaError: also a formula with a left side.
     """
-    parsed = parse(formula, need_random=need_random)
+    parsed = parse(formula, need_random=residual is None if need_random is None else need_random)
     if parsed.response:
         raise FormulaError(
             f"the formula {parsed.text!r} has a left side, {parsed.response!r}; the responses come "
             "as an argument of their own: start the formula with ~"
         )
-    return _model_frame(parsed, data, weights, offset, context, columns, kernels=kernels)
+    return _model_frame(
+        parsed, data, weights, offset, context, columns, residual=residual, kernels=kernels
+    )
 
 
 def with_response(
@@ -236,7 +239,10 @@ def with_response(
         extras["offset"] = offset + (0.0 if extras["offset"] is None else extras["offset"])
     parsed = replace(frame.formula, text=f"{name} {frame.formula.text}", response=name)
     table = table.assign(**{name: y}, **(columns or {}))
-    found = _model_frame(parsed, table, context=context, kernels=frame.kernels, **extras)
+    residual = None if frame.residual is None else frame.residual.words.text
+    found = _model_frame(
+        parsed, table, context=context, kernels=frame.kernels, residual=residual, **extras
+    )
     return replace(found, library=frame.library)
 
 

@@ -22,6 +22,7 @@ from jaxreml.data.evaluation import plain
 from jaxreml.data.formula import parse
 from jaxreml.data.frame import EXTRAS, ModelFrame
 from jaxreml.data.grouping import GroupingTerm
+from jaxreml.data.places import PlacesEncoding
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError
 
@@ -81,7 +82,7 @@ def _places(frame: ModelFrame, name: str) -> np.ndarray:
     return ordered[np.unique(np.linspace(0, len(ordered) - 1, VALUES).round().astype(int))]
 
 
-def _encodings(frame: ModelFrame) -> list[Encoding]:
+def _encodings(frame: ModelFrame) -> list[Encoding | PlacesEncoding]:
     of_terms = [term.encoding for term in frame.terms]
     return [frame.fixed_encoding, *frame.offset_encodings, *of_terms]
 
@@ -90,6 +91,9 @@ def _factors(frame: ModelFrame) -> set[str]:
     """Columns that the formula uses as factors, numbers in C() among them."""
     found = set()
     for encoding in _encodings(frame):
+        if isinstance(encoding, PlacesEncoding):  # all values are of use
+            found |= set(encoding.columns)
+            continue
         for factor, names in encoding.spec.factor_variables.items():
             kind, _ = encoding.spec.encoder_state.get(factor.expr, (None, None))
             if kind is Factor.Kind.CATEGORICAL:
@@ -107,9 +111,12 @@ def packed(frame: ModelFrame) -> dict[str, Any]:
         DataError: a formula whose columns cannot be made again from that, with functions of one's
             own or of several columns at a time.
     """
-    levels = np.unique(np.concatenate([_first(term.codes) for term in frame.terms]))
+    firsts = [_first(term.codes) for term in frame.terms]
+    levels = np.unique(np.concatenate([*firsts, np.zeros(1, int)]))
     encodings = _encodings(frame)
     used = {name for encoding in encodings for name in encoding.variables}
+    if frame.residual is not None:
+        used |= set(frame.residual.words.columns)
     places = {name: _places(frame, name) for name in _others(frame) if name in used}
     k = max([len(levels), *map(len, places.values())])
     random = np.random.default_rng(0)
@@ -130,11 +137,18 @@ def packed(frame: ModelFrame) -> dict[str, Any]:
         "codes": tuple(term.codes[np.resize(levels, k)] for term in frame.terms),
         "factors": tuple(term.factors for term in frame.terms),
         "sources": tuple(term.source for term in frame.terms),
-        "encodings": tuple((e.text, e.what, e.names, e.spec.transform_state) for e in encodings),
+        "encodings": tuple((e.text, e.what, e.names, _state(e)) for e in encodings),
         "offsets": len(frame.offset_encodings),
         "weighted": frame.weights is not None,
         "row_space": None if space is None else space.parts,
     }
+
+
+def _state(encoding: Encoding | PlacesEncoding) -> dict[str, Any]:
+    """What an encoding is made of besides its text and the table."""
+    if isinstance(encoding, PlacesEncoding):
+        return {"columns": encoding.columns, "places": encoding.places}
+    return encoding.spec.transform_state
 
 
 def unpacked(
@@ -157,6 +171,10 @@ def unpacked(
     names = {**R_NAMES, **(context or {})}
     encodings = []
     for text, what, columns, state in record["encodings"]:
+        if "places" in state:
+            own = PlacesEncoding(text, what, state["columns"], state["places"], names)
+            encodings.append(own)
+            continue
         made = encode(text, table, names, what)[1]
         if made.names != tuple(columns):
             raise DataError(f"{what}, {text!r}: columns cannot be made again")

@@ -18,10 +18,13 @@ from jaxreml.model.arrays import Term
 from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.residual import Residual
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.covariance.words import FAMILIES, RESIDUALS, own_covariance
 from jaxreml.model.groups import crossing
 
-MOST_VISITS = 60  # a covariance matrix of more is out of reach
+# A covariance matrix of more is out of reach; where it is a function of the distance, it is not
+# needed.
+MOST_VISITS = 60
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,15 @@ class ResidualTerm:
     @property
     def term(self) -> Term:
         """What stands for it in a design."""
+        if is_series(self.words, self.visits):
+            times = places_in_time(self.words.family, self.visits)[self.places, None]
+            law = covariance(self.words, self.visits, ())
+            return Term(self.codes, times, RESIDUAL, (self.words.visit,), lambda size: law)
         labels = labels_of(self.visits, self.arms)
         effects = np.zeros((len(self.codes), len(labels)))
         effects[np.arange(len(effects)), self.places] = 1.0
 
-        def block(size: int) -> Residual:
+        def block(size: int) -> Residual | Timed:
             return covariance(self.words, self.visits, self.arms)
 
         return Term(self.codes, effects, RESIDUAL, labels, block)
@@ -86,11 +93,31 @@ def labels_of(visits: tuple[Any, ...], arms: tuple[Any, ...]) -> tuple[str, ...]
     return tuple(f"{arm}: {visit}" for arm in arms for visit in short) if arms else tuple(short)
 
 
-def covariance(words: Words, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual:
+def is_series(words: Words, visits: tuple[Any, ...]) -> bool:
+    """Whether there is no matrix of so many visits: each subject is at its own."""
+    if len(visits) <= MOST_VISITS or words.own is not None:
+        return False
+    return _is_stationary(words.family)
+
+
+def _is_stationary(family: str) -> bool:
+    """Whether a word is of a function of the distance alone."""
+    return isinstance(FAMILIES[family].correlation(2, (0.0, 1.0)), correlations.Stationary)
+
+
+def places_in_time(family: str, visits: tuple[Any, ...]) -> np.ndarray:
+    """Where each visit is: its time, or its place among the visits, neighbours one apart."""
+    return np.array(visits, float) if FAMILIES[family].timed else np.arange(float(len(visits)))
+
+
+def covariance(words: Words, visits: tuple[Any, ...], arms: tuple[Any, ...]) -> Residual | Timed:
     """Of visits with these labels; with arms, once for each."""
     if words.own is not None:
         return words.own.residual(len(visits), visits)
     family = words.family
+    if is_series(words, visits):
+        law: Any = FAMILIES[family].correlation(2, (0.0, 1.0))
+        return Timed(1, law)
     own, size, count = FAMILIES[family], len(visits), max(len(arms), 1)
     correlation = own.correlation(size, tuple(map(float, visits)) if own.timed else ())
     if arms:
@@ -183,10 +210,18 @@ def residual_term(
             raise DataError(
                 f"residual={text!r}: {name!r} has one value, and {what} are two or more"
             )
-    if len(visits.categories) > MOST_VISITS:
+    levels = len(visits.categories)
+    if levels > MOST_VISITS and not is_series(words, tuple(range(levels))):
+        distance = filter(_is_stationary, RESIDUALS)
         raise DataError(
-            f"residual={text!r}: {visit!r} has {len(visits.categories)} different values, and a "
-            f"covariance of more than {MOST_VISITS} is not there yet; round times to fewer"
+            f"residual={text!r}: {visit!r} has {levels:,} different values, and "
+            f"{words.family!r} has a matrix of all of them, which may be {MOST_VISITS}. Of more, "
+            f"there are functions of the distance ({', '.join(distance)}); or round to fewer"
+        )
+    if levels > MOST_VISITS and words.arm is not None:
+        raise DataError(
+            f"residual={text!r}: with {levels:,} different values of {visit!r} there is one "
+            f"covariance for all subjects, and not one of each {words.arm!r}, so far"
         )
     places, codes = np.asarray(visits.codes), np.asarray(subjects.codes)
     _refuse_repeats(text, visit, subject, table, codes.astype(np.int64) * 10**6 + places)

@@ -62,6 +62,9 @@ class Parts(NamedTuple):
             own = np.zeros((len(factors), *squares.shape))
             own[factors.index(term.name)] = squares
             random.append(own)
+        if frame.residual is not None:  # whose covariances are not theirs
+            size = frame.residual.term.effects.shape[1]
+            random.append(np.zeros((len(factors), size * (size + 1) // 2, *counts.shape)))
         p = coefficients.size
         X = frame.X[:, coefficients if x is None else coefficients[:-1]]
         centred, shared = X - X.mean(axis=0), X.shape[1]
@@ -125,9 +128,9 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     found = xp.concatenate([of_random, of_terms, of_fixed[None]])
 
     parameters = estimate.parameters
-    none = xp.zeros_like(estimate.parameters_vcov)
     finite = covariance.finite(parameters)
-    moved, _ = covariance.in_parameters(finite, xp.zeros_like(parameters), none)
+    none = xp.zeros((len(omega) + 1, *parameters.shape[1:]), omega.dtype)
+    moved, _ = covariance.in_parameters(finite, none, none[:, None] * none)
     slopes = moved[:-1] + omega[:, None] * moved[-1]
     slopes = xp.concatenate([_times(parts.random, slopes), moved[-1:]])
     free = xp.isfinite(parameters)

@@ -12,6 +12,7 @@ import pandas as pd
 from jaxreml.data.frame import ModelFrame
 from jaxreml.errors import DataError
 from jaxreml.fitting.random_terms import (
+    RESIDUAL,
     Groups,
     correlation_labels,
     correlations_of,
@@ -19,6 +20,7 @@ from jaxreml.fitting.random_terms import (
     unpack,
     variance_labels,
 )
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.fitting.row_variances import FIXED
 from jaxreml.many.numbers import Fits
 from jaxreml.model.covariance.base import Covariance
@@ -42,6 +44,8 @@ class BatchModel:
         fixed_terms: terms of the fixed effects, without the intercept.
         own: what the responses do not share: "weights", "offset", "covariate".
         library: that the data came in, as in `LMMResults`.
+        residual: the covariance of residuals within subjects, without what a fit says of these;
+            None if they are independent.
     """
 
     formula: str
@@ -58,6 +62,25 @@ class BatchModel:
     fixed_terms: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     library: str = "pandas"
+    residual: ResidualCovariance | None = None
+
+    @property
+    def labels(self) -> Groups:
+        """`groups`, and the residuals' covariance with its visits."""
+        own = () if self.residual is None else ((RESIDUAL, self.residual.effects),)
+        return (*self.groups, *own)
+
+    def require_independent(self, purpose: str) -> None:
+        """Raise DataError if residuals are correlated or of unequal variances by ``residual=``.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if self.residual is not None:
+            raise DataError(
+                f"cannot {purpose} of fits with residual={self.residual.text!r}: this is there "
+                "for independent residuals only, so far"
+            )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -67,7 +90,11 @@ class BatchModel:
     @property
     def variance_labels(self) -> list[tuple[str, str]]:
         """Group and term of each variance, the residual's last."""
-        return variance_labels(self.groups)
+        found = variance_labels(self.groups)
+        if self.residual is None or not self.residual.block.log_variances:
+            return found
+        names = self.residual.block.variance_labels(self.residual.effects)
+        return found[:-1] + [(RESIDUAL, name) for name in names]
 
     @property
     def correlation_labels(self) -> list[tuple[str, str, str]]:
@@ -86,13 +113,14 @@ class BatchModel:
 
     @property
     def covariance(self) -> Covariance:
-        """Of the random effects."""
-        return unstructured(self.sizes)
+        """Of the random effects, and of the residuals within subjects."""
+        own = () if self.residual is None else (self.residual.block,)
+        return Covariance((*unstructured(self.sizes).blocks, *own))
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of `Fits.parameters`, as `Design.parameter_names`."""
-        return self.covariance.parameter_names(self.groups)
+        return self.covariance.parameter_names(self.labels)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -227,7 +255,7 @@ class FittedBatch:
             "df": fits.contrast_df,
             "statistic": statistic,
             "p_value": p_value,
-            "p_adjusted": benjamini_hochberg(p_value),
+            "p_adjusted": false_discovery_rates(p_value),
         }
         parts = {
             name: pd.DataFrame({key: part[:, k] for key, part in named.items()}, self.responses)
@@ -246,7 +274,7 @@ class FittedBatch:
             >>> results.pvalues_adjusted["Days"].lt(0.05).sum().item()
             5
         """
-        return self._fixed(benjamini_hochberg(self.pvalues.to_numpy()))
+        return self._fixed(false_discovery_rates(self.pvalues.to_numpy()))
 
     # Variance parameters
 
@@ -263,6 +291,10 @@ class FittedBatch:
         """
         diagonals = [np.diagonal(matrix, axis1=1, axis2=2) for matrix in self._covariances]
         residual = self.fits.sigma[:, None] ** 2
+        own = self.model.residual
+        if own is not None and own.block.log_variances:
+            count = own.block.log_variances + 1
+            residual = np.exp(self.fits.parameters[:, self._positions[-count:]])
         return self._by_effect(np.concatenate([*diagonals, residual], axis=1))
 
     @property
@@ -305,7 +337,8 @@ class FittedBatch:
         """
         names = ["group", "term1", "term2"]
         columns = pd.MultiIndex.from_tuples(self.model.correlation_labels, names=names)
-        return pd.DataFrame(correlations_of(self._covariances), self.responses, columns)
+        values = correlations_of(self._covariances).reshape(len(self), len(columns))
+        return pd.DataFrame(values, self.responses, columns)
 
     @property
     def sigma(self) -> pd.Series:
@@ -326,6 +359,7 @@ class FittedBatch:
             >>> results.residual_df.round(1).head(2).tolist()
             [161.1, 161.1]
         """
+        self.model.require_independent("give degrees of freedom of the residual variance")
         return self._series(self.fits.residual_df, "residual_df")
 
     # Fit statistics
@@ -358,7 +392,7 @@ class FittedBatch:
             >>> results.dof.head(2).tolist()
             [4, 4]
         """
-        return self._series(self.fits.rank + self.fits.theta.shape[1] + 1, "dof")
+        return self._series(self.fits.rank + self.fits.parameters.shape[1], "dof")
 
     @property
     def df_resid(self) -> pd.Series:
@@ -574,7 +608,39 @@ class FittedBatch:
 
     @property
     def _positions(self) -> np.ndarray:
-        return self.model.covariance.positions
+        """Of log-variances, in the order of `variances`: sigma2 is the first visit's."""
+        found, own = self.model.covariance.positions, self.model.residual
+        if own is None:
+            return found
+        k = len(found) - 1 - own.block.log_variances
+        return np.concatenate([found[:k], found[-1:], found[k:-1]])
+
+    @cached_property
+    def _residual_covs(self) -> np.ndarray:
+        """(responses, q, q), of residuals of a subject."""
+        scaled = self.fits.theta * self.fits.sigma[:, None]
+        factor = unpack(scaled, self.model.covariance.sizes)[-1]
+        return factor @ factor.transpose(0, 2, 1)
+
+    def residual_cov(self, i: Any) -> pd.DataFrame:
+        """Covariance matrix of the residuals of one subject's visits, of one response.
+
+        Args:
+            i: the response's name or position.
+
+        Raises:
+            DataError: no such response; residuals are independent.
+
+        Examples:
+            >>> children = jaxreml.datasets.load("orthodont")
+            >>> measured = children[["distance"]]
+            >>> visits = jaxreml.fit_many("~ age", children, measured, residual="us(age | Subject)")
+            >>> visits.residual_cov("distance").round(1).to_numpy().tolist()[0]
+            [5.9, 3.3, 4.8, 4.0]
+        """
+        if self.model.residual is None:
+            raise DataError("the residuals are independent: sigma is their standard deviation")
+        return self.model.residual.frame(self._residual_covs[self.position(i)])
 
     @cached_property
     def _covariances(self) -> list[np.ndarray]:
@@ -584,13 +650,14 @@ class FittedBatch:
         return [factor @ factor.transpose(0, 2, 1) for factor in factors]
 
 
-def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
-    """Adjusted p-values (b, k), column by column, NaN where there is none."""
+def false_discovery_rates(p_values: np.ndarray, method: str = "bh") -> np.ndarray:
+    """Adjusted p-values (b, k), column by column, NaN where there is none; by Benjamini and
+    Hochberg, or by Benjamini and Yekutieli ("by")."""
     from scipy.stats import false_discovery_control
 
     adjusted = np.full_like(p_values, np.nan)
     for own, column in zip(adjusted.T, p_values.T, strict=True):
         known = np.flatnonzero(~np.isnan(column))
         if known.size:
-            own[known] = false_discovery_control(column[known])
+            own[known] = false_discovery_control(column[known], method=method)
     return adjusted

@@ -59,6 +59,8 @@ class HostEngine:
     def grid(self) -> Grid | None:
         """To look for other optima with, where a response may have several."""
         lanes = self.lanes
+        if not lanes.covariance.random.all():  # of residuals there is one
+            return None
         if has_one_optimum(lanes.basis.structure, lanes.covariance, lanes.p):
             return None
         return Grid(lanes, reml=self.options.reml)
@@ -240,7 +242,8 @@ class Passes:
         in the table."""
         with np.errstate(all="ignore"):
             own = self.table.of(column)
-            value, gradient = differences(own["theta"], self.single(column), self.options.reml)
+            design, reml = self.single(column), self.options.reml
+            value, gradient = differences(own["theta"], design, reml, own["parameters"])
             return bool(is_certified(own["criterion"][0], value, np.linalg.norm(gradient)))
 
 

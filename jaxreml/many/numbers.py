@@ -87,7 +87,17 @@ class Table:
         self.p, self.k = p, k
         groups = len({term.name for term in frame.terms})
         of_rows = groups + len(frame.fixed_terms) + 1, (groups + 1) * (groups + 2) // 2 + 1
-        self.widths = (p, p, p, 1, 1, m, m + 1, m + 1, 1, 1, 1, 1, *of_rows, k, k, k)
+        names = [term.effect_names for term in frame.terms]
+        blocks = [term.block(len(own)) for term, own in zip(frame.terms, names, strict=True)]
+        if frame.residual is not None:
+            term = frame.residual.term
+            blocks.append(term.covariance(term.effects.shape[1]))
+            names.append(term.effect_names or ())
+            m += natural.count_theta((blocks[-1].size,))
+        known = 1 + sum(
+            len(block.parameter_names("", own)) for block, own in zip(blocks, names, strict=True)
+        )
+        self.widths = (p, p, p, 1, 1, m, known, known, 1, 1, 1, 1, *of_rows, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)

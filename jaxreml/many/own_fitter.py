@@ -263,7 +263,7 @@ def fitter_for(
         options.pop("count", None)
         return OwnFitter(frame, method, covariate=covariate, **options)
     fitter = BatchFitter(frame, method, **options)
-    apart = frame.weights is None and not frame.kernels
+    apart = frame.weights is None and not frame.kernels and frame.residual is None
     if isinstance(fitter.engine, HostEngine) and apart:
         options.pop("count", None)
         fitter.own_rows = cache(lambda: OwnFitter(frame, method, **options))

@@ -191,7 +191,10 @@ def of_rows(estimate: Estimate, design: Design, parts: Parts) -> OfRows:
         design: theirs, or another with the same restricted likelihood, as `residual_degrees`.
         parts: of the rows.
     """
-    residual_df = residual_degrees(estimate.theta, design)
+    if design.covariance.random.all():
+        residual_df = residual_degrees(estimate.theta, design)
+    else:  # there is no one residual variance
+        residual_df = np.nan * estimate.sigma
     return OfRows(residual_df, *contributions(estimate, parts, design.covariance))
 
 

@@ -21,6 +21,7 @@ from jaxreml.model.arrays import (
     root_weights,
 )
 from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.response import Response
 from jaxreml.model.structures.base import Projector, Terms
 from jaxreml.model.structures.crossed.planning import CrossedBasis
@@ -28,6 +29,7 @@ from jaxreml.model.structures.dense import DenseBasis
 from jaxreml.model.structures.grouped import GroupedBasis
 from jaxreml.model.structures.kernel import KernelBasis
 from jaxreml.model.structures.linear import LinearBasis
+from jaxreml.model.structures.series import SeriesBasis
 from jaxreml.model.units import Units, orthonormal
 from jaxreml.status import Status
 
@@ -37,6 +39,7 @@ PERFECT = 1e-13  # residuals of no more than this share of the response are roun
 ROUNDING = 100  # both are at least as many units of rounding: in single precision
 KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
 OF_KERNELS = {"kernel": KernelBasis, "linear": LinearBasis}
+OF_TIMES = ("series", "chain")  # structures of residuals at times of each subject's own
 
 
 @record
@@ -126,6 +129,8 @@ class Basis:
         residual = next((k for k, own in enumerate(terms) if own.covariance.residual), None)
         if any(own.kernel is not None for own in terms):
             projector = _of_kernels(effects, terms, structure, n_used, residual is not None)
+        elif isinstance(law := terms[-1].covariance, Timed):
+            projector = _series(effects, law, structure)
         else:
             planned = None if like is None else like.projector
             projector = _projector(effects, structure, n, planned, residual)
@@ -346,6 +351,24 @@ def _of_kernels(
         return KernelBasis.of(codes, columns[:, 0], terms[0].kernel, terms[0].name)
     kernels = [own.kernel for own in terms]
     return LinearBasis.of(effects, kernels, [own.name for own in terms], n)
+
+
+def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:
+    """Of residuals at times of each subject's own, the last term's columns, and of random effects
+    of the same subjects."""
+    codes, times, _ = effects[-1]
+    if structure not in (None, *OF_TIMES):
+        raise DataError(
+            f"residuals at times of each subject's own have a structure of their own; leave "
+            f"structure={structure!r} out"
+        )
+    if not all(_same(own, codes) for own, *_ in effects[:-1]):
+        raise DataError(
+            "residuals at more times than a matrix of all of them may have go with random effects "
+            "of the same subjects, and not with those of other factors"
+        )
+    columns = [own for _, own, _ in effects[:-1]] or [np.zeros((len(codes), 0))]
+    return SeriesBasis.of(codes, np.concatenate(columns, axis=1), times[:, 0], law)
 
 
 def _orthonormal(rows: Any, n: Any) -> tuple[Any, Any]:

@@ -334,6 +334,13 @@ class Design:
             return self
         return replace(self, structure=fewer_levels(self.structure))
 
+    @property
+    def first_order(self) -> Design:
+        """As if V were linear in omega, for expected informations; itself where it is."""
+        structure: Any = self.structure
+        own = getattr(structure, "first_order", None)
+        return self if own is None else replace(self, structure=own)
+
     def combined(self, matrix: Array, absent: Array) -> Design:
         """The criterion of the columns [X y] C, for what follows from it alone: see
         `OfColumns.combined`."""

@@ -97,6 +97,8 @@ def adjust(
     """
     xp, p = namespace(theta, design.residual_ss), design.p
     lanes = theta.shape[1:]
+    # V is not linear in the omega of some structures: to first order they have one where it is.
+    design = design.first_order
     omega = design.omega_of_theta(theta)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom

@@ -86,7 +86,10 @@ def expected_information(design: Design, *, reml: bool) -> np.ndarray:
     for block in covariance.blocks:
         own = np.equal(*natural.triangle(block.size)).astype(float)
         starts.append(LIKE * (1 - own) if block.residual else LIKE * own)
-    chart = covariance.start(np.concatenate(starts), LIKE)
+    whole, design = np.concatenate(starts), design.first_order
+    if hasattr(design.structure, "linear"):  # the scale of times is its own
+        whole[-1:] = design.structure.start()[-1:]  # pyright: ignore
+    chart = covariance.start(whole, LIKE)
     chart = chart + AWAY * np.random.default_rng(0).standard_normal(len(chart))
     chart = covariance.canonical(chart)
     omega = covariance.omega(chart)

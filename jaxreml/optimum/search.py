@@ -118,7 +118,8 @@ def minimum_norm(design: Design, reml: bool) -> Array:
     corner = xp.reshape(degrees, own) - at @ slope - at @ mixed
     traces = linalg.border(traces, mixed, corner)
 
-    expansion = expand(omega, design, reml=reml)
+    # Without second derivatives, which are not looked at
+    expansion = expand(omega, design, reml=reml, exact=False)
     rss = expansion.gram_factor[p, p] ** 2
     forms = -expansion.gram_slopes[:, p, p] * rss
     forms = xp.concatenate([forms, (rss - xp.sum(omega * forms, axis=0))[None]])

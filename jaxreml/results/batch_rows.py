@@ -139,6 +139,7 @@ def simulated_blocks(
         >>> (null.pvalues["Days"] < 0.05).mean().round(3).item()
         0.0
     """
+    results.model.require_independent("draw new responses")
     frame, names = _frame(results, ("weights", "offset")), list(results.model.fixed_names)
     wanted = [null] if isinstance(null, str) else list(null or [])
     for name in wanted:

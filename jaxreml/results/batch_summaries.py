@@ -10,7 +10,7 @@ import pandas as pd
 
 from jaxreml.errors import DataError
 from jaxreml.inference.batches import discoveries
-from jaxreml.many.fitted import FittedBatch, benjamini_hochberg
+from jaxreml.many.fitted import FittedBatch, false_discovery_rates
 from jaxreml.many.numbers import count_failures
 from jaxreml.results.parquet import check_new, write_whole
 from jaxreml.status import Status
@@ -170,7 +170,7 @@ def discoveries_of(results: FittedBatch) -> pd.DataFrame:
     ]
     p_values = np.concatenate(p, axis=1)
     with np.errstate(invalid="ignore"):
-        found = benjamini_hochberg(p_values) <= RATE
+        found = false_discovery_rates(p_values) <= RATE
     columns = {
         "up": np.sum(found & (estimates > 0), axis=0),
         "down": np.sum(found & (estimates < 0), axis=0),

@@ -164,7 +164,7 @@ def field_columns(model: BatchModel) -> dict[str, str | list[str]]:
     labels |= dict.fromkeys(("contrast", "contrast_se", "contrast_df"), model.contrasts)
     several = {field: [f"{field}[{name}]" for name in names] for field, names in labels.items()}
     several |= {
-        "theta": [f"theta[{', '.join(label)}]" for label in theta_labels(model.groups)],
+        "theta": [f"theta[{', '.join(label)}]" for label in theta_labels(model.labels)],
         "parameters": list(model.parameter_names),
         "parameters_se": [name.replace("[", "_se[", 1) for name in model.parameter_names],
     }
@@ -255,7 +255,10 @@ def to_frame(results: FittedBatch, *, adjusted: bool = True) -> pd.DataFrame:
 
 
 def _variance_labels(model: BatchModel) -> list[str]:
-    return [", ".join(label) for label in model.variance_labels[:-1]] + [RESIDUAL]
+    own = model.variance_labels
+    if own[-1] == (RESIDUAL, RESIDUAL):
+        return [", ".join(label) for label in own[:-1]] + [RESIDUAL]
+    return [", ".join(label) for label in own]
 
 
 def _pairs(model: BatchModel) -> list[str]:
@@ -301,7 +304,7 @@ def to_xarray(results: FittedBatch) -> Any:
         "component_group": ("component", [group for group, _ in model.variance_labels]),
         "component_term": ("component", [term for _, term in model.variance_labels]),
         "pair": np.array(_pairs(model), str),  # text too where there are none
-        "factor": [", ".join(label) for label in theta_labels(model.groups)],
+        "factor": [", ".join(label) for label in theta_labels(model.labels)],
         "part": model.parts,
     }
     if model.contrasts:

@@ -209,9 +209,8 @@ def _labels(fit: FittedModel, rename: Mapping[str, str]) -> dict[tuple[str, str,
 
     found = {(FIXED, "", name): text(name) for name in fit.fixed_names}
     for own in named_readings(fit):
-        key = RANDOM, own.group, tidy_term(fit, own)
-        names = fit.labels[own.block][1]
-        effects = [text(names[place]) for place in reversed(own.reading.effects)]
+        key = RANDOM, own.group, tidy_term(own)
+        effects = map(text, own.effects)
         group, of = text(own.group), own.group != RESIDUAL
         if own.kind == "sigma":
             found[key] = f"{group} SD"

@@ -147,6 +147,7 @@ def moderated(results: FittedBatch, *, trend: Any = None, robust: bool = False) 
         gene4     0.196  171.075      0.0         0.0
         >>> trended = results.moderated(trend=True, robust=True)
     """
+    results.model.require_independent("moderate the residual variances")
     fits = results.fits
     good = np.flatnonzero(fits.status == Status.CONVERGED)
     if np.isnan(fits.residual_df[good]).any():

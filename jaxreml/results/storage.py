@@ -52,17 +52,17 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     """
     if fit.sandwich is not None:
         raise DataError("robust standard errors are not saved: save the fit that they are of")
-    if not data:
-        fit.require_independent("save the rowless form (data=False)")
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in (*ROWS, "kernels"):
             record[name] = encode(getattr(fit, name))
+    if not data and fit.residual is not None:
+        record["residual"] = encode(fit.residual.of_unseen)
     if not data:
         frame = fit.frame if fit.has_rows else fit.prototype
         record |= {"nobs": fit.nobs, "prototype": encode(packed(frame))}
         try:
-            require_same(_slim(record, str(path), FittedModel).prototype, frame)
+            require_same(_slim(record, str(path), FittedModel, None).prototype, frame)
         except (DataError, FormulaError) as error:
             raise DataError(
                 f"the fit cannot be saved without its rows, data=False: {error}; save it with them"
@@ -84,7 +84,7 @@ def read(path: str | Path, kind: type[Fit], context: Mapping[str, Any] | None = 
         raise DataError(f"{path} is not a saved fit of jaxreml")
     check_version(record, VERSION, str(path))
     if "prototype" in record:
-        fit = _slim(record, str(path), kind)
+        fit = _slim(record, str(path), kind, context)
     else:
         fit = kind(**decode_fields(kind, record, str(path)))
     return with_context(fit, context)
@@ -120,14 +120,16 @@ def with_context(fit: Fit, context: Mapping[str, Any] | None) -> Fit:
     return fit
 
 
-def _slim(record: dict[str, Any], what: str, kind: type[Fit]) -> Fit:
+def _slim(
+    record: dict[str, Any], what: str, kind: type[Fit], context: Mapping[str, Any] | None
+) -> Fit:
     """A fit without its rows."""
     fit = kind.__new__(kind)
     own = decode_fields(kind, record, what, without=ROWS)
     vars(fit).update(own, context=None, nobs=record["nobs"])
     terms = [(grouping.name, grouping.levels, grouping.effects) for grouping in fit.groupings]
     vars(fit)["prototype"] = unpacked(
-        decode(record["prototype"]), fit.formula, fit.fixed_names, fit.aliased, terms
+        decode(record["prototype"]), fit.formula, fit.fixed_names, fit.aliased, terms, context
     )
     return fit
 

@@ -23,7 +23,7 @@ from jaxreml import __version__
 from jaxreml.data.frame import ModelFrame
 from jaxreml.data.sources import import_parquet
 from jaxreml.errors import DataError
-from jaxreml.many.fitted import BatchModel, benjamini_hochberg
+from jaxreml.many.fitted import BatchModel, false_discovery_rates
 from jaxreml.many.numbers import count_failures
 from jaxreml.results import batch_tables, displays, parquet
 from jaxreml.results.batch import BatchResults
@@ -281,7 +281,7 @@ class Parts:
             table = self._read(k, names or ["status"])
             columns = [table.column(name).to_numpy() for name in names]
             values.append(np.stack(columns, axis=1) if names else np.zeros((len(table), 0)))
-        return benjamini_hochberg(np.concatenate(values))
+        return false_discovery_rates(np.concatenate(values))
 
     def _path(self, k: int) -> Path:
         return self.folder / f"part-{k:06d}.parquet"

@@ -18,9 +18,11 @@ from jaxreml.inference.parameters.variances import (
     named_readings,
     variance_parameters,
 )
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
 ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
+MOST_SHOWN = 6  # correlations in a line of a summary
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
 MOST_VISITS = 15  # shown, where a few parameters say all of them
 
@@ -107,7 +109,7 @@ def _tidy_ran_pars(fit: FittedModel, conf_level: float) -> pd.DataFrame:
         table = pd.DataFrame({"estimate": estimates(fit, known)}).reindex(columns=columns)
     blocks = [own.block if own.block >= 0 else len(known) for own in known]
     order = sorted(range(len(known)), key=lambda k: (blocks[k], ORDER[known[k].kind]))
-    labels = [("ran_pars", known[k].group, tidy_term(fit, known[k])) for k in order]
+    labels = [("ran_pars", known[k].group, tidy_term(known[k])) for k in order]
     table = table.iloc[order].rename(columns={"lower": "conf_low", "upper": "conf_high"})
     named = pd.DataFrame(labels, columns=["effect", "group", "term"])
     return pd.concat([named, table.reset_index(drop=True)], axis=1)
@@ -316,26 +318,48 @@ def _random_effects(fit: FittedModel) -> str:
         _digits(components[name].to_numpy())
         for name in ("variance", "sd", "log_variance", "log_variance_se")
     ]
-    most = max(len(grouping.effects) for grouping in fit.groupings)
+    blocks = fit.covariance.blocks
+    full = [block.any_basis for block in blocks]  # which show their correlations beside variances
+    most = max((own.size for own, shows in zip(blocks, full, strict=True) if shows), default=1)
     rows = [
         [" Groups", "Name", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
         + ["Corr"] * (most > 1)
         + [""] * (most - 2)
     ]
     k = 0
-    for grouping, matrix in zip(fit.groupings, fit.cov_re_arrays, strict=True):
+    for own, grouping in enumerate(fit.groupings):
+        matrix = fit.cov_re_arrays[own]
         sd = np.sqrt(np.diagonal(matrix))
-        for i, effect in enumerate(grouping.effects):
+        for i, effect in enumerate(blocks[own].variance_labels(grouping.effects)):
             cells = [f" {grouping.name}" if i == 0 else "", effect]
             cells += [column[k] for column in columns]
             for j in range(most - 1):
-                shown = j < i and sd[i] * sd[j] > 0
+                shown = full[own] and j < i and sd[i] * sd[j] > 0
                 cells.append(f"{matrix[i, j] / (sd[i] * sd[j]):.2f}" if shown else "")
             rows.append(cells)
             k += 1
     if fit.residual is None:
         rows.append([" Residual", ""] + [column[k] for column in columns] + [""] * (most - 1))
-    return _table(rows, left=2)
+    return "\n".join([_table(rows, left=2), *_structures(fit)])
+
+
+def _structures(fit: FittedModel) -> list[str]:
+    """A line for each term whose covariance has a word: what it means, and its correlations."""
+    known = named_readings(fit)
+    lines = []
+    for k, grouping in enumerate(fit.groupings):
+        if not grouping.covariance.text:
+            continue
+        own = [reading for reading in known if reading.block == k and reading.kind != "sd"]
+        values = estimates(fit, own) if own else []
+        shown = [
+            f"{'corr ' if one.kind == 'cor' else ''}{one.reading.label} {value:.4g}"
+            for one, value in zip(own[:MOST_SHOWN], values, strict=False)
+        ]
+        shown += ["..."] * (len(own) > MOST_SHOWN)
+        what = f" {grouping.name}, {grouping.covariance.text}"
+        lines.append(f"{what}; {', '.join(shown)}" if shown else what)
+    return lines
 
 
 def _residuals(fit: FittedModel) -> str:
@@ -344,13 +368,22 @@ def _residuals(fit: FittedModel) -> str:
     assert residual is not None
     names, of_visits = ["Variance", "Std.Dev."], range(len(residual.effects))
     if residual.words.own is None:
-        components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
+        components = fit.variance_components
+        components = components.loc[(components["group"] == RESIDUAL).to_numpy()]
         values = [components[own] for own in ("variance", "sd", "log_variance", "log_variance_se")]
         names, of_visits = [*names, "Log-Var.", "Std.Error"], residual.block.variances
     else:  # variances are what the function makes of its parameters
         variances = np.diagonal(fit.residual_cov.to_numpy())
         values = [variances, np.sqrt(variances)]
     columns = [_digits(np.asarray(own)) for own in values]
+    if isinstance(residual.block, Timed):
+        lines = [_table([["", *names], [" Residual", *(own[0] for own in columns)]], left=1)]
+        if fit.converged:
+            found = variance_parameters(fit)
+            value, error = _digits(found[["estimate", "std_error"]].to_numpy()[-1])
+            name = residual.block.correlation.reading.label.capitalize()
+            lines.append(f" {name} {value}, standard error {error}")
+        return "\n".join([f" {residual.text}, {len(residual.visits):,} different times", *lines])
     correlation, q = fit.residual_corr.to_numpy(), len(residual.visits)
     shown = q - 1 if residual.block.correlation.correlated else 0
     header = [f" {residual.words.visit}", *names]

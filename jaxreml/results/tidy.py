@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.fitting.fitted import FittedModel
 from jaxreml.fitting.random_terms import RESIDUAL, Groups
 from jaxreml.inference.parameters.variances import Named
 
@@ -76,13 +75,12 @@ def ran_pars(
     return labels, dict(zip(names, joined, strict=True))
 
 
-def tidy_term(fit: FittedModel, own: Named) -> str:
-    """What `tidy` calls a variance parameter of a fit."""
+def tidy_term(own: Named) -> str:
+    """What `tidy` calls a variance parameter."""
     if own.kind == "sigma":
         return "sd__Observation"
     if own.kind == "cor":
-        effects = fit.labels[own.block][1]
-        return f"cor__{'.'.join(effects[place] for place in reversed(own.reading.effects))}"
+        return f"cor__{'.'.join(own.effects)}"
     return f"sd__{own.term}" if own.kind == "sd" else own.reading.label
 
 

@@ -642,12 +642,7 @@ def test_compared():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda fit: fit.bootstrap(10),
-        lambda fit: fit.leverage(),
-        lambda fit: fit.influence("subject"),
-        lambda fit: fit.ranova(),
-        lambda fit: jaxreml.power(fit, {"x": 1.0}, nsim=10),
-        lambda fit: fit.save("/nowhere", data=False),
+        lambda fit: fit.posterior(),
     ],
 )
 def test_what_is_not_there_says_so(ask):
@@ -726,4 +721,4 @@ def test_bad_input():
     many = pd.DataFrame({"y": np.random.default_rng(0).normal(size=300), "x": 1.0})
     many = many.assign(x=many["y"].round(), time=np.arange(300.0), subject=np.repeat(range(10), 30))
     with pytest.raises(jaxreml.DataError, match="300 different values"):
-        fit("ar1(time | subject)", many)
+        fit("toep(time | subject)", many)

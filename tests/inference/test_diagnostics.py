@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -165,44 +166,51 @@ class TestExactInfluence:
         assert "rows: Machine[T.C]" in found.refits["message"]["C"]
 
 
+@functools.cache
+def derivatives(fit: LMMResults) -> tuple[np.ndarray, np.ndarray, Callable]:
+    """Of a criterion with V written out: its Hessian, d beta / d params, and the criterion's
+    gradient and beta without some rows. Three programs for a fit."""
+    frame, p = fit.frame, len(fit.beta)
+    weights = np.ones(fit.nobs) if fit.weights is None else fit.weights
+    y = fit.y if fit.offset is None else fit.y - fit.offset
+    sizes = tuple(len(term.effect_names) for term in frame.terms)
+    same = [term.codes[:, None] == term.codes for term in frame.terms]
+
+    def solution(params, keep):
+        """The criterion of some rows and beta; the others become independent of them."""
+        omega, log_sigma2 = unstructured(sizes).natural(params)
+        V = jnp.diag(1 / jnp.asarray(weights))
+        matrices = natural.symmetric_matrices(omega, sizes)
+        for term, matrix, here in zip(frame.terms, matrices, same, strict=True):
+            V += (term.effects @ matrix @ term.effects.T) * here
+        V = jnp.where(keep[:, None] & keep, V, jnp.eye(fit.nobs))
+        X, rest = frame.X * keep[:, None], y * keep
+        information = X.T @ jnp.linalg.solve(V, X)
+        beta = jnp.linalg.solve(information, X.T @ jnp.linalg.solve(V, rest))
+        rest = rest - X @ beta
+        value = keep.sum() * log_sigma2 + jnp.linalg.slogdet(V)[1]
+        value += rest @ jnp.linalg.solve(V, rest) / jnp.exp(log_sigma2)
+        if fit.method == "REML":
+            value += jnp.linalg.slogdet(information)[1] - p * log_sigma2
+        return value, beta
+
+    at, every = jnp.asarray(fit.parameters), np.ones(fit.nobs, bool)
+    hessian = jax.jit(jax.hessian(lambda params: solution(params, every)[0]))(at)
+    by_params = jax.jit(jax.jacfwd(lambda params: solution(params, every)[1]))(at)
+    slope_and_beta = jax.jit(jax.grad(solution, has_aux=True))
+    return np.asarray(hessian), np.asarray(by_params), lambda keep: slope_and_beta(at, keep)
+
+
 class TestFirstOrder:
     """Against a criterion with V written out, by automatic differentiation."""
 
     def expected(self, fit: LMMResults, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        frame, p = fit.frame, len(fit.beta)
-        weights = np.ones(fit.nobs) if fit.weights is None else fit.weights
-        y = fit.y if fit.offset is None else fit.y - fit.offset
-        sizes = tuple(len(term.effect_names) for term in frame.terms)
-        same = [term.codes[:, None] == term.codes for term in frame.terms]
-
-        def solution(params, keep):
-            """The criterion of some rows and beta; the others become independent of them."""
-            omega, log_sigma2 = unstructured(sizes).natural(params)
-            V = jnp.diag(1 / jnp.asarray(weights))
-            matrices = natural.symmetric_matrices(omega, sizes)
-            for term, matrix, here in zip(frame.terms, matrices, same, strict=True):
-                V += (term.effects @ matrix @ term.effects.T) * here
-            V = jnp.where(keep[:, None] & keep, V, jnp.eye(fit.nobs))
-            X, rest = frame.X * keep[:, None], y * keep
-            information = X.T @ jnp.linalg.solve(V, X)
-            beta = jnp.linalg.solve(information, X.T @ jnp.linalg.solve(V, rest))
-            rest = rest - X @ beta
-            value = keep.sum() * log_sigma2 + jnp.linalg.slogdet(V)[1]
-            value += rest @ jnp.linalg.solve(V, rest) / jnp.exp(log_sigma2)
-            if fit.method == "REML":
-                value += jnp.linalg.slogdet(information)[1] - p * log_sigma2
-            return value, beta
-
-        at, every = jnp.asarray(fit.parameters), jnp.ones(fit.nobs, bool)
-        hessian = jax.hessian(lambda params: solution(params, every)[0])(at)
-        by_params = jax.jacfwd(lambda params: solution(params, every)[1])(at)
-        slope = jax.jit(jax.grad(lambda *a: solution(*a)[0]))
-        beta = jax.jit(lambda *a: solution(*a)[1])
+        hessian, by_params, without = derivatives(fit)
         found = []
         for k in range(codes.max() + 1):
-            keep = jnp.asarray(codes != k)
-            step = -jnp.linalg.solve(hessian, slope(at, keep))
-            found.append((beta(at, keep) - fit.beta + by_params @ step, step))
+            slope, beta = without(codes != k)
+            step = -np.linalg.solve(hessian, slope)
+            found.append((beta - fit.beta + by_params @ step, step))
         of_beta, of_params = map(np.array, zip(*found, strict=True))
         return of_beta, of_params
 

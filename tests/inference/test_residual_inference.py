@@ -12,6 +12,12 @@ from scipy.stats import chi2
 
 import jaxreml
 from jaxreml import DataError
+from jaxreml.inference.parameters.variances import Places
+from jaxreml.inference.resampling.extension import extend
+from jaxreml.inference.resampling.likelihood_ratio import null_distribution
+from jaxreml.inference.resampling.simulation import of_fit
+from jaxreml.inference.resampling.statistics import default, fits_of
+from jaxreml.many.one_by_one import refitter
 
 CHILDREN = jaxreml.datasets.load("orthodont")
 ON = "(age | Subject)"
@@ -249,3 +255,128 @@ def test_no_random_effects_are_no_rows():
     fit = fitted("us(age | Subject)")
     assert fit.tidy("ran_vals").empty
     assert set(fit.tidy(("fixed", "ran_vals"))["effect"]) == {"fixed"}
+
+
+# The bootstrap, and what else simulates
+
+
+def test_bootstrap():
+    fit = fitted(f"ar1{ON}")
+    drawn = fit.bootstrap(120, seed=4)
+    again = fit.bootstrap(5, seed=4)
+    np.testing.assert_allclose(again.draws, drawn.draws.iloc[:5], rtol=1e-9)
+    assert drawn.n_failed == 0
+    for k, y in enumerate(fit.simulate(2, seed=4).to_numpy().T):
+        table = fit.table.assign(distance=y)
+        one = jaxreml.fit(fit.formula, table, residual=f"ar1{ON}")
+        correlation = one.residual_corr.to_numpy()[1, 0]
+        values = [*one.params, one.sigma, correlation, 2 * np.log(one.sigma)]
+        np.testing.assert_allclose(drawn.draws.iloc[k], values, rtol=1e-6)
+    assert drawn.std_error["beta[age]"] == pytest.approx(fit.bse["age"], rel=0.25)
+    limits = fit.variance_parameters(conf_level=0.9)
+    both = (("sigma", "sigma"), ("correlation[Residual, 8, 10]", "cor_10.8|Residual"))
+    for name, own in both:
+        row = limits.loc[own]
+        assert drawn.std_error[name] == pytest.approx(row["std_error"], rel=0.25)
+        for way in ("percentile", "studentized"):
+            found = drawn.conf_int(0.9, way).loc[name]
+            away = found[["lower", "upper"]] - row[["lower", "upper"]]
+            assert (away.abs() < 0.6 * row["std_error"]).all()
+
+
+def test_bootstrap_one_by_one():
+    """Of what batches do not have: five effects of a subject, and a covariance by a word."""
+    beside = fitted(f"ar1h{ON}", " + (1 | Subject)", "ML")
+    word = jaxreml.fit("distance ~ age + diag(age | Subject)", beside.table, "ML")
+    for fit in (beside, word):
+        drawn = fit.bootstrap(2, seed=4)
+        y = fit.simulate(1, seed=4)["sim_1"].to_numpy()
+        text = fit.residual and fit.residual.text
+        one = jaxreml.fit(fit.formula, fit.table.assign(distance=y), "ML", residual=text)
+        values = default(one).values(one.beta, one.theta, np.asarray(one.sigma), one.parameters)
+        np.testing.assert_allclose(drawn.draws.iloc[0], values, rtol=1e-5, atol=1e-8)
+        fitter = refitter(fit.frame, "ML")
+        gradient = fitter.gradients(fit.parameters, fit.y[:, None])
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
+
+
+def test_default_statistics():
+    fit = fitted("toeph(age | Sex/Subject)", method="ML")
+    own = default(fit)
+    values = own.values(fit.beta, fit.theta, np.asarray(fit.sigma), fit.parameters)
+    named = dict(zip(own.names, values, strict=True))
+    table = fit.variance_parameters()
+    at = "cor_Female: 14.Female: 8|Residual"
+    assert named["correlation[Residual, Female: 8, Female: 14]"] == pytest.approx(
+        table.loc[at, "estimate"]
+    )
+    errors = own.errors(fits_of(fit), fit)[0]
+    relative = table["std_error"] / table["estimate"]
+    place = own.names.index("sd[Residual, Male: 12]")
+    assert errors[place] == pytest.approx(relative["sd_Male: 12|Residual"])
+    assert np.isnan(errors[own.names.index("correlation[Residual, Female: 8, Female: 14]")])
+    _, slopes = own.slopes(fit)
+    step = 1e-6 * np.eye(len(fit.parameters))
+    omega, last = fit.covariance.natural(fit.parameters + step[2])
+    whole = np.exp(last) * np.append(fit.covariance.whole(omega), 1.0)
+    moved = Places.of(fit.covariance, list(own.known)).values(whole, fit.parameters + step[2])
+    expected = (moved - table["estimate"].to_numpy()) / 1e-6
+    sds = [name.startswith("sd[") for name in own.names]
+    np.testing.assert_allclose(slopes[sds, 2], expected[: sum(sds)], atol=1e-5)
+
+
+def test_ratios_of_likelihoods():
+    both = fitted(f"ar1{ON}", " + (1 | Subject)")
+    alone = fitted(f"ar1{ON}")
+    table = both.ranova()
+    assert table["chisq"].iloc[1] == pytest.approx(alone.criterion - both.criterion, abs=1e-7)
+    assert table["df"].iloc[1] == 1 and table["npar"].tolist() == [both.dof, alone.dof]
+    with pytest.raises(DataError, match="no random effects to test"):
+        alone.ranova()
+    found = both.step(alpha_random=0.0, reduce_fixed=False)
+    assert found.fit is not None and found.fit.groupings == ()
+    assert found.fit.residual is not None and found.fit.residual.text == f"ar1{ON}"
+    assert found.fit.criterion == pytest.approx(alone.criterion, abs=1e-7)
+    dropped = fitted(f"csh{ON}", method="ML").drop1(test="chi2")
+    smaller = jaxreml.fit("distance ~ age + Sex", alone.table, "ML", residual=f"csh{ON}")
+    assert dropped["logLik"].loc["age:Sex"] == pytest.approx(smaller.llf)
+    sleep = jaxreml.datasets.load("sleepstudy")
+    words = jaxreml.fit("Reaction ~ Days + cs(Days | Subject)", sleep, "ML")
+    label = "cs(Days | Subject)"
+    assert words.ranova().index.tolist() == ["<none>", label]
+    assert words.step().formula == words.formula
+
+
+def test_simulated_null_distribution():
+    small, large = fitted(f"cs{ON}"), fitted(f"toep{ON}")
+    null = null_distribution(small, large, nsim=20, seed=3)
+    assert null.n_failed == 0 and (null.draws >= 0).all() and null.draws.size == 20
+    y = small.simulate(1, seed=3)["sim_1"].to_numpy()
+    table = small.table.assign(distance=y)
+    first, second = (
+        jaxreml.fit(small.formula, table, residual=f"{word}{ON}").criterion
+        for word in ("cs", "toep")
+    )
+    assert null.draws[0] == pytest.approx(first - second, abs=1e-7)
+    compared = jaxreml.compare(small, large, refit=False, method="bootstrap", nsim=20, seed=3)
+    assert compared["p_value"].iloc[1] == pytest.approx(null.p_value)
+
+
+def test_power_of_a_longer_trial():
+    fit = fitted(f"csh{ON}")
+    people = extend(of_fit(fit), 40, "Subject")
+    own = people.frame.residual
+    assert own is not None and len(own.subjects) == 40 and own.codes.max() == 39
+    rows = [own.places[own.codes == code] for code in range(40)]
+    assert all(len(set(places)) == len(places) for places in rows)
+    table = jaxreml.power(fit, {"age": [0.0, 0.7]}, [40], along="Subject", nsim=25, seed=1)
+    assert table["power"].iloc[0] < 0.3 and table["power"].iloc[1] == 1.0
+    assert (table["nobs"] == len(people.frame.X)).all()
+    with pytest.raises(DataError, match="same 'age' twice"):
+        extend(of_fit(fit), 6, within="Subject")
+    with pytest.raises(DataError, match="cannot be added to a design with residual="):
+        extend(of_fit(fit), 6, "age")
+    levels = extend(of_fit(fitted("diag(Sex)", " + (1 | Subject)")), 6, within="Subject").frame
+    assert levels.residual is not None
+    pairs = np.stack([levels.residual.codes, levels.residual.places])
+    assert np.unique(pairs, axis=1).shape == pairs.shape

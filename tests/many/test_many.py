@@ -356,9 +356,9 @@ def test_progress_on_a_terminal():
     assert "1 failed" in shown
 
 
-@pytest.mark.optimised  # lanes against single fits
 @pytest.mark.parametrize("formula", ["~ x + (1 | g) + (1 | h)", "~ x + (1 | g / k)"])
 def test_crossed_and_nested_factors_are_single_fits(formula):
+    """With all options; `test_batch.test_equals_estimate` has the program optimised."""
     rng = np.random.default_rng(5)
     n = 240
     table = {"x": rng.normal(size=n), "g": np.arange(n) % 20, "h": rng.integers(0, 8, n)}

@@ -100,6 +100,32 @@ def test_lanes_are_single_fits(data, formula, method, df):
         np.testing.assert_allclose(modes[k][places], single.groupings[0].modes, atol=1e-6)
 
 
+@pytest.mark.parametrize("formula", ["~ x + z + (t | g)", "~ x + (1 | g) + (1 | h)"])
+def test_weights_of_the_model_are_those_of_every_response(data, formula):
+    """Beside covariates of the fits' own, in lanes and one by one; of twelve decades."""
+    rng = np.random.default_rng(11)
+    weights = 10.0 ** rng.uniform(-6, 6, len(data))
+    covariates = rng.normal(size=(len(data), 4))
+    covariates[2, 3] = np.nan  # rows of its own: not with the others
+    y = draw(data, 1)[0]
+    own, same = (
+        jaxreml.fit_many(f"{formula} + s", data, y, covariates={"s": covariates}, weights=w)
+        for w in (weights, weights[:, None])
+    )
+    assert own.converged.all()
+    for k in range(4):
+        used = ~np.isnan(covariates[:, k])
+        table = data.assign(y=y[:, 0], s=covariates[:, k], w=weights)[used]
+        single = jaxreml.fit(f"y {formula} + s", table, weights="w")
+        for found in (own, same):
+            np.testing.assert_allclose(found.criterion.iloc[k], single.criterion, rtol=1e-10)
+            np.testing.assert_allclose(found.params.iloc[k], single.params, rtol=1e-6)
+            np.testing.assert_allclose(found.bse.iloc[k], single.bse, rtol=1e-6)
+            np.testing.assert_allclose(
+                found.log_variance_se.iloc[k], single.log_variance_se, rtol=1e-5
+            )
+
+
 @pytest.mark.long
 def test_500_random_responses(data):
     for formula in ("~ x + z + (1 | g)", "~ x + (t | g)"):

@@ -16,7 +16,7 @@ from jaxreml import Design, Status, estimate, reml_objective, stack
 from jaxreml.model.linalg import FLAT
 from jaxreml.optimum.estimate import estimate_on_host
 
-pytestmark = pytest.mark.optimised  # vmap against a loop
+vmap_against_a_loop = pytest.mark.optimised
 
 
 def design_of(seed: int, **options) -> Design:
@@ -58,6 +58,7 @@ def test_derivatives_of_vcov_equal_finite_differences():
     np.testing.assert_allclose(fit.vcov_slopes, slopes, atol=1e-8)
 
 
+@vmap_against_a_loop
 @pytest.mark.parametrize("q", [1, 2])
 def test_vmap_equals_loop(q):
     # n >= 120: jaxlib has miscompiled vmapped loops of this size (design notes, "Traps")
@@ -73,6 +74,7 @@ def test_vmap_equals_loop(q):
         np.testing.assert_allclose(mine.log_variance_se, alone.log_variance_se, rtol=1e-5)
 
 
+@vmap_against_a_loop
 def test_vmap_over_responses_alone():
     y, X, codes, Z = independent.simulate(1)
     responses = y + np.random.default_rng(0).normal(size=(4, y.size))
@@ -82,6 +84,7 @@ def test_vmap_over_responses_alone():
         assert float(fits.criterion[k]) == pytest.approx(float(alone.criterion), abs=1e-8)
 
 
+@vmap_against_a_loop
 def test_vmap_over_everything():
     """Traced X, effects and weights: the dense structure."""
     rng = np.random.default_rng(0)
@@ -104,6 +107,7 @@ def test_vmap_over_everything():
         np.testing.assert_allclose(fits.beta[k], alone.beta, atol=1e-6)
 
 
+@vmap_against_a_loop
 def test_designs_of_unequal_rows_levels_and_weights_are_padded():
     designs = [design_of(1, n_groups=9), design_of(2, n_groups=12)]
     y, X, codes, Z = independent.simulate(3, n_groups=12)
@@ -345,6 +349,7 @@ class TestFromArrays:
 
 
 @pytest.mark.long
+@pytest.mark.optimised
 @pytest.mark.parametrize(("n", "n_groups", "q"), [(60, 8, 1), (60, 8, 2), (120, 10, 3)])
 def test_no_start_finds_a_lower_criterion(n, n_groups, q):
     """300 designs, most of them singular: all converge, and L-BFGS from 3 starts does no better."""
@@ -388,7 +393,7 @@ def test_singular_fits_of_three_effects():
     Z = np.column_stack([np.ones(120), rng.normal(size=(120, 2))])
     unit = np.array([1.0, 3.3, 0.7])
     ranks = []
-    for k in range(60):
+    for k in range(30):
         loadings = rng.normal(size=(q, 1 + k % 3)) * 0.6
         modes = rng.normal(size=(15, 1 + k % 3)) @ loadings.T
         y = np.sum(modes[codes] * Z, axis=1) + rng.normal(size=120)

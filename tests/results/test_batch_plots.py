@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import legend, points, texts
 from matplotlib.figure import Figure
 
 import jaxreml
 from jaxreml import DataError, batch_plots
 from jaxreml.inference.batches import discoveries
 
-matplotlib.use("Agg")
 B = 300
 
 
@@ -28,17 +27,9 @@ def results():
     return jaxreml.fit_many("~ x + (1 | g)", data, responses)
 
 
-@pytest.fixture
-def ax():
-    return Figure().subplots()
-
-
-def points(ax, k) -> np.ndarray:
-    return np.asarray(ax.collections[k].get_offsets())
-
-
 def names(ax) -> list[str]:
-    return [text.get_text() for text in ax.texts if text.get_text()]
+    """Labels that stand somewhere."""
+    return list(filter(None, texts(ax.texts)))
 
 
 def test_volcano(results, ax):
@@ -53,10 +44,7 @@ def test_volcano(results, ax):
     pairs = ["estimate", "neg_log10_p"]
     for own, chosen in zip(drawn, (~frame["discovery"], up, down), strict=True):
         np.testing.assert_array_equal(own, frame.loc[chosen, pairs])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        f"{up.sum()} up",
-        f"{down.sum()} down",
-    ]
+    assert legend(ax) == [f"{up.sum()} up", f"{down.sum()} down"]
     surest = frame["neg_log10_p"].nlargest(5).index
     assert set(names(ax)) <= set(surest) and surest[0] in names(ax)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import combinations
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import legend, points, texts
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -16,8 +16,6 @@ from jaxreml.errors import DataError
 from jaxreml.inference.fixed.letters import display, letters
 from jaxreml.results import plots
 from jaxreml.results.plots.canvas import BLUE, PALETTE, VERMILLION
-
-matplotlib.use("Agg")
 
 
 def fitted(name, formula):
@@ -42,23 +40,6 @@ def machines():
 @pytest.fixture(scope="module")
 def cake():
     return fitted("cake", "angle ~ recipe * temperature + (1 | recipe:replicate)")
-
-
-@pytest.fixture
-def ax():
-    return Figure().subplots()
-
-
-def points(ax, k=0):
-    return np.asarray(ax.collections[k].get_offsets())
-
-
-def texts(labels):
-    return [label.get_text() for label in labels]
-
-
-def legend(of):
-    return texts(of.get_texts())
 
 
 def test_a_line_with_its_band(sleep, ax):

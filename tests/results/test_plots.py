@@ -6,10 +6,10 @@ import subprocess
 import sys
 from itertools import pairwise
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import legend, points, texts
 from matplotlib.figure import Figure
 from statsmodels.nonparametric.smoothers_lowess import lowess
 
@@ -20,8 +20,6 @@ from jaxreml.results.plots import (
     canvas,
     likelihood,
 )
-
-matplotlib.use("Agg")
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +35,6 @@ def many():
     y = rng.normal(size=300)[g] + 0.5 * rng.normal(size=300)[g] * x + rng.normal(size=1200)
     data = pd.DataFrame({"y": y, "x": x, "g": [f"S{k:03d}" for k in g]})
     return jaxreml.fit("y ~ x + (x | g)", data)
-
-
-@pytest.fixture
-def ax():
-    return Figure().subplots()
-
-
-def points(ax, k=0):
-    return np.asarray(ax.collections[k].get_offsets())
-
-
-def texts(labels):
-    return [label.get_text() for label in labels]
-
-
-def legend(ax):
-    return texts(ax.get_legend().get_texts())
 
 
 def test_caterpillar(fit, ax):

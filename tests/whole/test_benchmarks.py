@@ -1,4 +1,5 @@
-"""The script for a machine with an accelerator runs on any: its answers agree with NumPy's."""
+"""Benchmarks run: that for a machine with an accelerator on any, and that of a user's own
+covariance, whose work is counted."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import importlib
 import json
 import sys
 from pathlib import Path
+
+from jaxreml.model.covariance.custom import Function
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -30,3 +33,27 @@ def test_kernels_agree_with_plain_reml(monkeypatch, tmp_path):
     many, three = json.loads((tmp_path / "found.json").read_text())
     assert many["agree"] and three["agree"] and three["iterations"] <= 12
     sys.modules.pop("kernels"), sys.modules.pop("common", None)
+
+
+def test_a_covariance_of_ones_own_takes_about_the_work_of_the_built_in(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    own = importlib.import_module("own_covariance")
+    (study,) = every = own.studies(quick=True)[:1]
+    monkeypatch.setattr(own, "studies", lambda quick: every)
+    assert own.main(["--quick", "--json", str(tmp_path / "found.json")]) == 0
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert found["converged"] and found["apart"] < 1e-8
+    assert "times the built-in" in capsys.readouterr().out
+
+    # Times would depend on the machine: the search takes as many steps, and calls the compiled
+    # function less than twice for each of all searches and once for each direction of the
+    # certificate.
+    calls = []
+    computed = Function._computed
+    monkeypatch.setattr(Function, "_computed", lambda *args: calls.append(1) or computed(*args))
+    (_, builtin), (_, ours) = own.fitted(study, "ar1"), own.fitted(study, "own")
+    assert ours.n_iter <= builtin.n_iter + 1
+    assert 0 < len(calls) <= 8 * ours.n_iter
+    sys.modules.pop("own_covariance"), sys.modules.pop("common", None)

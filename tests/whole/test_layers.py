@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -27,7 +28,7 @@ ROOMS = [
     {"data", "optimum"},
     {"model"},
     {"typeset"},
-    {"arguments", "backend", "datasets", "kernels"},
+    {"arguments", "backend", "batches", "datasets", "kernels"},
     {"errors", "status"},
 ]
 HEIGHT = {room: -k for k, level in enumerate(ROOMS) for room in level}
@@ -42,17 +43,22 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
+@cache
+def statements(text: str) -> list[ast.Import | ast.ImportFrom]:
+    """The imports in the text of a file, which few of the packages tried here change."""
+    kinds = ast.Import, ast.ImportFrom
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+
+
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
     """Modules that a file imports anywhere: at its top, in functions, for type checkers."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path.read_text()):
         if isinstance(node, ast.Import):
             names = {(alias.name, "") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}: imports are absolute"
             names = {(node.module or "", alias.name) for alias in node.names}
-        else:
-            continue
         for module, name in names:
             if module.split(".")[0] == "jaxreml" and name != "__version__":
                 both = f"{module}.{name}".removeprefix("jaxreml").strip(".")

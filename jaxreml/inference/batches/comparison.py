@@ -42,7 +42,9 @@ def compare_batches(first: FittedBatch, second: FittedBatch, method: str = "chi2
     if method not in ("chi2", "mixture"):
         raise ValueError(f'method must be "chi2" or "mixture" for batches, not {method!r}')
     _require_same_responses(first, second)
-    dofs = [own.fits.theta.shape[1] + len(own.model.fixed_names) for own in (first, second)]
+    dofs = [
+        own.fits.parameters.shape[1] - 1 + len(own.model.fixed_names) for own in (first, second)
+    ]
     if dofs[0] == dofs[1]:
         raise ValueError("the models have as many parameters: neither is nested in the other")
     small, large = (first, second) if dofs[0] < dofs[1] else (second, first)
@@ -54,6 +56,7 @@ def compare_batches(first: FittedBatch, second: FittedBatch, method: str = "chi2
         )
     obstacle = nesting.mean_obstacle(small.frame, large.frame)
     obstacle = obstacle or nesting.random_obstacle(small.frame, large.frame)
+    obstacle = obstacle or nesting.residual_obstacle(small.frame, large.frame)
     if obstacle:
         raise DataError(f"the models are not nested: {obstacle}")
     reml = small.model.method == "REML"

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxreml.errors import DataError
 from jaxreml.inference.fixed.adjustments import holm
+from jaxreml.many.fitted import false_discovery_rates
 
 ADJUSTMENTS = ("bh", "by", "holm", "bonferroni", "none")
 LAMBDAS = np.arange(1, 20) * 0.05  # beyond which p-values are looked at for the null's share
@@ -24,17 +25,15 @@ def adjusted(p_values: np.ndarray, adjust: str) -> np.ndarray:
     Raises:
         ValueError: another `adjust`.
     """
-    from scipy.stats import false_discovery_control
-
     if adjust not in ADJUSTMENTS:
         names = ", ".join(f'"{name}"' for name in ADJUSTMENTS)
         raise ValueError(f"adjust must be one of {names}, not {adjust!r}")
+    if adjust in ("bh", "by"):
+        return false_discovery_rates(p_values[:, None], adjust)[:, 0]
     found = p_values.copy()
     known = ~np.isnan(p_values)
     p = p_values[known]
-    if adjust in ("bh", "by"):
-        found[known] = false_discovery_control(p, method=adjust)
-    elif adjust == "bonferroni":
+    if adjust == "bonferroni":
         found[known] = np.minimum(1.0, len(p) * p)
     elif adjust == "holm":
         found[known] = holm(p)

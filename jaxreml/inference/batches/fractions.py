@@ -177,6 +177,7 @@ def _ratios(results: FittedBatch, rows: ratios.Ratios, conf_level: float) -> pd.
 
 
 def _contributions(results: FittedBatch) -> np.ndarray:
+    results.model.require_independent("share out the variance of a row")
     fits = results.fits
     good = fits.status == Status.CONVERGED
     if np.isnan(fits.contributions[good]).any():

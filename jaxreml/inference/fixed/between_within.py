@@ -78,7 +78,7 @@ def _nested_levels(fit: FittedModel) -> list[np.ndarray]:
     """Codes of the different grouping factors, the coarsest first."""
     frame = fit.frame
     named = {term.name: term.codes for term in frame.terms}
-    if frame.residual is not None:
+    if frame.residual is not None and frame.residual.words.subject is not None:
         named[frame.residual.words.subject] = frame.residual.codes
     found: list[tuple[str, np.ndarray]] = []
     for name, codes in named.items():

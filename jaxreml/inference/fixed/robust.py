@@ -24,11 +24,11 @@ import scipy.linalg
 
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import Fit, FittedModel
+from jaxreml.inference.rows.marginal import covariances
 from jaxreml.model.groups import contains
 
 KINDS = ("CR0", "CR1", "CR2", "CR3")
 MOST_CLUSTERS = 5000  # degrees of freedom take matrices of this order
-MOST_ROWS = 3000  # of a cluster, whose covariance matrix is made
 MOST_NUMBERS = 10**8  # of a joint test
 SINGULAR = 1e-10  # eigenvalues, relative to the largest, that are zero
 
@@ -109,25 +109,9 @@ class Cluster(NamedTuple):
 
 
 def _each(fit: FittedModel, codes: np.ndarray) -> Iterator[Cluster]:
-    frame, order = fit.frame, np.argsort(codes, kind="stable")
-    residual = fit.y - fit.fixed_fitted
-    own = frame.residual
-    matrix = None if own is None else fit.residual_cov.to_numpy()
+    order, residual = np.argsort(codes, kind="stable"), fit.y - fit.fixed_fitted
     for rows in np.split(order, np.cumsum(np.bincount(codes))[:-1]):
-        if len(rows) > MOST_ROWS:
-            raise DataError(
-                f"a cluster has {len(rows)} rows; robust standard errors are for up to {MOST_ROWS}"
-            )
-        if own is None:
-            V = fit.sigma**2 * np.diag(1 / fit.prior_weights[rows])
-        else:
-            visits, root = own.places[rows], np.sqrt(fit.prior_weights[rows])
-            same = own.codes[rows][:, None] == own.codes[rows]
-            V = matrix[np.ix_(visits, visits)] * same / root[:, None] / root  # pyright: ignore
-        for term, block in zip(frame.terms, fit.cov_re_arrays, strict=True):
-            Z, levels = term.effects[rows], term.codes[rows]
-            V = V + (Z @ block @ Z.T) * (levels[:, None] == levels)
-        yield Cluster(frame.X[rows], V, residual[rows])
+        yield Cluster(fit.frame.X[rows], covariances(fit, rows)[0], residual[rows])
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Named(NamedTuple):
         kind: "sd", "cor", "parameter" or "sigma".
         block: the place of its block in the covariance; -1 of the SD of independent residuals.
         reading: what it is to the block.
+        effects: names of the effect or effects that it is of, in their order.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Named(NamedTuple):
     kind: str
     block: int
     reading: Reading
+    effects: tuple[str, ...] = ()
 
 
 def named_readings(fit: FittedModel, scale: str = "sd") -> list[Named]:
@@ -60,7 +62,8 @@ def named_readings(fit: FittedModel, scale: str = "sd") -> list[Named]:
                 continue
             name = f"{prefixes[kind]}{own.label}|{group}"
             name = name if own.label else f"{prefixes[kind].removesuffix('_')}|{group}"
-            found.append(Named(name, group, own.label or group, kind, k, own))
+            named = tuple(effects[place] for place in reversed(own.effects))
+            found.append(Named(name, group, own.label or group, kind, k, own, named))
     if fit.residual is None:
         found.append(Named(sigma, RESIDUAL, RESIDUAL, "sigma", -1, Reading("", ())))
     return found
@@ -215,10 +218,10 @@ class Places(NamedTuple):
         return Places(entry, first, second, parameter, [own.reading.transform for own in known])
 
     def values(self, whole: np.ndarray, parameters: np.ndarray, scale: str = "sd") -> np.ndarray:
-        """Of covariances with sigma2, (m + 1,)."""
+        """Of covariances with sigma2, (m + 1, ...)."""
         found = whole[self.entry]
         if scale == "sd":
-            alone = self.first == self.second
+            alone = (self.first == self.second).reshape(-1, *[1] * (whole.ndim - 1))
             with np.errstate(invalid="ignore", divide="ignore"):
                 sds = np.sqrt(whole)
                 correlations = found / (sds[self.first] * sds[self.second])

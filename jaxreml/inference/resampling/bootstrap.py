@@ -13,6 +13,7 @@ from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
+from jaxreml.inference.parameters.linearised import scale_of
 from jaxreml.inference.resampling import intervals
 from jaxreml.inference.resampling.likelihood_ratio import NullDistribution as NullDistribution
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution as null_distribution
@@ -24,11 +25,9 @@ from jaxreml.inference.resampling.statistics import (
     evaluate,
     fits_of,
     slopes,
-    standard_errors,
-    working_scale,
 )
-from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits, count_failures, require_some
+from jaxreml.many.one_by_one import refitter
 from jaxreml.status import Status
 from jaxreml.typeset.frames import frame_table
 from jaxreml.typeset.table import Table, Tabulated
@@ -219,7 +218,6 @@ class Bootstrap(Tabulated):
         return pd.DataFrame(rows, self.estimate.index, ["lower", "upper", "reason"])
 
     def _interval(self, k: int, conf_level: float, method: str) -> tuple[float, float, str]:
-        name = str(self.estimate.index[k])
         estimate = float(self.estimate.iloc[k])
         draws = self.draws.iloc[:, k].to_numpy()
         defined = ~np.isnan(draws)
@@ -246,7 +244,8 @@ class Bootstrap(Tabulated):
             if np.isnan(limits).any():
                 return np.nan, np.nan, _missing(tails)
         else:
-            forward, backward = working_scale(name)
+            scale = scale_of(default(self.fit).scales[k])
+            forward, backward = scale.forward, scale.inverse
             errors = self.errors.iloc[defined, k].to_numpy()  # pyright: ignore
             error = float(self._own_errors.iloc[k])
             if not np.isfinite(error):
@@ -262,7 +261,7 @@ class Bootstrap(Tabulated):
 
     @cached_property
     def _own_errors(self) -> pd.Series:
-        values = standard_errors(fits_of(self.fit), self.fit.layout)[0]
+        values = default(self.fit).errors(fits_of(self.fit), self.fit)[0]
         return pd.Series(values, self.estimate.index)
 
     @cached_property
@@ -283,7 +282,7 @@ class Bootstrap(Tabulated):
         params = components.finite(fit)
         free = np.isfinite(fit.parameters)
         spread = np.where(np.outer(free, free), fit.parameters_vcov_array, 0.0)
-        engine = BatchFitter(people.frame, fit.method)
+        engine = refitter(people.frame, fit.method)
         of_draws = [
             engine.gradients(params, block[:, start : start + TOGETHER])
             for block in people.blocks(min(self.nsim, SCORES), self.seed)
@@ -381,13 +380,12 @@ def bootstrap(
     """
     nsim = nsim if n is None else n
     check_count(nsim, seed)
-    fit.require_independent("bootstrap")
     people = of_fit(fit)
     statistic = function or default(fit)
     names, own = evaluate(statistic, fits_of(fit), fit.layout)
     if function is not None:
         components.require_entries(function, fit)
-    engine = BatchFitter(people.frame, fit.method, count=nsim)
+    engine = refitter(people.frame, fit.method, nsim, (fit.theta, fit.parameters))
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(nsim, seed):
         fits = engine.fit(block)
@@ -396,7 +394,7 @@ def bootstrap(
         singular += int(good.is_singular.sum())
         draws.append(evaluate(statistic, good, fit.layout)[1])
         if function is None:
-            errors.append(standard_errors(good, fit.layout))
+            errors.append(default(fit).errors(good, fit))
     status = np.concatenate(statuses)
     values = np.concatenate(draws)
     require_some(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,8 @@ from jaxreml.data.frame import (
     drop_aliased,
     split_extras,
 )
+from jaxreml.data.grouping import combined_codes
+from jaxreml.data.residual import ResidualTerm
 from jaxreml.errors import DataError
 from jaxreml.inference.resampling.simulation import Population
 from jaxreml.model.groups import contains
@@ -54,7 +57,7 @@ def extend(
         raise DataError(
             "a design with kernels cannot be extended: it does not say how new levels are related"
         )
-    factors = [term.name for term in frame.terms]
+    factors = list(_codes_of(frame))
     if within is not None:
         names = (within,) if isinstance(within, str) else tuple(within)
         what = f"{n} rows within each {' and '.join(names)}"
@@ -79,17 +82,26 @@ def _within(frame: ModelFrame, names: tuple[str, ...], n: int) -> np.ndarray:
     return np.concatenate([np.resize(rows, n) for rows in _rows_of(codes.ravel())])
 
 
+def _codes_of(frame: ModelFrame) -> dict[str, np.ndarray]:
+    """The levels (n,) of grouping factors by name, the subjects of a residuals' covariance among
+    them."""
+    found = {term.name: term.codes for term in frame.terms}
+    if frame.residual is not None and frame.residual.words.subject is not None:
+        found.setdefault(frame.residual.words.subject, frame.residual.codes)
+    return found
+
+
 def _labels(frame: ModelFrame, name: str) -> np.ndarray:
-    for term in frame.terms:
-        if term.name == name:
-            return term.codes
+    known = _codes_of(frame)
+    if name in known:
+        return known[name]
     if name not in frame.table:
         _unknown(frame, name)
     return frame.table[name].to_numpy()
 
 
 def _unknown(frame: ModelFrame, name: str) -> None:
-    factors = ", ".join(dict.fromkeys(term.name for term in frame.terms))
+    factors = ", ".join(_codes_of(frame))
     columns = ", ".join(map(str, frame.table.columns)) or "none"
     raise DataError(
         f"{name!r} is neither a grouping factor of the model ({factors}) nor a column of its table "
@@ -104,13 +116,13 @@ def _rows_of(codes: np.ndarray) -> list[np.ndarray]:
 
 
 def _along_factor(frame: ModelFrame, name: str, n: int) -> ModelFrame:
-    term = next(term for term in frame.terms if term.name == name)
-    order = _alternating(frame.X, term.codes)
+    codes = _codes_of(frame)[name]
+    order = _alternating(frame.X, codes)
     levels, copies = order[np.arange(n) % order.size], np.arange(n) // order.size
-    of_level = _rows_of(term.codes)
+    of_level = _rows_of(codes)
     rows = np.concatenate([of_level[level] for level in levels])
     copy = np.repeat(copies, [of_level[level].size for level in levels])
-    return _taken(frame, rows, copy, term.codes)
+    return _taken(frame, rows, copy, codes)
 
 
 def _alternating(X: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -135,25 +147,44 @@ def _taken(
 ) -> ModelFrame:
     """Some rows, repeatedly; factors nested in `along` have new levels in every copy of it."""
 
-    def regrouped(term: GroupingTerm) -> GroupingTerm:
-        codes = term.codes[rows]
-        own = np.zeros_like(codes)
-        if copy is not None and along is not None and contains(along, term.codes):
+    def renewed(codes: np.ndarray, levels: tuple[Any, ...]) -> tuple[np.ndarray, tuple[Any, ...]]:
+        """Codes of the rows and levels, with new ones in every copy."""
+        taken = codes[rows]
+        own = np.zeros_like(taken)
+        if copy is not None and along is not None and contains(along, codes):
             own = copy
         _, first, fresh = np.unique(
-            own * len(term.levels) + codes, return_index=True, return_inverse=True
+            own * len(levels) + taken, return_index=True, return_inverse=True
         )
-        levels = tuple(
-            f"{term.levels[codes[k]]}.{own[k] + 1}" if own[k] else term.levels[codes[k]]
-            for k in first
-        )
-        return replace(term, levels=levels, codes=fresh.ravel(), effects=term.effects[rows])
+        labels = (f"{levels[taken[k]]}.{own[k] + 1}" if own[k] else levels[taken[k]] for k in first)
+        return fresh.ravel(), tuple(labels)
 
+    def regrouped(term: GroupingTerm) -> GroupingTerm:
+        codes, levels = renewed(term.codes, term.levels)
+        return replace(term, levels=levels, codes=codes, effects=term.effects[rows])
+
+    def of_residuals(own: ResidualTerm) -> ResidualTerm:
+        places, words = own.places[rows], own.words
+        if words.subject is None:  # rows of any subjects that have each level once, in cells
+            cells = combined_codes([*(term.codes for term in terms), np.zeros_like(places)])
+            turn = pd.Series(cells).groupby([cells, places]).cumcount().to_numpy()
+            codes = combined_codes([cells, turn])
+            return replace(own, places=places, codes=codes, subjects=tuple(range(codes.max() + 1)))
+        codes, subjects = renewed(own.codes, own.subjects)
+        if len(np.unique(codes * (places.max() + 1) + places)) < len(codes):
+            raise DataError(
+                f"some {words.subject!r} would have the same {words.visit!r} twice, which "
+                f"residual={words.text!r} does not allow: extend along={words.subject!r}"
+            )
+        return replace(own, places=places, codes=codes, subjects=subjects)
+
+    terms = tuple(regrouped(term) for term in frame.terms)
     return replace(
         frame,
         y=None,
         X=frame.X[rows],
-        terms=tuple(regrouped(term) for term in frame.terms),
+        terms=terms,
+        residual=None if frame.residual is None else of_residuals(frame.residual),
         weights=None if frame.weights is None else frame.weights[rows],
         offset=None if frame.offset is None else frame.offset[rows],
         table=pd.DataFrame(index=pd.RangeIndex(rows.size)),  # its labels would not be the levels
@@ -165,6 +196,11 @@ def _along_values(people: Population, name: str, n: int) -> ModelFrame:
     frame = people.frame
     if name not in frame.table:
         _unknown(frame, name)
+    if frame.residual is not None:
+        raise DataError(
+            f"values of {name!r} cannot be added to a design with residual="
+            f"{frame.residual.words.text!r}: extend along a grouping factor"
+        )
     column = frame.table[name]
     if not pd.api.types.is_numeric_dtype(column.dtype):
         raise DataError(

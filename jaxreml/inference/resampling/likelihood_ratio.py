@@ -9,8 +9,8 @@ import numpy as np
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.simulation import check_count, of_fit
-from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import require_some
+from jaxreml.many.one_by_one import refitter
 from jaxreml.status import Status
 
 ROUNDING = 1e-9  # of a difference of criteria, per unit of the criterion
@@ -78,10 +78,12 @@ def null_distribution(
     check_count(nsim, seed)
     for fit in (smaller, larger):
         fit.require_optimum("compare")
-        fit.require_independent("simulate the likelihood ratio")
     _require_comparable(smaller, larger)
     people = of_fit(smaller)
-    engines = [BatchFitter(fit.frame, fit.method, count=nsim) for fit in (smaller, larger)]
+    engines = [
+        refitter(fit.frame, fit.method, nsim, (fit.theta, fit.parameters))
+        for fit in (smaller, larger)
+    ]
     draws, statuses = [], []
     singular = np.zeros(2)
     for block in people.blocks(nsim, seed):

@@ -19,7 +19,6 @@ from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.inference.parameters import components
 from jaxreml.inference.resampling.priors import log_prior
 from jaxreml.inference.resampling.statistics import default
 from jaxreml.model import linalg
@@ -233,9 +232,9 @@ def posterior(
             runs.append(jax.device_get(chain(own, jnp.asarray(away))))
     parameters, divergent, gradients = (np.stack(parts) for parts in zip(*runs, strict=True))
     beta, effects, theta, sigma = _effects(fit, parameters, rng, random_effects)
-    named = default(fit)(
-        np.moveaxis(beta, -1, 0), components.of_theta(np.moveaxis(theta, -1, 0), sigma, fit.layout)
-    )
+    statistics, last_first = default(fit), (np.moveaxis(own, -1, 0) for own in (beta, theta))
+    values = statistics.values(*last_first, sigma, np.moveaxis(parameters, -1, 0))
+    named = dict(zip(statistics.names, values, strict=True))
     return Posterior(fit, parameters, named, effects, divergent, gradients, seed)
 
 

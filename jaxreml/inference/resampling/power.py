@@ -15,7 +15,7 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.extension import extend
 from jaxreml.inference.resampling.simulation import Population, check_count, of_fit
-from jaxreml.many.engine import BatchFitter
+from jaxreml.many.one_by_one import refitter
 from jaxreml.status import Status
 
 
@@ -76,8 +76,6 @@ def power(
     check_count(nsim, seed)
     check_conf_level(conf_level)
     check_conf_level(alpha, "alpha")
-    if not isinstance(model, Population):
-        model.require_independent("simulate the power")
     people = model if isinstance(model, Population) else of_fit(model)
     wanted = _effects(effects, people)
     if n is None:
@@ -127,7 +125,7 @@ def _curve(
     size: int | None,
 ) -> list[dict[str, Any]]:
     """The rows of one sample size."""
-    engine = BatchFitter(people.frame, people.method, count=nsim)
+    engine = refitter(people.frame, people.method, nsim, people.start)
     fits = [engine.fit(block) for block in people.blocks(nsim, seed)]
     beta, se, df, status, singular = (
         np.concatenate([getattr(part, field) for part in fits])

@@ -40,6 +40,7 @@ class Population:
         context: names the formula may use besides columns.
         residual: (q, q), a square root of the covariance matrix of a subject's residuals over
             sigma2, where ``frame.residual`` says whose they are.
+        start: theta and parameters of the fit that it is made from.
 
     Examples:
         >>> planned.beta.tolist(), planned.sigma
@@ -54,6 +55,7 @@ class Population:
     structure: str | None = None
     context: Mapping[str, Any] | None = None
     residual: np.ndarray | None = None
+    start: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -151,6 +153,7 @@ def of_fit(fit: FittedModel) -> Population:
         fit.structure,
         fit.context,
         root,
+        (fit.theta, fit.parameters),
     )
 
 

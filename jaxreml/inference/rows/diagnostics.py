@@ -11,9 +11,12 @@ from scipy.linalg import solve_triangular
 
 from jaxreml.data.estimability import RowSpace, independent_columns
 from jaxreml.data.frame import ModelFrame
+from jaxreml.data.residual import ResidualTerm
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.rows import influence_derivatives
+from jaxreml.inference.rows.marginal import RowsLeftOut, rows_left_out
+from jaxreml.inference.rows.without import fits_without
 from jaxreml.many.engine import BatchFitter
 from jaxreml.optimum.effects import row_variances, scaled_rows, whitened
 from jaxreml.status import Status
@@ -27,10 +30,10 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
     Args:
         fit: the fit.
         kind: "response", y less fitted values; "pearson", these times the root of the prior
-            weight; "scaled", Pearson ones over sigma, as in lme4's summary; "studentized", scaled
-            ones over sqrt(1 - leverage); "marginal", y - X beta - offset, random effects left in;
-            "normalized", scaled ones, made uncorrelated within subjects where the fit has a
-            covariance of residuals, as nlme's.
+            weight; "scaled", Pearson ones over sigma, as in lme4's summary; "studentized", over
+            their standard deviations, of independent residuals sigma sqrt(1 - leverage);
+            "marginal", y - X beta - offset, random effects left in; "normalized", scaled ones, made
+            uncorrelated within subjects where the fit has a covariance of residuals, as nlme's.
 
     Examples:
         >>> fit.residuals("scaled").round(2).head(3).tolist()
@@ -43,7 +46,9 @@ def residuals(fit: FittedModel, kind: str = "response") -> pd.Series:
         resid = _pearson(fit)
         if kind != "pearson":
             resid = resid / fit.residual_sds
-        if kind == "studentized":
+        if kind == "studentized" and fit.residual is not None:
+            resid = _pearson(fit) / np.sqrt(_left_out(fit).spread * fit.prior_weights)
+        elif kind == "studentized":
             with np.errstate(divide="ignore", invalid="ignore"):
                 resid = resid / np.sqrt(1 - leverage(fit).to_numpy())
     elif kind == "normalized":
@@ -59,13 +64,30 @@ def _uncorrelated(fit: FittedModel, resid: np.ndarray) -> np.ndarray:
     own = fit.frame.residual
     if own is None:
         return resid
-    matrix = fit.residual_cov.to_numpy() / fit.sigma**2
+    assert fit.residual is not None
     order = np.lexsort((own.places, own.codes))
+    if fit.residual.is_chain:
+        return _innovations(fit, resid, own, order)
     found = np.empty_like(resid)
     for rows in np.split(order, np.flatnonzero(np.diff(own.codes[order])) + 1):
         visits = own.places[rows]
-        root = np.linalg.cholesky(matrix[np.ix_(visits, visits)])
+        root = np.linalg.cholesky(fit.residual_between(visits, visits) / fit.sigma**2)
         found[rows] = solve_triangular(root, resid[rows], lower=True)
+    return found
+
+
+def _innovations(
+    fit: FittedModel, resid: np.ndarray, own: ResidualTerm, order: np.ndarray
+) -> np.ndarray:
+    """`_uncorrelated` where each residual depends on the one before alone, at any number of
+    times."""
+    assert fit.residual is not None
+    sorted_, codes = resid[order], own.codes[order]
+    nearness = fit.residual.neighbours(fit.theta[-1], own.places[order])
+    nearness = np.where(np.diff(codes, prepend=-1) == 0, nearness, 0.0)
+    before = np.concatenate([[0.0], sorted_[:-1]])
+    found = np.empty_like(resid)
+    found[order] = (sorted_ - nearness * before) / np.sqrt(1 - nearness**2)
     return found
 
 
@@ -74,13 +96,15 @@ def leverage(fit: FittedModel) -> pd.Series:
 
     Row i of sqrt(w) [X, Z] through the inverse of Henderson's equations: by how much the fitted
     value moves with its own y at given variance parameters, beta and the random effects both
-    following. The sum is the effective number of parameters. Without any n x n matrix.
+    following. The sum is the effective number of parameters. Without any n x n matrix; with
+    ``residual=``, through the covariance matrices of rows that depend on each other.
 
     Examples:
         >>> fit.leverage().round(3).head(2).tolist(), round(float(fit.leverage().sum()), 1)
         ([0.229, 0.17], 29.0)
     """
-    fit.require_independent("give the leverage of rows")
+    if fit.residual is not None:
+        return pd.Series(_left_out(fit).leverage, fit.table.index, name="leverage")
     values = row_variances(fit.henderson, fit.design, fit.frame.X, _rows(fit.frame))
     return pd.Series(values * fit.prior_weights, fit.table.index, name="leverage")
 
@@ -89,7 +113,8 @@ def cooks_distance(fit: FittedModel) -> pd.Series:
     """Cook's distance of each row as lme4's cooks.distance.merMod.
 
     (e / (1 - h))^2 h / (sigma2 p), with e the Pearson residual and h the leverage, random effects
-    included.
+    included. With ``residual=``, of the fixed effects: d' vcov^-1 d / p with d their change without
+    the row, at the variance parameters of the fit.
 
     Raises:
         ValueError: a model without fixed effects.
@@ -99,6 +124,12 @@ def cooks_distance(fit: FittedModel) -> pd.Series:
         {59: 4.33, 56: 2.12}
     """
     p = _number_of_fixed(fit)
+    if fit.residual is not None:
+        out = _left_out(fit)
+        change = out.change * (out.score / out.precision)[:, None]
+        model = fit.vcov_array if fit.sandwich is None else fit.sandwich.model
+        values = np.einsum("ni,in->n", change, np.linalg.solve(model, change.T)) / p
+        return pd.Series(values, fit.table.index, name="cooks")
     hat = leverage(fit).to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         values = (_pearson(fit) / (1 - hat)) ** 2 * hat / (fit.sigma**2 * p)
@@ -123,12 +154,24 @@ def dfbetas(fit: FittedModel) -> pd.DataFrame:
         {'(Intercept)': 0.18, 'Days': 0.27}
     """
     _number_of_fixed(fit)
+    if fit.residual is not None:
+        out = _left_out(fit)
+        model = fit.vcov_array if fit.sandwich is None else fit.sandwich.model
+        se = np.sqrt(np.diagonal(model) + out.change**2 / out.precision[:, None])
+        change = -out.change * (out.score / out.precision)[:, None] / se
+        return pd.DataFrame(change, fit.table.index, list(fit.fixed_names))
     change, hat = _row_changes(fit)
     with np.errstate(divide="ignore", invalid="ignore"):
         more = fit.sigma**2 * change**2 / (1 - hat)[:, None]
         change = -change * (_pearson(fit) / (1 - hat))[:, None]
     se = np.sqrt(np.diagonal(fit.vcov_array) + more)
     return pd.DataFrame(change / se, fit.table.index, list(fit.fixed_names))
+
+
+def _left_out(fit: FittedModel) -> RowsLeftOut:
+    """What the diagnostics of a fit with ``residual=`` are made of."""
+    fit.require_independent_levels("give diagnostics of rows")
+    return rows_left_out(fit)
 
 
 def _row_changes(fit: FittedModel) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +230,8 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         fit: the fit.
         by: what the groups are: a column that the model uses or a grouping factor, by name; (n,)
             labels of the rows used; every row its own group if left out.
-        method: "exact" refits the model without each group, by one program for all of them. Columns
+        method: "exact" refits the model without each group, by one program for all of them or, with
+            ``residual=``, one after the other. Columns
             such as ``poly(x, 2)`` stay those of all rows. "first-order" does without refits: one
             step of the variance parameters by the implicit function theorem, after which beta is
             that of the rows left, to first order in the step. It comes short where a group says
@@ -206,7 +250,6 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         {'308': -0.66, '309': 0.48, '310': 0.26}
     """
     fit.require_optimum("measure influence")
-    fit.require_independent("measure influence")
     codes, labels = _groups(fit, by)
     if method == "first-order":
         fit.require_independent_levels('take the first-order way (method="exact" refits)')
@@ -214,7 +257,8 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         se = np.broadcast_to(fit.bse.to_numpy(), beta.shape)
         refits = {"rows": np.bincount(codes, minlength=len(labels))}
     elif method == "exact":
-        beta, se, parameters, refits = _refits(fit, codes, len(labels))
+        refit = _refits if fit.residual is None else fits_without
+        beta, se, parameters, refits = refit(fit, codes, len(labels))
         _blank_lost(fit, codes, beta, refits)
         beta, parameters = beta - fit.beta, _differences(parameters, fit.parameters)
     else:

@@ -64,10 +64,9 @@ def changes(
             "first-order influence needs the variance parameters' Hessian, which is singular: "
             f'{fit.message}. Use method="exact"'
         )
-    frame = fit.frame
     of_level = None
     if fit.structure == "grouped":
-        levels = frame.terms[0].codes
+        levels = _terms(fit)[0][0]
         of_level = np.zeros(fit.design.structure.factors.shape[-1], int)  # pyright: ignore
         of_level[levels] = codes
     root = np.ones(fit.nobs) if fit.weights is None else np.sqrt(fit.weights)
@@ -82,6 +81,17 @@ def changes(
     step = np.full((count, inside.size), np.nan)
     step[:, inside] = slopes[:, inside] @ (vcov / 2)
     return own + step[:, inside] @ of_beta[:, inside].T, step
+
+
+def _terms(fit: FittedModel) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Levels and effects of the rows of all terms, the residuals' last, before prior weights."""
+    frame = fit.frame
+    found = [(term.codes, term.effects) for term in frame.terms]
+    if frame.residual is not None:
+        # That of the residuals times the roots of the weights, which all rows are multiplied by
+        effects = np.asarray(frame.residual.term.effects)
+        found.append((frame.residual.codes, effects / np.sqrt(fit.prior_weights)[:, None]))
+    return found
 
 
 # Any groups of any structure, on the host
@@ -141,7 +151,8 @@ def _of_any(
 
 def _whole(fit: FittedModel, parameters: np.ndarray, root: np.ndarray) -> _Whole:
     frame, design, parts = fit.frame, fit.design, fit.henderson
-    layout = Layout(design.sizes, tuple(len(term.levels) for term in frame.terms))
+    terms = _terms(fit)
+    layout = Layout(design.sizes, tuple(int(codes.max()) + 1 for codes, _ in terms))
     size = 4 * 8 * layout.total**2
     if size > MAX_DENSE_BYTES:
         raise DataError(
@@ -149,7 +160,7 @@ def _whole(fit: FittedModel, parameters: np.ndarray, root: np.ndarray) -> _Whole
             f"about {size / 2**30:.1f} GiB, and {MAX_DENSE_BYTES / 2**30:.0f} GiB is the limit. "
             'Use method="exact"'
         )
-    rows = scaled_rows(design, [(term.codes, term.effects) for term in frame.terms])
+    rows = scaled_rows(design, terms)
     Z = layout.sparse([(levels, effects * root[:, None]) for levels, effects in rows])
 
     def scaled(parameters: Any) -> Any:
@@ -159,14 +170,16 @@ def _whole(fit: FittedModel, parameters: np.ndarray, root: np.ndarray) -> _Whole
     matrices = natural.symmetric_matrices(omega, design.sizes)
     products = np.asarray(layout.times(jnp.asarray((Z.T @ Z).toarray()), matrices))
     inverse = np.linalg.inv(np.eye(layout.total) + products.T)
-    residual = (fit.y - fit.fitted) * root
+    given = np.asarray(layout.times(jnp.asarray(inverse), matrices))
+    residual = (fit.y - fit.fixed_fitted) * root
+    residual = residual - Z @ (given @ (Z.T @ residual))
     U = whitened(parts, design, frame.X, rows) * root[:, None]
     return _Whole(
         layout,
         fit.method == "REML",
         Z,
         inverse,
-        given=np.asarray(layout.times(jnp.asarray(inverse), matrices)),
+        given=given,
         U=U,
         of_z=np.asarray((Z.T @ U).T),
         residual=residual,
@@ -240,10 +253,11 @@ def _of_levels(
     """Per group the slopes of psi (count, m + 1) and the change of beta at given parameters,
     (count, p); the slopes of beta, (p, m + 1)."""
     frame, design = fit.frame, fit.design
-    levels = frame.terms[0].codes
+    terms = _terms(fit)
+    levels = terms[0][0]
     X = frame.X * root[:, None]
     y = (frame.y if frame.offset is None else frame.y - frame.offset) * root  # pyright: ignore
-    rows = scaled_rows(design, [(term.codes, term.effects) for term in frame.terms])
+    rows = scaled_rows(design, terms)
     Z = np.concatenate([effects for _, effects in rows], axis=1) * root[:, None]
     columns = np.column_stack([from_basis(design, X), y - X @ np.asarray(design.beta_ols)])
     program = _compiled(fit.method == "REML", of_rows, count)

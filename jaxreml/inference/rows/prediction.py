@@ -39,7 +39,8 @@ from jaxreml.data.kernels import codes_in_kernel
 from jaxreml.data.tables import beside, nearest, texts_of_names, to_pandas
 from jaxreml.errors import DataError, EstimabilityWarning, FormulaError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.fitting.residuals import ResidualCovariance
+from jaxreml.inference.rows.own_times import at_times
+from jaxreml.model.covariance.timed import Timed
 from jaxreml.optimum.effects import row_variances
 
 Mask = tuple[np.ndarray, ...]  # per term (q,) booleans, which effects
@@ -56,7 +57,8 @@ class Rows(NamedTuple):
         effects: per term (k, q).
         codes: per term (k,), levels of the fit; -1 for a level that it has not seen.
         offset, weights: (k,).
-        subjects, visits: (k,), of the residuals' covariance; -1 for those not seen.
+        subjects, visits: (k,), of the residuals' covariance; -1 for those not seen. Times, NaN for
+            those not known, where subjects are at their own.
     """
 
     index: pd.Index
@@ -169,6 +171,8 @@ def predict(
         here, places = chosen * known[:, None], np.where(known, codes, 0)
         mean += np.sum(here * grouping.modes[places], axis=1)
         own.append((places, here))
+    if fit.residual is not None and isinstance(fit.residual.block, Timed):
+        return _at_own_times(fit, rows, mean, variance, own, re_form is None, interval, conf_level)
     beyond = np.zeros(len(mean))  # the variance of an observation over sigma2 / weight, less 1
     if fit.residual is not None:
         places, here, beyond = _of_other_visits(fit, rows, re_form is None)
@@ -180,10 +184,43 @@ def predict(
     variance += sigma2 * row_variances(fit.henderson, fit.design, rows.X, own)
     if interval == "prediction":
         variance += sigma2 * (1 + beyond) / rows.weights
+    return _intervals(rows, mean, variance, conf_level)
+
+
+def _intervals(
+    rows: Rows, mean: np.ndarray, variance: np.ndarray, conf_level: float
+) -> pd.DataFrame:
     se = np.sqrt(np.where(rows.estimable, variance, np.nan))
     half = ndtri((1 + conf_level) / 2) * se
     columns = {"prediction": mean, "std_error": se, "lower": mean - half, "upper": mean + half}
     return pd.DataFrame({name: _series(rows, values, name) for name, values in columns.items()})
+
+
+def _at_own_times(
+    fit: FittedModel,
+    rows: Rows,
+    mean: np.ndarray,
+    variance: np.ndarray,
+    chosen: list[tuple[np.ndarray, np.ndarray]],
+    wanted: bool,
+    interval: str | None,
+    conf_level: float,
+) -> pd.Series | pd.DataFrame:
+    """`predict` where subjects are at times of their own, from the mean given their effects."""
+    found = at_times(fit, rows, chosen, wanted, interval is not None)
+    mean = mean + found.mean
+    if found.variance is None:
+        return _series(rows, mean, "prediction")
+    if interval == "confidence" and found.other.any():
+        raise ValueError(
+            'interval="confidence" is of means, and some rows are at times without a response of '
+            'subjects that have others, where residuals are predicted too: ask for "prediction", '
+            'or for re_form="~0"'
+        )
+    of_rows = found.variance
+    if interval == "prediction":
+        of_rows = of_rows + ~found.other / rows.weights
+    return _intervals(rows, mean, variance + fit.sigma**2 * of_rows, conf_level)
 
 
 def _of_other_visits(
@@ -275,8 +312,16 @@ def _own_rows(fit: FittedModel) -> Rows:
         np.zeros(n) if frame.offset is None else frame.offset,
         np.ones(n) if frame.weights is None else frame.weights,
         np.zeros(n, int) if frame.residual is None else frame.residual.codes,
-        np.zeros(n, int) if frame.residual is None else frame.residual.places,
+        np.zeros(n, int) if frame.residual is None else _whereabouts(fit, frame.residual.places),
     )
+
+
+def _whereabouts(fit: FittedModel, visits: np.ndarray) -> np.ndarray:
+    """Visits, -1 for those not known, as `Rows` has them."""
+    assert fit.residual is not None
+    if not isinstance(fit.residual.block, Timed):
+        return visits
+    return np.where(visits >= 0, fit.residual.times[visits], np.nan)
 
 
 def _new_rows(
@@ -309,7 +354,7 @@ def _new_rows(
     total_offset, prior = _extras(table)
     subjects, visits = np.full(k, -1), np.full(k, -1)
     if fit.residual is not None and k:
-        subjects, visits = _subjects_and_visits(fit.residual, table)
+        subjects, visits = _subjects_and_visits(fit, table)
     if k:
         full = frame.fixed_encoding.matrix(table)
         X = full[:, frame.kept]
@@ -325,10 +370,10 @@ def _new_rows(
     )
 
 
-def _subjects_and_visits(
-    residual: ResidualCovariance, table: pd.DataFrame
-) -> tuple[np.ndarray, np.ndarray]:
+def _subjects_and_visits(fit: FittedModel, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """As `Rows` has them, of the columns that are there."""
+    residual = fit.residual
+    assert residual is not None
 
     def codes(name: str | None, labels: tuple[Any, ...]) -> np.ndarray:
         if name is None or name not in table:
@@ -336,7 +381,11 @@ def _subjects_and_visits(
         return codes_of(pd.Series(table[name]), list(labels))
 
     words = residual.words
+    if isinstance(residual.block, Timed) and residual.is_timed and words.visit in table:
+        times = pd.Series(table[words.visit]).to_numpy(float)
+        return codes(words.subject, residual.subjects), times
     subjects, visits = codes(words.subject, residual.subjects), codes(words.visit, residual.visits)
+    visits = _whereabouts(fit, visits)
     if words.arm is None:
         return subjects, visits
     arms = codes(words.arm, residual.arms)

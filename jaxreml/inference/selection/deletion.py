@@ -121,7 +121,8 @@ def _beyond(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 def ranova(fit: FittedModel, *, reduce_terms: bool = True) -> pd.DataFrame:
     """Likelihood-ratio tests of the random terms, one by one.
 
-    By the criterion of the fit, REML or ML; the last random term is compared with least squares.
+    By the criterion of the fit, REML or ML; the last random term is compared with least squares, or
+    with the model that has the covariance of residuals alone (``residual=``).
 
     Args:
         fit: the fit.
@@ -131,7 +132,7 @@ def ranova(fit: FittedModel, *, reduce_terms: bool = True) -> pd.DataFrame:
         A row "<none>" for the fit, then one per deletion: npar, logLik, AIC, chisq, df, p_value.
 
     Raises:
-        DataError: a model without an optimum.
+        DataError: a model without an optimum, or without random effects.
 
     Examples:
         >>> fit.ranova()[["npar", "chisq", "df"]].round(2)
@@ -141,21 +142,25 @@ def ranova(fit: FittedModel, *, reduce_terms: bool = True) -> pd.DataFrame:
         Days in (Days | Subject)     4  42.84  2.0
     """
     fit.require_optimum("test random effects")
-    fit.require_independent("test random effects")
+    if not fit.groupings:
+        raise DataError(
+            "the fit has no random effects to test; jaxreml.compare tests covariances of residuals"
+        )
     return _ranova(fit, model_of(fit), reduce_terms)[0]
 
 
 def _ranova(
     fit: FittedModel, model: Model, reduce_terms: bool
 ) -> tuple[pd.DataFrame, dict[str, tuple[Model, FittedModel | None]]]:
-    """The table, and per row the model and its fit, None without random terms."""
+    """The table, and per row the model and its fit, None where least squares is left."""
     found: dict[str, tuple[Model, FittedModel | None]] = {}
     sizes = {}
     for k, bar in enumerate(model.bars):
         reductions: dict[str, Bar | None] = bar.reductions() if reduce_terms else {bar.label: None}
         for label, other in reductions.items():
             smaller = model.with_bar(k, other)
-            refitted = refit(fit, smaller, fit.method) if smaller.bars else None
+            alone = not smaller.bars and fit.residual is None
+            refitted = None if alone else refit(fit, smaller, fit.method)
             found[label] = smaller, refitted
             sizes[label] = (
                 (refitted.dof, refitted.criterion)
@@ -192,7 +197,8 @@ class Elimination:
             ``eliminated``: 1, 2, ... for terms in the order in which they were left out, 0 for
             those of the model found, NaN for the model begun with.
         formula: of the model found.
-        fit: the model found; None if no random effects are left, which is least squares.
+        fit: the model found; None if no random effects are left and residuals are independent,
+            which is least squares.
 
     Examples:
         >>> found = fit.step()
@@ -264,7 +270,6 @@ def step(
         if not 0 <= level <= 1:
             raise ValueError(f"{name} must be between 0 and 1, not {level}")
     fit.require_optimum("eliminate terms")
-    fit.require_independent("eliminate terms")
     model = model_of(fit)
     kept = [keep] if isinstance(keep, str) else list(keep)
     for name in kept:

@@ -103,6 +103,11 @@ class Correlation(ABC):
         return namespace(z).arcsin(namespace(z).tanh(z))
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Of `folded` angles, between which z is finite."""
+        return -RIGHT, RIGHT
+
+    @property
     def centre(self) -> float:
         """Of z: far from it, the matrix is at a limit."""
         return 0.0
@@ -253,6 +258,25 @@ class _OneCoordinate(Correlation):
         return ("correlation",)
 
 
+class Stationary(_OneCoordinate):
+    """Of the distance alone: effects may then be at any places, each subject's at its own
+    (`covariance.timed`)."""
+
+    # Whether on a line what lies before an effect tells no more of it than the nearest does.
+    markov = True
+
+    # What describes it at any places.
+    reading = Reading("correlation", (), 0, "fisher")
+
+    @abstractmethod
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        """Correlations at distances, an array or a Jet as z is."""
+
+    @abstractmethod
+    def with_correlation(self, common: float, distance: float) -> float:
+        """The coordinate with which there is this positive correlation at a distance."""
+
+
 @dataclass(frozen=True)
 class Exchangeable(_OneCoordinate):
     """Equal correlations rho ("cs"), z = (log(1 + (q - 1) rho) - log(1 - rho)) / 2: at its limits
@@ -281,8 +305,14 @@ class Exchangeable(_OneCoordinate):
 
 
 @dataclass(frozen=True)
-class Autoregressive(_OneCoordinate):
+class Autoregressive(Stationary):
     """rho^|i - j| ("ar1"), z Fisher's of rho: neighbours are one apart."""
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        return jets.tanh(z) ** distances
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(np.arctanh(min(common ** (1 / distance), MOST)))
 
     def formula(self, u: Sequence[Any]) -> Any:
         powers = [u[0] * 0.0 + 1.0]
@@ -416,7 +446,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Distance(_OneCoordinate):
+class Distance(Stationary):
     """A function of the distance d between two times or places, over a range ("sp_exp", "sp_gau",
     "ou", "exp", "gau", "mat"): exp(-x), exp(-x^2), (1 + x) exp(-x) or (1 + x + x^2 / 3) exp(-x) of
     x = d / range. z is the logarithm of the range: at minus infinity there is no correlation, at
@@ -434,6 +464,19 @@ class Distance(_OneCoordinate):
     def _own(self) -> Shape:
         return SHAPES[self.shape]
 
+    reading = Reading("range", (), 0, "log")
+
+    @property
+    def markov(self) -> bool:
+        return self.shape == "exponential"
+
+    def of_distance(self, z: Any, distances: Any) -> Any:
+        power = self._own.power
+        return self._own.value(jets.exp(z * -float(power)) * distances**power)
+
+    def with_correlation(self, common: float, distance: float) -> float:
+        return float(self._z_of(np.float64(common), np.float64(distance))[0])
+
     @property
     def _distances(self) -> np.ndarray:
         """(t,)."""
@@ -450,6 +493,10 @@ class Distance(_OneCoordinate):
     def centre(self) -> float:
         return float(np.log(self.nearest))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, RIGHT
+
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ("log range",)
 
@@ -458,7 +505,7 @@ class Distance(_OneCoordinate):
         return []
 
     def readings(self, effects: Sequence[str]) -> list[Reading]:
-        return [Reading("range", (), 0, "log")]
+        return [self.reading]
 
     def formula(self, u: Sequence[Any]) -> Any:
         """Of b at the smallest distance."""
@@ -692,18 +739,24 @@ class Copies(Correlation):
         return namespace(common).concatenate([self.each.start(common)] * len(self._starts))
 
 
+def _upper(t: Array) -> tuple[Array, Array]:
+    """Sine, at least TINY, and cosine of t, turned by half a circle where it is below."""
+    xp, sine = namespace(t), namespace(t).sin(t)
+    return xp.maximum(xp.abs(sine), TINY), xp.where(sine < 0, -1.0, 1.0) * xp.cos(t)
+
+
 def _by_sine(t: Array) -> tuple[Array, Array, Array]:
     """-log sin^2 t, with its derivatives."""
     xp = namespace(t)
-    sine, cosine = xp.maximum(xp.abs(xp.sin(t)), TINY), xp.cos(t) * xp.sign(xp.sin(t))
+    sine, cosine = _upper(t)
     return -2 * xp.log(sine), -2 * cosine / sine, 2 / sine**2
 
 
 def _by_cotangent(t: Array) -> tuple[Array, Array, Array]:
     """2 arsinh |cot t / 2|, which is like -log sin^2 t where that is large."""
     xp = namespace(t)
-    sine = xp.maximum(xp.abs(xp.sin(t)), TINY)
-    cotangent = xp.cos(t) * xp.sign(xp.sin(t)) / sine
+    sine, cosine = _upper(t)
+    cotangent = cosine / sine
     sign = xp.where(cotangent < 0, -1.0, 1.0)
     c = sign * cotangent
     root = xp.sqrt(4 + c * c)

@@ -234,7 +234,8 @@ class Residual(Block):
         """Without one for the first variance, which is sigma2."""
         if self.log_variances == self.size - 1 and self.correlation.linear:
             t = self.size * (self.size + 1) // 2
-            return np.eye(t, dtype=parameters.dtype)[:, 1:]
+            found = np.eye(t, dtype=parameters.dtype)[:, 1:]
+            return found.reshape(*found.shape, *[1] * (parameters.ndim - 1))
         chart = self._chart_at(parameters, log_sigma2)
         return linalg.matmul(self.jacobian(chart), self._moves(chart)[:, :-1])
 

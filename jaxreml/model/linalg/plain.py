@@ -13,6 +13,7 @@ from jaxreml.backend.arrays import namespace, on_host
 Array = Any  # NumPy's or JAX's
 FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
 UNROLLED_ORDER = 8  # up to which recurrences are written out over the trailing axes
+BATCHED_ORDER = 12  # from which on a product of each pair of matrices takes less on the host
 PIVOTED_ORDER = 4  # likewise, with a search for pivots
 
 
@@ -25,6 +26,9 @@ def matmul(left: Array, right: Array) -> Array:
     """Products of (i, k, ...) and (k, j, ...); the trailing axes broadcast."""
     if left.ndim == right.ndim == 2:
         return left @ right
+    if left.shape[1] >= BATCHED_ORDER and left.ndim == right.ndim == 3 and on_host(left, right):
+        product = np.moveaxis(left, 2, 0) @ np.moveaxis(right, 2, 0)
+        return np.ascontiguousarray(np.moveaxis(product, 0, 2))
     if not 0 < left.shape[1] <= UNROLLED_ORDER**2:
         return namespace(left, right).einsum("ik...,kj...->ij...", left, right)
     products = [left[:, k, None] * right[None, k] for k in range(left.shape[1])]

@@ -176,7 +176,8 @@ class Crossed(OfColumns):
     @property
     def costly(self) -> bool:
         couplings = sum(stage.level.shape[0] for stage in self.stages)
-        return len(self.rest) ** 2 + couplings > LIGHT
+        each = natural.count_theta(self.stages[0].sizes) if self.moments is None else 1
+        return (len(self.rest) ** 2 + couplings) * each > LIGHT
 
     @property
     def written_out(self) -> bool:
@@ -211,17 +212,19 @@ class Crossed(OfColumns):
         if not self.levels:
             return self._outside(block, 0, 1)
         W, B = schur.complements(layout, tail, done.A, R)
-        xp = namespace(B)
-        mixed, products = [], []
-        for move in moves:
-            product = move.A @ R
-            through = schur.times_complement(layout, tail, done.A, product, move.A)
-            mixed.append(layout.trace_blocks(layout.diagonal_blocks(W.T, through)))
-            products.append(product)
-        across = xp.stack(mixed)
-        block = block - xp.stack(
-            [xp.stack([xp.sum(product * other.T) for other in products]) for product in products]
+        xp, Q = namespace(B), len(B)
+        moved = xp.concatenate([move.A for move in moves])
+        product = moved @ R
+        through = schur.times_complement(layout, tail, done.A, product, moved)
+        across = xp.stack(
+            [
+                layout.trace_blocks(layout.diagonal_blocks(W.T, own))
+                for own in through.reshape(-1, Q, Q)
+            ]
         )
+        products = product.reshape(-1, Q, Q)
+        turned = products.swapaxes(1, 2).reshape(len(products), -1)
+        block = block - product.reshape(len(products), -1) @ turned.T
         corner = -layout.pair_trace(B, B)
         whole = xp.concatenate(
             [

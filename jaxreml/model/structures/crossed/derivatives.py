@@ -20,8 +20,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxreml.backend.arrays import mapped, namespace, sums_by
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
@@ -32,6 +30,7 @@ from jaxreml.model.structures.crossed.elimination import (
     add_passed,
     per_coupling,
 )
+from jaxreml.model.structures.grouped import sum_pairs
 
 Array = Any  # NumPy's or JAX's
 
@@ -147,19 +146,74 @@ class Moved(NamedTuple):
 
 
 def moved(stages: tuple[Stage, ...], done: Eliminated) -> list[Moved]:
-    """Derivatives in all parameters of the chain in turn."""
+    """Derivatives in all parameters of the chain in turn.
+
+    What a stage passes on changes by G'W_x G with W_x = -U'E U, where E = e_a e_b' + e_b e_a': by
+    products of the rows a and b of U G.
+    """
     found = []
     for k, stage in enumerate(stages):
         here, U = done.couplings[k], done.solved[k]
-        for unit in natural.symmetric_basis(stage.sizes).astype(U.dtype):
-            turned = linalg.matmul(unit[:, :, None], U)
-            weights = -linalg.matmul(linalg.transpose(U), turned)
-            state = list(mapped(_zeros, done.couplings))
-            A = add_passed(stages, k, weights, here.chain, here.tail, state, _zeros(done.A))
+        rows = [_row(stage, here, U[a]) for a in range(len(U))]
+        for a, b in zip(*natural.effects_of_omega(stage.sizes), strict=True):
+            later = mapped(_zeros, done.couplings[k + 1 :])
+            state = [*done.couplings[: k + 1], *later]
+            half = 0.5 if a == b else 1.0
+            A = _add_pair(stages, k, rows[a], rows[b], half, state, _zeros(done.A))
             for j in range(k + 1, len(stages)):
                 A = _add_moved(stages, j, done, state, A)
             found.append(Moved(k, state, A))
     return found
+
+
+class _Row(NamedTuple):
+    """A row u'G of couplings of a stage's levels, for u (q, J).
+
+    Attributes:
+        weights: u.
+        chain: per later stage (q_i, J).
+        tail: (k,).
+    """
+
+    weights: Array
+    chain: tuple[Array, ...]
+    tail: Array
+
+
+def _row(stage: Stage, here: Couplings, weights: Array) -> _Row:
+    chain = tuple((weights[:, None] * across).sum(axis=0) for across in here.chain)
+    return _Row(weights, chain, (weights[:, stage.level] * here.tail).sum(axis=0))
+
+
+def _add_pair(
+    stages: tuple[Stage, ...],
+    k: int,
+    first: _Row,
+    second: _Row,
+    half: float,
+    state: list[Couplings],
+    A: Array,
+) -> Array:
+    """Take away half (g'h + h'g) of two rows of stage k, as `add_passed` adds."""
+    stage = stages[k]
+
+    def outer(left: Array, right: Array, other: Array, another: Array) -> Array:
+        return -half * (left[:, None] * another[None] + right[:, None] * other[None])
+
+    for i, up in enumerate(stage.up):
+        later, g, h = k + 1 + i, first.chain[i], second.chain[i]
+        old, count = state[later], stages[later].n_levels
+        of_tail = g[:, stage.level] * second.tail + h[:, stage.level] * first.tail
+        further = zip(old.chain, first.chain[i + 1 :], second.chain[i + 1 :], strict=True)
+        state[later] = Couplings(
+            old.matrix + sums_by(outer(g, h, g, h), up, count),
+            tuple(kept + sums_by(outer(g, h, a, b), up, count) for kept, a, b in further),
+            old.tail + sums_by(-half * of_tail, stage.tail_up[i], old.tail.shape[1]),
+        )
+    if not len(A):
+        return A
+    pair = first.weights, second.weights
+    return A - half * stage.assemble_pair(pair, (first.tail, second.tail), len(A))
 
 
 def _add_moved(
@@ -203,7 +257,7 @@ def second(
         basis = natural.symmetric_basis(stage.sizes).astype(inner.dtype)
         m, q = basis.shape[:2]
         flat = basis.reshape(m, q * q)
-        own = pair_trace(basis, inner, 2 * around - inner)
+        own = pair_trace(stage.sizes, inner, 2 * around - inner)
         before = [one.state[k] for one in moves if one.stage < k]
         if before:
             mixed, early = _of_earlier(stage, k, done, R, later[k:], before)
@@ -258,9 +312,7 @@ def trace(stage: Stage, block: Array) -> Array:
     return basis.reshape(len(basis), -1) @ block.sum(axis=2).reshape(-1)
 
 
-def pair_trace(basis: np.ndarray, left: Array, right: Array) -> Array:
+def pair_trace(sizes: natural.Sizes, left: Array, right: Array) -> Array:
     """Sums over levels of tr(E_i left E_j right), (m, m), for symmetric (q, q, J)."""
-    q = len(left)
-    products = left.reshape(q * q, -1) @ right.reshape(q * q, -1).T
-    products = products.reshape(q, q, q, q)
-    return namespace(left).einsum("iab,jcd,bcda->ij", basis, basis, products, optimize=True)
+    lower = natural.triangle(len(left))
+    return sum_pairs(left[lower] @ right[lower].T, sizes)

@@ -84,6 +84,28 @@ class Weighted:
             result = result + self.rows.reshape(-1, total).T @ scaled.reshape(-1, total)
         return result
 
+    def assemble_pair(self, u: Array, v: Array) -> Array:
+        """The same for W_j = u_j v_j' + v_j u_j', of (q, J) each."""
+        q, _, total = self.rows.shape
+        xp = namespace(u, v)
+        result = xp.zeros((total, total), u.dtype)
+        if self.cells.size:
+            rows, columns = natural.triangle(q)
+            left, right = u[:, self.leaders], v[:, self.leaders]
+            shared = left[rows] * right[columns] + right[rows] * left[columns]
+            if on_host(shared):
+                lower = self._matrix @ shared.reshape(-1)
+            else:
+                pairs = zip(shared, self.values, strict=True)
+                parts = sum(weight[self.classes] * own for weight, own in pairs)
+                lower = sums_by(parts, self.cells, total * total)
+            result = linalg.mirrored(lower.reshape(total, total))
+        if self.full.size:
+            left, right = (xp.einsum("ah,aht->ht", own[:, self.full], self.rows) for own in (u, v))
+            product = left.T @ right
+            result = result + product + product.T
+        return result
+
     def around(self, R: Array, n_levels: int) -> Array:
         """S_j R S_j', (q, q, J), for symmetric R (Q, Q); the sum over levels of one class at one of
         them."""
@@ -190,6 +212,24 @@ class Stage:
         if self.pairs is None:
             return self._dense(weighted, total).T @ self._dense(tail, total)
         return self.pairs.assemble(weighted, tail)
+
+    def assemble_pair(
+        self, weights: tuple[Array, Array], rows: tuple[Array, Array], total: int
+    ) -> Array:
+        """As `assemble`, for W_j = u_j v_j' + v_j u_j'.
+
+        Args:
+            weights: u and v, (q, J) each.
+            rows: u_j'S_j and v_j'S_j of the couplings, (k,) each.
+            total: Q.
+        """
+        if isinstance(self.pairs, Weighted):
+            return self.pairs.assemble_pair(*weights)
+        xp = namespace(*rows)
+        left, right = xp.stack(rows), xp.stack(rows[::-1])
+        if self.pairs is None:
+            return self._dense(left, total).T @ self._dense(right, total)
+        return self.pairs.assemble(left, right)
 
     def pulled(self, tail: Array, R: Array) -> Array:
         """S_j R of couplings (r, k) of a later factor, where they are, for symmetric R (Q, Q)."""

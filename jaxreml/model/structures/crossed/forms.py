@@ -64,10 +64,10 @@ def curvature(structure: Any, projection: Any, vectors: Any, weights: Array) -> 
         vectors: d, per stage (q, k, J), and the tail's (Q, k).
         weights: (k,).
     """
-    moved, basis = _moved(structure, projection, vectors), _basis(structure, vectors[0])
+    moved = _moved(structure, projection, vectors)
     weighted = moved.first * weights[:, None]
     outer = (weighted[:, None] * moved.first[None]).sum(axis=2)
-    local = derivatives.pair_trace(basis, moved.inner, outer)
+    local = derivatives.pair_trace(structure.stages[0].sizes, moved.inner, outer)
     k = weights.size
 
     def total(lefts: list[Array], rights: list[Array]) -> Array:
@@ -80,13 +80,21 @@ def curvature(structure: Any, projection: Any, vectors: Any, weights: Array) -> 
 
 def spread(structure: Any, projection: Any, vectors: Any) -> Array:
     """d_u'E_i B E_j d_v, (m, k, m, k), in the order of the stages; as `curvature`."""
-    moved, basis = _moved(structure, projection, vectors), _basis(structure, vectors[0])
+    moved = _moved(structure, projection, vectors)
+    (a, b), half = _pairs(structure)
     q, k, _ = moved.first.shape
-    m, xp = len(basis), namespace(moved.first)
+    m, xp = len(half), namespace(moved.first)
     flat = moved.first.reshape(q * k, -1)
     products = xp.stack([xp.stack([(flat * own) @ flat.T for own in row]) for row in moved.inner])
     products = products.reshape(q, q, q, k, q, k)
-    local = xp.einsum("iab,jcd,bcaudv->iujv", basis, basis, products, optimize=True)
+    # E_i = e_a e_b' + e_b e_a', and E_j likewise
+    local: Any = sum(
+        products[second[:, None], third, first[:, None], :, fourth]
+        for first, second in ((a, b), (b, a))
+        for third, fourth in ((a, b), (b, a))
+    )
+    local = (half[:, None] * half)[:, :, None, None] * local  # (m, m, k, k)
+    local = local.swapaxes(1, 2)
 
     def total(lefts: list[Array], rights: list[Array]) -> Array:
         return sum(_inner(left, right) for left, right in zip(lefts, rights, strict=True))
@@ -108,8 +116,11 @@ def _joined(local: Array, total: Any, moved: Moved) -> Array:
     return xp.concatenate([top, rows])
 
 
-def _basis(structure: Any, like: Array) -> Array:
-    return natural.symmetric_basis(structure.stages[0].sizes).astype(like.dtype)
+def _pairs(structure: Any) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Which effects a and b of the first factor each of its parameters is of, and 1/2 where they
+    are the same: E = half (e_a e_b' + e_b e_a')."""
+    pairs = natural.effects_of_omega(structure.stages[0].sizes)
+    return pairs, np.where(pairs[0] == pairs[1], 0.5, 1.0)
 
 
 def _moved(structure: Any, projection: Any, vectors: Any) -> Moved:
@@ -151,24 +162,30 @@ def _moved(structure: Any, projection: Any, vectors: Any) -> Moved:
 def _of_first(structure: Any, done: Eliminated, vector: Array) -> list[Array]:
     """`Moved.own`."""
     first, xp = structure.stages[0], namespace(vector)
-    U, here, basis = done.solved[0], done.couplings[0], _basis(structure, vector)
+    U, here = done.solved[0], done.couplings[0]
+    (a, b), half = _pairs(structure)
     q, k, _ = vector.shape
+
+    def moved(sums: Array) -> Array:
+        """(U G)'E d of the sums over products (q, s, q, k, L), (s, m k, L)."""
+        found = sums[a, :, b] + sums[b, :, a]
+        found = found * half.reshape(-1, *[1] * (found.ndim - 1))
+        return found.swapaxes(0, 1).reshape(found.shape[1], -1, found.shape[3])
+
     flat = vector.reshape(q * k, -1)
     found = []
     for across, up, stage in zip(here.chain, first.up, structure.stages[1:], strict=True):
         gain = linalg.matmul(U, across)  # (q, s, J)
         sums = [[_summed(own, flat, up, stage.n_levels) for own in row] for row in gain]
         sums = xp.stack([xp.stack(row) for row in sums]).reshape(*gain.shape[:2], q, k, -1)
-        moved = xp.einsum("jab,asbuL->sjuL", basis, sums, optimize=True)
-        found.append(moved.reshape(len(moved), -1, stage.n_levels))
+        found.append(moved(sums))
     total = structure.layout.total
     if not total:
-        return [*found, xp.zeros((0, len(basis) * k), vector.dtype)]
+        return [*found, xp.zeros((0, len(half) * k), vector.dtype)]
     gain = per_coupling(U, here.tail, first.level)
     sums = [first.to_tail(row[None], flat[None], total) for row in gain]
-    sums = xp.stack(sums).reshape(q, total, q, k)
-    moved = xp.einsum("jab,atbu->tju", basis, sums, optimize=True)
-    return [*found, moved.reshape(total, -1)]
+    sums = xp.stack(sums).reshape(q, total, q, k, 1)
+    return [*found, moved(sums)[:, :, 0]]
 
 
 def _summed(weights: Array, columns: Array, up: Array, count: int) -> Array:

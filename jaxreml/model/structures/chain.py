@@ -1,0 +1,247 @@
+r"""Subjects whose residuals depend on the one before alone: V0^-1 has neighbours only.
+
+With r the correlation of a row with the one before it in time, and w = 1 / (1 - r^2), w = 1 and
+r = 0 for the first row of a subject,
+
+    log|V0| = -sum log w,    x'V0^-1 y = sum w (x_i - r x_{i-1})(y_i - r y_{i-1}),
+
+so that everything is a sum over the rows with three weights, w, w r and w r^2, functions of the
+coordinate with two derivatives. Any number of rows, of one subject or of many: n (p + 1)^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from jaxreml.backend.lazy import record
+from jaxreml.model.covariance import jets
+from jaxreml.model.covariance.timed import Timed
+from jaxreml.model.structures.base import Marginal, OfColumns, Projection
+
+Array = np.ndarray
+FEW_GAPS = 64  # distances between neighbours up to which their cross-products are summed once
+
+
+class Cross(NamedTuple):
+    """Derivatives of the gram matrix, (k, k) each, and D, (n, k)."""
+
+    slope: Array
+    bend: Array
+    weighted: Array
+
+
+class Inner(NamedTuple):
+    """Derivatives of log|V0|, and what V0^-1 and its derivative are made of: its diagonal and what
+    is beside it, (n,)."""
+
+    slope: float
+    bend: float
+    bands: Array
+    bands_slope: Array
+
+
+@record
+@dataclass(frozen=True)
+class Chain(OfColumns):
+    """See above; on the host.
+
+    Attributes:
+        scores: (n, p + 1), [X y], by subjects and times.
+        times: (n,).
+        first: (n,) booleans, the first row of a subject.
+        order: (n,), the row of the data that each is.
+        remainder: (p + 1, p + 1), zeros.
+        sizes: (1,), static.
+        law: of the distances, static.
+        linear: whether second derivatives leave out those of V; static.
+    """
+
+    scores: Array
+    times: Array
+    first: Array
+    order: Array
+    remainder: Array
+    sizes: tuple[int, ...] = field(metadata={"static": True})
+    law: Timed = field(metadata={"static": True})
+    linear: bool = field(default=False, metadata={"static": True})
+
+    costly = False
+    written_out = True
+
+    @property
+    def columns(self) -> Array:
+        return self.scores
+
+    def with_columns(self, columns: Array, remainder: Array) -> Chain:
+        return replace(self, scores=columns, remainder=remainder)
+
+    @property
+    def first_order(self) -> Chain:
+        """As if V were linear in omega: for Kenward and Roger's information."""
+        return replace(self, linear=True)
+
+    @cached_property
+    def gaps(self) -> Array:
+        """(n,), times less those before; infinity for the first of a subject."""
+        return np.where(self.first, np.inf, np.diff(self.times, prepend=-np.inf))
+
+    @cached_property
+    def _classes(self) -> tuple[Array, Array, Array]:
+        """Distances that occur but for infinity, which rows have each (infinity: the last), and how
+        many."""
+        gaps, places = np.unique(self.gaps, return_inverse=True)
+        kept = gaps[np.isfinite(gaps)]
+        return kept, places, np.bincount(places, minlength=len(kept) + 1)
+
+    @cached_property
+    def _products(self) -> Array | None:
+        """Per distance sums of x x', x x_' + x_ x' and x_ x_', (g, 3, k, k), where it has few."""
+        gaps, places, _ = self._classes
+        if len(gaps) > FEW_GAPS:
+            return None
+        found = []
+        for g in range(len(gaps)):
+            rows = np.flatnonzero(places == g)
+            found.append(_three(self.scores[rows], self.scores[rows - 1], np.ones((3, len(rows)))))
+        k = self.scores.shape[1]
+        return np.array(found).reshape(len(found), 3, k, k)
+
+    @cached_property
+    def _of_first(self) -> Array:
+        rows = self.scores[self.first]
+        return rows.T @ rows
+
+    def _weights(self, z: float) -> tuple[Any, Any, Any]:
+        """Jets of r, 1 - r^2 and [w, -w r, w r^2] at the distances that occur."""
+        gaps = self._classes[0]
+        one = np.ones(gaps.shape)
+        r = self.law.correlation.of_distance(
+            jets.Jet(z * one, one[None], np.zeros((1, 1, *one.shape))), gaps
+        )
+        left = 1.0 - r * r
+        w = left**-1.0
+        return r, left, jets.stack([w, -w * r, w * r * r])
+
+    def _gram(self, weights: Array) -> Array:
+        """Of (3, g) weights."""
+        if self._products is not None:
+            return np.tensordot(weights.T, self._products, axes=2)
+        _, places, _ = self._classes
+        rows = np.flatnonzero(~self.first)
+        return _three(self.scores[rows], self.scores[rows - 1], weights[:, places[rows]]).sum(
+            axis=0
+        )
+
+    def marginal(self, omega: Array) -> Marginal:
+        _, left, weights = self._weights(omega[0])
+        counts = self._classes[2][: len(left.value)]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logdet = np.float64(counts @ np.log(left.value))
+        return Marginal(logdet, self.remainder + self._of_first + self._gram(weights.value))
+
+    def project(self, omega: Array) -> Projection:
+        logdet, gram = self.marginal(omega)
+        r, left, weights = self._weights(omega[0])
+        counts = self._classes[2][: len(left.value)]
+        along = left.first[0] / left.value
+        w = weights.value[0]
+        if self.linear:
+            # tr(V^-1 V_z V^-1 V_z) by the innovations' scales and weights
+            squares = (w * r.first[0]) ** 2
+            bend = -float(counts @ (4 * r.value**2 * squares + 2 * squares / w))
+        else:
+            bend = float(counts @ (left.second[0, 0] / left.value - along**2))
+        cross = Cross(
+            self._gram(weights.first[0]),
+            self._gram(weights.second[0, 0]),
+            self._times(bands := self._bands(weights.value, 1.0), self.scores),
+        )
+        inner = Inner(float(counts @ along), bend, bands, self._bands(weights.first[0], 0.0))
+        return Projection(logdet, gram, inner, cross)
+
+    def _bands(self, weights: Array, alone: float) -> Array:
+        """Diagonal and lower diagonal of a matrix like V0^-1, (2, n), of (3, g) weights; `alone` is
+        that of the first row of a subject."""
+        padded = np.concatenate([weights, [[alone], [0.0], [0.0]]], axis=1)
+        own, beside, before = padded[:, self._classes[1]]
+        diagonal = own + np.append(before[1:], 0.0)
+        return np.stack([diagonal, np.append(beside[1:], 0.0)])
+
+    def _times(self, bands: Array, columns: Array) -> Array:
+        """The matrix of `_bands` times (n, k)."""
+        found = bands[0][:, None] * columns
+        lower = bands[1][:-1, None]
+        found[1:] += lower * columns[:-1]
+        found[:-1] += lower * columns[1:]
+        return found
+
+    def slope(self, projection: Projection) -> Array:
+        return np.array([projection.inner.slope])
+
+    def form(self, cross: Cross, matrix: Array) -> Array:
+        return -(matrix.T @ cross.slope @ matrix)[None]
+
+    def combine(self, cross: Cross, matrix: Array) -> Cross:
+        across = matrix.T
+        slope, bend, weighted = cross
+        return Cross(across @ slope @ matrix, across @ bend @ matrix, weighted @ matrix)
+
+    def spread(self, projection: Projection, matrix: Array) -> Array:
+        """D'V_z V^-1 V_z D = (Q_z x)' V (Q_z x) for Q = V^-1: by a banded solution."""
+        inner = projection.inner
+        moved = self._times(inner.bands_slope, self.scores @ matrix)
+        solved = scipy.linalg.solveh_banded(inner.bands, moved, lower=True)
+        return (moved.T @ solved)[None, :, None]
+
+    def curvature(self, projection: Projection, matrix: Array, weights: Array) -> Array:
+        inner = projection.inner
+        if self.linear:
+            spread = self.spread(projection, matrix)[0, :, 0]
+            return np.array([[inner.bend + 2 * np.diagonal(spread) @ weights]])
+        bend = np.einsum("ak,ab,bk,k->", matrix, projection.cross.bend, matrix, weights)
+        return np.array([[inner.bend + bend]])
+
+    def start(self) -> Array:
+        gaps = self.gaps[np.isfinite(self.gaps)]
+        return best_coordinate(self, np.zeros(0), gaps)
+
+    def modes(self, omega: Array, cross: Cross) -> tuple[Array, ...]:
+        """V0^-1 of what is explained, of each row, (n, 1)."""
+        rows = np.empty((len(self.order), 1))
+        rows[self.order] = cross.weighted
+        return (rows,)
+
+    def posterior_by_omega(self, inner: Inner, omega: Array) -> None:
+        """There are no random effects."""
+
+
+def _three(rows: Array, before: Array, weights: Array) -> Array:
+    """Weighted sums of x x', x x_' + x_ x' and x_ x_', (3, k, k)."""
+    own, beside, other = weights[:, :, None]
+    mixed = rows.T @ (beside * before)
+    return np.stack([rows.T @ (own * rows), mixed + mixed.T, before.T @ (other * before)])
+
+
+def best_coordinate(structure: Any, others: Array, gaps: Array) -> Array:
+    """omega with the coordinate whose criterion, -2 log likelihood with sigma2 profiled out, is
+    lowest of some: correlations between neighbours from 0.1 to 0.95."""
+    usual = float(np.median(gaps)) if gaps.size else 1.0
+    values = []
+    for common in (0.1, 0.4, 0.7, 0.9, 0.95):
+        z = structure.law.correlation.with_correlation(common, usual)
+        omega = np.append(others, z)
+        logdet, gram = structure.marginal(omega)
+        try:
+            rss = np.linalg.cholesky(gram)[-1, -1] ** 2
+        except np.linalg.LinAlgError:
+            continue
+        value = logdet + len(structure.scores) * np.log(rss)
+        if np.isfinite(value):
+            values.append((value, z))
+    z = min(values)[1] if values else structure.law.correlation.start(np.array(0.0))[0]
+    return np.append(others, z)
