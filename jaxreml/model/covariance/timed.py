@@ -31,6 +31,7 @@ class Timed(Block):
 
     written_out = True
     residual = True
+    of_matrix = False
     variances = (0,)
     homogeneous = True
 
