@@ -111,7 +111,8 @@ def fit(
     )
     options = method, structure, context, max_iterations, LMMResults, engine
     if not isinstance(residual, (list, tuple)):
-        return fit_frame(made(residual=residual), *options)
+        alone: Any = residual  # another type is refused by name
+        return fit_frame(made(residual=alone), *options)
     texts = list(dict.fromkeys(residual))
     if not texts:
         raise ValueError("residual=[] has nothing to try; None is for independent residuals")
