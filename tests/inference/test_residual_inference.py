@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize
 from scipy.stats import chi2
@@ -15,6 +16,7 @@ from jaxreml import DataError
 from jaxreml.inference.parameters.variances import Places
 from jaxreml.inference.resampling.extension import extend
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution
+from jaxreml.inference.resampling.own_times import OwnTimes
 from jaxreml.inference.resampling.simulation import of_fit
 from jaxreml.inference.resampling.statistics import default, fits_of
 from jaxreml.many.one_by_one import refitter
@@ -380,3 +382,31 @@ def test_power_of_a_longer_trial():
     assert levels.residual is not None
     pairs = np.stack([levels.residual.codes, levels.residual.places])
     assert np.unique(pairs, axis=1).shape == pairs.shape
+
+
+@pytest.mark.parametrize("family", ["sp_exp", "sp_gau"])
+def test_times_of_each_subject(family):
+    """More than 60, so that there is no matrix of all of them."""
+    rng = np.random.default_rng(2)
+    data = pd.DataFrame({"subject": np.repeat(np.arange(12), 6), "time": rng.uniform(0, 9, 72)})
+    data["y"] = rng.normal(size=72) + rng.normal(size=12)[data["subject"]] * 0.5
+    fit = jaxreml.fit("y ~ time", data, "ML", residual=f"{family}(time | subject)")
+    people, own = of_fit(fit), fit.frame.residual
+    assert isinstance(people.residual, OwnTimes) and own is not None
+    root = people.residual.correlated(np.eye(72), own)
+    assert fit.residual is not None
+    every = fit.residual.relative(people.residual.factor, own.places, own.places)
+    expected = np.where(own.codes[:, None] == own.codes, every, 0.0)
+    np.testing.assert_allclose(root.T @ root, expected, atol=1e-9)
+
+    variance = fit.residual_sds**2
+    np.testing.assert_allclose(variance, fit.sigma**2)
+    explained = np.var(fit.frame.X @ fit.beta, ddof=1)
+    assert fit.r2()["estimate"].iloc[0] == pytest.approx(explained / (explained + fit.sigma**2))
+    limit = fit.profile("time").conf_int()["lower"].iloc[0]
+    held = jaxreml.fit("y ~ 1", data, "ML", offset=limit * data["time"], residual=fit.residual.text)
+    assert held.criterion - fit.criterion == pytest.approx(chi2.ppf(0.95, 1), abs=1e-6)
+    drawn = fit.bootstrap(1, seed=3)
+    y = fit.simulate(1, seed=3)["sim_1"]
+    one = jaxreml.fit("y ~ time", data.assign(y=y), "ML", residual=fit.residual.text)
+    np.testing.assert_allclose(drawn.draws.iloc[0, :3], [*one.params, one.sigma], rtol=1e-5)

@@ -97,6 +97,9 @@ class Block(ABC):
     # be semidefinite, and `factor` and `chart` are of I + Omega.
     residual = False
 
+    # Whether omega are covariances of the effects: not where it is a coordinate (`timed`).
+    of_matrix = True
+
     @property
     @abstractmethod
     def length(self) -> int:
