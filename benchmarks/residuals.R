@@ -12,7 +12,14 @@ timed <- function(f) {
   list(seconds = seconds, criterion = -2 * as.numeric(logLik(fit)))
 }
 out <- list()
-if (task$model == "us") {
+if (nzchar(task$beside)) {
+  if ("lme" %in% task$peers)
+    out$lme <- timed(function() lme(fixed, data, random = ~ 1 | site, correlation = corSymm(form = ~ v | site/subject),
+                                    weights = varIdent(form = ~ 1 | visit), control = lmeControl(msMaxIter = 500, maxIter = 500)))
+  if ("glmmTMB" %in% task$peers)
+    out$glmmTMB <- timed(function() glmmTMB(as.formula(paste0(task$formula, task$beside, " + ", task$model, "(0 + visit | subject)")),
+                                            data, dispformula = ~ 0, REML = TRUE))
+} else if (task$model == "us") {
   if ("gls" %in% task$peers)
     out$gls <- timed(function() gls(fixed, data, correlation = corSymm(form = ~ v | subject),
                                     weights = varIdent(form = ~ 1 | visit), control = glsControl(msMaxIter = 500, maxIter = 200)))

@@ -111,7 +111,7 @@ def fit(
         kernels=kernels,
     )
     options = method, structure, context, max_iterations, LMMResults, engine
-    if not isinstance(residual, (list, tuple)):
+    if residual is None or isinstance(residual, str):
         return fit_frame(made(residual=residual), *options)
     texts = list(dict.fromkeys(residual))
     if not texts:

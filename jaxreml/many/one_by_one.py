@@ -53,8 +53,8 @@ def refitter(
             drawn from.
     """
     blocks = tuple(term.block(len(term.effect_names)) for term in frame.terms)
-    own = frame.residual
-    in_batches = own is None or own.term.covariance(own.term.effects.shape[1]).of_matrix
+    term: Any = None if frame.residual is None else frame.residual.term
+    in_batches = term is None or term.covariance(term.effects.shape[1]).of_matrix
     if in_batches and blocks == unstructured(tuple(block.size for block in blocks)).blocks:
         fitter = BatchFitter(frame, method, count=count)
         if frame.residual is None or not isinstance(fitter.engine, SinglesEngine):

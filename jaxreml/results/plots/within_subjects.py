@@ -182,7 +182,7 @@ def semivariogram_data(fit: FittedModel) -> pd.DataFrame:
         pairs["bin"] = np.clip(np.searchsorted(edges, distance, "right"), 1, len(edges) - 1)
     else:
         pairs["bin"] = distance
-    found = pairs.groupby(["arm", "bin"]).mean()
+    found: pd.DataFrame = pairs.groupby(["arm", "bin"]).mean()  # pyright: ignore
     found.insert(1, "pairs", pairs.groupby(["arm", "bin"]).size())
     found = found.reset_index().drop(columns="bin")
     arms = own.arms or ("",)
@@ -276,7 +276,7 @@ def semivariogram(fit: FittedModel, *, ax: Any = None) -> Any:
         axis.set(xlabel="distance in " + own.words.visit if in_time else "visits apart")
         axis.set_ylim(0, top)
         axis.set_xlim(0, 1.06 * frame["distance"].max())
-        distances = part["distance"].to_numpy()
+        distances = np.asarray(part["distance"])
         if len(distances) <= 10 and np.allclose(distances, distances.round()):
             axis.set_xticks(distances)
         elif not in_time:
