@@ -187,7 +187,10 @@ def correlation(i: int, j: int) -> Callable[[np.ndarray], float]:
             *("toeph", "", "ML", "cor_12.8|Residual", correlation(2, 0)), marks=pytest.mark.long
         ),
         ("sp_exp", "", "REML", "range|Residual", lambda m: -2 / np.log(correlation(1, 0)(m))),
-        ("ar1h", " + (1 | Subject)", "ML", "sd_12|Residual", lambda m: float(m[2, 2] ** 0.5)),
+        pytest.param(
+            *("ar1h", " + (1 | Subject)", "ML", "sd_12|Residual", lambda m: float(m[2, 2] ** 0.5)),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_profiles_are_the_lowest_criterion_with_a_number_held(
@@ -249,6 +252,10 @@ def test_points_and_regions_of_a_profile():
         matrix = matrix_of_visits("ar1h", np.append(np.full(4, row["sigma"]), row[names[1]]))
         rise = dense_criterion(fit, matrix, 0.0) - fit.criterion
         assert rise == pytest.approx(row["deviance"], abs=1e-5)
+
+
+@pytest.mark.long
+def test_region_of_two_numbers_that_are_solved_for():
     wide = fitted(f"csh{ON}", method="ML").profile(["cor_10.8|Residual", "sd_10|Residual"])
     edge = wide.contour("cor_10.8|Residual", "sd_10|Residual", [0.5], points=4)
     np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.5, 2), atol=1e-5)
