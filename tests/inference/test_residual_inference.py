@@ -246,7 +246,7 @@ def test_points_and_regions_of_a_profile():
         np.testing.assert_allclose(own["value"], own[name], rtol=1e-9)
         np.testing.assert_allclose(own["criterion"] - fit.criterion, zeta**2, atol=1e-8)
         assert (np.diff(zeta) > 0).all() and abs(zeta[0]) > 2.5
-    edge = profile.contour(*names, [0.8], points=4)
+    edge = profile.contour(names[0], names[1], [0.8], points=4)
     np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.8, 2), atol=1e-5)
     for _, row in edge.iloc[:3].iterrows():
         matrix = matrix_of_visits("ar1h", np.append(np.full(4, row["sigma"]), row[names[1]]))
