@@ -232,10 +232,9 @@ def posterior(
             runs.append(jax.device_get(chain(own, jnp.asarray(away))))
     parameters, divergent, gradients = (np.stack(parts) for parts in zip(*runs, strict=True))
     beta, effects, theta, sigma = _effects(fit, parameters, rng, random_effects)
-    of_beta, of_theta, of_parameters = (
-        np.moveaxis(own, -1, 0) for own in (beta, theta, parameters)
-    )
     statistics = default(fit)
+    last_first = (np.moveaxis(own, -1, 0) for own in (beta, theta, parameters))
+    of_beta, of_theta, of_parameters = last_first
     values = statistics.values(of_beta, of_theta, sigma, of_parameters)
     named = dict(zip(statistics.names, values, strict=True))
     return Posterior(fit, parameters, named, effects, divergent, gradients, seed)
