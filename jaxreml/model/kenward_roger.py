@@ -153,6 +153,7 @@ def adjust(
         finite = design.covariance.finite(parameters)
         bend = design.covariance.bend(finite, spread, counts)
         if bend is not None:  # R is minus the combination of P_i
+            bend = _inside(bend[:, None], design)[:, 0]
             inner = inner + xp.einsum("i...,iuv...->uv...", bend, own_first) / 4
     root = linalg.solve_upper(design.basis, to_unit)
     vcov = identity + 2 * inner
@@ -184,11 +185,22 @@ def _directions(parameters: Array, omega: Array, design: Design) -> tuple[Array,
         own = xp.eye(len(omega), dtype=omega.dtype).reshape(
             len(omega), len(omega), *[1] * len(lanes)
         )
+    else:
+        own = _inside(own, design)
     own = xp.broadcast_to(own, (*own.shape[:2], *lanes))
     row = np.append(np.zeros(own.shape[1]), 1.0).reshape(1, -1, *[1] * len(lanes))
     row = xp.broadcast_to(xp.asarray(row, omega.dtype), (*row.shape[:2], *lanes))
     of_scale = design.covariance.of_scale(parameters, omega)
     return xp.concatenate([xp.concatenate([own, of_scale[:, None]], axis=1), row]), counts
+
+
+def _inside(tangents: Array, design: Design) -> Array:
+    """Relative covariances (m, d, ...) in the user's units in those of the design: terms whose
+    covariance has no member for other units have the same."""
+    blocks = design.covariance.blocks
+    if not any(block.any_scale for block in blocks):
+        return tangents
+    return linalg.matmul(design.units.of_omega(design.covariance), tangents)
 
 
 def single_degrees(adjustment: Adjustment, rows: Array) -> Array:
