@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Block, Report
 from jaxreml.model.covariance.natural import INDEX, places, triangle
@@ -167,6 +167,17 @@ class FactorAnalytic(Block):
         scale = namespace(parameters).exp(-log_sigma2)
         bend = self.curvature(chart, gradient)[own][:, own]
         return scale * self.jacobian(chart)[:, own], scale * bend
+
+    def bend(self, parameters: Array, log_sigma2: Array, spread: Array) -> Array | None:
+        """Covariances are sums of products of two loadings on a factor."""
+        if not on_host(parameters):
+            return super().bend(parameters, log_sigma2, spread)
+        rows, columns = np.divmod(self.inside, self.rank)
+        whole = np.zeros((self.size, self.size, *parameters.shape[1:]))
+        first, second = np.nonzero(columns[:, None] == columns)
+        np.add.at(whole, (rows[first], rows[second]), spread[first, second])
+        whole = whole + np.swapaxes(whole, 0, 1)
+        return np.exp(-log_sigma2) * whole[triangle(self.size)]
 
     def directions(self, parameters: Array, log_sigma2: Array) -> Array:
         xp = namespace(parameters)
