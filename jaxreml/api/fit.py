@@ -47,7 +47,8 @@ def fit(
         offset: column name or (n,) values, a known part of the mean.
         structure: how to factorise the covariance, "grouped", "crossed" or "dense"; chosen if
             left out.
-        context: names the formula may use besides columns, functions for example.
+        context: names the formula may use besides columns: functions, and covariances of your own
+            (`jaxreml.covariance.custom`), for `residual` too.
         max_iterations: evaluations of the criterion with its derivatives.
         engine: "numpy" (nothing is compiled) or "jax"; NumPy if left out.
         residual: a covariance of the residuals within subjects, as ``"us(visit | subject)"``:
