@@ -27,7 +27,8 @@ if (nzchar(task$beside)) {
     out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + us(0 + visit | subject)), data,
                                             dispformula = ~ 0, REML = TRUE))
 } else if (task$model %in% c("corExp", "corGaus", "corAR1")) {
-  of <- get(task$model)(form = ~ v | subject)
+  # lme stops far above the optimum unless it is told where to start
+  of <- if (task$random) corExp(5, form = ~ v | subject) else get(task$model)(form = ~ v | subject)
   if (task$random) out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = of))
   else out$gls <- timed(function() gls(fixed, data, correlation = of))
 } else {
