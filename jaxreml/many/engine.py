@@ -140,11 +140,11 @@ class BatchFitter:
             for term, names, q in zip(frame.terms, placeholders(sizes), sizes, strict=True)
         ]
         if frame.residual is not None:
-            term = frame.residual.term
-            q = term.effects.shape[1]
-            names = placeholders((*sizes, q))[-1]
+            last = frame.residual.term
+            q, block = last.effects.shape[1], frame.residual.block
+            named = placeholders((*sizes, q))[-1]
             levels = len(frame.residual.subjects)
-            terms.append(Effects(term.group, term.effects, levels, *names, term.covariance(q)))
+            terms.append(Effects(last.group, last.effects, levels, *named, block))
         if kept is not None:
             _check_rows(kept, terms)
         return Basis.of(
@@ -324,7 +324,10 @@ def _one_by_one(
 
 def _kind(basis: Basis, engine: str) -> Any:
     if engine == "numpy":
-        plain = all(block.any_basis for block in basis.covariance.blocks)
+        plain = all(
+            block.any_basis or (block.residual and block.written_out)
+            for block in basis.covariance.blocks
+        )
         return HostEngine if plain and Lanes.in_step(basis) else SinglesEngine
     if basis.kind == "crossed":
         from jaxreml.many.crossed import CrossedEngine

@@ -91,7 +91,7 @@ class Table:
         blocks = [term.block(len(own)) for term, own in zip(frame.terms, names, strict=True)]
         if frame.residual is not None:
             term = frame.residual.term
-            blocks.append(term.covariance(term.effects.shape[1]))
+            blocks.append(frame.residual.block)
             names.append(term.effect_names or ())
             m += natural.count_theta((blocks[-1].size,))
         known = 1 + sum(

@@ -15,6 +15,7 @@ from independent import gradient, hessian
 import jaxreml
 from jaxreml.data.frame import model_frame
 from jaxreml.model.objective import expand, neg2_loglik
+from jaxreml.model.structures.crossed import planning
 
 HERE = Path(__file__).parents[1] / "reference" / "residuals"
 
@@ -194,6 +195,41 @@ def test_derivatives_anywhere(random, residual, method):
         ours = first.T @ around.joint_gradient
         np.testing.assert_allclose(ours, slope, rtol=1e-7, atol=1e-7, err_msg=structure)
         np.testing.assert_allclose(second @ way, bend, rtol=1e-5, atol=1e-4, err_msg=structure)
+
+
+@pytest.mark.parametrize("by_pairs", [True, False])
+def test_crossed_equals_dense_with_many_visits(by_pairs, monkeypatch):
+    if by_pairs:  # of couplings; designs as small as these use matrix products
+        monkeypatch.setattr(planning, "PAIR", 0)
+    data = small(5, subjects=6, visits=14)
+    frame = model_frame(
+        "y ~ x + (1 | item) + (1 | site)", data, weights="w", residual="ar1(time | subject)"
+    )
+    crossed, dense = (frame.design(structure) for structure in ("crossed", "dense"))
+    rng = np.random.default_rng(1)
+    at = 0.3 * rng.normal(size=len(crossed.parameter_names))
+    omega, _ = crossed.units.omega(at, crossed.covariance)
+    for exact in (True, False):
+        for structure in (crossed.structure, dense.structure):
+            monkeypatch.setattr(type(structure), "costly", not exact)
+        left, right = (expand(omega, design, reml=True, exact=exact) for design in (crossed, dense))
+        assert left.value == pytest.approx(right.value, rel=1e-12)
+        for name in ("gradient", "hessian"):
+            ours, theirs = getattr(left, name), getattr(right, name)
+            np.testing.assert_allclose(ours, theirs, atol=1e-10 * (1 + np.abs(theirs).max()))
+
+
+def test_many_responses():
+    data = small(3, subjects=20)
+    noise = np.random.default_rng(0).normal(size=(len(data), 2))
+    responses = pd.DataFrame(data["y"].to_numpy()[:, None] + noise, columns=["a", "b"])
+    found = jaxreml.fit_many(
+        "~ x + (1 | site)", data, responses, residual="ar1(time | subject)"
+    ).criterion
+    for name in responses:
+        own = data.assign(y=responses[name])
+        fit = jaxreml.fit("y ~ x + (1 | site)", own, residual="ar1(time | subject)")
+        assert found[name] == pytest.approx(fit.criterion, abs=1e-8)
 
 
 @pytest.mark.parametrize("structure", ["dense", "crossed"])

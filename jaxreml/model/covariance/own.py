@@ -53,6 +53,15 @@ class Own(Block):
     def log_variances(self) -> int:
         return self.function.variances
 
+    @property
+    def of_effects(self) -> np.ndarray:
+        """One for all where the function has one variance for them."""
+        return np.zeros(self.size, int) if self.function.homogeneous else np.arange(self.size)
+
+    def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
+        alike = self.function.homogeneous and len(effects) > 1
+        return (f"{effects[0]}..{effects[-1]}",) if alike else effects
+
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
         k, own = self.log_variances, self.function
         names = [f"log_variance[{group}, {label}]" for label in own.labels[:k]]
