@@ -336,6 +336,8 @@ def test_same_model_in_other_words():
         assert one.coefficients()["df"].iloc[1] == pytest.approx(
             other.coefficients()["df"].iloc[1], rel=1e-5
         )
+    tables = [own.coefficients("kenward-roger")[["std_error", "df"]] for own in (one, other)]
+    np.testing.assert_allclose(*tables, rtol=1e-6)  # of compound symmetry, which is linear
     # Units of a covariate are those of its variance.
     far = data.assign(x=data["x"] * 1e5)
     one, other = value("cs(x | g)"), jaxreml.fit("y ~ x + cs(x | g)", far)
