@@ -36,8 +36,10 @@ def fit(
 
     Args:
         formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
-            ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; ``offset(z)``;
-            fixed effects in formulaic's grammar.
+            ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; with a word
+            for their covariance as in glmmTMB and lme4 2.0, ``ar1(0 + f | g)``, ``cs``, ``toep``,
+            ``diag``, ``ou(time | g)``, ``rr(0 + f | g, d=2)`` and others; ``offset(z)``; fixed
+            effects in formulaic's grammar.
         data: dataframe (pandas, polars, pyarrow, anything narwhals reads) or dict of columns.
             Rows with a missing value in a column that the model uses are dropped and counted,
             before columns such as ``poly(x, 2)`` are computed (R computes these first).
