@@ -27,11 +27,12 @@ def run(command: list[str], environment: dict[str, str], folder: str) -> None:
     """What the kernel's command runs, in this process."""
     os.setsid()  # signals go to the kernel and the processes that its cells start
     os.environ.clear()
-    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
+    os.environ.update(environment)
     os.chdir(folder)
     # As the command has it: without the folder of this file.
     sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]
-    sys.argv = command
+    # It ends when its parent has ended.
+    sys.argv = [*command, f"--IPKernelApp.parent_handle={os.getppid()}"]
     from ipykernel import kernelapp
 
     kernelapp.launch_new_instance()

@@ -15,6 +15,7 @@ from jaxreml.api.blocks import Job, block_size, fit_in_memory, fit_to_file, prog
 from jaxreml.arguments import is_reml, refuse_arguments
 from jaxreml.data.companions import Companions, Measured, of_each
 from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
+from jaxreml.data.grouping import require_plain
 from jaxreml.data.hypotheses import hypotheses
 from jaxreml.data.pairs import Pairs, paired_frame
 from jaxreml.data.responses import Responses
@@ -254,6 +255,7 @@ def fit_many(
         )
     else:
         frame = paired_frame(formula, data, covariate, context=context, **shared)
+    require_plain(frame.terms, "fit many responses")
     rows = _contrast_rows(frame, contrasts or {})
 
     def beside(role: str, value: Any) -> Responses:

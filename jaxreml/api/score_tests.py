@@ -12,6 +12,7 @@ import pandas as pd
 from jaxreml.backend.threads import single_blas
 from jaxreml.data.companions import Companions
 from jaxreml.data.frame import covariate_frame
+from jaxreml.data.grouping import require_plain
 from jaxreml.data.pairs import Pairs, taken
 from jaxreml.data.responses import Responses
 from jaxreml.errors import DataError
@@ -76,6 +77,7 @@ def score_tests(
     from scipy.special import stdtr
 
     frame = covariate_frame(formula, data, weights=weights, context=context)
+    require_plain(frame.terms, "test many covariates")
     read = Responses(responses, data, frame.rows, id)
     source = Companions(read, frame.table)
     matrix = Responses(covariates, data, frame.rows, id, role="covariates")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
@@ -106,7 +106,8 @@ def grouping_terms(
         texts = [bar.effects] if bar.correlated else summands(bar.effects)
     except FormulaicError as error:
         raise FormulaError(f"{bar.effects!r}: {error}") from error
-    terms = []
+    terms: list[GroupingTerm] = []
+    encoding: Any  # that of places is like others
     what = f"the random effects on {bar.name}"
     encoding: Any
     for text in texts:
@@ -139,9 +140,15 @@ def _check_covariance(bar: RandomTerm, term: GroupingTerm) -> None:
             f"effects in an order; write {word}(0 + ...) for the levels of a factor"
         )
     try:
-        term.block(len(names))
+        block = term.block(len(names))
     except DataError as error:
         raise DataError(f"{text!r}: {error}") from None
+    count, levels = len(block.parameter_names("", names)), len(term.levels)
+    if word != "us" and (count > levels * len(names) or getattr(block, "rank", 0) > levels):
+        raise DataError(
+            f"{text!r} has {count} parameters of a covariance of {len(names)} effects, and "
+            f"{bar.name!r} has {levels} levels: these are too few to estimate them"
+        )
 
 
 def _grouping_factor(bar: RandomTerm, table: pd.DataFrame) -> tuple[np.ndarray, tuple[Any, ...]]:
@@ -174,6 +181,21 @@ def lme4_order(terms: list[GroupingTerm]) -> list[GroupingTerm]:
         return terms
     order = sorted(range(len(terms)), key=levels.__getitem__)
     return [terms[k] for k in reversed(order)]
+
+
+def require_plain(terms: Iterable[Any], purpose: str) -> None:
+    """Raise DataError for a term with a word for its covariance, named.
+
+    Args:
+        terms: random terms, of a model frame or of a fit.
+        purpose: what needs it, after "cannot".
+    """
+    for term in terms:
+        if term.covariance.word != "us":
+            raise DataError(
+                f"cannot {purpose}: the term {term.covariance.word}(... | {term.name}) has a "
+                "covariance by a word, and this is there for (x | g) and (x || g) so far"
+            )
 
 
 def check_terms(

@@ -71,20 +71,22 @@ class ResidualTerm:
     codes: np.ndarray
 
     @property
+    def block(self) -> Residual | Timed:
+        """The map from parameters to the covariance."""
+        return covariance(self.words, self.visits, self.arms)
+
+    @property
     def term(self) -> Term:
         """What stands for it in a design."""
         if is_series(self.words, self.visits):
             times = places_in_time(self.words.family, self.visits)[self.places, None]
-            law = covariance(self.words, self.visits, ())
-            return Term(self.codes, times, RESIDUAL, (self.words.visit,), lambda size: law)
+            label = (self.words.visit,)
+            return Term(self.codes, times, RESIDUAL, label, lambda size: self.block)
         labels = labels_of(self.visits, self.arms)
         effects = np.zeros((len(self.codes), len(labels)))
         effects[np.arange(len(effects)), self.places] = 1.0
 
-        def block(size: int) -> Residual | Timed:
-            return covariance(self.words, self.visits, self.arms)
-
-        return Term(self.codes, effects, RESIDUAL, labels, block)
+        return Term(self.codes, effects, RESIDUAL, labels, lambda size: self.block)
 
 
 def labels_of(visits: tuple[Any, ...], arms: tuple[Any, ...]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from jaxreml.fitting.random_terms import (
     variance_labels,
 )
 from jaxreml.fitting.residuals import ResidualCovariance
+from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Block, Covariance
 from jaxreml.model.covariance.words import ANY, TermCovariance
 from jaxreml.model.design import Design, with_spare_levels
@@ -266,29 +267,70 @@ class FittedModel:
             1   Subject         Days     35.07   5.92          3.56             0.42
             2  Residual     Residual    654.94  25.59          6.48             0.12
         """
-        positions = self.covariance.positions
-        variances = [np.diagonal(matrix) for matrix in self.cov_re_arrays]
-        labels, own = variance_labels(self.groups), [self.sigma**2]
-        if self.residual is not None and self.residual.block.log_variances:
-            # sigma2 is the first visit's, and the last of the parameters.
-            block = self.residual.block
-            k, count = len(labels) - 1, block.log_variances
-            positions = np.concatenate([positions[:k], positions[-1:], positions[k : k + count]])
-            names = block.variance_labels(self.residual.effects)
-            labels = labels[:-1] + [(RESIDUAL, name) for name in names]
-            own = np.exp(self.parameters[positions[k:]])
-        variance = np.concatenate([*variances, own])
-        group, term = zip(*labels, strict=True)
+        parts = [self._of_block(k) for k in range(len(self.groupings))]
+        if self.residual is None or not self.residual.block.log_variances:
+            last = [[(RESIDUAL, RESIDUAL)], [self.sigma**2], self.parameters[-1:]]
+            parts.append((*last, np.sqrt(np.diagonal(self.parameters_vcov_array))[-1:]))
+        else:
+            parts.append(self._of_visits())
+        labels, *columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+        variance, log, error = columns
         return pd.DataFrame(
             {
-                "group": group,
-                "term": term,
+                "group": labels[:, 0],
+                "term": labels[:, 1],
                 "variance": variance,
                 "sd": np.sqrt(variance),
-                "log_variance": self.parameters[positions],
-                "log_variance_se": np.sqrt(np.diagonal(self.parameters_vcov_array))[positions],
+                "log_variance": log,
+                "log_variance_se": error,
             }
         )
+
+    def _of_block(self, k: int) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray, np.ndarray]:
+        """Labels, variances, log-variances and their standard errors of a term."""
+        block, (group, effects) = self.covariance.blocks[k], self.groups[k]
+        labels, of = block.variance_labels(effects), list(block.of_effects)
+        first = [of.index(j) for j in range(len(labels))]
+        variance = np.diagonal(self.cov_re_arrays[k])[first]
+        start, count = self.covariance.starts[k], block.log_variances
+        own = slice(start, start + count)
+        logs, error = self.parameters[own], np.sqrt(np.diagonal(self.parameters_vcov_array))[own]
+        if count != len(labels) or not block.of_variances:  # they are no parameters
+            with np.errstate(divide="ignore"):
+                logs = np.log(variance)
+            error = self._errors_of_logs(k)[first]
+        return [(group, label) for label in labels], variance, logs, error
+
+    def _errors_of_logs(self, k: int) -> np.ndarray:
+        """Standard errors of the log-variances of a term's effects, where these are no parameters:
+        by the delta method."""
+        covariance, block = self.covariance, self.covariance.blocks[k]
+        own = np.arange(covariance.starts[k], covariance.starts[k + 1])
+        finite = covariance.finite(self.parameters)
+        entries = natural.places(block.size).diagonal()
+        none = np.zeros(block.size * (block.size + 1) // 2)
+        slope, _ = block.in_scale(finite[own], finite[-1], none)
+        omega = block.natural(finite[own], finite[-1])[entries]
+        places = np.append(own, len(finite) - 1)
+        free = np.isfinite(self.parameters[places])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = np.asarray(slope)[entries] / np.asarray(omega)[:, None]
+        slope[:, -1] += 1.0
+        vcov = self.parameters_vcov_array[np.ix_(places, places)]
+        vcov = np.where(free[:, None] & free, vcov, 0.0)
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(np.einsum("ai,ij,aj->a", slope, vcov, slope))
+
+    def _of_visits(self) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray, np.ndarray]:
+        """The same of the residuals; sigma2, the last of the parameters, is the first visit's."""
+        assert self.residual is not None
+        block = self.residual.block
+        start = self.covariance.starts[-2]
+        places = np.append(len(self.parameters) - 1, np.arange(start, start + block.log_variances))
+        names = block.variance_labels(self.residual.effects)
+        error = np.sqrt(np.diagonal(self.parameters_vcov_array))[places]
+        logs = self.parameters[places]
+        return [(RESIDUAL, name) for name in names], np.exp(logs), logs, error
 
     @property
     def variances(self) -> pd.Series:
@@ -681,16 +723,11 @@ class FittedModel:
     def _boundary(self) -> list[str]:
         """What is on the boundary of the parameter space, in words."""
         found = []
-        for grouping, factor in zip(self.groupings, self._factors, strict=False):
-            positive = np.any(factor != 0, axis=1)
-            zero = [e for e, varies in zip(grouping.effects, positive, strict=True) if not varies]
-            found += [f"the variance of {effect} of {grouping.name} is zero" for effect in zero]
-            if np.count_nonzero(np.diagonal(factor)) < np.count_nonzero(positive):
-                found.append(
-                    f"the correlation of the effects of {grouping.name} is +-1"
-                    if positive.sum() == 2
-                    else f"the correlation matrix of the effects of {grouping.name} has lost rank"
-                )
+        parts = zip(self.groupings, self._factors, self.covariance.blocks, strict=False)
+        for k, (grouping, factor, block) in enumerate(parts):
+            own = self.parameters[slice(*self.covariance.starts[k : k + 2])]
+            words = block.boundary(grouping.effects, factor, own)
+            found += [text.format(group=grouping.name) for text in words]
         return found
 
 

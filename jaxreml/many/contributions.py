@@ -128,8 +128,8 @@ def contributions(estimate: Estimate, parts: Parts, covariance: Covariance) -> t
     found = xp.concatenate([of_random, of_terms, of_fixed[None]])
 
     parameters = estimate.parameters
-    none = xp.concatenate([xp.zeros_like(omega), xp.zeros_like(omega[:1])])
     finite = covariance.finite(parameters)
+    none = xp.zeros((len(omega) + 1, *parameters.shape[1:]), omega.dtype)
     moved, _ = covariance.in_parameters(finite, none, none[:, None] * none)
     slopes = moved[:-1] + omega[:, None] * moved[-1]
     slopes = xp.concatenate([_times(parts.random, slopes), moved[-1:]])

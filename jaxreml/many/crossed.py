@@ -134,7 +134,7 @@ def _certified(
 
     def certify(own: Response, found: Estimate) -> Array:
         design = shared.with_response(own)
-        value, gradient = criterion(found.theta, design, reml)
+        value, gradient = criterion(found.theta, design, reml, found.parameters)
         again = replace(found, gradient_norm=jnp.sqrt(jnp.sum(gradient**2)))
         tests = tests_of(found, contrasts, df, shared.n - shared.p, blank)
         return pack(again, value, tests, of_rows(found, design, parts))

@@ -29,7 +29,6 @@ from jaxreml.many.numbers import Fits, Table
 from jaxreml.many.singles import SinglesEngine
 from jaxreml.model.arrays import Effects
 from jaxreml.model.basis import Basis
-from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design, placeholders
 from jaxreml.optimum.estimate import estimate_at
 from jaxreml.optimum.report import Estimate
@@ -102,7 +101,10 @@ class BatchFitter:
             parts=Parts.of(frame, np.arange(p)),
         )
         self.basis = self._basis(np.arange(p))
-        in_step = Lanes.in_step(self.basis)
+        blocks = self.basis.covariance.blocks
+        words = not all(block.any_basis or block.residual for block in blocks)
+        in_step = Lanes.in_step(self.basis) and not words
+        engine = "numpy" if words and engine is None and devices is None else engine
         # JAX would hold a matrix for each; and has no batches of residuals within subjects.
         apart = self.basis.kind == "linear" or frame.residual is not None
         few = 1 if apart else count
@@ -132,18 +134,17 @@ class BatchFitter:
     def _basis(self, coefficients: np.ndarray, kept: np.ndarray | None = None) -> Basis:
         """Of these columns of X in the rows `kept`; None for all."""
         frame = self.frame
-        covariance = unstructured(tuple(len(term.effect_names) for term in frame.terms))
-        own = zip(placeholders(covariance.sizes), covariance.blocks, strict=True)
+        sizes = tuple(len(term.effect_names) for term in frame.terms)
         terms = [
-            Effects(term.codes, term.effects, len(term.levels), *names, block, term.kernel)
-            for term, (names, block) in zip(frame.terms, own, strict=True)
+            Effects(term.codes, term.effects, len(term.levels), *names, term.block(q), term.kernel)
+            for term, names, q in zip(frame.terms, placeholders(sizes), sizes, strict=True)
         ]
         if frame.residual is not None:
-            term = frame.residual.term
-            q = term.effects.shape[1]
-            names = placeholders((*covariance.sizes, q))[-1]
+            last = frame.residual.term
+            q, block = last.effects.shape[1], frame.residual.block
+            named = placeholders((*sizes, q))[-1]
             levels = len(frame.residual.subjects)
-            terms.append(Effects(term.group, term.effects, levels, *names, term.covariance(q)))
+            terms.append(Effects(last.group, last.effects, levels, *named, block))
         if kept is not None:
             _check_rows(kept, terms)
         return Basis.of(
@@ -323,7 +324,11 @@ def _one_by_one(
 
 def _kind(basis: Basis, engine: str) -> Any:
     if engine == "numpy":
-        return HostEngine if Lanes.in_step(basis) else SinglesEngine
+        plain = all(
+            block.any_basis or (block.residual and block.written_out)
+            for block in basis.covariance.blocks
+        )
+        return HostEngine if plain and Lanes.in_step(basis) else SinglesEngine
     if basis.kind == "crossed":
         from jaxreml.many.crossed import CrossedEngine
 

@@ -293,9 +293,8 @@ class FittedBatch:
         residual = self.fits.sigma[:, None] ** 2
         own = self.model.residual
         if own is not None and own.block.log_variances:
-            every = np.diagonal(self._residual_covs, axis1=1, axis2=2)
             count = own.block.log_variances + 1
-            residual = every[:, [own.block.variances.index(k) for k in range(count)]]
+            residual = np.exp(self.fits.parameters[:, self._positions[-count:]])
         return self._by_effect(np.concatenate([*diagonals, residual], axis=1))
 
     @property

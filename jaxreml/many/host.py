@@ -242,7 +242,8 @@ class Passes:
         in the table."""
         with np.errstate(all="ignore"):
             own = self.table.of(column)
-            value, gradient = differences(own["theta"], self.single(column), self.options.reml)
+            design, reml = self.single(column), self.options.reml
+            value, gradient = differences(own["theta"], design, reml, own["parameters"])
             return bool(is_certified(own["criterion"][0], value, np.linalg.norm(gradient)))
 
 

@@ -84,16 +84,20 @@ class Table:
     def __init__(self, frame: ModelFrame, b: int, modes: bool, k: int):
         p = len(frame.fixed_names)
         m = natural.count_theta(tuple(len(term.effect_names) for term in frame.terms))
-        parameters = m + 1
-        if frame.residual is not None:
-            term = frame.residual.term
-            block = term.covariance(term.effects.shape[1])
-            m += natural.count_theta((block.size,))
-            parameters += len(block.parameter_names("", term.effect_names or ()))
         self.p, self.k = p, k
         groups = len({term.name for term in frame.terms})
         of_rows = groups + len(frame.fixed_terms) + 1, (groups + 1) * (groups + 2) // 2 + 1
-        self.widths = (p, p, p, 1, 1, m, parameters, parameters, 1, 1, 1, 1, *of_rows, k, k, k)
+        names = [term.effect_names for term in frame.terms]
+        blocks = [term.block(len(own)) for term, own in zip(frame.terms, names, strict=True)]
+        if frame.residual is not None:
+            term = frame.residual.term
+            blocks.append(frame.residual.block)
+            names.append(term.effect_names or ())
+            m += natural.count_theta((blocks[-1].size,))
+        known = 1 + sum(
+            len(block.parameter_names("", own)) for block, own in zip(blocks, names, strict=True)
+        )
+        self.widths = (p, p, p, 1, 1, m, known, known, 1, 1, 1, 1, *of_rows, k, k, k)
         self.numbers = np.full((b, sum(self.widths)), np.nan)
         self.status = np.full(b, Status.NOT_FINITE.value)
         self.rank = np.full(b, p)

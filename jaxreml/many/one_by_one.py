@@ -53,7 +53,9 @@ def refitter(
             drawn from.
     """
     blocks = tuple(term.block(len(term.effect_names)) for term in frame.terms)
-    if blocks == unstructured(tuple(block.size for block in blocks)).blocks:
+    own = frame.residual
+    in_batches = own is None or own.term.covariance(own.term.effects.shape[1]).of_matrix
+    if in_batches and blocks == unstructured(tuple(block.size for block in blocks)).blocks:
         fitter = BatchFitter(frame, method, count=count)
         if frame.residual is None or not isinstance(fitter.engine, SinglesEngine):
             return fitter

@@ -44,7 +44,7 @@ class SinglesEngine:
         design = self._design(y)
         method = "REML" if options.reml else "ML"
         found, _ = estimate_on_host(design, method, max_iterations=options.max_iterations)
-        value, gradient = differences(found.theta, design, options.reml)
+        value, gradient = differences(found.theta, design, options.reml, found.parameters)
         again = replace(found, gradient_norm=np.linalg.norm(gradient))
         blank = self.design if options.df.startswith("kenward-roger") else None
         tests = tests_of(found, options.contrasts, options.df, design.n - design.p, blank)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
@@ -98,7 +98,7 @@ def adjust(
     xp, p = namespace(theta, design.residual_ss), design.p
     lanes = theta.shape[1:]
     # V is not linear in the omega of some structures: to first order they have one where it is.
-    design = design.first_order
+    design = (design.collapsed if on_host(theta) else design).first_order
     omega = design.omega_of_theta(theta)
     degrees = degrees_of_freedom(design, reml=True)
     # Without the part of y, which counts as often as there are degrees of freedom

@@ -35,7 +35,7 @@ def _of_random_effects(
 ) -> Table:
     """Variances, SDs with intervals and correlations, as lme4 lays them out; a list of SDs and
     correlations where residuals have a covariance."""
-    if fit.residual is not None:
+    if fit.residual is not None or not all(own.any_basis for own in fit.covariance.blocks):
         shown = ("estimate", "std_error", "conf_int")
         given = {"conf_level": conf_level, "digits": digits, "rename": rename or {}}
         return model_table(fit, parts="random", columns=shown, **given, **texts)  # pyright: ignore

@@ -52,6 +52,10 @@ def save(fit: FittedModel, path: str | Path, *, data: bool = True) -> None:
     """
     if fit.sandwich is not None:
         raise DataError("robust standard errors are not saved: save the fit that they are of")
+    if not data and fit.residual is not None and not fit.residual.seen.size:
+        raise DataError(
+            "a fit of subjects at times of their own predicts from its rows: save it with them"
+        )
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     for name in saved_fields(FittedModel):
         if data or name not in (*ROWS, "kernels"):

@@ -22,6 +22,7 @@ from jaxreml.model.covariance.timed import Timed
 from jaxreml.results.tidy import chosen, intervals, statistics, tidy_term
 
 ORDER = {"sd": 0, "sigma": 0, "cor": 1, "parameter": 2}  # of the rows of a term
+MOST_SHOWN = 6  # correlations in a line of a summary
 EFFECTS = ("fixed", "ran_pars", "ran_vals", "ran_coefs")
 MOST_VISITS = 15  # shown, where a few parameters say all of them
 
@@ -317,26 +318,48 @@ def _random_effects(fit: FittedModel) -> str:
         _digits(components[name].to_numpy())
         for name in ("variance", "sd", "log_variance", "log_variance_se")
     ]
-    most = max(len(grouping.effects) for grouping in fit.groupings)
+    blocks = fit.covariance.blocks
+    full = [block.any_basis for block in blocks]  # which show their correlations beside variances
+    most = max((own.size for own, shows in zip(blocks, full, strict=True) if shows), default=1)
     rows = [
         [" Groups", "Name", "Variance", "Std.Dev.", "Log-Var.", "Std.Error"]
         + ["Corr"] * (most > 1)
         + [""] * (most - 2)
     ]
     k = 0
-    for grouping, matrix in zip(fit.groupings, fit.cov_re_arrays, strict=True):
+    for own, grouping in enumerate(fit.groupings):
+        matrix = fit.cov_re_arrays[own]
         sd = np.sqrt(np.diagonal(matrix))
-        for i, effect in enumerate(grouping.effects):
+        for i, effect in enumerate(blocks[own].variance_labels(grouping.effects)):
             cells = [f" {grouping.name}" if i == 0 else "", effect]
             cells += [column[k] for column in columns]
             for j in range(most - 1):
-                shown = j < i and sd[i] * sd[j] > 0
+                shown = full[own] and j < i and sd[i] * sd[j] > 0
                 cells.append(f"{matrix[i, j] / (sd[i] * sd[j]):.2f}" if shown else "")
             rows.append(cells)
             k += 1
     if fit.residual is None:
         rows.append([" Residual", ""] + [column[k] for column in columns] + [""] * (most - 1))
-    return _table(rows, left=2)
+    return "\n".join([_table(rows, left=2), *_structures(fit)])
+
+
+def _structures(fit: FittedModel) -> list[str]:
+    """A line for each term whose covariance has a word: what it means, and its correlations."""
+    known = named_readings(fit)
+    lines = []
+    for k, grouping in enumerate(fit.groupings):
+        if not grouping.covariance.text:
+            continue
+        own = [reading for reading in known if reading.block == k and reading.kind != "sd"]
+        values = estimates(fit, own) if own else []
+        shown = [
+            f"{'corr ' if one.kind == 'cor' else ''}{one.reading.label} {value:.4g}"
+            for one, value in zip(own[:MOST_SHOWN], values, strict=False)
+        ]
+        shown += ["..."] * (len(own) > MOST_SHOWN)
+        what = f" {grouping.name}, {grouping.covariance.text}"
+        lines.append(f"{what}; {', '.join(shown)}" if shown else what)
+    return lines
 
 
 def _residuals(fit: FittedModel) -> str:
@@ -345,7 +368,8 @@ def _residuals(fit: FittedModel) -> str:
     assert residual is not None
     names, of_visits = ["Variance", "Std.Dev."], range(len(residual.effects))
     if residual.words.own is None:
-        components = fit.variance_components.iloc[sum(len(g.effects) for g in fit.groupings) :]
+        components = fit.variance_components
+        components = components.loc[(components["group"] == RESIDUAL).to_numpy()]
         values = [components[own] for own in ("variance", "sd", "log_variance", "log_variance_se")]
         names, of_visits = [*names, "Log-Var.", "Std.Error"], residual.block.variances
     else:  # variances are what the function makes of its parameters

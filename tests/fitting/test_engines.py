@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import jaxreml
 from jaxreml import ConvergenceWarning, DataError, Design, Term, datasets
 from jaxreml.fitting.engines import engine_for
-from jaxreml.model.covariance.compound_symmetry import CompoundSymmetry
+from jaxreml.model.covariance.correlations import Exchangeable
+from jaxreml.model.covariance.structured import Structured
 from jaxreml.model.structures import Crossed, Grouped
 from jaxreml.optimum.effects import inspect_on_host
 from jaxreml.optimum.estimate import estimate, estimate_on_host
@@ -163,7 +165,12 @@ def test_choice_of_engine():
     fit = jaxreml.fit(formula, table, structure="crossed")
     assert (fit.engine, fit.structure) == ("numpy", "crossed")
     X = np.column_stack([np.ones(len(table)), np.linspace(-1, 1, len(table))])
-    term = Term(table["plate"], X, covariance=CompoundSymmetry)
+
+    @dataclass(frozen=True)
+    class Compiled(Structured):
+        written_out = False
+
+    term = Term(table["plate"], X, covariance=lambda q: Compiled(q, Exchangeable(q), False))
     design = Design.from_arrays(table["diameter"], X, term)
     assert engine_for(design, None) == "jax"  # its derivatives are not written out
     with pytest.raises(ValueError, match="leave engine out"):

@@ -85,8 +85,32 @@ def test_parameters_have_the_users_names_and_scales():
     assert variance["std_error"] == pytest.approx(2 * sd * error, rel=1e-5)
 
 
+def test_summary_and_components():
+    own, family = fitted("near(t | g)"), fitted("ou(t | g)")
+    pd.testing.assert_frame_equal(own.variance_components, family.variance_components, rtol=1e-6)
+    variance, length, _ = own.variance_parameters()["estimate"]
+    assert f" g, near; variance {variance:.4g}, range {length:.4g}" in str(own.summary())
+
+
+def test_what_else_follows():
+    own, family = fitted("near(t | g)"), fitted("ou(t | g)")
+    quarters = table()["g"] % 4
+    first, second = (fit.influence(by=quarters) for fit in (own, family))
+    np.testing.assert_allclose(first.params, second.params, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(first.parameters, second.parameters, rtol=1e-3, atol=1e-5)
+    assert list(own.ranova().index) == ["<none>", "near(t | g)"]
+    np.testing.assert_allclose(own.ranova().to_numpy(), family.ranova().to_numpy(), rtol=1e-5)
+    wider = jaxreml.fit("y ~ x + (0 + f | g)", table())
+    assert jaxreml.compare(own, wider, refit=False)["df"].iloc[1] == 8
+    with pytest.raises(DataError, match="cannot fit many responses"):
+        responses = table()[["y"]].to_numpy()
+        jaxreml.fit_many("~ x + near(t | g)", table(), responses, context={"near": NEAR})
+
+
 def test_profile_is_in_the_parameters():
-    own, family = (fitted(term).profile().conf_int() for term in ("near(t | g)", "ou(t | g)"))
+    first, second = ["variance|g", "range|g"], ["sd_0..4|g", "range|g"]
+    own = fitted("near(t | g)").profile(first).conf_int()
+    family = fitted("ou(t | g)").profile(second).conf_int()
     ends = ["lower", "upper"]
     own, family = own[ends].to_numpy(float), family[ends].to_numpy(float)
     np.testing.assert_allclose(own[0], family[0] ** 2, rtol=1e-4)

@@ -185,3 +185,27 @@ def test_a_function_that_is_no_covariance():
     bad = custom(lambda at, variance: variance * jnp.eye(3), {"variance": 1.0})
     with pytest.raises(ValueError, match=r"shape \(4, 4\)"):
         jaxreml.fit(MODEL, children(), residual="bad(age | Subject)", context={"bad": bad})
+
+
+@pytest.mark.parametrize("word", ["sp_exp", "ar1h"])
+def test_many_responses(word):
+    """In a batch: what `fit_many` makes of the family."""
+    noise = np.random.default_rng(0).normal(size=(len(children()), 3))
+    responses = children()[["distance"]].to_numpy() + noise * [0, 1, 2]
+    own = {"sp_exp": NEAR, "ar1h": UNEQUAL}[word]
+    given = "~ age * Sex", children(), responses
+    found = jaxreml.fit_many(*given, residual="own(age | Subject)", context={"own": own})
+    wanted = jaxreml.fit_many(*given, residual=f"{word}(age | Subject)")
+    np.testing.assert_allclose(found.fits.parameters, wanted.fits.parameters, rtol=1e-6)
+    np.testing.assert_allclose(found.fits.parameters_se, wanted.fits.parameters_se, rtol=1e-5)
+    np.testing.assert_allclose(found.pvalues, wanted.pvalues, rtol=1e-5)
+    np.testing.assert_allclose(found.variances, wanted.variances, rtol=1e-6)
+
+
+def test_bootstrap_is_that_of_the_family():
+    own, family = (fitted("sp_exp", own).bootstrap(39, seed=1).conf_int() for own in (True, False))
+    rows = ["beta[age]", "range[Residual]"]
+    ends = ["lower", "upper"]
+    np.testing.assert_allclose(
+        own.loc[rows, ends].astype(float), family.loc[rows, ends].astype(float), rtol=1e-4
+    )

@@ -639,15 +639,9 @@ def test_compared():
     assert mixed["df"].iloc[1] == 1 and mixed["p_value"].iloc[1] < 0.5
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda fit: fit.posterior(),
-    ],
-)
-def test_what_is_not_there_says_so(ask):
+def test_what_is_not_there_says_so():
     with pytest.raises(jaxreml.DataError, match="so far"):
-        ask(followed())
+        followed().posterior()
 
 
 def few() -> pd.DataFrame:

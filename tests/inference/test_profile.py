@@ -61,6 +61,12 @@ def test_intervals_equal_lme4(name, method):
         assert own["upper"] == pytest.approx(row["upper"], rel=rel), label
 
 
+@functools.cache
+def value_and_gradient(objective):
+    """Compiled once for designs of a shape, whatever is held."""
+    return jax.jit(jax.value_and_grad(objective))
+
+
 def brute_force(fit, likelihood: str, label: str, value: float) -> float:
     """The criterion with one parameter held, minimised over the others by scipy."""
     objective = jaxreml.reml_objective if likelihood == "REML" else jaxreml.ml_objective
@@ -73,7 +79,7 @@ def brute_force(fit, likelihood: str, label: str, value: float) -> float:
         group, term = own.group, own.term
         entry = "Residual" if group == "Residual" else f"{group}, {term}"
         place, held = names.index(f"log_variance[{entry}]"), 2 * np.log(value)
-    both = jax.jit(jax.value_and_grad(objective))
+    both = value_and_gradient(objective)
     others = np.delete(np.arange(len(names)), place)
 
     def function(free):
@@ -327,7 +333,7 @@ def both_held(fit, labels: list[str], values: list[float]) -> float:
             entry = "Residual" if label == "sigma" else f"{own.group}, {own.term}"
             held[names.index(f"log_variance[{entry}]")] = 2 * np.log(value)
     free = [k for k in range(len(names)) if k not in held]
-    both = jax.jit(jax.value_and_grad(jaxreml.ml_objective))
+    both = value_and_gradient(jaxreml.ml_objective)
 
     def function(x):
         params = np.array([held.get(k, 0.0) for k in range(len(names))])

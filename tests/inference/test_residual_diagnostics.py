@@ -150,6 +150,25 @@ def test_a_visit_that_only_one_subject_has():
     assert found.refits["converged"].all() and found.params.notna().all().all()
 
 
+def test_times_of_their_own(tmp_path):
+    """More than 60 times: the same figures through rows, and what is refused."""
+    rng = np.random.default_rng(1)
+    table = data().assign(time=lambda d: d["time"] + rng.uniform(0, 0.5, len(d)).round(4))
+    table = pd.concat([table, table.assign(subject=table["subject"] + "b", time=table["time"] + 9)])
+    fit = jaxreml.fit("y ~ x", table.reset_index(drop=True), residual="sp_exp(time | subject)")
+    assert fit.structure == "chain"
+    times, codes = fit.table["time"].to_numpy(), fit.frame.residual.codes
+    near = np.exp(-np.abs(np.subtract.outer(times, times)) / np.exp(fit.parameters[0]))
+    V = fit.sigma**2 * near * (codes[:, None] == codes)
+    X, inverse = fit.frame.X, np.linalg.inv(V)
+    hat = X @ np.linalg.solve(X.T @ inverse @ X, X.T @ inverse)
+    np.testing.assert_allclose(fit.leverage(), np.diagonal(hat), rtol=1e-7)
+    with pytest.raises(jaxreml.DataError, match="times of their own"):
+        fit.influence("subject", method="first-order")
+    with pytest.raises(jaxreml.DataError, match="predicts from its rows"):
+        fit.save(tmp_path / "fit.json", data=False)
+
+
 def test_saved_without_rows(tmp_path):
     fit = fitted("beside")
     fit.save(tmp_path / "fit.json", data=False)

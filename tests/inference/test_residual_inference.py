@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize
 from scipy.stats import chi2
@@ -15,8 +16,10 @@ from jaxreml import DataError
 from jaxreml.inference.parameters.variances import Places
 from jaxreml.inference.resampling.extension import extend
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution
+from jaxreml.inference.resampling.own_times import OwnTimes
 from jaxreml.inference.resampling.simulation import of_fit
 from jaxreml.inference.resampling.statistics import default, fits_of
+from jaxreml.many.one_by_one import refitter
 
 CHILDREN = jaxreml.datasets.load("orthodont")
 ON = "(age | Subject)"
@@ -263,31 +266,40 @@ def test_bootstrap():
     fit = fitted(f"ar1{ON}")
     drawn = fit.bootstrap(120, seed=4)
     again = fit.bootstrap(5, seed=4)
-    np.testing.assert_array_equal(again.draws, drawn.draws.iloc[:5])
+    np.testing.assert_allclose(again.draws, drawn.draws.iloc[:5], rtol=1e-9)
     assert drawn.n_failed == 0
     for k, y in enumerate(fit.simulate(2, seed=4).to_numpy().T):
         table = fit.table.assign(distance=y)
         one = jaxreml.fit(fit.formula, table, residual=f"ar1{ON}")
-        values = [*one.params, one.sigma, one.residual_corr.iloc[1, 0], 2 * np.log(one.sigma)]
+        correlation = one.residual_corr.to_numpy()[1, 0]
+        values = [*one.params, one.sigma, correlation, 2 * np.log(one.sigma)]
         np.testing.assert_allclose(drawn.draws.iloc[k], values, rtol=1e-6)
-    wald = fit.variance_parameters()
-    names = {"sigma": "sigma", "correlation[Residual, 8, 10]": "cor_10.8|Residual"}
-    percentile, studentized = (drawn.conf_int(0.9, way) for way in ("percentile", "studentized"))
-    limits = fit.variance_parameters(conf_level=0.9)
-    for name, own in names.items():
-        error = wald.loc[own, "std_error"]
-        assert drawn.std_error[name] == pytest.approx(error, rel=0.25)
-        for end in ("lower", "upper"):
-            expected = limits.loc[own, end]
-            assert abs(percentile.loc[name, end] - expected) < 0.6 * error
-            assert abs(studentized.loc[name, end] - expected) < 0.6 * error
     assert drawn.std_error["beta[age]"] == pytest.approx(fit.bse["age"], rel=0.25)
-    own = drawn.errors["correlation[Residual, 8, 10]"].iloc[0]
-    assert own == pytest.approx(
-        wald.loc["cor_10.8|Residual", "std_error"]
-        / (1 - wald.loc["cor_10.8|Residual", "estimate"] ** 2),
-        rel=0.3,
-    )
+    limits = fit.variance_parameters(conf_level=0.9)
+    both = (("sigma", "sigma"), ("correlation[Residual, 8, 10]", "cor_10.8|Residual"))
+    for name, own in both:
+        row = limits.loc[own]
+        assert drawn.std_error[name] == pytest.approx(row["std_error"], rel=0.25)
+        for way in ("percentile", "studentized"):
+            found = drawn.conf_int(0.9, way).loc[name]
+            away = found[["lower", "upper"]] - row[["lower", "upper"]]
+            assert (away.abs() < 0.6 * row["std_error"]).all()
+
+
+def test_bootstrap_one_by_one():
+    """Of what batches do not have: five effects of a subject, and a covariance by a word."""
+    beside = fitted(f"ar1h{ON}", " + (1 | Subject)", "ML")
+    word = jaxreml.fit("distance ~ age + diag(age | Subject)", beside.table, "ML")
+    for fit in (beside, word):
+        drawn = fit.bootstrap(2, seed=4)
+        y = fit.simulate(1, seed=4)["sim_1"].to_numpy()
+        text = fit.residual and fit.residual.text
+        one = jaxreml.fit(fit.formula, fit.table.assign(distance=y), "ML", residual=text)
+        values = default(one).values(one.beta, one.theta, np.asarray(one.sigma), one.parameters)
+        np.testing.assert_allclose(drawn.draws.iloc[0], values, rtol=1e-5, atol=1e-8)
+        fitter = refitter(fit.frame, "ML")
+        gradient = fitter.gradients(fit.parameters, fit.y[:, None])
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
 def test_default_statistics():
@@ -370,3 +382,31 @@ def test_power_of_a_longer_trial():
     assert levels.residual is not None
     pairs = np.stack([levels.residual.codes, levels.residual.places])
     assert np.unique(pairs, axis=1).shape == pairs.shape
+
+
+@pytest.mark.parametrize("family", ["sp_exp", "sp_gau"])
+def test_times_of_each_subject(family):
+    """More than 60, so that there is no matrix of all of them."""
+    rng = np.random.default_rng(2)
+    data = pd.DataFrame({"subject": np.repeat(np.arange(12), 6), "time": rng.uniform(0, 9, 72)})
+    data["y"] = rng.normal(size=72) + rng.normal(size=12)[data["subject"]] * 0.5
+    fit = jaxreml.fit("y ~ time", data, "ML", residual=f"{family}(time | subject)")
+    people, own = of_fit(fit), fit.frame.residual
+    assert isinstance(people.residual, OwnTimes) and own is not None
+    root = people.residual.correlated(np.eye(72), own)
+    assert fit.residual is not None
+    every = fit.residual.relative(people.residual.factor, own.places, own.places)
+    expected = np.where(own.codes[:, None] == own.codes, every, 0.0)
+    np.testing.assert_allclose(root.T @ root, expected, atol=1e-9)
+
+    variance = fit.residual_sds**2
+    np.testing.assert_allclose(variance, fit.sigma**2)
+    explained = np.var(fit.frame.X @ fit.beta, ddof=1)
+    assert fit.r2()["estimate"].iloc[0] == pytest.approx(explained / (explained + fit.sigma**2))
+    limit = fit.profile("time").conf_int()["lower"].iloc[0]
+    held = jaxreml.fit("y ~ 1", data, "ML", offset=limit * data["time"], residual=fit.residual.text)
+    assert held.criterion - fit.criterion == pytest.approx(chi2.ppf(0.95, 1), abs=1e-6)
+    drawn = fit.bootstrap(1, seed=3)
+    y = fit.simulate(1, seed=3)["sim_1"]
+    one = jaxreml.fit("y ~ time", data.assign(y=y), "ML", residual=fit.residual.text)
+    np.testing.assert_allclose(drawn.draws.iloc[0, :3], [*one.params, one.sigma], rtol=1e-5)

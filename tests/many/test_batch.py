@@ -304,6 +304,37 @@ assert jax.local_device_count() == 4
 data, values = jaxreml.datasets.load("sleepstudy"), np.load(sys.argv[1])
 fits = BatchFitter(covariate_frame(sys.argv[2], data), engine="jax").fit(values)
 np.savez(sys.argv[3], **{k: v for k, v in fits._asdict().items() if v is not None})
+
+# Rows on the devices, and cross-products as exact sums over them.
+jax.config.update("jax_enable_x64", True)
+X = np.stack([np.ones(180), data["Days"]], axis=1)
+codes = np.unique(data["Subject"], return_inverse=True)[1]
+rows = jax.sharding.PartitionSpec("rows")
+
+def criterion(parameters, y, X, codes):
+    def all_rows(part):
+        return jax.lax.psum(part, "rows")
+
+    def by_level(part):
+        return all_rows(jax.ops.segment_sum(part, codes, 18))
+
+    zz, zy = by_level(X[:, :, None] * X[:, None]), by_level(X * y[:, None])
+    of_x = all_rows(X.T @ X), all_rows(X.T @ y), all_rows(y @ y)
+    return jaxreml.reml_objective(
+        parameters, jaxreml.Design.from_moments(zz, zz, zy, *of_x, n=180)
+    )
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("rows",))
+whole = jax.sharding.PartitionSpec()
+shared = jax.shard_map(
+    criterion, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=whole
+)
+at, y = jax.numpy.array([6.0, 3.0, 0.1, 6.0]), values[:, 0]
+found = jax.jit(jax.value_and_grad(shared))(at, y, X, codes)
+one = jaxreml.Design.from_arrays(y, X, [(codes, X)])
+expected = jax.value_and_grad(jaxreml.reml_objective)(at, one)
+np.testing.assert_allclose(found[0], expected[0], rtol=1e-11)
+np.testing.assert_allclose(found[1], expected[1], atol=1e-8)
 """
 
 

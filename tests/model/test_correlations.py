@@ -9,6 +9,7 @@ import pytest
 
 from jaxreml.model.covariance import correlations, jets
 from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.factor_analytic import FactorAnalytic
 from jaxreml.model.covariance.natural import places
 from jaxreml.model.covariance.residual import Residual
 from jaxreml.model.covariance.structured import Structured
@@ -199,13 +200,15 @@ def test_jax_has_the_same_numbers(block):
         Residual(5, FAMILIES["gaussian"], (0,) * 5),
         Structured(5, FAMILIES["toeplitz"]),
         Structured(5, FAMILIES["exponential"], each=False),
+        FactorAnalytic(4, 2),
     ],
-    ids=lambda block: f"{type(block).__name__} {type(block.correlation).__name__}",
+    ids=lambda block: f"{type(block).__name__} {type(getattr(block, 'correlation', 0)).__name__}",
 )
 def test_second_derivatives_in_what_is_stated(block):
     """Written out, by JAX, and by the default, which random effects have: V there is theirs."""
     rng = np.random.default_rng(0)
-    parameters, log_sigma2 = coordinates(block.length, 2), 0.7
+    count = len(block.parameter_names("", tuple(map(str, range(block.size)))))
+    parameters, log_sigma2 = coordinates(count, 2), 0.7
     root = rng.normal(size=(len(parameters) + 1,) * 2)
     spread = root @ root.T
     found = block.bend(parameters, np.array(log_sigma2), spread)

@@ -13,16 +13,20 @@ from hypothesis import strategies as st
 
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Block, Covariance
-from jaxreml.model.covariance.compound_symmetry import CompoundSymmetry
+from jaxreml.model.covariance.correlations import Autoregressive, Distance, Exchangeable, Toeplitz
+from jaxreml.model.covariance.factor_analytic import FactorAnalytic
 from jaxreml.model.covariance.factors import factor_semidefinite, lower_factor
+from jaxreml.model.covariance.structured import Structured
 from jaxreml.model.covariance.unstructured import Unstructured, unstructured
 
 SIZES = [(1,), (2,), (3,), (1, 2), (4,)]
 COVARIANCES = [
     *map(unstructured, SIZES),
-    Covariance((CompoundSymmetry(2),)),
-    Covariance((CompoundSymmetry(4),)),
-    Covariance((Unstructured(2), CompoundSymmetry(3))),
+    Covariance((Structured(4, Exchangeable(4), False),)),
+    Covariance((Unstructured(2), Structured(3, Autoregressive(3)))),
+    Covariance((Structured(3, Toeplitz(3)), FactorAnalytic(3, 2))),
+    Covariance((Structured(3, Distance(3, (0.0, 1.0, 2.5), "matern3"), False),)),
+    Covariance((Structured(3, Distance(3, (0.0, 1.0, 2.5), "gaussian"), False),)),
 ]
 
 
@@ -79,8 +83,9 @@ def test_chart_factor_and_parameters_are_one_covariance(covariance):
         np.testing.assert_allclose(covariance.omega(canonical), omega, atol=1e-13)
         factors = covariance.factors(canonical)
         np.testing.assert_allclose(natural.omega_from_factors(factors), omega, atol=1e-13)
-        np.testing.assert_allclose(covariance.chart(factors), canonical, rtol=1e-9)
         report = covariance.report(canonical, np.asarray(0.4))
+        again = covariance.chart_at(factors, report.shown)
+        np.testing.assert_allclose(again, canonical, rtol=1e-9, atol=1e-12)
         assert report.free.all() and len(report.free) == covariance.positions[-1] + 1
         again, log_sigma2 = covariance.natural(report.shown)
         np.testing.assert_allclose(again, omega, atol=1e-12)
@@ -142,7 +147,7 @@ def test_what_is_written_out_equals_the_generic_chain(q, name):
 def test_two_effects_have_fishers_z():
     for covariance, parameters in (
         (unstructured((2,)), [0.0, 0.0, 0.8, 0.0]),
-        (Covariance((CompoundSymmetry(2),)), [0.0, 0.8, 0.0]),
+        (Covariance((Structured(2, Exchangeable(2), False),)), [0.0, 0.8, 0.0]),
     ):
         omega, _ = covariance.natural(jnp.array(parameters))
         np.testing.assert_allclose(omega, [1, np.tanh(0.8), 1])
@@ -304,11 +309,11 @@ def test_coordinates_that_are_defined_are_read():
 
 def test_boundary_of_compound_symmetry():
     """A variance of zero, a correlation of one, and the least one, -1 / (q - 1)."""
-    covariance = Covariance((CompoundSymmetry(4),))
+    covariance = Covariance((Structured(4, Exchangeable(4), False),))
     for chart, free, shown in (
         ([0.0, 0.0], [0, 0, 1], [-np.inf, np.nan, 0]),
-        ([2.0, 0.0], [1, 0, 1], [0, np.inf, 0]),
-        ([0.0, 2 / np.sqrt(3)], [1, 0, 1], [0, -np.inf, 0]),
+        ([1.0, np.pi / 2], [1, 0, 1], [0, np.inf, 0]),
+        ([1.0, -np.pi / 2], [1, 0, 1], [0, -np.inf, 0]),
     ):
         report = covariance.report(jnp.asarray(chart), jnp.zeros(()))
         np.testing.assert_array_equal(report.free, np.array(free, bool))
@@ -317,5 +322,7 @@ def test_boundary_of_compound_symmetry():
         np.testing.assert_allclose(covariance.natural(report.shown)[0], omega, atol=1e-12)
         slopes = jax.jacfwd(lambda p: covariance.natural(p)[0])(report.shown)
         assert np.isfinite(slopes).all()
-        (factor,) = covariance.factors(covariance.canonical(jnp.asarray(chart)))
-        np.testing.assert_array_equal(covariance.chart((factor,)) == 0, np.asarray(chart) == 0)
+        factors = covariance.factors(covariance.canonical(jnp.asarray(chart)))
+        assert np.linalg.matrix_rank(factors[0]) == {0.0: 0, np.pi / 2: 1, -np.pi / 2: 3}[chart[1]]
+        again = covariance.chart_at(factors, report.shown)
+        np.testing.assert_allclose(again, chart, atol=1e-12)

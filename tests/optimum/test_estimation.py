@@ -393,7 +393,7 @@ def test_singular_fits_of_three_effects():
     Z = np.column_stack([np.ones(120), rng.normal(size=(120, 2))])
     unit = np.array([1.0, 3.3, 0.7])
     ranks = []
-    for k in range(60):
+    for k in range(30):
         loadings = rng.normal(size=(q, 1 + k % 3)) * 0.6
         modes = rng.normal(size=(15, 1 + k % 3)) @ loadings.T
         y = np.sum(modes[codes] * Z, axis=1) + rng.normal(size=120)

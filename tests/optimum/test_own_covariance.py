@@ -1,4 +1,4 @@
-"""A covariance of one's own in `estimate`: compound symmetry, which is one file of `covariance`.
+"""A covariance by a word in `estimate`, under JAX: compound symmetry.
 
 Its independent answer: with a correlation that is not negative, (0 + f | g) of compound symmetry is
 the model (1 | g) + (1 | g:f), for which nothing of it is used.
@@ -14,7 +14,6 @@ from scipy.optimize import minimize
 
 from jaxreml import DataError, Design, Term, estimate, ml_objective, reml_objective, stack
 from jaxreml.model import satterthwaite
-from jaxreml.model.covariance.compound_symmetry import CompoundSymmetry
 from jaxreml.model.kenward_roger import adjust, single_degrees
 from jaxreml.optimum.effects import criterion
 from jaxreml.status import Status
@@ -39,7 +38,7 @@ def response(along: float, across: float, seed: int = 0) -> np.ndarray:
 
 
 def symmetric(y, structure: str) -> Design:
-    own = Term(g, DUMMIES, "g", tuple("abc"), covariance=CompoundSymmetry)
+    own = Term(g, DUMMIES, "g", tuple("abc"), covariance="homcs")
     others = [] if structure == "grouped" else [Term(h, name="h")]
     return Design.from_arrays(y, X, [own, *others], structure=structure)
 
@@ -75,7 +74,7 @@ def test_equals_the_nested_model(structure):
     rho = between / (between + within)
     z = (np.log(1 + (KINDS - 1) * rho) - np.log(1 - rho)) / 2
     assert float(own.parameters[1]) == pytest.approx(z, rel=1e-6)
-    assert designs[0].parameter_names[:2] == ("log_variance[g]", "z[g]")
+    assert designs[0].parameter_names[:2] == ("log_variance[g, a..c]", "z[g, a..c, correlation]")
 
     # The standard error of the logarithm of a sum of variances, by the delta method.
     share = np.zeros(len(wanted.parameters))
@@ -150,7 +149,7 @@ def test_batch_and_derivatives_through_the_fit():
 
 def test_bad_input():
     with pytest.raises(DataError, match="two or more effects"):
-        Design.from_arrays(response(1, 1), X, [Term(g, covariance=CompoundSymmetry)])
+        Design.from_arrays(response(1, 1), X, [Term(g, covariance="homcs")])
     one = symmetric(response(1, 1), "grouped")
     other = Design.from_arrays(response(1, 1), X, [Term(g, DUMMIES, "g", tuple("abc"))])
     with pytest.raises(DataError, match="different covariances"):

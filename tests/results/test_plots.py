@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
+from functools import cache
+from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
@@ -272,3 +273,81 @@ def test_matplotlib_is_imported_when_something_is_drawn_and_jax_is_not():
         "assert 'matplotlib' in sys.modules and 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+# The residuals' covariance within subjects
+
+
+@cache
+def repeated(residual: str) -> jaxreml.LMMResults:
+    data = jaxreml.datasets.load("orthodont")
+    return jaxreml.fit("distance ~ age * Sex", data, residual=residual)
+
+
+@pytest.mark.parametrize("subjects", ["Subject", "Sex/Subject"])
+def test_correlations_of_visits(subjects, fit):
+    independent, fit = fit, repeated(f"us(age | {subjects})")
+    arms = fit.residual.arms
+    axes = np.atleast_1d(plots.correlation(fit))
+    assert len(axes) == max(len(arms), 1)
+    matrix = fit.residual_corr.to_numpy()
+    for k, axis in enumerate(axes):
+        own = matrix[4 * k : 4 * k + 4, 4 * k : 4 * k + 4]
+        drawn = np.asarray(axis.images[0].get_array().filled(np.nan))
+        lower = np.tril_indices(3)
+        np.testing.assert_allclose(drawn[lower], own[1:, :-1][lower])
+        assert np.isnan(drawn[0, 2])
+        texts = {text.get_text() for text in axis.texts}
+        assert f"{own[1, 0]:.2f}" in texts and len(axis.texts) == 6
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["10", "12", "14"]
+    frame = plots.correlation_data(fit)
+    row = frame[(frame["visit1"] == 14) & (frame["visit2"] == 8)].iloc[0]
+    assert row["correlation"] == pytest.approx(matrix[3, 0])
+    with pytest.raises(DataError, match="independent"):
+        plots.correlation(independent)
+
+
+def test_semivariogram(fit):
+    """By the definition, pair by pair; on average one of normalised residuals, nearly."""
+    independent, fit = fit, repeated("ar1h(age | Subject)")
+    frame = plots.semivariogram_data(fit).set_index("distance")
+    table = fit.table.assign(scaled=fit.residuals("scaled"), white=fit.residuals("normalized"))
+    matrix = fit.residual_corr
+    for distance in (2.0, 6.0):
+        found = {"scaled": [], "white": [], "model": []}
+        for _, own in table.groupby("Subject"):
+            for i, j in combinations(range(len(own)), 2):
+                first, second = own.iloc[i], own.iloc[j]
+                if abs(first["age"] - second["age"]) == distance:
+                    for name in ("scaled", "white"):
+                        found[name].append((first[name] - second[name]) ** 2 / 2)
+                    found["model"].append(1 - matrix.loc[first["age"], second["age"]])
+        row = frame.loc[distance]
+        assert row["pairs"] == len(found["scaled"])
+        assert row["semivariance"] == pytest.approx(np.mean(found["scaled"]))
+        assert row["normalized"] == pytest.approx(np.mean(found["white"]))
+        assert row["fitted"] == pytest.approx(np.mean(found["model"]))
+    axis = plots.semivariogram(fit)
+    np.testing.assert_allclose(axis.collections[0].get_offsets()[:, 1], frame["semivariance"])
+    assert axis.get_xlabel() == "distance in age"
+    two = plots.semivariogram(repeated("ar1(age | Sex/Subject)"))
+    arms = repeated("ar1(age | Sex/Subject)").residual.arms
+    assert [own.get_title(loc="left") for own in two] == [f"Sex {arm}" for arm in arms]
+    with pytest.raises(DataError, match="independent"):
+        plots.semivariogram(independent)
+
+
+def test_semivariogram_of_times_of_their_own():
+    rng = np.random.default_rng(0)
+    data = pd.DataFrame({"s": np.repeat(np.arange(30), 5), "t": rng.uniform(0, 20, 150).round(3)})
+    times, subjects = data["t"].to_numpy(), data["s"].to_numpy()
+    near = np.exp(-np.abs(np.subtract.outer(times, times)) / 5)
+    V = near * np.equal.outer(subjects, subjects) + 1e-9 * np.eye(150)
+    data["y"] = np.linalg.cholesky(V) @ rng.normal(size=150)
+    fit = jaxreml.fit("y ~ 1", data, residual="sp_exp(t | s)")
+    frame = plots.semivariogram_data(fit)
+    assert len(frame) == 15 and frame["pairs"].sum() == 30 * 10
+    curve = 1 - np.exp(-frame["distance"] / np.exp(fit.parameters[0]))
+    np.testing.assert_allclose(frame["fitted"], curve, atol=0.01)
+    with pytest.raises(DataError, match="too large to be drawn"):
+        plots.correlation(fit)

@@ -38,13 +38,14 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Public in name only: what the rooms of the package use of each other's classes.
 INTERNAL = {
     "FittedModel": {"frame", "frame_of", "design", "approximations", "prototype", "henderson",
-                    "covariance", "layout", "residual_sds", "require_independent",
+                    "covariance", "layout", "residual_sds", "residual_between",
+                    "require_independent",
                     "require_independent_levels",
                     "groups", "labels", "cov_re_arrays", "require_optimum"},
     "FittedBatch": {"messages", "message_codes"},
     "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",
                "with_response", "blank", "combined", "without_names", "omega_of_theta",
-               "collapsed"},
+               "collapsed", "first_order"},
     "Population": {"blocks"},
     "Array": {"columns", "ids", "not_numeric", "read"},
     "Images": {"columns", "ids", "not_numeric", "read"},

@@ -84,13 +84,15 @@ def random_obstacle(small: ModelFrame, large: ModelFrame) -> str:
     for term in small.terms:
         if not _images(term, large):
             effects = " + ".join(term.effect_names)
-            return f"its random term ({effects} | {term.name}) is a case of none of the larger's"
+            text = f"{term.covariance.prefix}({effects} | {term.name})"
+            return f"its random term {text} is a case of none of the larger's"
     return ""
 
 
-# Families of residual covariances that a family is a special case of, on the same visits; one of a
-# user's own is of "us"
+# Families of residual covariances, and of random effects by their names among these, that a family
+# is a special case of, on the same visits or effects; one of a user's own is of "us"
 _WIDER = {
+    "homdiag": {"diag", "cs", "csh", "ar1", "ar1h", "toep", "toeph", "us"},
     "diag": {"us", "csh", "ar1h", "adh", "toeph"},
     "cs": {"csh", "toep", "toeph", "us"},
     "csh": {"toeph", "us"},
@@ -143,7 +145,7 @@ def step(small: ModelFrame, large: ModelFrame) -> Step:
         else:
             grown.append(term)
     one_effect = False
-    if len(left) == 1:
+    if len(left) == 1 and left[0].covariance.word == "us":
         (other,) = left
         everywhere = np.ones(len(small.X), bool)
         images = [_image(term, other, everywhere) for term in grown]
@@ -221,6 +223,8 @@ def _pieces(
 def _image(term: GroupingTerm, other: GroupingTerm, rows: np.ndarray) -> np.ndarray | None:
     """Columns (n, r) of effects on the factor of `other` that make it `term` in `rows`, zero
     outside, or None where Sigma of `other` cannot be chosen so."""
+    if other.covariance.word != "us":
+        return _structured_image(term, other) if rows.all() else None
     if not _same_kernel(term, other):
         return None
     own, codes = (np.unique(t.codes[rows], return_inverse=True)[1] for t in (term, other))
@@ -243,6 +247,20 @@ def _image(term: GroupingTerm, other: GroupingTerm, rows: np.ndarray) -> np.ndar
     whole = np.zeros((rows.size, columns.shape[1]))
     whole[rows] = columns
     return whole
+
+
+def _structured_image(term: GroupingTerm, other: GroupingTerm) -> np.ndarray | None:
+    """`_image` where `other` has a word for its covariance: of the same effects with one that is a
+    case of it, and of the random intercept that they are if all are equal."""
+    if not same_partition(term.codes, other.codes):
+        return None
+    first, second = term.covariance, other.covariance
+    if np.array_equal(term.effects, other.effects):
+        own, wider = first.residual_word, second.residual_word
+        is_case = first == second or (bool(own) and wider in _WIDER.get(own, ()))
+        return term.effects if is_case else None
+    alone = term.effects.shape[1] == 1 and np.array_equal(term.effects[:, 0], other.effects.sum(1))
+    return term.effects if alone and second.correlated else None
 
 
 def _kinds(codes: np.ndarray, effects: np.ndarray) -> np.ndarray:

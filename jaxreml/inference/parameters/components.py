@@ -4,12 +4,13 @@
 `components` maps the name of each grouping factor to the covariance matrix of its random effects,
 (q, q), all its terms in one block-diagonal matrix in the order of `LMMResults.cov_re`, and
 "Residual" to the residual variance, a scalar; of a fit with `residual=` to the covariance matrix of
-the residuals of a subject, in the order of `LMMResults.residual_cov`.
+the residuals of a subject, in the order of `LMMResults.residual_cov`, unless subjects have times of
+their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def of_theta(theta: Array, sigma: Array, layout: Layout) -> Components:
     """Components at relative Cholesky factors (m, ...) and residual standard deviations."""
     factors = natural.split_triangles(theta, layout.covariance.sizes)
     squares = [linalg.matmul(factor, linalg.transpose(factor)) for factor in factors]
-    return _named([sigma**2 * square for square in squares], sigma**2, layout.names)
+    return _named([sigma**2 * square for square in squares], sigma**2, layout)
 
 
 def of_parameters(parameters: Array, layout: Layout) -> Components:
@@ -80,7 +81,7 @@ def of_parameters(parameters: Array, layout: Layout) -> Components:
     omega, log_sigma2 = covariance.natural(parameters)
     sigma2 = namespace(parameters).exp(log_sigma2)
     matrices = natural.symmetric_matrices(covariance.whole(omega), covariance.sizes)
-    return _named([sigma2 * matrix for matrix in matrices], sigma2, layout.names)
+    return _named([sigma2 * matrix for matrix in matrices], sigma2, layout)
 
 
 def finite(fit: FittedModel) -> np.ndarray:
@@ -89,10 +90,11 @@ def finite(fit: FittedModel) -> np.ndarray:
     return fit.covariance.finite(fit.parameters)
 
 
-def _named(matrices: list[Array], sigma2: Array, names: Sequence[str]) -> Components:
+def _named(matrices: list[Array], sigma2: Array, layout: Layout) -> Components:
     of_factor: dict[str, list[Array]] = {}
-    for name, matrix in zip(names, matrices, strict=True):
-        of_factor.setdefault(name, []).append(matrix)
+    for name, block, matrix in zip(layout.names, layout.covariance.blocks, matrices, strict=True):
+        if block.of_matrix:
+            of_factor.setdefault(name, []).append(matrix)
     named = {name: linalg.block_diagonal(parts) for name, parts in of_factor.items()}
     named.setdefault(RESIDUAL, sigma2)
     return _Named(named)

@@ -243,7 +243,7 @@ def _moments(fit: FittedModel, at: Any = None) -> RowMoments:
             raise DataError(f"{at!r} is not a visit of the fit; there are {known}")
         kept = residual.places % len(residual.visits) == residual.visits.index(at)
     moments = RowMoments.of(frame.X[kept], frame.terms, kept)
-    if fit.residual is not None and residual is not None:
+    if residual is not None and fit.residual is not None and fit.residual.block.of_matrix:
         counts = np.bincount(residual.places[kept], minlength=fit.residual.block.size)
         moments.squares[RESIDUAL] = np.diag(counts / counts.sum())
     return moments

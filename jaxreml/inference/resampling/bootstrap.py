@@ -13,7 +13,7 @@ from jaxreml.arguments import check_conf_level
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.parameters import components
-from jaxreml.inference.parameters.linearised import TRANSFORMS
+from jaxreml.inference.parameters.linearised import scale_of
 from jaxreml.inference.resampling import intervals
 from jaxreml.inference.resampling.likelihood_ratio import NullDistribution as NullDistribution
 from jaxreml.inference.resampling.likelihood_ratio import null_distribution as null_distribution
@@ -244,7 +244,7 @@ class Bootstrap(Tabulated):
             if np.isnan(limits).any():
                 return np.nan, np.nan, _missing(tails)
         else:
-            scale = TRANSFORMS[default(self.fit).scales[k]]
+            scale = scale_of(default(self.fit).scales[k])
             forward, backward = scale.forward, scale.inverse
             errors = self.errors.iloc[defined, k].to_numpy()  # pyright: ignore
             error = float(self._own_errors.iloc[k])

@@ -16,6 +16,7 @@ from jaxreml.data.formula import parse
 from jaxreml.data.frame import ModelFrame, covariate_frame
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.resampling.own_times import OwnTimes
 
 NEW, CONDITIONAL = "~0", None
 TOGETHER = 256  # most responses drawn at a time from one stream of random numbers
@@ -39,7 +40,8 @@ class Population:
         structure: as in `fit`.
         context: names the formula may use besides columns.
         residual: (q, q), a square root of the covariance matrix of a subject's residuals over
-            sigma2, where ``frame.residual`` says whose they are.
+            sigma2, where ``frame.residual`` says whose they are; `OwnTimes` where each subject has
+            its own.
         start: theta and parameters of the fit that it is made from.
 
     Examples:
@@ -54,7 +56,7 @@ class Population:
     method: str = "REML"
     structure: str | None = None
     context: Mapping[str, Any] | None = None
-    residual: np.ndarray | None = None
+    residual: np.ndarray | OwnTimes | None = None
     start: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -115,6 +117,10 @@ class Population:
         of_errors, *of_terms = map(np.random.default_rng, seed.spawn(1 + len(self.factors)))
         if self.residual is None:
             of_errors.standard_normal(out=out)
+        elif isinstance(self.residual, OwnTimes):
+            assert self.frame.residual is not None
+            of_errors.standard_normal(out=out)
+            out[:] = self.residual.correlated(out, self.frame.residual)
         else:
             own = self.frame.residual
             assert own is not None
@@ -142,7 +148,9 @@ def of_fit(fit: FittedModel) -> Population:
     fit.require_optimum("simulate from it")
     factors = [fit.sigma * factor for factor in fit._factors[: len(fit.groupings)]]
     root = None
-    if fit.residual is not None:
+    if fit.residual is not None and not fit.residual.block.of_matrix:
+        root = OwnTimes(fit.residual, fit._factors[-1])
+    elif fit.residual is not None:
         root = np.linalg.cholesky(fit.residual_cov.to_numpy() / fit.sigma**2)
     return Population(
         fit.frame,

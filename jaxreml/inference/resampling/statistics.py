@@ -18,7 +18,7 @@ from jaxreml.fitting.random_terms import Layout
 from jaxreml.inference.parameters import components
 from jaxreml.inference.parameters.components import Components
 from jaxreml.inference.parameters.delta import interior
-from jaxreml.inference.parameters.linearised import TRANSFORMS
+from jaxreml.inference.parameters.linearised import scale_of
 from jaxreml.inference.parameters.variances import (
     Named,
     Places,
@@ -95,8 +95,8 @@ class Default:
         return tuple(found)
 
     @cached_property
-    def scales(self) -> tuple[str | None, ...]:
-        """On which each is studentised, of `TRANSFORMS`."""
+    def scales(self) -> tuple[Any, ...]:
+        """On which each is studentised, as `scale_of` takes them."""
         usual = {"sigma": "log", "sd": "log", "cor": "fisher"}
         shown, logs = self._order
         of_known = [usual.get(own.kind, own.reading.transform) for own in self.known]
@@ -151,7 +151,7 @@ class Default:
             values = self._places.values(whole, at)
             kinds = {"sigma": "log", "sd": "log", "cor": "fisher"}
             for k, own in enumerate(self.known):
-                transform = TRANSFORMS[kinds.get(own.kind, own.reading.transform)]
+                transform = scale_of(kinds.get(own.kind, own.reading.transform))
                 slope[k] *= transform.slope(values[k])
         wanted = np.array([0.5 if own.kind in ("sd", "sigma") else 1.0 for own in self.known])
         moved = np.abs(slope) > NEGLIGIBLE

@@ -57,6 +57,11 @@ def changes(
     Raises:
         DataError: a singular Hessian, or too many random effects of crossed factors.
     """
+    if fit.residual is not None and not fit.residual.seen.size:
+        raise DataError(
+            "first-order influence is not there where subjects are at times of their own. Use "
+            'method="exact"'
+        )
     inside = np.isfinite(fit.parameters)
     vcov = fit.parameters_vcov_array[np.ix_(inside, inside)]
     if np.isnan(vcov).any():

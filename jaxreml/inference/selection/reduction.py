@@ -12,6 +12,7 @@ import numpy as np
 from formulaic.parser.types import Factor, Term
 
 from jaxreml.data.evaluation import mark, plain
+from jaxreml.data.formula import RandomTerm
 from jaxreml.data.frame import ModelFrame
 from jaxreml.fitting.fit import fit_frame
 from jaxreml.fitting.fitted import FittedModel
@@ -25,32 +26,36 @@ class Bar:
         effects: its formulaic right side.
         group: the grouping factor, as the fit names it.
         factor: the same as text of a formula.
-        word: for the covariance, "" for brackets alone; `options` follow the factor.
+        covariance: a random term with the word and the options for its covariance, if it has one.
     """
 
     effects: str
     group: str
     factor: str
-    word: str = ""
-    options: str = ""
+    covariance: RandomTerm | None = None
 
     @property
     def label(self) -> str:
         """As lmerTest writes it."""
-        return f"{self.word}({self.effects} | {self.group}{self.options})"
+        return self._on(self.group)
 
     @property
     def text(self) -> str:
-        """As a formula has it."""
-        return f"{self.word}({self.effects} | {self.factor}{self.options})"
+        """In a formula."""
+        return self._on(self.factor)
+
+    def _on(self, factor: str) -> str:
+        if self.covariance is not None:
+            return self.covariance.text(factor)
+        return f"({self.effects} | {factor})"
 
     def reductions(self) -> dict[str, Bar | None]:
         """Per label the term without one of its marginal effects; without any, no term at all.
 
-        lmerTest's rule: what is left of (x | g), and of (0 + x | g), is (1 | g). A covariance by a
-        word is of all effects together, and goes with them.
+        lmerTest's rule: what is left of (x | g), and of (0 + x | g), is (1 | g). A term with a word
+        for its covariance is dropped as a whole.
         """
-        if self.word:
+        if self.covariance is not None:
             return {self.label: None}
         terms = terms_of(self.effects)
         slopes = [text for text in terms if text != "1"]
@@ -114,7 +119,10 @@ def model_of(fit: FittedModel) -> Model:
     bars = []
     for written in parsed.random:
         own = [term for term in left if term.is_of(written.name)]
-        if written.correlated:
+        if written.word:
+            said = (written.word, written.options)
+            own = [term for term in own if term.covariance[:2] == said][:1]
+        elif written.correlated:
             own = [term for term in own if term.encoding.text == written.effects][:1]
         else:  # in the order written, the intercept first
             order = list(terms_of(written.effects))
@@ -123,8 +131,7 @@ def model_of(fit: FittedModel) -> Model:
         factor = ":".join(map(_quoted, written.factors))
         for term in own:
             effects = written.effects if written.correlated else _alone(term.encoding.text)
-            options = "".join(f", {name}={value!r}" for name, value in written.options)
-            bars.append(Bar(effects, written.name, factor, written.word, options))
+            bars.append(Bar(effects, written.name, factor, written if written.word else None))
     return Model(parsed.response, tuple(terms_of(parsed.fixed)), parsed.offsets, tuple(bars))
 
 

@@ -9,7 +9,7 @@ parameters   what people read and standard errors are for, k numbers: logarithms
              unconstrained coordinates of correlations. Minus infinity at a variance of zero
 
 A new covariance is a frozen dataclass that derives from `Block`, in a file of its own:
-`compound_symmetry` is one. Derivatives are by autodiff unless it writes them out. Arrays may have
+`factor_analytic` is one. Derivatives are by autodiff unless it writes them out. Arrays may have
 one more axis at the end, the lanes of a batch.
 """
 
@@ -86,6 +86,8 @@ class Block(ABC):
     any_basis = False
     # Whether there is one for every scale of each effect at least, see `rescaled`.
     any_scale = False
+    # Whether its log-variances are those of the effects, by `of_effects`.
+    of_variances = True
     # Whether it writes out all derivatives, for NumPy's arrays too; by JAX otherwise.
     written_out = False
     # Whether covariances are linear in the parameters that SAS has for them, variances and
@@ -94,6 +96,9 @@ class Block(ABC):
     # Whether it is that of the residuals, I + Omega times sigma2 (`residual`): then Omega need not
     # be semidefinite, and `factor` and `chart` are of I + Omega.
     residual = False
+
+    # Whether omega are covariances of the effects: not where it is a coordinate (`timed`).
+    of_matrix = True
 
     @property
     @abstractmethod
@@ -211,6 +216,28 @@ class Block(ABC):
         correlations = xp.nan_to_num(xp.clip(parameters[count:], -FAR, FAR))
         variances = xp.maximum(parameters[:count], log_sigma2 + LOG_ZERO)
         return xp.concatenate([variances, correlations])
+
+    def boundary(
+        self, effects: tuple[str, ...], factor: np.ndarray, parameters: np.ndarray
+    ) -> list[str]:
+        """What is on the boundary of the parameter space, in words, "{group}" in the place of the
+        grouping factor.
+
+        Args:
+            effects: their names.
+            factor: as `factor` gives it.
+            parameters: as `Report.shown` has them.
+        """
+        positive = np.any(factor != 0, axis=1)
+        zero = [effect for effect, varies in zip(effects, positive, strict=True) if not varies]
+        found = [f"the variance of {effect} of {{group}} is zero" for effect in zero]
+        if np.count_nonzero(np.diagonal(factor)) < np.count_nonzero(positive):
+            found.append(
+                "the correlation of the effects of {group} is +-1"
+                if positive.sum() == 2
+                else "the correlation matrix of the effects of {group} has lost rank"
+            )
+        return found
 
     def last_name(self, effects: tuple[str, ...]) -> str:
         """What sigma2 is the variance of, where the block is the residuals'."""

@@ -103,6 +103,11 @@ class Correlation(ABC):
         return namespace(z).arcsin(namespace(z).tanh(z))
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Of `folded` angles, between which z is finite."""
+        return -RIGHT, RIGHT
+
+    @property
     def centre(self) -> float:
         """Of z: far from it, the matrix is at a limit."""
         return 0.0
@@ -488,6 +493,10 @@ class Distance(Stationary):
     def centre(self) -> float:
         return float(np.log(self.nearest))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, RIGHT
+
     def names(self, effects: Sequence[str]) -> tuple[str, ...]:
         return ("log range",)
 
@@ -730,18 +739,24 @@ class Copies(Correlation):
         return namespace(common).concatenate([self.each.start(common)] * len(self._starts))
 
 
+def _upper(t: Array) -> tuple[Array, Array]:
+    """Sine, at least TINY, and cosine of t, turned by half a circle where it is below."""
+    xp, sine = namespace(t), namespace(t).sin(t)
+    return xp.maximum(xp.abs(sine), TINY), xp.where(sine < 0, -1.0, 1.0) * xp.cos(t)
+
+
 def _by_sine(t: Array) -> tuple[Array, Array, Array]:
     """-log sin^2 t, with its derivatives."""
     xp = namespace(t)
-    sine, cosine = xp.maximum(xp.abs(xp.sin(t)), TINY), xp.cos(t) * xp.sign(xp.sin(t))
+    sine, cosine = _upper(t)
     return -2 * xp.log(sine), -2 * cosine / sine, 2 / sine**2
 
 
 def _by_cotangent(t: Array) -> tuple[Array, Array, Array]:
     """2 arsinh |cot t / 2|, which is like -log sin^2 t where that is large."""
     xp = namespace(t)
-    sine = xp.maximum(xp.abs(xp.sin(t)), TINY)
-    cotangent = xp.cos(t) * xp.sign(xp.sin(t)) / sine
+    sine, cosine = _upper(t)
+    cotangent = cosine / sine
     sign = xp.where(cotangent < 0, -1.0, 1.0)
     c = sign * cotangent
     root = xp.sqrt(4 + c * c)

@@ -24,6 +24,7 @@ from jaxreml.model.covariance.natural import triangle
 
 Array = Any  # NumPy's or JAX's
 VARIANCE = "variance"
+ALIKE = 1e-12  # absolute, of variances and slopes of the order of one
 WORDS = (VARIANCE, "log", "tanh", "logit", "identity")
 
 
@@ -273,6 +274,13 @@ class Function:
         k, same = self.variances, np.equal(*triangle(self.size))
         shares = self.derivatives(self.start).first[same, :k].mean(axis=0)
         return np.where(np.isfinite(shares) & (shares > 0), shares, 1.0)
+
+    @cached_property
+    def homogeneous(self) -> bool:
+        """Whether all effects have one variance: with its derivatives, at the start."""
+        same, found = np.equal(*triangle(self.size)), self.derivatives(self.start)
+        parts = (part[same] for part in (found.value, found.first, found.second))
+        return all(np.ptp(part, axis=0).max(initial=0.0) <= ALIKE for part in parts)
 
     @cached_property
     def start_variance(self) -> float:

@@ -27,6 +27,7 @@ from jaxreml.model.covariance.residual import Residual
 
 Array = Any  # NumPy's or JAX's
 SEMIDEFINITE = 1e-8  # of the mean variance, by how much an eigenvalue may be negative
+NO_INVERSE = "this is not there for a covariance of your own, so far: fit the responses one by one"
 ZERO_PIVOT = 1e-7  # relative root of a pivot that is none
 VANISHED = 1e-30  # a relative variance below stands for zero
 
@@ -42,6 +43,7 @@ class Own(Block):
     function: Function
 
     written_out = True
+    of_variances = False
 
     @property
     def length(self) -> int:
@@ -50,6 +52,15 @@ class Own(Block):
     @property
     def log_variances(self) -> int:
         return self.function.variances
+
+    @property
+    def of_effects(self) -> np.ndarray:
+        """One for all where the function has one variance for them."""
+        return np.zeros(self.size, int) if self.function.homogeneous else np.arange(self.size)
+
+    def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
+        alike = self.function.homogeneous and len(effects) > 1
+        return (f"{effects[0]}..{effects[-1]}",) if alike else effects
 
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
         k, own = self.log_variances, self.function
@@ -132,6 +143,9 @@ class Own(Block):
             if np.all(np.diagonal(found) > ZERO_PIVOT * np.sqrt(np.diagonal(matrix))):
                 return found
         return factor_semidefinite(matrix, ZERO_PIVOT)[0]
+
+    def chart(self, factor: Array) -> Array:
+        raise DataError(NO_INVERSE)
 
     def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
         """By the parameters: a function has no inverse that is known."""
@@ -303,7 +317,8 @@ class OwnCorrelation(Correlation):
         return -np.array(ratios).reshape(z.shape) * linalg.diagonal(spread)
 
     def coordinates(self, matrix: Array) -> Array:
-        raise NotImplementedError  # `Residual.chart_at` knows the parameters
+        """There is no inverse that is known: see `Residual.chart_at`."""
+        raise DataError(NO_INVERSE)
 
     def start(self, common: Array) -> Array:
         """The user's, whatever the correlation."""

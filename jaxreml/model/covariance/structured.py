@@ -1,8 +1,10 @@
 """Random effects with relative SDs, one for all or one for each, times a family of correlations.
 
-Omega_ij = s_i s_j R_ij with R of `correlations`. The chart is the relative SDs and the angles of R:
-both without bounds, and a variance of zero and a correlation at its limit are ordinary stationary
-points in it. Parameters are log-variances and the coordinates z of R.
+Omega_ij = s_i s_j R_ij with R of `correlations`. The chart is the SDs, or, where correlated effects
+have one each, their square roots, and the angles of R: without bounds, and a variance of zero and
+a correlation at its limit are ordinary stationary points in it. An SD of one of several correlated
+effects is not: Omega is linear in it, and below zero it would turn the signs of its correlations.
+Parameters are log-variances and the coordinates z of R.
 
 At a limit z is infinite, and so is the log-variance at an SD of zero. A coordinate of R that these
 leave undetermined is NaN: that of all if fewer than two effects vary, say.
@@ -19,7 +21,7 @@ import numpy as np
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Reading, Report
-from jaxreml.model.covariance.correlations import RIGHT, Correlation
+from jaxreml.model.covariance.correlations import Correlation
 from jaxreml.model.covariance.factors import factor_semidefinite, rounding
 from jaxreml.model.covariance.natural import places, triangle
 
@@ -77,17 +79,31 @@ class Structured(Block):
             for own in self.correlation.readings(effects)
         ]
 
+    @property
+    def _rooted(self) -> bool:
+        """Whether the chart has square roots of SDs."""
+        return self.each and self.correlation.count > 0
+
+    def _sds(self, chart: Array) -> Array:
+        """Those of all variances."""
+        own = chart[: self.log_variances]
+        return own * own if self._rooted else own
+
+    def _of_sds(self, sds: Array) -> Array:
+        """What the chart has of SDs, which are not negative."""
+        return namespace(sds).sqrt(sds) if self._rooted else sds
+
     def parameter_of(self, place: int, entry: float) -> float:
         low, high = self.ends(place)
         if not low < entry < high:
-            return float(np.copysign(np.inf, entry))
+            return -np.inf if entry <= low else np.inf
         own = place - self.log_variances
         t = self.correlation.angles(np.full(self.correlation.count, self.correlation.centre))
         t[own] = entry
         return float(self.correlation.of_angles(t)[own])
 
     def ends(self, place: int) -> tuple[float, float]:
-        return -RIGHT, RIGHT
+        return self.correlation.ends
 
     def _parts(self, vector: Array) -> tuple[Array, Array]:
         """SDs of all effects, or what else there is one of for a variance, and the rest."""
@@ -102,7 +118,7 @@ class Structured(Block):
         return found
 
     def omega(self, chart: Array) -> Array:
-        sds, t = self._parts(chart)
+        sds, t = self._sds(chart)[self.of_effects], chart[self.log_variances :]
         rows, columns = triangle(self.size)
         return sds[rows] * sds[columns] * self.correlation.entries_at(t)
 
@@ -122,17 +138,17 @@ class Structured(Block):
 
     def snap(self, chart: Array, zero: float) -> Array:
         xp, count = namespace(chart), self.log_variances
-        sds = xp.abs(chart[:count])
+        sds = xp.abs(self._sds(chart))
         sds = xp.where(sds <= zero, 0.0, sds)
         largest = xp.max(sds, axis=0)
         share = zero / xp.clip(largest, zero, 1.0)  # an SD above 1 is as good as 1
         correlation = self.correlation
         t = correlation.snapped(correlation.folded(chart[count:]), share)
-        return xp.concatenate([sds, xp.where(largest > 0, t, 0.0)])
+        return xp.concatenate([self._of_sds(sds), xp.where(largest > 0, t, 0.0)])
 
     def report(self, chart: Array, log_sigma2: Array) -> Report:
         xp, count = namespace(chart), self.log_variances
-        sds, t = chart[:count], chart[count:]
+        sds, t = self._sds(chart), chart[count:]
         positive = sds > 0
         logs = xp.where(positive, 2 * xp.log(xp.where(positive, sds, 1.0)), LOG_ZERO)
         logs = logs + log_sigma2
@@ -144,7 +160,7 @@ class Structured(Block):
         inside = defined & (limit == 0)
         middle = family.angles(xp.zeros_like(t) + family.centre)
         z = xp.where(inside, family.of_angles(xp.where(inside, t, middle)), family.centre)
-        outside = xp.where(defined, limit * xp.inf, xp.nan)
+        outside = xp.where(defined, xp.copysign(xp.inf, limit), xp.nan)
         return Report(
             xp.concatenate([logs, z + xp.where(defined, limit, 0.0) * FAR]),
             xp.concatenate([positive, inside]),
@@ -166,20 +182,32 @@ class Structured(Block):
         return xp.concatenate([logs, xp.where(xp.isnan(z), centre, z)])
 
     def factor(self, chart: Array) -> Array:
-        sds, t = self._parts(chart)
+        sds, t = self._sds(chart)[self.of_effects], chart[self.log_variances :]
         matrix = self.correlation.entries_at(t)[places(self.size)]
         return sds[:, None] * factor_semidefinite(matrix, rounding(chart))[0]
+
+    def boundary(
+        self, effects: tuple[str, ...], factor: np.ndarray, parameters: np.ndarray
+    ) -> list[str]:
+        if not self.each and not np.any(factor):
+            return [f"the variance of {_all(effects)} of {{group}} is zero"]
+        found = super().boundary(effects, factor, parameters)
+        at_limit = np.isinf(parameters[self.log_variances :]).any()
+        if at_limit and not found:
+            found.append("the range of {group} is zero: its effects are not correlated")
+        return found
 
     def chart_at(self, factor: Array, parameters: Array, log_sigma2: Array) -> Array:
         """SDs by the factor, angles by the parameters."""
         xp, count = namespace(factor), self.log_variances
-        sds = xp.sqrt(xp.sum(factor * factor, axis=1))[:count]
+        sds = self._of_sds(xp.sqrt(xp.sum(factor * factor, axis=1))[:count])
         z = self._readable(parameters, parameters[count:])
         return self.snap(xp.concatenate([sds, self.correlation.angles(z)]), rounding(factor))
 
     def rescaled(self, chart: Array, units: Array) -> Array:
         count = self.log_variances
-        return namespace(chart).concatenate([chart[:count] / units, chart[count:]])
+        own = self._of_sds(self._sds(chart) / units)
+        return namespace(chart).concatenate([own, chart[count:]])
 
     def start(self, omega: Array, least: float) -> Array:
         """SDs by their estimates, and the mean of the correlations for all of them."""
@@ -194,13 +222,14 @@ class Structured(Block):
         below = np.tril_indices(self.size, -1)
         common = xp.mean((matrix / (own[:, None] * own))[below], axis=0)
         z = self.correlation.start(xp.clip(common, -1.0, 1.0))
-        return xp.concatenate([sds, self.correlation.angles(z)])
+        return xp.concatenate([self._of_sds(sds), self.correlation.angles(z)])
 
     def uncorrelated(self, sds: np.ndarray) -> np.ndarray:
         own = sds if self.each else np.sqrt(np.mean(sds**2, keepdims=True))
         if not self.correlation.count:
             return own
-        return np.append(own, self.correlation.angles(self.correlation.start(np.array(0.0))))
+        z = self.correlation.start(np.array(0.0))
+        return np.append(self._of_sds(own), self.correlation.angles(z))
 
     @property
     def faces(self) -> np.ndarray:
@@ -220,9 +249,9 @@ class Structured(Block):
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         if not on_host(chart):
             return super().slopes(chart, gradient)
-        sds, t = self._parts(chart)
-        rows, columns = triangle(self.size)
         count, lanes = self.log_variances, chart.shape[1:]
+        sds, t = self._sds(chart)[self.of_effects], chart[count:]
+        rows, columns = triangle(self.size)
         first = np.zeros((len(rows), count, *lanes))
         each, of = np.arange(len(rows)), self.of_effects
         np.add.at(first, (each, of[rows]), sds[columns])
@@ -232,6 +261,11 @@ class Structured(Block):
         bend = np.zeros((count, count, *lanes))
         np.add.at(bend, (of[rows], of[columns]), weights)
         np.add.at(bend, (of[columns], of[rows]), weights)
+        if self._rooted:  # s = r^2
+            along = np.sum(weights[:, None] * first, axis=0)
+            slope = 2 * chart[:count]
+            first, bend = first * slope, bend * slope[:, None] * slope
+            bend[np.arange(count), np.arange(count)] += 2 * along
         derivatives = self.correlation.derivatives_at(t)
         return _of_product(sds[rows] * sds[columns], first, bend, values, *derivatives, gradient)
 

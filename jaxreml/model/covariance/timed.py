@@ -31,6 +31,8 @@ class Timed(Block):
 
     written_out = True
     residual = True
+    of_matrix = False
+    linear = True  # is taken for it, so that Kenward and Roger's adjustment is to first order
     variances = (0,)
     homogeneous = True
 

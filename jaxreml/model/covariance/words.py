@@ -15,6 +15,7 @@ from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.correlations import Correlation, Distance
+from jaxreml.model.covariance.factor_analytic import FactorAnalytic
 from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.structured import Structured
 from jaxreml.model.covariance.unstructured import Unstructured
@@ -78,7 +79,8 @@ FAMILIES = {
     "sp_exp": Family(_distance("exponential"), NONE, ONE, "exp(-distance / range)", timed=True),
     "sp_gau": Family(_distance("gaussian"), NONE, ONE, "exp(-(distance / range)^2)", timed=True),
 }
-RANDOM = tuple(word for word, own in FAMILIES.items() if own.random is not None)
+RANKED = "rr"  # the word for reduced rank, of random effects
+RANDOM = (*(word for word, own in FAMILIES.items() if own.random is not None), RANKED)
 RESIDUALS = tuple(word for word, own in FAMILIES.items() if own.residual is not None)
 SYNONYMS = {"homcs": "cs", "hetar1": "ar1h", "homtoep": "toep"}  # of residuals
 HOMOGENEOUS = ("diag", "cs", "ar1", "toep")  # words of random effects that take `hom`
@@ -99,7 +101,7 @@ def own_covariance(word: str, context: Mapping[str, Any] | None) -> Custom | Non
     own = (context or {}).get(word)
     if not isinstance(own, Custom):
         return None
-    if word in FAMILIES:
+    if word in FAMILIES or word in RANDOM:
         raise FormulaError(f"{word!r} is a covariance that there is: call your own by another name")
     return own
 
@@ -114,18 +116,11 @@ def check_word(word: str, options: Mapping[str, Any], context: Mapping[str, Any]
         raise FormulaError(
             f"{word!r} is no covariance of random effects; there are {', '.join(RANDOM)}{hint}"
         )
-    known: set[str] = (
-        set()
-        if own is not None
-        else {"hom"}
-        if word in HOMOGENEOUS
-        else {"nu"}
-        if word == "mat"
-        else set()
-    )
+    usual = ["hom"] if word in HOMOGENEOUS else []
+    known = [] if own is not None else {"mat": ["nu"], RANKED: ["d"]}.get(word, usual)
     for name, value in options.items():
         if name not in known:
-            takes = f"takes {', '.join(sorted(known))}" if known else "takes no options"
+            takes = f"takes the option {', '.join(known)}" if known else "takes no options"
             raise FormulaError(f"{word}(..., {name}={value!r}): {word!r} {takes}")
         if name == "hom" and not isinstance(value, bool):
             raise FormulaError(f"{word}(..., hom={value!r}): hom is True or False")
@@ -162,6 +157,14 @@ def covariance_of(
         return users.term(size, places or None)
     if word == "us":
         return Unstructured(size)
+    if word == RANKED:
+        rank = options.get("d", 2)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < size:
+            raise DataError(
+                f"rr(..., d={rank!r}) of {size} effects: the rank d is a whole number from 1 to "
+                f"{size - 1}, fewer than effects"
+            )
+        return FactorAnalytic(size, rank)
     own = FAMILIES[word]
     each = not options["hom"] if "hom" in options else bool(own.random)
     made = own.correlation
@@ -189,15 +192,46 @@ class TermCovariance(NamedTuple):
         return covariance_of(self.word, dict(self.options), context or {}, size, self.places)
 
     @property
+    def each(self) -> bool | None:
+        """Whether every effect has a variance of its own; None where the word says neither."""
+        if self.word not in FAMILIES:
+            return None
+        options = dict(self.options)
+        return not options["hom"] if "hom" in options else FAMILIES[self.word].random
+
+    @property
+    def correlated(self) -> bool:
+        """Whether all correlations can be 1, and all variances equal."""
+        return self.word in FAMILIES and self.word not in ("diag", "homdiag")
+
+    @property
+    def residual_word(self) -> str:
+        """What SAS and mmrm call it; "" for a covariance that they have no word for."""
+        if self.word in ("us", "homdiag"):
+            return self.word
+        for word, own in FAMILIES.items():
+            same = self.word in FAMILIES and own.correlation is FAMILIES[self.word].correlation
+            if same and not own.timed and own.residual == self.each and word not in SYNONYMS:
+                return word
+        return ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the brackets in a formula."""
+        return "" if self.word == "us" else self.word
+
+    @property
     def text(self) -> str:
         """In words, for summaries: "" for any covariance matrix."""
-        if self.word == "us" or self.word not in FAMILIES:
-            return "" if self.word == "us" else self.word
+        if self.word == "us":
+            return ""
         options = "".join(f", {name}={value!r}" for name, value in self.options)
-        own = FAMILIES[self.word]
-        each = not dict(self.options)["hom"] if "hom" in dict(self.options) else own.random
-        variances = "a variance for each effect" if each else "one variance for all effects"
-        return f"{self.word}{options}: {own.meaning}, {variances}"
+        if self.word == RANKED:
+            return f"{RANKED}{options}: loadings on fewer factors than effects"
+        if self.word not in FAMILIES:
+            return f"{self.word}{options}"
+        variances = "a variance for each effect" if self.each else "one variance for all effects"
+        return f"{self.word}{options}: {FAMILIES[self.word].meaning}, {variances}"
 
 
 ANY = TermCovariance()

@@ -186,6 +186,10 @@ class Chain(OfColumns):
     def form(self, cross: Cross, matrix: Array) -> Array:
         return -(matrix.T @ cross.slope @ matrix)[None]
 
+    def combined(self, matrix: Array, absent: Array) -> Chain:
+        gram = matrix.T @ self.remainder @ matrix + np.diag(absent)
+        return self.with_columns(self.scores @ matrix, gram)
+
     def combine(self, cross: Cross, matrix: Array) -> Cross:
         across = matrix.T
         slope, bend, weighted = cross

@@ -26,7 +26,7 @@ from jaxreml.model.structures.base import Projection, Rows
 from jaxreml.model.structures.grouped import Grouped, GroupedBasis
 
 Array = Any  # NumPy's or JAX's
-MOST_LEVELS = 10_000  # with rows, of an eigendecomposition: 2.4 GB, a quarter of an hour
+MOST_LEVELS = 10_000  # with rows, of an eigendecomposition: 2.4 GB, some minutes
 NULL = 1e-14  # eigenvalues below this fraction of the largest, per level, are zero
 EQUAL = 1e-10  # relative differences of eigenvalues that are none
 

@@ -224,6 +224,10 @@ class Series(OfColumns):
             found.append(product if a == b else product + product.T)
         return np.stack([*found, cross.weighted.T @ cross.moved])
 
+    def combined(self, matrix: Array, absent: Array) -> Series:
+        gram = matrix.T @ self.remainder @ matrix + np.diag(absent)
+        return self.with_columns(self.scores @ matrix, gram)
+
     def combine(self, cross: Cross, matrix: Array) -> Cross:
         return Cross(*(own @ matrix for own in cross))
 

@@ -32,3 +32,7 @@ from jaxreml.results.plots.residuals import residuals_fitted as residuals_fitted
 from jaxreml.results.plots.residuals import residuals_fitted_data as residuals_fitted_data
 from jaxreml.results.plots.residuals import scale_location as scale_location
 from jaxreml.results.plots.residuals import scale_location_data as scale_location_data
+from jaxreml.results.plots.within_subjects import correlation as correlation
+from jaxreml.results.plots.within_subjects import correlation_data as correlation_data
+from jaxreml.results.plots.within_subjects import semivariogram as semivariogram
+from jaxreml.results.plots.within_subjects import semivariogram_data as semivariogram_data
