@@ -253,8 +253,8 @@ def of_r(study: dict[str, Any], limit: float) -> dict[str, Any]:
         study["data"].to_csv(path, index=False)
         for peer in study["peers"] if have_r() else ():
             task = {name: study[name] for name in ("formula", "model")}
-            task |= {"random": study.get("random", False), "cpu": CPU}
-            task |= {"beside": study.get("beside", "")}
+            task |= {"random": study.get("random", False), "beside": study.get("beside", "")}
+            task |= {"cpu": CPU}
             task |= {"csv": str(path), "peers": [peer]}
             script = Path(__file__).with_suffix(".R")
             command = ["Rscript", str(script), json.dumps(task)]
