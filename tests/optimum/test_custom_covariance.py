@@ -204,7 +204,7 @@ def test_derivatives_of_the_block():
         return slopes(lambda s: block.natural(np.log(s), np.array(0.3)), s)
 
     expected = np.einsum("tij,ij->t", slopes(curved, stated), weights)
-    found = block.bend(report.finite, np.array(0.3), spread)
+    found = np.asarray(block.bend(report.finite, np.array(0.3), spread))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     lanes = np.stack([chart, chart + 0.1], axis=1)
     np.testing.assert_allclose(block.omega(lanes)[:, 0], block.omega(chart), rtol=1e-12)

@@ -59,7 +59,7 @@ class Own(Block):
         return np.zeros(self.size, int) if self.function.homogeneous else np.arange(self.size)
 
     def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
-        if len(effects) < 2 or not self.function.homogeneous:
+        if self.size == 1 or not self.function.homogeneous:
             return effects
         return (f"{effects[0]}..{effects[-1]}",)
 
