@@ -107,31 +107,31 @@ def _written(text: str, path: str | Path | None) -> str:
 class Tabulated:
     """What can be written as a table: a class has `as_table`, and gets its writers."""
 
-    def as_table(self, **options: Any) -> Table:
+    def as_table(self, *which: Any, **options: Any) -> Table:
         """The table."""
         raise NotImplementedError
 
-    def to_latex(self, **options: Any) -> str:
-        """The table in LaTeX, for the package booktabs; options as for `as_table`.
+    def to_latex(self, *which: Any, **options: Any) -> str:
+        """The table in LaTeX, for the package booktabs; arguments as for `as_table`.
 
         Examples:
             >>> means = scores.emmeans("Machine")
             >>> means.to_latex(caption="Marginal means.", label="tab:means").splitlines()[0]
             '\\\\begin{table}[htbp]'
         """
-        return self.as_table(**options).to_latex()
+        return self.as_table(*which, **options).to_latex()
 
-    def to_html(self, **options: Any) -> str:
-        """The table as an HTML element; options as for `as_table`.
+    def to_html(self, *which: Any, **options: Any) -> str:
+        """The table as an HTML element; arguments as for `as_table`.
 
         Examples:
             >>> scores.emmeans("Machine").to_html()[:7]
             '<table '
         """
-        return self.as_table(**options).to_html()
+        return self.as_table(*which, **options).to_html()
 
-    def to_markdown(self, **options: Any) -> str:
-        """The table as a pipe table of Markdown; options as for `as_table`.
+    def to_markdown(self, *which: Any, **options: Any) -> str:
+        """The table as a pipe table of Markdown; arguments as for `as_table`.
 
         Examples:
             >>> print(scores.emmeans("Machine").to_markdown())
@@ -143,7 +143,7 @@ class Tabulated:
             <BLANKLINE>
             *Note.* Degrees-of-freedom method: satterthwaite.
         """
-        return self.as_table(**options).to_markdown()
+        return self.as_table(*which, **options).to_markdown()
 
     def _repr_html_(self) -> str:
         return self.as_table().to_html()

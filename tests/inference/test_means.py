@@ -389,3 +389,11 @@ def test_adjustments():
     alone = np.diag([1.0, np.nan, np.nan])
     found = p_values(np.array([1.0, np.nan, np.nan]), df, "mvt", 3, alone)
     np.testing.assert_allclose(found, [plain[0], np.nan, np.nan], rtol=1e-9)
+
+
+def test_tables_are_named_by_position_too():
+    means = fitted("machines").emmeans("Machine", contrast="pairwise")
+    for write in (means.to_html, means.to_markdown, means.to_latex):
+        assert write("contrasts") == write(table="contrasts") != write()
+    with pytest.raises(ValueError, match="contrasts"):
+        means.to_html("means.html")
