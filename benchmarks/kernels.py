@@ -143,7 +143,7 @@ def many_traits(study: dict[str, Any], glimix: str | None, compared: int) -> dic
         "agree": bool(results.converged.all() and differ < AGREE and slope < FLAT),
     }
     if glimix is not None:
-        count = min(own.shape[1], 100)
+        count = min(own.shape[1], 5)
         other = of_glimix(glimix, study, count)
         shares = results.variances.iloc[:count].to_numpy()
         apart = np.abs(shares[:, 0] / shares.sum(axis=1) - other["shares"]).max()

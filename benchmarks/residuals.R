@@ -12,7 +12,14 @@ timed <- function(f) {
   list(seconds = seconds, criterion = -2 * as.numeric(logLik(fit)))
 }
 out <- list()
-if (task$model == "us") {
+if (nzchar(task$beside)) {
+  if ("lme" %in% task$peers)
+    out$lme <- timed(function() lme(fixed, data, random = ~ 1 | site, correlation = corSymm(form = ~ v | site/subject),
+                                    weights = varIdent(form = ~ 1 | visit), control = lmeControl(msMaxIter = 500, maxIter = 500)))
+  if ("glmmTMB" %in% task$peers)
+    out$glmmTMB <- timed(function() glmmTMB(as.formula(paste0(task$formula, task$beside, " + ", task$model, "(0 + visit | subject)")),
+                                            data, dispformula = ~ 0, REML = TRUE))
+} else if (task$model == "us") {
   if ("gls" %in% task$peers)
     out$gls <- timed(function() gls(fixed, data, correlation = corSymm(form = ~ v | subject),
                                     weights = varIdent(form = ~ 1 | visit), control = glsControl(msMaxIter = 500, maxIter = 200)))
@@ -20,7 +27,8 @@ if (task$model == "us") {
     out$glmmTMB <- timed(function() glmmTMB(update(fixed, . ~ . + us(0 + visit | subject)), data,
                                             dispformula = ~ 0, REML = TRUE))
 } else if (task$model %in% c("corExp", "corGaus", "corAR1")) {
-  of <- get(task$model)(form = ~ v | subject)
+  # lme stops far above the optimum unless it is told where to start
+  of <- if (task$random) corExp(5, form = ~ v | subject) else get(task$model)(form = ~ v | subject)
   if (task$random) out$lme <- timed(function() lme(fixed, data, random = ~ 1 | subject, correlation = of))
   else out$gls <- timed(function() gls(fixed, data, correlation = of))
 } else {

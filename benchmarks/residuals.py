@@ -2,9 +2,10 @@
 
 Studies like the FEV and BCVA trials of R's mmrm: subjects with visits, some of them missing, an
 unstructured covariance of the visits, Satterthwaite's degrees of freedom with ours; AR(1)
-residuals beside a random intercept; times of each subject's own; and many responses, where a peer
-does the first of them in a loop. Criteria are compared first. Times are of one call from a
-dataframe, ours in this process after a fit of another shape, R's in a process of its own.
+residuals beside a random intercept; residuals beside random effects of other factors; times of
+each subject's own; and many responses, where a peer does the first of them in a loop. Criteria are
+compared first. Times are of one call from a dataframe, ours in this process after a fit of another
+shape, R's in a process of its own.
 
     python benchmarks/residuals.py [--quick] [--cpu] [--json FILE]
 
@@ -130,8 +131,62 @@ def studies(quick: bool) -> list[dict[str, Any]]:
             "residual": "ar1(visit | subject)",
             "peers": ["lme", "glmmTMB"],
         },
+        *_beside(quick),
         *_of_own_times(quick),
     ]
+
+
+def _beside(quick: bool) -> list[dict[str, Any]]:
+    """Beside random effects of other factors: sites that contain subjects, items across them."""
+    us = {"formula": "chg ~ arm * visit", "model": "us", "residual": "us(visit | subject)"}
+    ar1 = {"formula": "chg ~ x", "model": "ar1", "residual": "ar1(visit | subject)"}
+    items = " + (1 | item) + (1 | subject)"
+    count = 200 if quick else 2_000
+    return [
+        {
+            "name": f"us and 50 sites, {count:,} x 4",
+            "data": in_sites(count, 50),
+            "beside": " + (1 | site)",
+            "peers": ["lme", "glmmTMB"],
+            **us,
+        },
+        {
+            "name": "us and 200 sites, 20,000 x 4",
+            "data": in_sites(count if quick else 20_000, 200),
+            "beside": " + (1 | site)",
+            "peers": [],
+            **us,
+        },
+        *(
+            {
+                "name": f"ar1, subjects and {levels} items, {subjects:,} x {trials}",
+                "data": with_items(subjects, trials, levels),
+                "beside": items,
+                "peers": ["glmmTMB"],
+                **ar1,
+            }
+            for subjects, trials, levels in ((count, 4, 200), (20 if quick else 60, 40, 40))
+        ),
+    ]
+
+
+def in_sites(subjects: int, sites: int) -> pd.DataFrame:
+    """A trial whose subjects are in so many sites."""
+    data, rng = trial(subjects, 4), np.random.default_rng(4)
+    site = rng.integers(0, sites, subjects)[data["subject"].str[1:].astype(int)]
+    chg = data["chg"] + 2 * rng.normal(size=sites)[site]
+    return data.assign(site=[f"c{k:03d}" for k in site], chg=chg)
+
+
+def with_items(subjects: int, trials: int, items: int) -> pd.DataFrame:
+    """Subjects who meet items in an order of their own, correlated from one to the next."""
+    data, rng = own_times(subjects, trials, spaced=True), np.random.default_rng(5)
+    item = np.concatenate([rng.permutation(items)[:trials] for _ in range(subjects)])
+    visit = pd.Categorical.from_codes(
+        data["visit"].astype(int), [f"v{k:02d}" for k in range(trials)]
+    )
+    chg = data["chg"] + rng.normal(size=items)[item]
+    return data.assign(item=[f"i{k:03d}" for k in item], visit=visit, chg=chg)
 
 
 def _of_own_times(quick: bool) -> list[dict[str, Any]]:
@@ -198,7 +253,8 @@ def of_r(study: dict[str, Any], limit: float) -> dict[str, Any]:
         study["data"].to_csv(path, index=False)
         for peer in study["peers"] if have_r() else ():
             task = {name: study[name] for name in ("formula", "model")}
-            task |= {"random": study.get("random", False), "cpu": CPU}
+            task |= {"random": study.get("random", False), "beside": study.get("beside", "")}
+            task |= {"cpu": CPU}
             task |= {"csv": str(path), "peers": [peer]}
             script = Path(__file__).with_suffix(".R")
             command = ["Rscript", str(script), json.dumps(task)]
@@ -228,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     found, agree = [], True
     for study in studies(options.quick):
         random = study["model"] == "ar1" or study.get("random", False)
-        formula = study["formula"] + (" + (1 | subject)" if random else "")
+        formula = study["formula"] + study.get("beside", " + (1 | subject)" if random else "")
         fits: list[Any] = []
 
         def ours(study: dict = study, formula: str = formula, fits: list = fits) -> None:

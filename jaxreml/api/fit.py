@@ -36,8 +36,10 @@ def fit(
 
     Args:
         formula: lme4's grammar, such as ``"y ~ x + (x | g)"``: random terms ``(1 | g)``,
-            ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; ``offset(z)``;
-            fixed effects in formulaic's grammar.
+            ``(x | g)``, ``(x || g)``, ``(0 + x | g)``, ``(1 | a/b)``, ``(1 | a:b)``; with a word
+            for their covariance as in glmmTMB and lme4 2.0, ``ar1(0 + f | g)``, ``cs``, ``toep``,
+            ``diag``, ``ou(time | g)``, ``rr(0 + f | g, d=2)`` and others; ``offset(z)``; fixed
+            effects in formulaic's grammar.
         data: dataframe (pandas, polars, pyarrow, anything narwhals reads) or dict of columns.
             Rows with a missing value in a column that the model uses are dropped and counted,
             before columns such as ``poly(x, 2)`` are computed (R computes these first).
@@ -47,7 +49,8 @@ def fit(
         offset: column name or (n,) values, a known part of the mean.
         structure: how to factorise the covariance, "grouped", "crossed" or "dense"; chosen if
             left out.
-        context: names the formula may use besides columns, functions for example.
+        context: names the formula may use besides columns: functions, and covariances of your own
+            (`jaxreml.covariance.custom`), for `residual` too.
         max_iterations: evaluations of the criterion with its derivatives.
         engine: "numpy" (nothing is compiled) or "jax"; NumPy if left out.
         residual: a covariance of the residuals within subjects, as ``"us(visit | subject)"``:
@@ -110,9 +113,8 @@ def fit(
         kernels=kernels,
     )
     options = method, structure, context, max_iterations, LMMResults, engine
-    if not isinstance(residual, (list, tuple)):
-        alone: Any = residual  # another type is refused by name
-        return fit_frame(made(residual=alone), *options)
+    if residual is None or isinstance(residual, str):
+        return fit_frame(made(residual=residual), *options)
     texts = list(dict.fromkeys(residual))
     if not texts:
         raise ValueError("residual=[] has nothing to try; None is for independent residuals")

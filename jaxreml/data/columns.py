@@ -323,7 +323,7 @@ def require_no_stray(name: str, values: pd.Series, as_factor: bool = False) -> N
     if not pd.api.types.is_object_dtype(values.dtype):
         return
     distinct = pd.Series(values.unique())
-    if not all(isinstance(text, str) for text in distinct):
+    if pd.api.types.infer_dtype(distinct, skipna=False) != "string":
         return
     numeric = pd.Series(pd.to_numeric(distinct, errors="coerce")).notna()
     if not numeric.any() or numeric.all():

@@ -16,7 +16,7 @@ from jaxreml.data.encoding import Encoding, encode
 from jaxreml.data.estimability import independent_columns
 from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
-from jaxreml.data.places import encode_own, encode_places
+from jaxreml.data.places import MOST, encode_own, encode_places
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.arrays import instead_of_residual, replaces_residual
 from jaxreml.model.covariance.base import Block
@@ -138,6 +138,11 @@ def _check_covariance(bar: RandomTerm, term: GroupingTerm) -> None:
         raise FormulaError(
             f"{text!r} has an intercept among its effects, {', '.join(names)}, and {word!r} is of "
             f"effects in an order; write {word}(0 + ...) for the levels of a factor"
+        )
+    if word != "us" and len(names) > MOST:
+        raise DataError(
+            f"{text!r} has {len(names)} effects, and a covariance by a word of more than {MOST} is "
+            "not there yet"
         )
     try:
         block = term.block(len(names))

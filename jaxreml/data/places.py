@@ -3,6 +3,7 @@ value, named by it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def encode_places(
         FormulaError: something else than names of columns joined by +.
         DataError: columns that are not numbers, one place, or too many.
     """
-    parts = [part.strip() for part in text.replace("- 1", "").split("+")]
+    parts = [part.strip() for part in re.sub(r"-\s*1\b", "", text).split("+")]
     names = [single_name(part) for part in parts if part not in ("0", "-1", "")]
     if not names or None in names or any(name not in table.columns for name in names):
         raise FormulaError(

@@ -18,6 +18,7 @@ from jaxreml.arguments import is_reml
 from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.fitting.engines import suited_structure
+from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits
 from jaxreml.many.singles import SinglesEngine
@@ -53,8 +54,8 @@ def refitter(
             drawn from.
     """
     blocks = tuple(term.block(len(term.effect_names)) for term in frame.terms)
-    own = frame.residual
-    in_batches = own is None or own.term.covariance(own.term.effects.shape[1]).of_matrix
+    own = None if frame.residual is None else ResidualCovariance.of_labels(frame.residual)
+    in_batches = own is None or own.block.of_matrix
     if in_batches and blocks == unstructured(tuple(block.size for block in blocks)).blocks:
         fitter = BatchFitter(frame, method, count=count)
         if frame.residual is None or not isinstance(fitter.engine, SinglesEngine):

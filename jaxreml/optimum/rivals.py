@@ -241,7 +241,7 @@ def has_one_optimum(structure: Any, covariance: Covariance, p: int) -> bool:
 
 def is_cheap(design: Design) -> bool:
     """Whether `estimate` searches from all rival starts."""
-    return design.numbers <= CHEAP
+    return design.numbers <= CHEAP and not design.structure.costly
 
 
 def is_global(structure: Any, degrees: float, omega: float, *, reml: bool) -> bool:

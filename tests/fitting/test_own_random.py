@@ -39,6 +39,12 @@ def scaled(at, variance, range):
     return variance * nearness(at, range)
 
 
+def matern(at, variance, range):
+    x = jnp.abs(at[:, None] - at) / range
+    return variance * (1 + x) * jnp.exp(-x)
+
+
+MATERN = custom(matern, {"variance": 1.0, "range": 1.0}, {"range": "log"})
 NEAR = custom(nearness, {"range": 1.0}, {"range": "log"})
 SCALED = custom(
     scaled,
@@ -50,13 +56,15 @@ SCALED = custom(
 
 @functools.cache
 def fitted(term: str) -> jaxreml.LMMResults:
-    context = {"near": NEAR, "scaled": SCALED}
+    context = {"near": NEAR, "scaled": SCALED, "matern": MATERN}
     return jaxreml.fit(f"y ~ x + {term}", table(), context=context)
 
 
-@pytest.mark.parametrize("term", ["near(t | g)", "scaled(f | g)", "scaled(0 + f | g)"])
+@pytest.mark.parametrize(
+    "term", ["near(t | g)", "scaled(f | g)", "scaled(0 + f | g)", "matern(t | g)"]
+)
 def test_equals_the_family(term):
-    own, family = fitted(term), fitted("ou(t | g)")
+    own, family = fitted(term), fitted("mat(t | g)" if term[:3] == "mat" else "ou(t | g)")
     assert own.converged and own.engine == "numpy"
     assert own.criterion == pytest.approx(family.criterion, abs=1e-8)
     np.testing.assert_allclose(own.parameters, family.parameters, rtol=1e-6, atol=1e-8)

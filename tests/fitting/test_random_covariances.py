@@ -324,7 +324,7 @@ def test_same_model_in_other_words():
         ("ar1(0 + f | g, hom=False)", "hetar1(0 + f | g)"),
         ("diag(x | g)", "(x || g)"),
         ("cs(x | g)", "(x | g)"),
-        ("exp(t | g)", "ou(0 + t | g)"),
+        ("exp(t-1 | g)", "ou(0 + t | g)"),
         ("mat(t | g, nu=0.5)", "ou(t | g)"),
         ("csh(0 + f | g)", "cs(0 + f | g)"),
         ("homcs(0 + f | g)", "(1 | g) + (1 | g:f)"),
@@ -336,6 +336,8 @@ def test_same_model_in_other_words():
         assert one.coefficients()["df"].iloc[1] == pytest.approx(
             other.coefficients()["df"].iloc[1], rel=1e-5
         )
+    tables = [own.coefficients("kenward-roger")[["std_error", "df"]] for own in (one, other)]
+    np.testing.assert_allclose(*tables, rtol=1e-6)  # of compound symmetry, which is linear
     # Units of a covariate are those of its variance.
     far = data.assign(x=data["x"] * 1e5)
     one, other = value("cs(x | g)"), jaxreml.fit("y ~ x + cs(x | g)", far)
@@ -485,6 +487,8 @@ def test_bad_input():
     with pytest.raises(jaxreml.DataError, match="more than 100"):
         twice = pd.concat([data, data], ignore_index=True)
         fit("ou(t | g)", twice.assign(t=np.arange(len(twice))))
+    with pytest.raises(jaxreml.DataError, match=r"has \d+ effects.*more than 100"):
+        fit("ar1(0 + factor(t) | g)", twice.assign(t=np.arange(len(twice))))
     with pytest.raises(jaxreml.DataError, match=r"t 0\.7 in row"):
         fitted("ou(t | g)").predict(data.head(1).assign(t=0.7))
     with pytest.raises(jaxreml.DataError, match=r"cannot fit many responses: the term ar1\("):

@@ -51,7 +51,7 @@ def readings(fit: jaxreml.LMMResults, parameters: np.ndarray) -> np.ndarray:
                 values[f"sd_{arm}|{group}"] = sds[i]
             for j, two in enumerate(effects):
                 values[f"cor_{one}.{two}|{group}"] = matrix[i, j] / (sds[i] * sds[j])
-        if group == "Residual" and fit.residual.words.family == "sp_exp":
+        if group == "Residual" and fit.residual and fit.residual.words.family == "sp_exp":
             lag = float(effects[1]) - float(effects[0])
             values["range|Residual"] = -lag / np.log(matrix[1, 0] / (sds[0] * sds[1]))
     return np.array([values[name] for name in fit.variance_parameters().index])
@@ -187,7 +187,10 @@ def correlation(i: int, j: int) -> Callable[[np.ndarray], float]:
             *("toeph", "", "ML", "cor_12.8|Residual", correlation(2, 0)), marks=pytest.mark.long
         ),
         ("sp_exp", "", "REML", "range|Residual", lambda m: -2 / np.log(correlation(1, 0)(m))),
-        ("ar1h", " + (1 | Subject)", "ML", "sd_12|Residual", lambda m: float(m[2, 2] ** 0.5)),
+        pytest.param(
+            *("ar1h", " + (1 | Subject)", "ML", "sd_12|Residual", lambda m: float(m[2, 2] ** 0.5)),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_profiles_are_the_lowest_criterion_with_a_number_held(
@@ -239,15 +242,20 @@ def test_points_and_regions_of_a_profile():
     frame = profile.frame
     for name in names:
         own = frame[frame["parameter"] == name]
-        assert own["value"].to_numpy() == pytest.approx(own[name].to_numpy(), rel=1e-9)
-        np.testing.assert_allclose(own["criterion"] - fit.criterion, own["zeta"] ** 2, atol=1e-8)
-        assert (np.diff(own["zeta"]) > 0).all() and abs(own["zeta"].iloc[0]) > 2.5
-    edge = profile.contour(*names, [0.8], points=4)
+        zeta = np.asarray(own["zeta"])
+        np.testing.assert_allclose(own["value"], own[name], rtol=1e-9)
+        np.testing.assert_allclose(own["criterion"] - fit.criterion, zeta**2, atol=1e-8)
+        assert (np.diff(zeta) > 0).all() and abs(zeta[0]) > 2.5
+    edge = profile.contour(names[0], names[1], [0.8], points=4)
     np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.8, 2), atol=1e-5)
     for _, row in edge.iloc[:3].iterrows():
         matrix = matrix_of_visits("ar1h", np.append(np.full(4, row["sigma"]), row[names[1]]))
         rise = dense_criterion(fit, matrix, 0.0) - fit.criterion
         assert rise == pytest.approx(row["deviance"], abs=1e-5)
+
+
+@pytest.mark.long
+def test_region_of_two_numbers_that_are_solved_for():
     wide = fitted(f"csh{ON}", method="ML").profile(["cor_10.8|Residual", "sd_10|Residual"])
     edge = wide.contour("cor_10.8|Residual", "sd_10|Residual", [0.5], points=4)
     np.testing.assert_allclose(edge["deviance"], chi2.ppf(0.5, 2), atol=1e-5)
@@ -274,16 +282,16 @@ def test_bootstrap():
         correlation = one.residual_corr.to_numpy()[1, 0]
         values = [*one.params, one.sigma, correlation, 2 * np.log(one.sigma)]
         np.testing.assert_allclose(drawn.draws.iloc[k], values, rtol=1e-6)
-    assert drawn.std_error["beta[age]"] == pytest.approx(fit.bse["age"], rel=0.25)
+    np.testing.assert_allclose(drawn.std_error["beta[age]"], fit.bse["age"], rtol=0.25)
     limits = fit.variance_parameters(conf_level=0.9)
     both = (("sigma", "sigma"), ("correlation[Residual, 8, 10]", "cor_10.8|Residual"))
     for name, own in both:
         row = limits.loc[own]
-        assert drawn.std_error[name] == pytest.approx(row["std_error"], rel=0.25)
+        np.testing.assert_allclose(drawn.std_error[name], row["std_error"], rtol=0.25)
         for way in ("percentile", "studentized"):
             found = drawn.conf_int(0.9, way).loc[name]
-            away = found[["lower", "upper"]] - row[["lower", "upper"]]
-            assert (away.abs() < 0.6 * row["std_error"]).all()
+            ends = (np.array(part[["lower", "upper"]], float) for part in (found, row))
+            assert np.all(np.abs(np.subtract(*ends)) < 0.6 * row["std_error"])
 
 
 def test_bootstrap_one_by_one():
@@ -372,8 +380,9 @@ def test_power_of_a_longer_trial():
     rows = [own.places[own.codes == code] for code in range(40)]
     assert all(len(set(places)) == len(places) for places in rows)
     table = jaxreml.power(fit, {"age": [0.0, 0.7]}, [40], along="Subject", nsim=25, seed=1)
-    assert table["power"].iloc[0] < 0.3 and table["power"].iloc[1] == 1.0
-    assert (table["nobs"] == len(people.frame.X)).all()
+    power = table["power"].tolist()
+    assert power[0] < 0.3 and power[1] == 1.0
+    assert set(table["nobs"]) == {len(people.frame.X)}
     with pytest.raises(DataError, match="same 'age' twice"):
         extend(of_fit(fit), 6, within="Subject")
     with pytest.raises(DataError, match="cannot be added to a design with residual="):

@@ -87,7 +87,7 @@ def test_equals_the_nested_model(structure):
     for found, expected in pairs:
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
-    value, gradient = criterion(own.theta, designs[0], True)
+    value, gradient = criterion(own.theta, designs[0], True, own.parameters)
     assert float(value) == pytest.approx(float(own.criterion), abs=1e-9)
     assert float(jnp.linalg.norm(gradient)) < 1e-5
 

@@ -176,11 +176,14 @@ class _Rays:
         moved = distance > 0
         if moved.any():
             rays, at = which[moved], distance[moved]
-            near = np.tile(self.start, (rays.size, 1))
+            starts = [self.x[rays]]
+            if self.search.several:
+                starts.append(np.tile(self.start, (rays.size, 1)))
+            count = len(starts)
             value, x = self._optima(
-                np.tile(at, 2), np.tile(rays, 2), np.concatenate([self.x[rays], near])
+                np.tile(at, count), np.tile(rays, count), np.concatenate(starts)
             )
-            value, x = value.reshape(2, -1), x.reshape(2, rays.size, -1)
+            value, x = value.reshape(count, -1), x.reshape(count, rays.size, -1)
             best = np.argmin(np.where(np.isnan(value), np.inf, value), axis=0)
             value, x = value[best, range(rays.size)], x[best, range(rays.size)]
             found = ~np.isnan(value)
@@ -219,8 +222,8 @@ class _Rays:
         """Rays on which a lower optimum is found at the edge from the neighbours' or other starts,
         to go on from there."""
         known = np.flatnonzero(distance > 0)
-        if not known.size:
-            return known
+        if not known.size or not self.search.several:
+            return known[:0]
         here, _ = self._optima(distance[known], known, self.x[known])
         better = np.zeros(known.size, bool)
         starts = [self.x[(known + step) % len(self.x)] for step in (-1, 1)]

@@ -195,7 +195,8 @@ class _Builder:
         if nowhere."""
         if len(effects) > 1:
             return self.starts[k] + self.blocks[k].size if set(first) == set(effects) else None
-        return self.starts[k] + first.index(effects[0]) if effects[0] in first[:2] else None
+        alone = next(iter(effects))
+        return self.starts[k] + first.index(alone) if alone in first[:2] else None
 
     def chart(
         self,

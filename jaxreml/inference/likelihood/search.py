@@ -177,6 +177,7 @@ class Search:
         minimum, values, estimates: criterion, variance parameters and all parameters at the
             estimates, these in the user's units in the order of `known`.
         elsewhere: variance parameters to start from as well.
+        several: whether the criterion may have several optima, as random effects make them.
         tracks: the profiles.
 
     Raises:
@@ -206,6 +207,7 @@ class Search:
         self.known, self.values = known, values
         self.estimates = [*readings(values, fit), *best.beta[0]]
         self.elsewhere = other_values(values, blocks)
+        self.several = bool(fit.covariance.random.any())
         self.tracks = {}
         for own in chosen:
             start, *others = [own.x(each, best.beta[0]) for each in (values, *self.elsewhere)]

@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
+from jaxreml.inference.likelihood.ratio import ROUNDING
 from jaxreml.inference.resampling.simulation import check_count, of_fit
 from jaxreml.many.numbers import require_some
 from jaxreml.many.one_by_one import refitter
 from jaxreml.status import Status
 
-ROUNDING = 1e-9  # of a difference of criteria, per unit of the criterion
-LOWER = 1e-6  # ... by which the likelihood of a larger model may be lower, as optima are found
+LOWER = 1e-6  # per unit: by how much a larger model's criterion may be higher, as optima are found
 OUTSIDE = 1e-8  # share of columns outside the span of others that is rounding
 
 

@@ -232,8 +232,10 @@ def posterior(
             runs.append(jax.device_get(chain(own, jnp.asarray(away))))
     parameters, divergent, gradients = (np.stack(parts) for parts in zip(*runs, strict=True))
     beta, effects, theta, sigma = _effects(fit, parameters, rng, random_effects)
-    statistics, last_first = default(fit), (np.moveaxis(own, -1, 0) for own in (beta, theta))
-    values = statistics.values(*last_first, sigma, np.moveaxis(parameters, -1, 0))
+    statistics = default(fit)
+    last_first = (np.moveaxis(own, -1, 0) for own in (beta, theta, parameters))
+    of_beta, of_theta, of_parameters = last_first
+    values = statistics.values(of_beta, of_theta, sigma, of_parameters)
     named = dict(zip(statistics.names, values, strict=True))
     return Posterior(fit, parameters, named, effects, divergent, gradients, seed)
 
@@ -268,9 +270,10 @@ def _sampler(prior: Any, fit: FittedModel, draws: int, warmup: int) -> Any:
     """From a key and a start (k,) to the draws (draws, k) of a chain, which of them diverged, and
     how many gradients each took; compiled."""
     try:
-        import blackjax
+        import blackjax as package
     except ImportError:
         raise DataError("posterior needs blackjax: pip install 'jaxreml[bayes]'") from None
+    blackjax: Any = package
     design = jax.tree.map(jnp.asarray, fit.design.without_names())
 
     @jax.jit
@@ -284,6 +287,7 @@ def _sampler(prior: Any, fit: FittedModel, draws: int, warmup: int) -> Any:
         step = blackjax.nuts(density, **tuned).step
 
         def advance(state: Any, key: Array) -> Any:
+            about: Any
             state, about = step(key, state)
             return state, (state.position, about.is_divergent, about.num_integration_steps)
 

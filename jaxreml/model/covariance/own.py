@@ -59,8 +59,9 @@ class Own(Block):
         return np.zeros(self.size, int) if self.function.homogeneous else np.arange(self.size)
 
     def variance_labels(self, effects: tuple[str, ...]) -> tuple[str, ...]:
-        alike = self.function.homogeneous and len(effects) > 1
-        return (f"{effects[0]}..{effects[-1]}",) if alike else effects
+        if self.size == 1 or not self.function.homogeneous:
+            return effects
+        return (f"{effects[0]}..{effects[-1]}",)
 
     def parameter_names(self, group: str, effects: tuple[str, ...]) -> tuple[str, ...]:
         k, own = self.log_variances, self.function

@@ -94,7 +94,7 @@ def correlation(fit: FittedModel, *, ax: Any = None) -> Any:
     image = None
     for axis, arm in zip(axes, arms, strict=True):
         matrix = np.full((count, count), np.nan)
-        values = np.asarray(frame.loc[frame["arm"] == arm, "correlation"])
+        values = frame.loc[frame["arm"] == arm, "correlation"].to_numpy()
         matrix.T[np.triu_indices(count, 1)] = values
         shown = matrix[1:, :-1]
         image = axis.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -182,9 +182,9 @@ def semivariogram_data(fit: FittedModel) -> pd.DataFrame:
         pairs["bin"] = np.clip(np.searchsorted(edges, distance, "right"), 1, len(edges) - 1)
     else:
         pairs["bin"] = distance
-    together = pairs.groupby(["arm", "bin"], as_index=False)
-    found = pd.DataFrame(together.mean()).drop(columns="bin")
-    found.insert(2, "pairs", np.asarray(together.size()["size"]))
+    found: pd.DataFrame = pairs.groupby(["arm", "bin"]).mean()  # pyright: ignore
+    found.insert(1, "pairs", pairs.groupby(["arm", "bin"]).size())
+    found = found.reset_index().drop(columns="bin")
     arms = own.arms or ("",)
     return found.assign(arm=[arms[int(k)] for k in found["arm"]])
 

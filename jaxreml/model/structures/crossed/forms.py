@@ -81,7 +81,7 @@ def curvature(structure: Any, projection: Any, vectors: Any, weights: Array) -> 
 def spread(structure: Any, projection: Any, vectors: Any) -> Array:
     """d_u'E_i B E_j d_v, (m, k, m, k), in the order of the stages; as `curvature`."""
     moved = _moved(structure, projection, vectors)
-    (a, b), half = _pairs(structure)
+    (a, b), half = _pairs(structure, moved.first)
     q, k, _ = moved.first.shape
     m, xp = len(half), namespace(moved.first)
     flat = moved.first.reshape(q * k, -1)
@@ -116,11 +116,11 @@ def _joined(local: Array, total: Any, moved: Moved) -> Array:
     return xp.concatenate([top, rows])
 
 
-def _pairs(structure: Any) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+def _pairs(structure: Any, like: Array) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     """Which effects a and b of the first factor each of its parameters is of, and 1/2 where they
     are the same: E = half (e_a e_b' + e_b e_a')."""
     pairs = natural.effects_of_omega(structure.stages[0].sizes)
-    return pairs, np.where(pairs[0] == pairs[1], 0.5, 1.0)
+    return pairs, np.where(pairs[0] == pairs[1], 0.5, 1.0).astype(like.dtype)
 
 
 def _moved(structure: Any, projection: Any, vectors: Any) -> Moved:
@@ -163,7 +163,7 @@ def _of_first(structure: Any, done: Eliminated, vector: Array) -> list[Array]:
     """`Moved.own`."""
     first, xp = structure.stages[0], namespace(vector)
     U, here = done.solved[0], done.couplings[0]
-    (a, b), half = _pairs(structure)
+    (a, b), half = _pairs(structure, vector)
     q, k, _ = vector.shape
 
     def moved(sums: Array) -> Array:
