@@ -113,8 +113,9 @@ def fit(
         kernels=kernels,
     )
     options = method, structure, context, max_iterations, LMMResults, engine
-    if residual is None or isinstance(residual, str):
-        return fit_frame(made(residual=residual), *options)
+    if not isinstance(residual, (list, tuple)):
+        alone: Any = residual  # another type is refused by name
+        return fit_frame(made(residual=alone), *options)
     texts = list(dict.fromkeys(residual))
     if not texts:
         raise ValueError("residual=[] has nothing to try; None is for independent residuals")
