@@ -15,7 +15,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     with jax.enable_x64(False):
         for block in blocks:
