@@ -191,7 +191,7 @@ def unpacked(
         )
     )  # fmt: skip
     found = ModelFrame(
-        formula=parse(formula),
+        formula=parse(formula, need_random=False),
         y=None,
         X=np.zeros((k, len(fixed_names))),
         fixed_names=fixed_names,

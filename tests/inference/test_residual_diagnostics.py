@@ -169,8 +169,9 @@ def test_times_of_their_own(tmp_path):
         fit.save(tmp_path / "fit.json", data=False)
 
 
-def test_saved_without_rows(tmp_path):
-    fit = fitted("beside")
+@pytest.mark.parametrize("name", ["beside", "ar1h"])
+def test_saved_without_rows(name, tmp_path):
+    fit = fitted(name)
     fit.save(tmp_path / "fit.json", data=False)
     text = (tmp_path / "fit.json").read_text()
     again = jaxreml.load(tmp_path / "fit.json")
