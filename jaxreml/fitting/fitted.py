@@ -29,7 +29,8 @@ from jaxreml.fitting.random_terms import (
 )
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Block, Covariance
+from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.words import ANY, TermCovariance
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.optimum.effects import Henderson, henderson

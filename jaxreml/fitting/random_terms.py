@@ -14,7 +14,7 @@ import pandas as pd
 
 from jaxreml.data.formula import RESIDUAL as RESIDUAL
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 
 Groups = tuple[tuple[str, tuple[str, ...]], ...]  # per term its grouping factor and its effects
 

@@ -13,7 +13,7 @@ from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.fitting.row_variances import FIXED
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.optimum.report import Estimate
 
 Array = Any  # NumPy's or JAX's

@@ -23,7 +23,7 @@ from jaxreml.fitting.random_terms import (
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.fitting.row_variances import FIXED
 from jaxreml.many.numbers import Fits
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.status import Status
 

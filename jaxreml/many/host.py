@@ -30,7 +30,7 @@ from jaxreml.many.numbers import Table
 from jaxreml.many.screening import Grid, suspects
 from jaxreml.many.steps import Found, Plan
 from jaxreml.model.basis import Basis
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled
 from jaxreml.model.response import Response

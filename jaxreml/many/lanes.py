@@ -18,7 +18,7 @@ from jaxreml.backend.arrays import mapped, namespace
 from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.basis import Basis
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.response import Response
 from jaxreml.model.structures.collapse import Collapse, collapse

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxreml.many.lanes import Lanes
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.response import Response
 from jaxreml.optimum.rivals import is_lower, starts

@@ -20,7 +20,7 @@ from jaxreml.model.arrays import (
     replaces_residual,
     root_weights,
 )
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.response import Response
 from jaxreml.model.structures.base import Projector, Terms

@@ -24,7 +24,7 @@ from jaxreml.model.arrays import (
 )
 from jaxreml.model.basis import Basis, first_of
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.moments import of_moments
 from jaxreml.model.response import Response
 from jaxreml.model.structures import Full, Grouped

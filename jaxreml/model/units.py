@@ -21,8 +21,8 @@ from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.backend.runtime import neutral
 from jaxreml.model import linalg, tall
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
 from jaxreml.model.covariance.factors import lower_factor
+from jaxreml.model.covariance.joint import Covariance
 
 Array = Any  # NumPy's or JAX's
 NEAR = 1e-2  # share of a column that those before it leave, below which the basis is orthonormal

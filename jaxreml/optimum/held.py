@@ -26,7 +26,7 @@ from jaxreml.backend.lazy import jax
 from jaxreml.backend.runtime import neutral
 from jaxreml.backend.threads import suited_blas
 from jaxreml.model import linalg
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import expand, neg2_loglik
 from jaxreml.optimum import newton

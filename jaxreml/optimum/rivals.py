@@ -23,7 +23,7 @@ import numpy as np
 from jaxreml.backend.arrays import chosen, namespace, on_host
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.model import linalg
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom

@@ -13,7 +13,7 @@ from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.basis import perfect_share
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.design import Design
 from jaxreml.model.objective import degrees_of_freedom, expand, profiled
 from jaxreml.optimum import newton

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreml.model.covariance import correlations, jets
+from jaxreml.model.covariance import correlations, distances, jets
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.factor_analytic import FactorAnalytic
 from jaxreml.model.covariance.natural import places
@@ -21,10 +21,10 @@ FAMILIES = {
     "autoregressive": correlations.Autoregressive(5),
     "antedependent": correlations.Antedependent(5),
     "toeplitz": correlations.Toeplitz(5),
-    "exponential": correlations.Distance(5, TIMES),
-    "matern3": correlations.Distance(5, TIMES, "matern3"),
-    "matern5": correlations.Distance(5, tuple((t, t**0.5) for t in TIMES), "matern5"),
-    "gaussian": correlations.Distance(5, TIMES, "gaussian"),
+    "exponential": distances.Distance(5, TIMES),
+    "matern3": distances.Distance(5, TIMES, "matern3"),
+    "matern5": distances.Distance(5, tuple((t, t**0.5) for t in TIMES), "matern5"),
+    "gaussian": distances.Distance(5, TIMES, "gaussian"),
     "unrestricted": correlations.Unrestricted(5),
 }
 COPIES = {

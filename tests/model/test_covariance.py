@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Block, Covariance
-from jaxreml.model.covariance.correlations import Autoregressive, Distance, Exchangeable, Toeplitz
+from jaxreml.model.covariance.base import Block
+from jaxreml.model.covariance.correlations import Autoregressive, Exchangeable, Toeplitz
+from jaxreml.model.covariance.distances import Distance
 from jaxreml.model.covariance.factor_analytic import FactorAnalytic
 from jaxreml.model.covariance.factors import factor_semidefinite, lower_factor
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.structured import Structured
 from jaxreml.model.covariance.unstructured import Unstructured, unstructured
 

@@ -16,7 +16,8 @@ from jaxreml.fitting.random_terms import RESIDUAL
 from jaxreml.inference.parameters.delta import FLAT, given, interior, on_boundary, propagate
 from jaxreml.inference.parameters.linearised import Linearised, scale_of, wald
 from jaxreml.model.covariance import natural
-from jaxreml.model.covariance.base import Covariance, Reading
+from jaxreml.model.covariance.base import Reading
+from jaxreml.model.covariance.joint import Covariance
 
 if TYPE_CHECKING:
     from jaxreml.fitting.fitted import FittedModel

@@ -17,7 +17,8 @@ import numpy as np
 from jaxreml.backend.arrays import namespace
 from jaxreml.model import linalg
 from jaxreml.model.covariance import factors as cholesky
-from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Covariance, Report
+from jaxreml.model.covariance.base import FAR, LOG_ZERO, Block, Report
+from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.natural import INDEX, Sizes, places, triangle
 
 Array = Any  # NumPy's or JAX's

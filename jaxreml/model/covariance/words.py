@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from jaxreml.errors import DataError, FormulaError
 from jaxreml.model.covariance import correlations
 from jaxreml.model.covariance.base import Block
-from jaxreml.model.covariance.correlations import Correlation, Distance
+from jaxreml.model.covariance.correlations import Correlation
+from jaxreml.model.covariance.distances import Distance
 from jaxreml.model.covariance.factor_analytic import FactorAnalytic
 from jaxreml.model.covariance.own import Custom
 from jaxreml.model.covariance.structured import Structured
