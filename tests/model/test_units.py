@@ -33,19 +33,20 @@ def fit(origin: float, unit: float) -> jaxreml.LMMResults:
 
 
 def moved(fitted: jaxreml.LMMResults, origin: float, unit: float):
-    """Parameters of a fit in t for t* = origin + unit t, and their covariance, with NumPy."""
-    shift = np.array([[1.0, -origin / unit], [0.0, 1 / unit]])
+    """Parameters of a fit in t for t* = origin + unit t, and their covariance, with NumPy; in more
+    digits than double precision where there are some, as differences of far origins lose many."""
+    shift = np.array([[1.0, -origin / unit], [0.0, 1 / unit]], np.longdouble)
 
     def change(params):
         sd = np.exp(params[:2] / 2)
         slope = sd[1] * np.array([np.tanh(params[2]), 1 / np.cosh(params[2])])
         root = shift @ np.array([[sd[0], 0.0], slope])
-        sine = np.abs(np.linalg.det(root))
+        sine = np.abs(root[0, 0] * root[1, 1] - root[0, 1] * root[1, 0])
         own = np.log(np.sum(root**2, axis=1))
         return np.array([*own, np.arcsinh(root[0] @ root[1] / sine), params[3]])
 
-    at = np.asarray(fitted.parameters)
-    step = 1e-3
+    at = np.asarray(fitted.parameters, np.longdouble)
+    step = np.longdouble(1e-3)
     jacobian = np.array(
         [
             (8 * (change(at + h) - change(at - h)) - change(at + 2 * h) + change(at - 2 * h))
