@@ -41,8 +41,12 @@ def marginal_covariance(params, terms, weights, n) -> np.ndarray:
 
 def neg2_loglik(params, y, X, terms, *, reml: bool, weights=None) -> float:
     """-2 log (restricted) likelihood, constants included."""
+    return criterion_at(marginal_covariance(params, terms, weights, len(X)), X, y, reml=reml)
+
+
+def criterion_at(V: np.ndarray, X: np.ndarray, y: np.ndarray, *, reml: bool) -> float:
+    """The same for the covariance matrix of all rows, (n, n)."""
     n, p = X.shape
-    V = marginal_covariance(params, terms, weights, n)
     inverse = np.linalg.inv(V)
     M = X.T @ inverse @ X
     residual = y - X @ np.linalg.solve(M, X.T @ inverse @ y)

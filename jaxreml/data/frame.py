@@ -40,7 +40,8 @@ from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, w
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.arrays import Term
+from jaxreml.model.arrays import Term, read_terms
+from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 
 EXTRAS = {"weights": "(weights)", "offset": "(offset)"}  # columns of a model frame's table
@@ -135,6 +136,16 @@ class ModelFrame:
             for term in self.terms
         ]
         return terms if self.residual is None else [*terms, self.residual.term]
+
+    def basis(self, structure: str | None = None) -> Basis:
+        """What this frame says without its response, prepared for many."""
+        return Basis.of(
+            self.X,
+            read_terms(self.random_terms, len(self.X), np.dtype(float)),
+            weights=self.weights,
+            offset=self.offset,
+            structure=structure,
+        )
 
     def design(self, structure: str | None = None) -> Design:
         """The cross-products of this frame."""

@@ -23,7 +23,6 @@ from jaxreml.many.engine import BatchFitter
 from jaxreml.many.numbers import Fits
 from jaxreml.many.singles import SinglesEngine
 from jaxreml.many.steps import objective_gradients, satterthwaite_tests
-from jaxreml.model.arrays import read_terms
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.design import Design
@@ -73,14 +72,7 @@ class OneByOne:
 
     @cached_property
     def _basis(self) -> Basis:
-        frame = self.frame
-        return Basis.of(
-            frame.X,
-            read_terms(frame.random_terms, len(frame.X), np.dtype(float)),
-            weights=frame.weights,
-            offset=frame.offset,
-            structure=suited_structure(frame, None, "numpy"),
-        )
+        return self.frame.basis(suited_structure(self.frame, None, "numpy"))
 
     @cached_property
     def _blank(self) -> Design:

@@ -81,7 +81,7 @@ def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> 
 def _of_few_classes(omega: np.ndarray, design: Design) -> tuple[tuple[Array, ...], Any]:
     """Modes and `Inspection.posterior` of a design that has a `collapsed` one."""
     structure: Any = design.structure
-    column = _unexplained(design.collapsed.structure.marginal(omega).gram, design.p)[:, 0]
+    column = unexplained(design.collapsed.structure.marginal(omega).gram, design.p)[:, 0]
     found, posterior = conditional(structure, omega, column, bool(design.covariance.random.any()))
     parts = np.split(found.T, np.cumsum(design.sizes)[:-1], axis=1)
     return tuple(design.units.modes(k, part) for k, part in enumerate(parts)), posterior
@@ -165,13 +165,13 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
 
 
 def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
-    residual = _unexplained(projection.gram, design.p)
+    residual = unexplained(projection.gram, design.p)
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))
 
 
-def _unexplained(gram: Array, p: int) -> Array:
+def unexplained(gram: Array, p: int) -> Array:
     """The combination (p + 1, 1, ...) of the columns [X y] that is y - X beta."""
     factor = linalg.cholesky(gram)
     # In the orthonormal basis, on top of what `beta_ols` explains

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from independent import gradient
+from independent import criterion_at, gradient
 from matplotlib.figure import Figure
 
 import jaxreml
@@ -197,15 +197,8 @@ def dense(fit, parameters: np.ndarray) -> np.ndarray:
 
 
 def criterion(fit, parameters: np.ndarray) -> float:
-    V, X, y = dense(fit, parameters), fit.frame.X, fit.y
-    inverse = np.linalg.inv(V)
-    M = X.T @ inverse @ X
-    rest = y - X @ np.linalg.solve(M, X.T @ inverse @ y)
-    n, p = X.shape
-    value = np.linalg.slogdet(V)[1] + rest @ inverse @ rest
-    if fit.method == "ML":
-        return n * np.log(2 * np.pi) + value
-    return (n - p) * np.log(2 * np.pi) + value + np.linalg.slogdet(M)[1]
+    V = dense(fit, parameters)
+    return criterion_at(V, fit.frame.X, fit.y, reml=fit.method == "REML")
 
 
 @pytest.mark.parametrize("family", [w for w in RESIDUALS if w not in SYNONYMS])

@@ -21,13 +21,10 @@ from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.inference.resampling.priors import log_prior
 from jaxreml.inference.resampling.statistics import default
-from jaxreml.model import linalg
-from jaxreml.model.arrays import read_terms
-from jaxreml.model.basis import Basis
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import reml_objective
-from jaxreml.optimum.effects import conditional_modes
+from jaxreml.optimum.effects import conditional_modes, unexplained
 
 Array = Any  # NumPy's or JAX's
 
@@ -311,14 +308,7 @@ def _effects(
     thetas = np.empty((count, len(omegas)))
     beta = np.empty((count, frame.X.shape[1]))
     effects = [np.empty((count, len(t.levels), t.effects.shape[1])) for t in frame.terms]
-    basis = Basis.of(
-        frame.X,
-        read_terms(frame.random_terms, n, np.dtype(float)),
-        weights=frame.weights,
-        offset=frame.offset,
-        structure=fit.structure,
-    )
-    root = 1.0 if frame.weights is None else 1 / np.sqrt(frame.weights)
+    basis, root = frame.basis(fit.structure), 1 / np.sqrt(fit.prior_weights)
     for place in range(count):
         factors = covariance.factors(covariance.chart_of_omega(omegas[:, place]))
         thetas[place] = natural.join_triangles(factors)
@@ -345,6 +335,5 @@ def _effects(
 
 def _fixed_effects(omega: np.ndarray, design: Design) -> np.ndarray:
     """Generalised least squares at relative covariances, (p,)."""
-    factor, p = linalg.cholesky(design.structure.marginal(omega).gram), design.p
-    inner = linalg.solve_lower(factor[:p, :p], factor[p, :p, None], transposed=True)
-    return design.beta_ols + np.linalg.solve(design.basis, inner[:, 0])
+    rest = unexplained(design.structure.marginal(omega).gram, design.p)
+    return design.beta_ols - np.linalg.solve(design.basis, rest[: design.p, 0])

@@ -258,7 +258,10 @@ class Block(ABC):
         return over_lanes(jax.jacfwd(self.omega), chart)
 
     def curvature(self, chart: Array, gradient: Array) -> Array:
-        """Second derivatives in the chart, (r, r, ...), of gradient' omega."""
+        """Second derivatives in the chart, (r, r, ...), of gradient' omega. A block that writes
+        derivatives out says here or in `slopes` what they are."""
+        if self.written_out and on_host(chart):
+            return self.slopes(chart, gradient)[1]
         import jax
 
         def bend(chart: Array, gradient: Array) -> Array:

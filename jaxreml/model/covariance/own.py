@@ -182,11 +182,6 @@ class Own(Block):
         first = self.function.derivatives(self._at_chart(chart)).first
         return first * self._slopes(chart)
 
-    def curvature(self, chart: Array, gradient: Array) -> Array:
-        if not on_host(chart):
-            return super().curvature(chart, gradient)
-        return self.slopes(chart, gradient)[1]
-
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         if not on_host(chart):
             return super().slopes(chart, gradient)

@@ -180,11 +180,6 @@ class Residual(Block):
             return super().jacobian(chart)
         return self._derivatives(chart)[0]
 
-    def curvature(self, chart: Array, gradient: Array) -> Array:
-        if not on_host(chart):
-            return super().curvature(chart, gradient)
-        return self.slopes(chart, gradient)[1]
-
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         if not on_host(chart):
             return super().slopes(chart, gradient)

@@ -241,11 +241,6 @@ class Structured(Block):
             return super().jacobian(chart)
         return self.slopes(chart, np.zeros((len(self._pairs), *chart.shape[1:])))[0]
 
-    def curvature(self, chart: Array, gradient: Array) -> Array:
-        if not on_host(chart):
-            return super().curvature(chart, gradient)
-        return self.slopes(chart, gradient)[1]
-
     def slopes(self, chart: Array, gradient: Array) -> tuple[Array, Array]:
         if not on_host(chart):
             return super().slopes(chart, gradient)

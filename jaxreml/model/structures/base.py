@@ -19,6 +19,7 @@ terms: nothing cancels, however large the variance ratio, and a singular Omega i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -134,6 +135,38 @@ class OfColumns:
         """`cross` or `columns` times (p + 1, k)."""
         xp = namespace(matrix, *(cross if isinstance(cross, tuple) else [cross]))
         return mapped(lambda own: xp.einsum("au...,uv...->av...", own, matrix), cross)
+
+
+class OfRows(OfColumns):
+    """A structure of the rows of [X y] themselves, whose V is not linear in all of omega. On the
+    host.
+
+    Attributes:
+        scores: (n, p + 1), [X y].
+        linear: whether second derivatives leave out those of V.
+    """
+
+    scores: Array
+    linear: bool
+
+    costly = False
+    written_out = True
+
+    @property
+    def columns(self) -> Array:
+        return self.scores
+
+    def with_columns(self: Any, columns: Array, remainder: Array) -> Any:
+        return replace(self, scores=columns, remainder=remainder)
+
+    def combined(self, matrix: Array, absent: Array) -> Any:
+        gram = matrix.T @ self.remainder @ matrix + np.diag(absent)
+        return self.with_columns(self.scores @ matrix, gram)
+
+    @property
+    def first_order(self: Any) -> Any:
+        """As if V were linear in omega: for Kenward and Roger's information."""
+        return replace(self, linear=True)
 
 
 class Structure(Protocol):

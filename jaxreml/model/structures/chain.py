@@ -11,7 +11,7 @@ coordinate with two derivatives. Any number of rows, of one subject or of many: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import scipy.linalg
 from jaxreml.backend.lazy import record
 from jaxreml.model.covariance import jets
 from jaxreml.model.covariance.timed import Timed
-from jaxreml.model.structures.base import Marginal, OfColumns, Projection
+from jaxreml.model.structures.base import Marginal, OfRows, Projection
 
 Array = np.ndarray
 FEW_GAPS = 64  # distances between neighbours up to which their cross-products are summed once
@@ -47,7 +47,7 @@ class Inner(NamedTuple):
 
 @record
 @dataclass(frozen=True)
-class Chain(OfColumns):
+class Chain(OfRows):
     """See above; on the host.
 
     Attributes:
@@ -69,21 +69,6 @@ class Chain(OfColumns):
     sizes: tuple[int, ...] = field(metadata={"static": True})
     law: Timed = field(metadata={"static": True})
     linear: bool = field(default=False, metadata={"static": True})
-
-    costly = False
-    written_out = True
-
-    @property
-    def columns(self) -> Array:
-        return self.scores
-
-    def with_columns(self, columns: Array, remainder: Array) -> Chain:
-        return replace(self, scores=columns, remainder=remainder)
-
-    @property
-    def first_order(self) -> Chain:
-        """As if V were linear in omega: for Kenward and Roger's information."""
-        return replace(self, linear=True)
 
     @cached_property
     def gaps(self) -> Array:
@@ -185,10 +170,6 @@ class Chain(OfColumns):
 
     def form(self, cross: Cross, matrix: Array) -> Array:
         return -(matrix.T @ cross.slope @ matrix)[None]
-
-    def combined(self, matrix: Array, absent: Array) -> Chain:
-        gram = matrix.T @ self.remainder @ matrix + np.diag(absent)
-        return self.with_columns(self.scores @ matrix, gram)
 
     def combine(self, cross: Cross, matrix: Array) -> Cross:
         across = matrix.T

@@ -10,7 +10,7 @@ tr(V^-1 V_zz) and D'V_zz D.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from jaxreml.backend.lazy import record
 from jaxreml.errors import DataError
 from jaxreml.model.covariance import jets, natural
 from jaxreml.model.covariance.timed import Timed
-from jaxreml.model.structures.base import Marginal, OfColumns, Projection
+from jaxreml.model.structures.base import Marginal, OfRows, Projection
 from jaxreml.model.structures.chain import Chain, best_coordinate
 
 Array = np.ndarray
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
 
 @record
 @dataclass(frozen=True)
-class Series(OfColumns):
+class Series(OfRows):
     """See above; J subjects, on the host.
 
     Attributes:
@@ -98,21 +98,6 @@ class Series(OfColumns):
     shapes: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     law: Timed = field(metadata={"static": True})
     linear: bool = field(default=False, metadata={"static": True})
-
-    costly = False
-    written_out = True
-
-    @property
-    def columns(self) -> Array:
-        return self.scores
-
-    def with_columns(self, columns: Array, remainder: Array) -> Series:
-        return replace(self, scores=columns, remainder=remainder)
-
-    @property
-    def first_order(self) -> Series:
-        """As if V were linear in omega: for Kenward and Roger's information."""
-        return replace(self, linear=True)
 
     @property
     def _random(self) -> tuple[int, ...]:
@@ -223,10 +208,6 @@ class Series(OfColumns):
             product = cross.effects[:, a].T @ cross.effects[:, b]
             found.append(product if a == b else product + product.T)
         return np.stack([*found, cross.weighted.T @ cross.moved])
-
-    def combined(self, matrix: Array, absent: Array) -> Series:
-        gram = matrix.T @ self.remainder @ matrix + np.diag(absent)
-        return self.with_columns(self.scores @ matrix, gram)
 
     def combine(self, cross: Cross, matrix: Array) -> Cross:
         return Cross(*(own @ matrix for own in cross))

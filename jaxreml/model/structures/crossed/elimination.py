@@ -66,19 +66,25 @@ class Weighted:
         shape = self.rows.shape[2] ** 2, t * len(self.leaders)
         return sp.coo_matrix((self.values.ravel(), places), shape).tocsr()
 
+    def _of_classes(self, shared: Array) -> Array:
+        """Sum of S_j' W_j S_j, (Q, Q), of the levels with classes, for the lower triangles of the W
+        of each class, (t, classes)."""
+        total = self.rows.shape[2]
+        if on_host(shared):
+            lower = self._matrix @ shared.reshape(-1)
+        else:
+            pairs = zip(shared, self.values, strict=True)
+            parts = sum(weight[self.classes] * own for weight, own in pairs)
+            lower = sums_by(parts, self.cells, total * total)
+        return linalg.mirrored(lower.reshape(total, total))
+
     def assemble(self, weights: Array) -> Array:
         """Sum of S_j' W_j S_j, (Q, Q), over levels j with couplings S_j and weights (q, q, J)."""
         q, _, total = self.rows.shape
         result = namespace(weights).zeros((total, total), weights.dtype)
         if self.cells.size:
             shared = weights[:, :, self.leaders][natural.triangle(q)]
-            if on_host(shared):
-                lower = self._matrix @ shared.reshape(-1)
-            else:
-                pairs = zip(shared, self.values, strict=True)
-                parts = sum(weight[self.classes] * own for weight, own in pairs)
-                lower = sums_by(parts, self.cells, total * total)
-            result = linalg.mirrored(lower.reshape(total, total))
+            result = self._of_classes(shared)
         if self.full.size:
             scaled = linalg.matmul(weights[:, :, self.full, None], self.rows[:, None])
             result = result + self.rows.reshape(-1, total).T @ scaled.reshape(-1, total)
@@ -93,13 +99,7 @@ class Weighted:
             rows, columns = natural.triangle(q)
             left, right = u[:, self.leaders], v[:, self.leaders]
             shared = left[rows] * right[columns] + right[rows] * left[columns]
-            if on_host(shared):
-                lower = self._matrix @ shared.reshape(-1)
-            else:
-                pairs = zip(shared, self.values, strict=True)
-                parts = sum(weight[self.classes] * own for weight, own in pairs)
-                lower = sums_by(parts, self.cells, total * total)
-            result = linalg.mirrored(lower.reshape(total, total))
+            result = self._of_classes(shared)
         if self.full.size:
             left, right = (xp.einsum("ah,aht->ht", own[:, self.full], self.rows) for own in (u, v))
             product = left.T @ right
