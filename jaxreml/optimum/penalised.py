@@ -192,6 +192,20 @@ def estimate_traced(
     return still(_reported(parameters, trace, bounds, design, own, reml, fixed))
 
 
+def reported_at(trace: newton.Trace, design: Design, penalty: Penalty, *, reml: bool) -> Estimate:
+    """The estimate at parameters that another search ended at, small variances at zero if the
+    criterion is no higher there; derivatives of zero."""
+    xp, parameters = namespace(trace.at), trace.at
+    zero = _at_zero(parameters, design)
+    before = criterion_at(parameters, design, penalty, reml=reml)
+    lower = criterion_at(zero.finite, design, penalty, reml=reml) <= before
+    here = Report(parameters, xp.ones_like(zero.free), parameters)
+    bounds = mapped(lambda a, b: xp.where(lower, a, b), zero, here)
+    point = expand_at(bounds.finite, bounds.free, design, penalty, reml=reml)
+    trace = trace._replace(point=point)
+    return _reported(bounds.finite, trace, bounds, design, penalty, reml, design)
+
+
 def _reported(
     parameters: Array,
     trace: newton.Trace,
