@@ -199,7 +199,9 @@ def _of_design(
     with usual_promotion():
         ended = found.status == Status.CONVERGED
         stuck = found.status == Status.STALLED
-        trace = Trace(found.parameters, None, found.n_iter, ended, stuck, jnp.zeros_like(found.value))
+        trace = Trace(
+            found.parameters, None, found.n_iter, ended, stuck, jnp.zeros_like(found.value)
+        )
         if penalty is not None:
             return penalised.reported_at(trace, fixed, penalty, reml=reml)
         covariance = design.covariance

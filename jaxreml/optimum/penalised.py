@@ -15,6 +15,7 @@ import numpy as np
 from jaxreml.backend.arrays import mapped, namespace, on_host
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import usual_promotion
+from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Report
@@ -120,6 +121,7 @@ def found(
 
     inside = [Report(start, everywhere, start) for start in starts]
     if on_host(chart):
+        _require_finite(penalty, starts, covariance)
         best = better(*map(seek, inside))
         bounds = _at_zero(best.trace.at, design)
         return best if bounds.free.all() else better(best, seek(bounds))
@@ -131,12 +133,27 @@ def found(
         use = xp.isfinite(start[-1])
         return better(best, seek(mapped(lambda a, b: xp.where(use, a, b), own, zero))), None
 
-    unknown = jax.tree.map(
-        lambda leaf: jnp.full(leaf.shape, jnp.nan if leaf.dtype == starts[0].dtype else 0, leaf.dtype),
-        jax.eval_shape(seek, inside[0]),
-    )
+    def blank(leaf: Any) -> Array:
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.full(leaf.shape, jnp.nan if real else 0, leaf.dtype)
+
+    unknown = jax.tree.map(blank, jax.eval_shape(seek, inside[0]))
     places = jnp.stack([*starts, jnp.full_like(starts[0], jnp.nan)])
     return jax.lax.scan(again, unknown, places)[0]
+
+
+def _require_finite(penalty: Penalty, starts: list[Array], covariance: Any) -> None:
+    """Refuse a density that is zero, or no number, wherever a search would start."""
+    value: Any = np.nan
+    for start in starts:
+        value, *slopes = penalty.expand(start, covariance)
+        if np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes):
+            return
+    shown = ", ".join(f"{entry:.3g}" for entry in starts[0])
+    raise DataError(
+        f"the penalty's log density is {-value / 2:g}, or its derivatives are not finite, where "
+        f"the search starts, at parameters {shown}; it must be finite for all real numbers"
+    )
 
 
 def _start(chart: Array, design: Design, reml: bool) -> Array:

@@ -211,6 +211,7 @@ def posterior(
         >>> drawn.to_inference_data().posterior["sigma"].shape
         (2, 200)
     """
+    fit.require_likelihood("draw from the posterior")
     fit.require_independent("draw from the posterior")
     fit.require_independent_levels("draw from the posterior")
     for what, count in (("draws", draws), ("warmup", warmup), ("chains", chains)):
