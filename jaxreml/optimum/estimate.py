@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.optimum.hessian import solve_flat
 from jaxreml.optimum.newton import Trace
@@ -111,7 +111,7 @@ def estimate_at(theta: np.ndarray, design: Design, *, reml: bool) -> Estimate:
 
 @deferred(lambda: partial(jax.jit, static_argnums=(1, 2, 3)))
 def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
-    with usual_promotion():
+    with usual_arithmetic():
         fixed = jax.lax.stop_gradient(design)
         trace = jax.lax.stop_gradient(found(fixed, reml, max_iterations, tolerance)[0])
         status = outcome(trace.at, trace.point, trace, fixed)
@@ -146,7 +146,7 @@ def _optimum(reml: bool, design: Design, chart: Array, point: Point) -> tuple[Ar
     return chart, point
 
 
-@deferred(usual_promotion)
+@deferred(usual_arithmetic)
 def _optimum_jvp(reml, primals, tangents):
     chart, point = _differentiable()(reml, *primals)
     design, design_dot = primals[0], tangents[0]

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.objective import degrees_of_freedom, log_pivots, ml_objective, reml_objective
 from jaxreml.optimum import search
@@ -80,7 +80,7 @@ def start(design: Design, method: str = "REML") -> Array:
 
 @deferred(lambda: partial(jax.jit, static_argnums=1))
 def _start(design: Design, reml: bool) -> Array:
-    with usual_promotion():
+    with usual_arithmetic():
         covariance = design.covariance
         chart = search.start(design, reml)
         marginal = design.structure.marginal(covariance.omega(chart))
@@ -185,7 +185,7 @@ def _of_design(
 
     parameters = jax.lax.stop_gradient(parameters.astype(design.dtype))
     found = _minimised(function, parameters, optimizer, max_steps, tolerance)
-    with usual_promotion():
+    with usual_arithmetic():
         covariance = design.covariance
         omega, _ = design.units.omega(found.parameters, covariance)
         chart = _at_zero(covariance.chart_of_omega(omega), fixed, reml)
