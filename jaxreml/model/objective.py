@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.penalties import Penalty, penalty_of
@@ -130,7 +130,7 @@ def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -
 def _compiled_objective(
     parameters: Array, design: Design, reml: bool, penalty: Penalty | None
 ) -> Array:
-    with usual_promotion():
+    with usual_arithmetic():
         omega, log_sigma2 = design.units.omega(parameters, design.covariance)
         value = neg2_loglik(omega, log_sigma2, design, reml=reml)
         if penalty is not None:
