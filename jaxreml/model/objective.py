@@ -113,8 +113,21 @@ def ml_objective(parameters: Array, design: Design, *, penalty: Any = None) -> A
 
 
 def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -> Array:
-    require_precision(design)
     density = penalty_of(penalty, design.covariance, design.names)
+    parameters = parameters_for(design, parameters)
+    return _compiled_objective(
+        parameters, with_spare_levels(design).without_names(), reml, density
+    )
+
+
+def parameters_for(design: Design, parameters: Any) -> Array:
+    """Parameters (m + 1,) that a user gave, of the design's type.
+
+    Raises:
+        ValueError: of another length.
+        PrecisionError: a float64 design with JAX set to float32.
+    """
+    require_precision(design)
     length = len(design.parameter_names)
     parameters = jnp.asarray(parameters)
     if parameters.shape != (length,):
@@ -122,8 +135,7 @@ def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -
             f"parameters must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {parameters.shape}"
         )
-    design = with_spare_levels(design).without_names()
-    return _compiled_objective(parameters.astype(design.dtype), design, reml, density)
+    return parameters.astype(design.dtype)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=(2, 3)))
