@@ -125,6 +125,4 @@ def progress_of_fits(total: int | None, wanted: bool | None) -> Iterator[Advance
     """
     text = "{task.fields[rate]:.0f} responses/s, {task.fields[failed]} failed"
     with progress_bar(total, wanted, text, failed=0) as advance:
-        yield lambda status: advance(
-            len(status), failed=int(np.sum(status != Status.CONVERGED))
-        )
+        yield lambda status: advance(len(status), failed=int(np.sum(status != Status.CONVERGED)))

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.model import linalg
 from jaxreml.model.arrays import Effects, kernel_root

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jaxreml.backend.compilation import quick_compilation, spare_memory_maps
+from jaxreml.backend.compilation import quick_jit, spare_memory_maps
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.progress import progress_bar
 from jaxreml.backend.runtime import neutral
@@ -238,9 +238,12 @@ def posterior(
     spare_memory_maps()
     rng = np.random.default_rng(seed)
     start = _start(fit)
-    with neutral(), progress_bar(
-        chains * (warmup + draws), progress, "{task.fields[rate]:.0f} draws/s", divergent=0
-    ) as advance:
+    with (
+        neutral(),
+        progress_bar(
+            chains * (warmup + draws), progress, "{task.fields[rate]:.0f} draws/s", divergent=0
+        ) as advance,
+    ):
         design = jax.tree.map(jnp.asarray, fit.design.without_names())
         _require_finite(prior, start)
         runs = []
@@ -316,7 +319,7 @@ def _density(design: Design, prior: Any) -> Any:
     return lambda parameters: prior(parameters) - reml_objective(parameters, design) / 2
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=(3, 4), compiler_options=quick_compilation(jax.default_backend())))
+@deferred(lambda: partial(quick_jit, static_argnums=(3, 4)))
 def _warmed_up(key: Array, start: Array, design: Design, prior: Any, count: int) -> Any:
     """The state of the sampler and its tuning."""
     import blackjax as package
@@ -327,7 +330,7 @@ def _warmed_up(key: Array, start: Array, design: Design, prior: Any, count: int)
     return state, tuned
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=(4, 5), compiler_options=quick_compilation(jax.default_backend())))
+@deferred(lambda: partial(quick_jit, static_argnums=(4, 5)))
 def _drawn(key: Array, state: Any, tuned: Any, design: Design, prior: Any, count: int) -> Any:
     """The state after so many draws, and what `_chain` gives of them."""
     import blackjax as package
@@ -375,15 +378,11 @@ def _factors(fit: FittedModel, parameters: np.ndarray) -> tuple[np.ndarray, ...]
     return covariance.factors(covariance.canonical(covariance.chart_of_omega(omega)))
 
 
-def _variables(
-    fit: FittedModel, beta: np.ndarray, parameters: np.ndarray
-) -> dict[str, np.ndarray]:
+def _variables(fit: FittedModel, beta: np.ndarray, parameters: np.ndarray) -> dict[str, np.ndarray]:
     """What `Posterior.variables` has."""
     flat = parameters.reshape(-1, parameters.shape[-1])
     theta = natural.join_triangles(_factors(fit, flat))
     sigma, statistics = np.exp(flat[:, -1] / 2), default(fit)
     values = statistics.values(beta.reshape(len(flat), -1).T, theta, sigma, flat.T)
     shape = parameters.shape[:-1]
-    return {
-        name: own.reshape(shape) for name, own in zip(statistics.names, values, strict=True)
-    }
+    return {name: own.reshape(shape) for name, own in zip(statistics.names, values, strict=True)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
@@ -30,7 +31,8 @@ WIDE = 2.5  # its scale, in standard deviations of the response
 def default_scales(columns: Any, spread: Any) -> Any:
     """Scales of the default priors of SDs of effects with columns (n, q), of a response with this
     standard deviation."""
-    return WIDE * spread / np.sqrt(np.mean(columns**2, axis=0))
+    xp = namespace(columns)
+    return WIDE * spread / xp.sqrt(xp.mean(columns**2, axis=0))
 
 
 def log_prior(fit: FittedModel, priors: Any) -> Density:
@@ -157,16 +159,9 @@ def _require_default(fit: FittedModel, starts: list[int], given: dict[str, Any])
         )
 
 
-def _checked(priors: Any, known: set[str], others: set[str]) -> dict[str, Any]:
-    """The given priors as functions."""
-    if priors is None:
-        return {}
-    if not isinstance(priors, Mapping):
-        raise ValueError(
-            "priors must be a dict of functions by name, or a function of all parameters, not "
-            f"{type(priors).__name__}"
-        )
-    found = {}
+def require_names(priors: Mapping[str, Any], known: set[str], others: set[str]) -> None:
+    """Raise DataError for names that a model does not have, ValueError for an eta that is no
+    number."""
     for name, given in priors.items():
         if name == CORRELATION:
             if not (isinstance(given, (int, float)) and given > 0):
@@ -176,7 +171,21 @@ def _checked(priors: Any, known: set[str], others: set[str]) -> dict[str, Any]:
         elif name not in known | others:
             shown = ", ".join([*sorted(known), *sorted(others)])
             raise DataError(f"priors has {name!r}; the model has {shown} and {CORRELATION!r}")
-        elif not callable(given):
+
+
+def _checked(priors: Any, known: set[str], others: set[str]) -> dict[str, Any]:
+    """The given priors as functions."""
+    if priors is None:
+        return {}
+    if not isinstance(priors, Mapping):
+        raise ValueError(
+            "priors must be a dict of functions by name, or a function of all parameters, not "
+            f"{type(priors).__name__}"
+        )
+    require_names(priors, known, others)
+    found = {}
+    for name, given in priors.items():
+        if name != CORRELATION and not callable(given):
             what = "a standard deviation" if name in known else "the parameter"
             raise ValueError(
                 f"priors[{name!r}] must be a JAX function of {what} to the logarithm of its "
