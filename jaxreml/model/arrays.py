@@ -257,6 +257,15 @@ def _kernel(term: Term, kind: np.dtype) -> Any:
     return kernel
 
 
+def kernel_root(kernel: np.ndarray) -> np.ndarray:
+    """A square root of a kernel, which may be singular."""
+    try:
+        return np.linalg.cholesky(kernel)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(kernel)
+        return vectors * np.sqrt(np.maximum(values, 0.0))
+
+
 def _codes(term: Term, n: int) -> tuple[Any, int]:
     """The level of each row, and how many levels there are."""
     group = term.group if is_traced(term.group) else _labels(term.group)

@@ -175,8 +175,22 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     return _modes(design.structure.project(omega), omega, design)
 
 
-def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
+def effects_at(omega: Array, design: Design) -> tuple[Array, tuple[Array, ...]]:
+    """Generalised least squares (p,) and `conditional_modes` at relative covariances: what solves
+    Henderson's mixed model equations."""
+    projection = design.structure.project(omega)
     residual = unexplained(projection.gram, design.p)
+    beta = design.beta_ols - solve(design.basis, residual[: design.p])[:, 0]
+    return beta, _combined_modes(projection, residual, omega, design)
+
+
+def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
+    return _combined_modes(projection, unexplained(projection.gram, design.p), omega, design)
+
+
+def _combined_modes(
+    projection: Projection, residual: Array, omega: Array, design: Design
+) -> tuple[Array, ...]:
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))

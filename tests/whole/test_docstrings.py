@@ -58,8 +58,9 @@ NEEDS = {  # packages that are imported, or that `test` does not bring
     "jaxreml.sklearn": "sklearn",
     "jaxreml.marginaleffects": "marginaleffects",
     "jaxreml.maketables": "maketables",
+    "jaxreml.numpyro": "numpyro",
 }
-OTHERS = ("sklearn", "marginaleffects")  # modules for other packages
+OTHERS = ("sklearn", "marginaleffects", "numpyro")  # modules for other packages
 
 
 def documented(thing: object) -> object:
