@@ -109,6 +109,12 @@ def ml_objective(parameters: Array, design: Design) -> Array:
 
 def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
     require_precision(design)
+    parameters = read_parameters(parameters, design)
+    return _compiled_objective(parameters, with_spare_levels(design).without_names(), reml)
+
+
+def read_parameters(parameters: Array, design: Design) -> Array:
+    """An array of the design's type, with an entry for each of its variance parameters."""
     length = len(design.parameter_names)
     parameters = jnp.asarray(parameters)
     if parameters.shape != (length,):
@@ -116,8 +122,7 @@ def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
             f"parameters must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {parameters.shape}"
         )
-    design = with_spare_levels(design).without_names()
-    return _compiled_objective(parameters.astype(design.dtype), design, reml)
+    return parameters.astype(design.dtype)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=2))
