@@ -12,8 +12,8 @@ from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_promotion
 from jaxreml.model import linalg
-from jaxreml.model.design import Design, require_precision, with_spare_levels
-from jaxreml.model.objective import Expansion, degrees_of_freedom, expand, read_parameters
+from jaxreml.model.design import Design, with_spare_levels
+from jaxreml.model.objective import Expansion, degrees_of_freedom, expand, parameters_for
 
 Array = Any  # NumPy's or JAX's
 
@@ -79,8 +79,7 @@ def expected_information(parameters: Array, design: Design, method: str = "REML"
         (Array([6.825, 1.546], dtype=float64), Array([6.327, 1.478], dtype=float64))
     """
     reml = is_reml(method)
-    require_precision(design)
-    parameters = read_parameters(parameters, design)
+    parameters = parameters_for(design, parameters)
     return _information(parameters, with_spare_levels(design).without_names(), reml)
 
 

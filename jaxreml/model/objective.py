@@ -108,13 +108,18 @@ def ml_objective(parameters: Array, design: Design) -> Array:
 
 
 def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
-    require_precision(design)
-    parameters = read_parameters(parameters, design)
+    parameters = parameters_for(design, parameters)
     return _compiled_objective(parameters, with_spare_levels(design).without_names(), reml)
 
 
-def read_parameters(parameters: Array, design: Design) -> Array:
-    """An array of the design's type, with an entry for each of its variance parameters."""
+def parameters_for(design: Design, parameters: Any) -> Array:
+    """Parameters (m + 1,) that a user gave, of the design's type.
+
+    Raises:
+        ValueError: of another length.
+        PrecisionError: a float64 design with JAX set to float32.
+    """
+    require_precision(design)
     length = len(design.parameter_names)
     parameters = jnp.asarray(parameters)
     if parameters.shape != (length,):
