@@ -115,9 +115,7 @@ def ml_objective(parameters: Array, design: Design, *, penalty: Any = None) -> A
 def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -> Array:
     density = penalty_of(penalty, design.covariance, design.names)
     parameters = parameters_for(design, parameters)
-    return _compiled_objective(
-        parameters, with_spare_levels(design).without_names(), reml, density
-    )
+    return _compiled_objective(parameters, with_spare_levels(design).without_names(), reml, density)
 
 
 def parameters_for(design: Design, parameters: Any) -> Array:
