@@ -61,7 +61,7 @@ class Span:
         xp = namespace(columns)
         if self.levels is not None:
             scores, rest = self.levels.project(columns)
-            return xp.moveaxis(scores, 1, 2).reshape(-1, columns.shape[1])[self.kept], rest
+            return _flat(xp.moveaxis(scores, 1, 2))[self.kept], rest
         if self.directions is None:
             return xp.asarray(columns), xp.zeros_like(columns)
         scores = self.directions.T @ columns
@@ -70,8 +70,14 @@ class Span:
     def scores(self, columns: Any) -> Any:
         """Q'columns, (r, k)."""
         if self.levels is not None:
-            return self.levels.scores(columns).reshape(-1, columns.shape[1])[self.kept]
+            return _flat(self.levels.scores(columns))[self.kept]
         return columns if self.directions is None else self.directions.T @ columns
+
+
+def _flat(scores: Any) -> Any:
+    """(q, J, k) as (q J, k), where k may be zero."""
+    q, levels, count = scores.shape
+    return scores.reshape(q * levels, count)
 
 
 def spanned(effects: Terms, most: int) -> tuple[Span, list[Part], int]:
