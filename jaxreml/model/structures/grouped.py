@@ -413,6 +413,7 @@ class GroupedBasis:
         if places is not None:
             return Visits.at(by_level, effects, places)
         xp = namespace(effects, codes)
+        collinear = linalg.negligible(COLLINEAR, effects.dtype)
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
         for k, column in enumerate(still(effects).T):
@@ -423,7 +424,7 @@ class GroupedBasis:
                     column = column - direction * share[codes]
                     entries[i, k] = entries.get((i, k), 0.0) + share
             rest = xp.sqrt(by_level.sums(column * column))
-            rest = xp.where(rest <= COLLINEAR * length, 0.0, rest)
+            rest = xp.where(rest <= collinear * length, 0.0, rest)
             entries[k, k] = rest
             inverse = xp.where(rest > 0, 1 / xp.where(rest > 0, rest, 1.0), 0.0)
             directions.append(column * inverse[codes])
