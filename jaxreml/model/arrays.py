@@ -61,21 +61,23 @@ def is_traced(value: Any) -> bool:
     return "jax" in sys.modules and isinstance(value, jax.core.Tracer)  # pyright: ignore
 
 
-def floating_type(values: list[Any], asked: Any) -> np.dtype:
+def floating_type(values: Sequence[Any], asked: Any) -> np.dtype:
     """The type of a design; refuses single precision that was not asked for."""
-    if asked is not None:
-        kind = np.dtype(asked)
-        if kind.name not in ("float32", "float64"):
-            raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
-        return kind
+    try:
+        kind = np.dtype("float64" if asked is None else asked)
+    except TypeError:
+        raise PrecisionError(f"dtype must be float32 or float64, not {asked!r}") from None
+    if kind.name not in ("float32", "float64"):
+        raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
+    traced = any(map(is_traced, values))
     single = any(getattr(value, "dtype", None) in (np.float32, np.float16) for value in values)
-    if single and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if kind == np.float64 and (traced or (single and asked is None)) and not _has_double():
         raise PrecisionError(
             "the arrays are float32 and JAX has float64 switched off, which likelihoods need. Run\n"
             f"    {ENABLE_X64}\n"
             'before making arrays, or ask for single precision with dtype="float32".'
         )
-    return np.dtype("float64")
+    return kind
 
 
 def widest_type(values: Sequence[Any]) -> np.dtype:
@@ -83,8 +85,13 @@ def widest_type(values: Sequence[Any]) -> np.dtype:
 
     Float64, but for traced values where JAX has it switched off.
     """
-    double = jax.config.jax_enable_x64 if any(map(is_traced, values)) else True  # type: ignore[attr-defined]
+    double = not any(map(is_traced, values)) or _has_double()
     return np.dtype("float64" if double else "float32")
+
+
+def _has_double() -> bool:
+    """Whether JAX, which is imported if so, computes in float64."""
+    return jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
 
 def read(value: Any, kind: np.dtype, name: str) -> Any:

@@ -215,10 +215,9 @@ class Design:
             (180, 2, 4)
         """
         terms = listed_terms(terms)
-        kind = floating_type([y, X, weights, offset], dtype)
         of_terms = [part for term in terms for part in (term.group, term.effects)]
         given = [y, X, weights, offset, *of_terms]
-        work = widest_type(given)
+        kind, work = floating_type(given, dtype), widest_type(given)
         with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
             y, X = read_rows(y, X, work)
             basis = Basis.of(
@@ -283,10 +282,10 @@ class Design:
             (180, 2)
         """
         arrays = {"zz": zz, "zx": zx, "zy": zy, "xx": xx, "xy": xy, "yy": yy}
-        kind = floating_type(list(arrays.values()), dtype)
         given = [*arrays.values(), n, log_weights]
+        kind, work = floating_type(given, dtype), widest_type(given)
         with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
-            found = of_moments(arrays, n, log_weights, names, widest_type(given))
+            found = of_moments(arrays, n, log_weights, names, work)
             return Design.of(*found).of_type(kind)
 
     @staticmethod

@@ -105,6 +105,7 @@ def of_moments(
         trouble=first_of(
             {
                 Status.NOT_FINITE: infinite,
+                Status.TOO_FEW_ROWS: n <= p - absent.sum(),
                 Status.RANK_DEFICIENT: absent.any(),
                 Status.ILL_CONDITIONED: ill,
             }
