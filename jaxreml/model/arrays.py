@@ -64,15 +64,20 @@ def is_traced(value: Any) -> bool:
     return "jax" in sys.modules and isinstance(value, jax.core.Tracer)  # pyright: ignore
 
 
-def floating_type(values: Sequence[Any], asked: Any) -> np.dtype:
-    """The type of a design; refuses single precision that was not asked for."""
+def floating_type(values: Sequence[Any], asked: Any, traced: bool) -> np.dtype:
+    """The type of a design; refuses single precision that was not asked for.
+
+    Args:
+        values: its numbers.
+        asked: the type asked for, or None.
+        traced: whether JAX knows anything of it by shape only.
+    """
     try:
         kind = np.dtype("float64" if asked is None else asked)
     except TypeError:
         raise PrecisionError(f"dtype must be float32 or float64, not {asked!r}") from None
     if kind.name not in ("float32", "float64"):
         raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
-    traced = any(map(is_traced, values))
     single = any(getattr(value, "dtype", None) in (np.float32, np.float16) for value in values)
     if kind == np.float64 and (traced or (single and asked is None)) and not _has_double():
         raise PrecisionError(
@@ -83,13 +88,12 @@ def floating_type(values: Sequence[Any], asked: Any) -> np.dtype:
     return kind
 
 
-def widest_type(values: Sequence[Any]) -> np.dtype:
+def widest_type(traced: bool) -> np.dtype:
     """The type to reduce rows in, whatever that of the design: sums over rows lose the most digits.
 
     Float64, but for traced values where JAX has it switched off.
     """
-    double = not any(map(is_traced, values)) or _has_double()
-    return np.dtype("float64" if double else "float32")
+    return np.dtype("float32" if traced and not _has_double() else "float64")
 
 
 def _has_double() -> bool:

@@ -223,10 +223,11 @@ class Design:
             (180, 2, 4)
         """
         terms = listed_terms(terms)
-        of_terms = [part for term in terms for part in (term.group, term.effects, term.kernel)]
-        given = [y, X, weights, offset, *of_terms]
-        kind, work = floating_type(given, dtype), widest_type(given)
-        with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
+        numbers = [y, X, weights, offset]
+        numbers += [part for term in terms for part in (term.effects, term.kernel)]
+        traced = any(map(is_traced, [*numbers, *(term.group for term in terms)]))
+        kind, work = floating_type(numbers, dtype, traced), widest_type(traced)
+        with usual_arithmetic() if traced else nullcontext():
             y, X = read_rows(y, X, work)
             effects = read_terms(terms, len(X), work)
             for own in effects:
@@ -295,9 +296,10 @@ class Design:
             (180, 2)
         """
         arrays = {"zz": zz, "zx": zx, "zy": zy, "xx": xx, "xy": xy, "yy": yy}
-        given = [*arrays.values(), n, log_weights]
-        kind, work = floating_type(given, dtype), widest_type(given)
-        with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
+        numbers = [*arrays.values(), n, log_weights]
+        traced = any(map(is_traced, numbers))
+        kind, work = floating_type(numbers, dtype, traced), widest_type(traced)
+        with usual_arithmetic() if traced else nullcontext():
             found = of_moments(arrays, n, log_weights, names, work)
             return Design.of(*found).of_type(kind)
 

@@ -11,6 +11,7 @@ from test_moments import rows, sums
 
 from jaxreml import Design, Status, Term, batches, estimate, ml_objective, optimise, reml_objective
 from jaxreml.model import objective
+from jaxreml.model.design import with_spare_levels
 
 RNG = np.random.default_rng(8)
 N, LEVELS, COUNT = 128, 9, 3
@@ -132,6 +133,6 @@ def test_one_program_for_designs_of_other_rows(monkeypatch):
         own = Design.from_arrays(y, np.ones((size, 1)), [group])
         before = len(traced)
         estimate(own), optimise(own)
-        slope(AT, jaxreml_padded(own))
+        slope(AT, with_spare_levels(own))
         counts.append(len(traced) - before)
     assert counts[0] > 0 and counts[1:] == [0, 0]

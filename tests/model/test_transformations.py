@@ -1,5 +1,4 @@
-"""JAX's other transformations, of an objective and of `estimate`: one program of each, compared with
-what plain `jit` gives."""
+"""JAX's other transformations, of an objective and of `estimate`, give what plain `jit` gives."""
 
 from __future__ import annotations
 
@@ -73,12 +72,15 @@ def test_an_exported_objective_of_a_designs_arrays():
 
 
 @pytest.mark.parametrize(
-    "name", ["objective", pytest.param("estimate", marks=pytest.mark.long)]  # two gradients of fits
+    "name",
+    ["objective", pytest.param("estimate", marks=pytest.mark.long)],  # two gradients of fits
 )
 def test_checkpoint_has_the_same_derivatives(name):
     def of(function):
         def scalar(y, codes):
-            return jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves(function(y, codes))]))
+            return jnp.sum(
+                jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves(function(y, codes))])
+            )
 
         return jax.jit(jax.grad(scalar))
 
