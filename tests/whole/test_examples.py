@@ -222,16 +222,45 @@ def check_shrinkage(figures: dict, text: str) -> None:
     assert imread(of_docs).shape == imread(figures["plot"]).shape
 
 
+def check_neural_mixed_model(figures: dict, text: str) -> None:
+    table, variances, counts = (figures[name] for name in ("table", "variances", "counts"))
+    whole = table[table["where"] == "known"].set_index(["share", "method"])["error"]
+    sizes = table[table["where"] == "by size"].groupby(["share", "method", "rows"])["error"].mean()
+    for share in ("0.5", "0.5, confounded"):
+        # Effects of variance 1 altogether are predicted, better from more rows; without groups
+        # they are errors in full.
+        assert whole[share, "random effects"] < 0.8 * whole[share, "no groups"]
+        assert whole[share, "no groups"] > 0.9
+        by_rows = sizes[share, "random effects"]
+        assert by_rows["32-60"] < by_rows["2-3"]
+    assert len(counts) == 200 and counts.min() == 2 and counts.max() == 60
+    assert (abs(variances["REML"] - variances["true"])[:2] < 4 * variances["SE"][:2]).all()
+    # The square is 2 / J for J groups whose effects are known, more as they are not
+    assert variances["SE"].iloc[:2].between(np.sqrt(2 / 200), 2 * np.sqrt(2 / 200)).all()
+    assert "known groups by their rows" in text
+    of_docs = EXAMPLES[0].parents[1] / "docs" / "_static" / "neural_mixed_model.png"
+    assert imread(of_docs).shape == imread(figures["plot"]).shape
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#999999"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 500
+
+
 CHECKS = {
     "dream": check_dream,
     "eqtl": check_eqtl,
     "genes": check_genes,
     "insteval": check_insteval,
+    "neural_mixed_model": check_neural_mixed_model,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
     "shrinkage": check_shrinkage,
     "voxels": check_voxels,
 }
+
+
+DRAWN = ("dream", "eqtl", "genes", "insteval", "neural_mixed_model", "shrinkage", "voxels")
+TWO = ("no groups", "random effects")
+BOUNDED = {"neural_mixed_model": {"seeds": 1, "shares": (0.5,), "epochs": 12, "methods": TWO}}
 
 
 def test_examples_and_checks_correspond():
@@ -248,12 +277,11 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    drawn = ("dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
-    arguments = [tmp_path / f"{name}.png"] if name in drawn else []
+    arguments = [tmp_path / f"{name}.png"] if name in DRAWN else []
     module = load(name)
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
-        figures = module.main(*arguments)
+        figures = module.main(*arguments, **BOUNDED.get(name, {}))
     CHECKS[name](figures, text.getvalue())
 
 
