@@ -4,6 +4,7 @@ from jaxreml import covariance as covariance
 from jaxreml import datasets as datasets
 from jaxreml import inference as inference
 from jaxreml import kernels as kernels
+from jaxreml import penalties as penalties
 from jaxreml.api.fit import fit as fit
 from jaxreml.api.fit_many import fit_many as fit_many
 from jaxreml.api.score_tests import score_tests as score_tests

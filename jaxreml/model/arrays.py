@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreml.backend.arrays import namespace, still
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.natural import places
 from jaxreml.model.covariance.unstructured import Unstructured
@@ -35,7 +37,8 @@ class Term:
         covariance: of the effects: a word for it, such as "ar1", or a `Block` made from their
             number.
         kernel: (L, L), the known covariance of L levels, up to the factor that is estimated;
-            `group` has places in it then, 0 to L - 1. Levels are independent if left out.
+            `group` has places in it then, 0 to L - 1. Levels are independent if left out. May be
+            traced by JAX: a function of parameters of its own, say.
         n_levels: how many levels there are, with rows or without, so that the shape of a design
             does not depend on which levels its rows have: those of a mini-batch, say.
 
@@ -169,7 +172,7 @@ class Effects(NamedTuple):
         name: the grouping factor's.
         effect_names: q names.
         covariance: of the effects.
-        kernel: (n_levels, n_levels), as in `Term`, or None.
+        kernel: (n_levels, n_levels), as in `Term`, NumPy or traced, or None.
     """
 
     codes: Any
@@ -182,10 +185,21 @@ class Effects(NamedTuple):
 
     @property
     def lengths(self) -> Any:
-        """The columns times the standard deviations of their levels in the kernel."""
-        if self.kernel is None:
+        """The columns times the standard deviations of their levels in a kernel that is not traced;
+        of one that is, `scale` is all that is taken."""
+        if self.kernel is None or is_traced(self.kernel):
             return self.columns
-        return self.columns * np.sqrt(np.diagonal(self.kernel))[self.codes, None]
+        deviations = np.sqrt(np.diagonal(self.kernel))
+        return self.columns * namespace(self.codes).asarray(deviations)[self.codes, None]
+
+    @property
+    def scale(self) -> Any:
+        """(), the root mean square of the levels' standard deviations in a traced kernel; else
+        None."""
+        if not is_traced(self.kernel):
+            return None
+        mean = jnp.mean(still(linalg.diagonal(self.kernel)))
+        return jnp.sqrt(jnp.where(mean > 0, mean, 1.0))
 
 
 def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
@@ -219,11 +233,9 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
     return Effects(codes, columns, n_levels, term.name, tuple(names), covariance, kernel)
 
 
-def _kernel(term: Term, kind: np.dtype) -> np.ndarray:
+def _kernel(term: Term, kind: np.dtype) -> Any:
     """A kernel (L, L)."""
     kernel = read(term.kernel, kind, f"the kernel of {term.name}")
-    if is_traced(kernel):
-        raise DataError(f"the kernel of {term.name} must be concrete: it is decomposed once")
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         raise DataError(f"the kernel of {term.name} must be square, not {kernel.shape}")
     return kernel

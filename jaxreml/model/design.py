@@ -13,6 +13,7 @@ from jaxreml.backend.arrays import among, leaves, namespace, on_host
 from jaxreml.backend.lazy import jax, jnp, record
 from jaxreml.backend.runtime import require_own_threads
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.kernels.known import require_covariance
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
     ENABLE_X64,
@@ -39,11 +40,13 @@ TROUBLES = (
     Status.BAD_WEIGHTS,
     Status.BAD_LEVELS,
     Status.NOT_FINITE,
+    Status.BAD_KERNEL,
     Status.TOO_FEW_ROWS,
     Status.RANK_DEFICIENT,
     Status.CONSTANT,
     Status.ILL_CONDITIONED,
 )
+UNUSABLE = (Status.BAD_LEVELS, Status.NOT_FINITE, Status.BAD_KERNEL)  # with no likelihood at all
 
 
 @record
@@ -173,14 +176,19 @@ class Design:
     ) -> Design:
         """Reduce arrays to a design.
 
-        Any of y, X, the effects of a term, weights and offset may be traced by JAX (an output of
-        a network under `jit` or `grad`, say), and so may grouping factors with `Term.n_levels`: a
-        mini-batch of other rows and groups then compiles nothing anew. Traced weights may be zero,
-        which leaves rows out. Traced values cannot be refused: `Estimate.status` says what is the
-        matter with them, and objectives are NaN where values are not finite, weights negative or
-        codes outside their range. Columns of a traced X that depend on those before them are left
-        out (`reml_objective` says what the derivatives are), and REML as a loss for X has no
-        minimum: see there.
+        Any of y, X, the effects of a term, weights, offset and kernels may be traced by JAX (an
+        output of a network under `jit` or `grad`, say), and so may grouping factors with
+        `Term.n_levels`: a mini-batch of other rows and groups then compiles nothing anew. Traced
+        weights may be zero, which leaves rows out. Traced values cannot be refused:
+        `Estimate.status` says what is the matter with them, and objectives are NaN where values are
+        not finite, weights negative, codes outside their range or a kernel no covariance. Columns
+        of a traced X that depend on those before them are left out (`reml_objective` says what the
+        derivatives are), and REML as a loss for X has no minimum: see there.
+
+        With a traced kernel, or with traced levels, effects or weights beside any, nothing is
+        decomposed: an evaluation takes time as the cube of the number of random effects, or of the
+        rows if there are fewer or if what is traced is not the kernel. Derivatives in a kernel are
+        those along symmetric changes of it.
 
         Args:
             y: (n,) response.
@@ -212,9 +220,14 @@ class Design:
         """
         kind = floating_type([y, X, weights, offset], dtype)
         y, X = read_rows(y, X, kind)
+        effects = read_terms(terms, len(X), kind)
+        for own in effects:
+            if own.kernel is not None and on_host(own.kernel):
+                known = range(own.n_levels)
+                require_covariance(f"the kernel of {own.name!r}", own.kernel, known)
         basis = Basis.of(
             X,
-            read_terms(terms, len(X), kind),
+            effects,
             weights=row_vector(weights, kind, len(X), "weights"),
             offset=row_vector(offset, kind, len(X), "offset"),
             structure=structure,
@@ -282,7 +295,7 @@ class Design:
         trouble = worse(basis.trouble, response.trouble)
         log_weights = basis.log_weights
         if namespace(trouble) is not np:
-            unusable = (trouble == Status.NOT_FINITE) | (trouble == Status.BAD_LEVELS)
+            unusable = jnp.isin(trouble, np.array(UNUSABLE))
             log_weights = jnp.where(unusable, jnp.nan, log_weights)
         return Design(
             structure=basis.structure.respond(basis.p, response),

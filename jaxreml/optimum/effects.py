@@ -16,8 +16,10 @@ from jaxreml.model import linalg
 from jaxreml.model.basis import solve
 from jaxreml.model.design import Design
 from jaxreml.model.objective import profiled, profiled_of
+from jaxreml.model.penalties import Penalty
 from jaxreml.model.structures.base import Projection, Rows
 from jaxreml.model.structures.collapse import conditional, marginal_by_classes
+from jaxreml.optimum import penalised
 from jaxreml.optimum.certificate import STEP, slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
@@ -31,9 +33,10 @@ class Inspection(NamedTuple):
     """What a fit reports beyond its `Estimate`.
 
     Attributes:
-        criterion: (), by the objective alone.
+        criterion: (), by the objective alone, without a penalty.
         gradient: (r,), of the objective in the chart of the covariance (scaled effects), by
-            reverse-mode autodiff; where it has places to spare, in those that suffice.
+            reverse-mode autodiff; where it has places to spare, in those that suffice. With a
+            penalty, that of the penalised objective in `Estimate.parameters`.
         modes: per term (levels, effects), conditional modes of the random effects given y,
             Omega Z' V0^-1 (y - X beta) (best linear unbiased predictors).
         posterior: what `conditional_variances` makes their variances from.
@@ -47,25 +50,31 @@ class Inspection(NamedTuple):
     omega: Array
 
 
-def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
+def inspect(
+    estimate: Estimate, design: Design, method: str, penalty: Penalty | None = None
+) -> Inspection:
     """Conditional modes at an estimate, and its criterion and gradient by another route.
 
     A program of its own, compiled apart from `estimate`: it computes derivatives by reverse-mode
     autodiff through `Structure.marginal` where `estimate` uses closed forms through
     `Structure.project`. An estimate whose gradient is not zero here was miscompiled.
     """
-    return _inspect(estimate, design.without_names(), is_reml(method))
+    return _inspect(estimate, design.without_names(), is_reml(method), penalty)
 
 
-def inspect_on_host(estimate: Estimate, design: Design, method: str) -> Inspection:
+def inspect_on_host(
+    estimate: Estimate, design: Design, method: str, penalty: Penalty | None = None
+) -> Inspection:
     """`inspect` of NumPy's arrays by NumPy: the gradient is by differences."""
+    slopes = differences if penalty is None else partial(penalised.differences, penalty=penalty)
     with np.errstate(all="ignore"):
-        return _inspection(estimate, design, is_reml(method), differences)
+        return _inspection(estimate, design, is_reml(method), slopes)
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=2))
-def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    return _inspection(estimate, design, reml, criterion)
+@deferred(lambda: partial(jax.jit, static_argnums=(2, 3)))
+def _inspect(estimate: Estimate, design: Design, reml: bool, penalty: Penalty | None) -> Inspection:
+    slopes = criterion if penalty is None else partial(penalised.slopes, penalty=penalty)
+    return _inspection(estimate, design, reml, slopes)
 
 
 def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> Inspection:

@@ -224,6 +224,7 @@ def posterior(
         >>> drawn.to_inference_data().posterior["sigma"].shape
         (2, 200)
     """
+    fit.require_likelihood("draw from the posterior")
     fit.require_optimum("draw from the posterior")
     for what, count in (("draws", draws), ("warmup", warmup), ("chains", chains)):
         if not (isinstance(count, (int, np.integer)) and count >= 1):

@@ -21,16 +21,24 @@ class Part(NamedTuple):
     """F of one term.
 
     Attributes:
-        seen: (J,), which of its levels have rows.
+        seen: (J,), which of its levels have rows, or might have.
         codes, columns: (r,) places in `seen` and (r, q): a row of F has effects of one level only.
             None where it has those of several; then
         factors: (r, q, J), else None.
     """
 
     seen: np.ndarray
-    codes: np.ndarray | None
-    columns: np.ndarray | None
-    factors: np.ndarray | None
+    codes: Any
+    columns: Any
+    factors: Any
+
+    def over(self, scale: Any) -> Part:
+        """With F divided by a number; None for 1."""
+        if scale is None:
+            return self
+        if self.factors is not None:
+            return self._replace(factors=self.factors / scale)
+        return self._replace(columns=self.columns / scale)
 
 
 @record
@@ -77,7 +85,7 @@ def spanned(effects: Terms, most: int) -> tuple[Span, list[Part], int]:
 
     Rows of levels of one factor are worked on level by level, however many they are. Several
     factors take an orthogonal factorisation of a dense matrix, or the rows as they are if there
-    are no more of them than random effects.
+    are no more of them than random effects, or if levels or effects are traced.
 
     Args:
         effects: the columns of all terms.
@@ -86,6 +94,10 @@ def spanned(effects: Terms, most: int) -> tuple[Span, list[Part], int]:
     Raises:
         DataError: a larger one.
     """
+    if namespace(*(part for own in effects for part in own[:2])) is not np:
+        _allow(len(effects[0][0]), most)
+        parts = [Part(np.arange(levels), codes, own, None) for codes, own, levels in effects]
+        return Span(), parts, len(effects[0][0])
     found = [np.unique(codes, return_inverse=True) for codes, *_ in effects]
     sizes = [columns.shape[1] for _, columns, _ in effects]
     rows = len(effects[0][0])
