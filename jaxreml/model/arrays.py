@@ -65,7 +65,7 @@ def is_traced(value: Any) -> bool:
 
 
 def floating_type(values: list[Any], asked: Any) -> np.dtype:
-    """The type to work in; refuses single precision that was not asked for."""
+    """The type of a design; refuses single precision that was not asked for."""
     if asked is not None:
         kind = np.dtype(asked)
         if kind.name not in ("float32", "float64"):
@@ -79,6 +79,15 @@ def floating_type(values: list[Any], asked: Any) -> np.dtype:
             'before making arrays, or ask for single precision with dtype="float32".'
         )
     return np.dtype("float64")
+
+
+def widest_type(values: Sequence[Any]) -> np.dtype:
+    """The type to reduce rows in, whatever that of the design: sums over rows lose the most digits.
+
+    Float64, but for traced values where JAX has it switched off.
+    """
+    double = jax.config.jax_enable_x64 if any(map(is_traced, values)) else True  # type: ignore[attr-defined]
+    return np.dtype("float64" if double else "float32")
 
 
 def read(value: Any, kind: np.dtype, name: str) -> Any:
@@ -202,17 +211,24 @@ class Effects(NamedTuple):
         return jnp.sqrt(jnp.where(mean > 0, mean, 1.0))
 
 
-def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
-    """A random term, the k-th, in any form that `Design.from_arrays` takes."""
-    if not isinstance(term, Term):
-        pair = isinstance(term, tuple) and len(term) == 2
-        term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
+def read_term(term: Term, n: int, kind: np.dtype) -> Effects:
+    """A random term as numbers."""
     if term.kernel is None:
         kernel = None
     else:
         kernel = _kernel(term, kind)
+        if term.n_levels not in (None, len(kernel)):
+            raise DataError(
+                f"the kernel of {term.name} is of {len(kernel)} levels and n_levels is "
+                f"{term.n_levels}: leave n_levels out"
+            )
         term = replace(term, n_levels=len(kernel))
     codes, n_levels = _codes(term, n)
+    if kernel is not None and is_traced(codes):
+        raise DataError(
+            f"the levels of {term.name} are traced by JAX; with a kernel they must be concrete, as "
+            "it is decomposed once"
+        )
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = read(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -268,7 +284,15 @@ def _codes(term: Term, n: int) -> tuple[Any, int]:
             f"with n_levels the grouping factor {term.name} must be integers 0, 1, ... below it, "
             f"not of type {group.dtype}"
         )
-    count = operator.index(term.n_levels)
+    try:
+        count = operator.index(term.n_levels)
+    except TypeError:
+        raise DataError(
+            f"n_levels of {term.name} must be an integer that is known before the program runs, "
+            f"not {term.n_levels!r}: it sets shapes"
+        ) from None
+    if count < 1:
+        raise DataError(f"n_levels of {term.name} must be at least 1, not {count}")
     if not is_traced(group):
         wrong = (group < 0) | (group >= count)
         if wrong.any():
@@ -280,15 +304,8 @@ def _codes(term: Term, n: int) -> tuple[Any, int]:
     return group, count
 
 
-def read_terms(terms: Any, n: int, kind: np.dtype) -> list[Effects]:
-    """All random terms."""
-    found = [read_term(term, k, n, kind) for k, term in enumerate(_listed(terms))]
-    if not found:
-        raise DataError("at least one random term is needed; without one use least squares")
-    return found
-
-
-def _listed(terms: Any) -> list[Any]:
+def listed_terms(terms: Any) -> list[Term]:
+    """Random terms, at least one, in any form that `Design.from_arrays` takes."""
     if isinstance(terms, Term):
         return [terms]
     if not isinstance(terms, (list, tuple)):
@@ -296,7 +313,20 @@ def _listed(terms: Any) -> list[Any]:
             f"terms must be a list of random terms, not {type(terms).__name__}: [labels] for one "
             "random intercept"
         )
-    return list(terms)
+    found = []
+    for k, term in enumerate(terms):
+        if not isinstance(term, Term):
+            pair = isinstance(term, tuple) and len(term) == 2
+            term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
+        found.append(term)
+    if not found:
+        raise DataError("at least one random term is needed; without one use least squares")
+    return found
+
+
+def read_terms(terms: Sequence[Term], n: int, kind: np.dtype) -> list[Effects]:
+    """Random terms as numbers."""
+    return [read_term(term, n, kind) for term in terms]
 
 
 def _labels(group: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.penalties import Penalty, penalty_of
@@ -113,8 +113,19 @@ def ml_objective(parameters: Array, design: Design, *, penalty: Any = None) -> A
 
 
 def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -> Array:
-    require_precision(design)
     density = penalty_of(penalty, design.covariance, design.names)
+    parameters = parameters_for(design, parameters)
+    return _compiled_objective(parameters, with_spare_levels(design).without_names(), reml, density)
+
+
+def parameters_for(design: Design, parameters: Any) -> Array:
+    """Parameters (m + 1,) that a user gave, of the design's type.
+
+    Raises:
+        ValueError: of another length.
+        PrecisionError: a float64 design with JAX set to float32.
+    """
+    require_precision(design)
     length = len(design.parameter_names)
     parameters = jnp.asarray(parameters)
     if parameters.shape != (length,):
@@ -122,15 +133,14 @@ def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -
             f"parameters must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {parameters.shape}"
         )
-    design = with_spare_levels(design).without_names()
-    return _compiled_objective(parameters.astype(design.dtype), design, reml, density)
+    return parameters.astype(design.dtype)
 
 
 @deferred(lambda: partial(jax.jit, static_argnums=(2, 3)))
 def _compiled_objective(
     parameters: Array, design: Design, reml: bool, penalty: Penalty | None
 ) -> Array:
-    with usual_promotion():
+    with usual_arithmetic():
         omega, log_sigma2 = design.units.omega(parameters, design.covariance)
         value = neg2_loglik(omega, log_sigma2, design, reml=reml)
         if penalty is not None:

@@ -12,10 +12,11 @@ from jaxreml.arguments import is_reml
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import evaluated
 from jaxreml.backend.lazy import deferred, jax, jnp
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
 from jaxreml.model.basis import solve
 from jaxreml.model.design import Design
-from jaxreml.model.objective import profiled, profiled_of
+from jaxreml.model.objective import parameters_for, profiled, profiled_of
 from jaxreml.model.penalties import Penalty
 from jaxreml.model.structures.base import Projection, Rows
 from jaxreml.model.structures.collapse import conditional, marginal_by_classes
@@ -193,6 +194,81 @@ def _combined_modes(
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))
+
+
+class Effects(NamedTuple):
+    """Fixed and random effects at given variance parameters: what `effects` gives.
+
+    Attributes:
+        fixed: (p,), generalised least squares, (X'V^-1 X)^-1 X'V^-1 y; NaN for a column of a traced
+            X that depends on those before it.
+        random: per term (levels, effects), conditional means given y, G Z'V^-1 (y - X beta).
+
+    Examples:
+        >>> import jax
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     found = jaxreml.effects(fit.parameters, design)
+        >>> [part.shape for part in found.random]
+        [(18, 2)]
+    """
+
+    fixed: Array
+    random: tuple[Array, ...]
+
+
+def effects(parameters: Array, design: Design) -> Effects:
+    """Fixed and random effects of a design at given variance parameters.
+
+    The solution of Henderson's mixed model equations: best linear unbiased predictions, if the
+    parameters are the true ones, of what is to come in known levels. For a row of a level that is
+    x'beta + z'b with the level's row b; for a new level b is zero. At the optimum,
+    ``effects(estimate.parameters, design)``, it is what `fit` reports as `params` and
+    `random_effects`.
+
+    A pure function as the objectives are: compile it, map it, differentiate it in the parameters
+    and in whatever the design is made of.
+
+    Args:
+        parameters: (m + 1,), as those of `reml_objective`, on the boundary too: a variance of zero
+            has effects of zero.
+        design: the data.
+
+    Returns:
+        The effects, in the units of the data; NaN where an objective is.
+
+    Raises:
+        ValueError: `parameters` of the wrong length.
+        PrecisionError: a float64 design with JAX set to float32.
+        RuntimeError: in a process that was forked after JAX had run, as `fit`.
+
+    Examples:
+        A subject's own line is the mean line and its effects:
+
+        >>> import jax
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     estimate = jaxreml.estimate(design)
+        ...     beta, (by_subject,) = jaxreml.effects(estimate.parameters, design)
+        >>> np.round(beta + by_subject[0], 1)
+        Array([253.7,  19.7], dtype=float64)
+        >>> fit.predict({"Days": [0, 1], "Subject": ["308"] * 2}).round(1).tolist()
+        [253.7, 273.3]
+    """
+    return _effects(parameters_for(design, parameters), design.without_names())
+
+
+@deferred(lambda: jax.jit)
+def _effects(parameters: Array, design: Design) -> Effects:
+    with usual_arithmetic():
+        omega, _ = design.units.omega(parameters, design.covariance)
+        projection = design.structure.project(omega)
+        of_basis = unexplained(projection.gram, design.p)[: design.p, 0]
+        beta = design.beta_ols - solve(design.basis, of_basis[:, None])[:, 0]
+        known = jnp.where(jnp.isnan(design.log_weights), jnp.nan, 1.0)
+        fixed = jnp.where(design.absent, jnp.nan, beta) * known
+        terms = zip(design.covariance.blocks, _modes(projection, omega, design), strict=True)
+        return Effects(fixed, tuple(own * known for block, own in terms if not block.residual))
 
 
 def unexplained(gram: Array, p: int) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.penalties import Penalty, penalty_of
 from jaxreml.optimum import penalised
@@ -149,7 +149,7 @@ def estimate_at(theta: np.ndarray, design: Design, *, reml: bool) -> Estimate:
 def _estimate(
     design: Design, reml: bool, max_iterations: int, tolerance: float, penalty: Penalty | None
 ) -> Estimate:
-    with usual_promotion():
+    with usual_arithmetic():
         if penalty is not None:
             return penalised.estimate_traced(design, penalty, reml, max_iterations, tolerance)
         fixed = jax.lax.stop_gradient(design)
@@ -186,7 +186,7 @@ def _optimum(reml: bool, design: Design, chart: Array, point: Point) -> tuple[Ar
     return chart, point
 
 
-@deferred(usual_promotion)
+@deferred(usual_arithmetic)
 def _optimum_jvp(reml, primals, tangents):
     chart, point = _differentiable()(reml, *primals)
     design, design_dot = primals[0], tangents[0]

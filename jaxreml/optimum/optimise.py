@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.objective import degrees_of_freedom, log_pivots, ml_objective, reml_objective
@@ -82,7 +82,7 @@ def start(design: Design, method: str = "REML") -> Array:
 
 @deferred(lambda: partial(jax.jit, static_argnums=1))
 def _start(design: Design, reml: bool) -> Array:
-    with usual_promotion():
+    with usual_arithmetic():
         covariance = design.covariance
         chart = search.start(design, reml)
         marginal = design.structure.marginal(covariance.omega(chart))
@@ -196,7 +196,7 @@ def _of_design(
 
     parameters = jax.lax.stop_gradient(parameters.astype(design.dtype))
     found = _minimised(function, parameters, optimizer, max_steps, tolerance)
-    with usual_promotion():
+    with usual_arithmetic():
         ended = found.status == Status.CONVERGED
         stuck = found.status == Status.STALLED
         trace = Trace(

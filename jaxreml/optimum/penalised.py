@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxreml.backend.arrays import mapped, namespace, on_host
 from jaxreml.backend.lazy import jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
@@ -282,7 +282,7 @@ def _optimum(
 
 
 def _optimum_jvp(reml: Any, penalty: Any, primals: Any, tangents: Any) -> Any:
-    with usual_promotion():
+    with usual_arithmetic():
         design, known, _, free = primals
         parameters = _differentiable()(reml, penalty, *primals)
 
