@@ -199,7 +199,7 @@ class MixedNormal(distributions.Distribution):
             >>> drawn.random[0].shape
             (18, 1)
         """
-        shape = jnp.broadcast_shapes(np.shape(value)[:-1], self.batch_shape)
+        shape: Any = jnp.broadcast_shapes(np.shape(value)[:-1], self.batch_shape)
         keys = _keys(key, shape)
         return self._mapped(self._effects, [keys, value], [keys.ndim - len(shape), 1])
 
