@@ -1,4 +1,4 @@
-"""Expected information: the definition by n x n matrices, for every structure, and its derivatives."""
+"""Expected information: its definition by n x n matrices, of every structure, and derivatives."""
 
 from __future__ import annotations
 

@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from research_examples import (
+    check_experiment_design,
+    check_hyper_gradient,
+    check_influence,
+)
 
 from jaxreml import Status
 
@@ -225,13 +230,18 @@ def check_shrinkage(figures: dict, text: str) -> None:
 CHECKS = {
     "dream": check_dream,
     "eqtl": check_eqtl,
+    "experiment_design": check_experiment_design,
     "genes": check_genes,
+    "hyper_gradient": check_hyper_gradient,
+    "influence": check_influence,
     "insteval": check_insteval,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
     "shrinkage": check_shrinkage,
     "voxels": check_voxels,
 }
+
+BOUNDED = {"influence": {"rows": [5, 7, 9, 21, 30, 39, 56, 57, 59, 90, 92, 130, 166]}}
 
 
 def test_examples_and_checks_correspond():
@@ -248,13 +258,12 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    drawn = ("dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
-    arguments = [tmp_path / f"{name}.png"] if name in drawn else []
-    module = load(name)
+    module, path = load(name), tmp_path / f"{name}.png"
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
-        figures = module.main(*arguments)
+        figures = module.main(path, **BOUNDED.get(name, {}))
     CHECKS[name](figures, text.getvalue())
+    assert Path(figures["plot"]) == path and imread(path).std() > 0.05
 
 
 def test_genes_without_matplotlib(monkeypatch, capsys):
