@@ -248,6 +248,15 @@ def test_examples_and_checks_correspond():
     assert {path.stem for path in EXAMPLES} == set(CHECKS)
 
 
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_gallery_shows_it(name):
+    docs = EXAMPLES[0].parents[1] / "docs"
+    text = (docs / "guides" / "gallery.md").read_text()
+    assert f"\n    python examples/{name}.py {name}.png\n" in text
+    assert f"\n```{{image}} ../_static/{name}.png\n" in text
+    assert 5_000 < (docs / "_static" / f"{name}.png").stat().st_size < 80_000
+
+
 def load(name: str):
     path = next(path for path in EXAMPLES if path.stem == name)
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
