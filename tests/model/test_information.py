@@ -1,4 +1,4 @@
-"""Expected information: its definition by n x n matrices, of every structure, and derivatives."""
+"""Expected information: by definition with n x n matrices, for every structure; derivatives."""
 
 from __future__ import annotations
 
