@@ -32,6 +32,7 @@ import jaxreml
 jax.config.update("jax_enable_x64", True)
 AGREE = 1e-5  # of derivatives with differences, relative to the largest entry
 MIB = 2**20
+LONG = 0.02  # seconds from which on a call is made once a round
 GRADIENT, JACOBIAN, MEMORY = 2.0, 5.0, 3.0  # targets: times the fit, times the data
 ARGUMENTS = {
     "the parameters": (0,),
@@ -134,7 +135,7 @@ def times(quick: bool) -> list[dict[str, Any]]:
     best = dict.fromkeys(own, float("inf"))
     for _ in range(5 if quick else 25):
         for name, program in programs.items():
-            for _ in range(1 if "s" == name[-1] and "," in name else 5):
+            for _ in range(5 if best[name] < LONG else 1):
                 now = seconds(lambda p=program, n=name: jax.block_until_ready(p(*arguments[n])))
                 best[name] = min(best[name], now)
     return [
