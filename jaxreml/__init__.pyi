@@ -26,6 +26,8 @@ from jaxreml.inference.resampling.simulation import population as population
 from jaxreml.model.arrays import Term as Term
 from jaxreml.model.design import Design as Design
 from jaxreml.model.design import stack as stack
+from jaxreml.model.information import Information as Information
+from jaxreml.model.information import expected_information as expected_information
 from jaxreml.model.objective import ml_objective as ml_objective
 from jaxreml.model.objective import reml_objective as reml_objective
 from jaxreml.optimum.effects import Effects as Effects
