@@ -24,7 +24,6 @@ from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import solve_triangular
 
 from jaxreml.backend.runtime import usual_arithmetic
-from jaxreml.model.linalg import plain
 from jaxreml.model.linalg.plain import (
     PIVOTED_ORDER,
     UNROLLED_ORDER,
@@ -37,6 +36,7 @@ from jaxreml.model.linalg.plain import (
     unrolled_cholesky,
     unrolled_solve,
 )
+from jaxreml.model.linalg.plain import residual as plain_residual
 
 
 def alike(tree: Any, like: Array) -> Any:
@@ -314,7 +314,7 @@ def _independent_columns_jvp(tolerance, primals, tangents):
 def residual(basis: Array, values: Array) -> tuple[Array, Array]:
     """As `linalg.residual`. The derivatives, which hold for an orthonormal U only, are written out:
     they need no rows but U and what is left."""
-    return plain.residual(basis, values)
+    return plain_residual(basis, values)
 
 
 @residual.defjvp
