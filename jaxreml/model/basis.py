@@ -106,7 +106,9 @@ class Basis:
         n, kind = len(X), X.dtype
         terms, strange = _inside(terms)
         terms, *of_kernels = traced_kernels.symmetric(terms)
-        (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
+        (offset, *columns), infinite = finite([offset, *(own.columns for own in terms)])
+        if is_traced(X):
+            infinite = infinite | ~jnp.isfinite(X).all()
         roots, log_weights = root_weights(weights, used, kind)
         if roots is not None:  # which residuals' covariances are of the residuals divided by
             columns = [
@@ -140,11 +142,14 @@ class Basis:
             planned = None if like is None else like.projector
             projector = _projector(effects, structure, n, planned, residual)
 
-        rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
+        if roots is not None:  # else zeros take their place column by column, without a copy
+            X = finite([X])[0][0] * roots[:, None]
+        rows, triangle = _orthonormal(X, n_used)
         scores, rest = projector.project(rows)
         products = projector.products(rows)
         remainder = rest.T @ rest
         absent = triangle.diagonal() == 0
+        gram = (~absent * np.eye(len(triangle))).astype(kind)  # rows.T @ rows, whatever X is
         if namespace(triangle) is not np:  # ones in the place of absent columns, as in `combined`
             remainder = remainder + jnp.diag(absent.astype(kind))
         sizes = covariance.sizes
@@ -156,7 +161,7 @@ class Basis:
             rest=rest,
             projector=projector,
             structure=projector.structure(
-                scores, remainder, None if products is None else (products, rows.T @ rows), sizes
+                scores, remainder, None if products is None else (products, gram), sizes
             ),
             units=units,
             log_weights=log_weights,
@@ -204,22 +209,20 @@ class Basis:
         y = y if self.offset is None else y - self.offset[:, None]
         constant = (y == y[0]).all(axis=0)
         values = y if self.roots is None else y * self.roots[:, None]
-        projection = self.rows.T @ values
-        residual = values - self.rows @ projection
-        again = self.rows.T @ residual  # a second pass takes out what rounding left of a large mean
-        residual = residual - self.rows @ again
+        residual, projection = linalg.residual(self.rows, values)
         scores, rest = self.projector.project(residual)
         products = self.projector.products(residual)
         xp = namespace(residual, rest)
         residual_ss = xp.sum(residual * residual, axis=0)
         total_ss = xp.sum(values * values, axis=0)
         if products is not None:
-            products = _lanes_last(products), self.rows.T @ residual, residual_ss
+            nothing = np.zeros((self.p, y.shape[1]), y.dtype)  # rows.T @ residual, whatever y is
+            products = _lanes_last(products), nothing, residual_ss
         return Response(
             scores=mapped(_lanes_last, scores),
             remainder_xy=self.rest.T @ rest,
             remainder_yy=xp.sum(rest * rest, axis=0),
-            beta_ols=solve(self.triangle, projection + again),
+            beta_ols=solve(self.triangle, projection),
             residual_ss=residual_ss,
             total_ss=total_ss,
             trouble=first_of(

@@ -47,6 +47,7 @@ __all__ = [
     "negligible",
     "plus_identity",
     "qr",
+    "residual",
     "row_products",
     "solve_lower",
     "solve_upper",
@@ -120,6 +121,12 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     from jaxreml.model.linalg import of_jax
 
     return of_jax.independent_columns(matrix, tolerance)
+
+
+def residual(basis: Array, values: Array) -> tuple[Array, Array]:
+    """What orthonormal U (n, p) leaves of (n, k), and the coefficients (p, k) of what it takes. Two
+    passes, as the first leaves rounding of a large mean."""
+    return _of(basis, values).residual(basis, values)
 
 
 def alike(tree: Any, like: Array) -> Any:

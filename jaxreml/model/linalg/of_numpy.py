@@ -13,11 +13,13 @@ from jaxreml.model.linalg.plain import (
     diagonal,
     eye_like,
     matmul,
+    residual,
     transpose,
     unrolled_cholesky,
     unrolled_solve,
 )
 
+__all__ = ["residual"]
 Array = np.ndarray
 lapack: Any = scipy.linalg.lapack
 PER_LANE = 4  # recurrences of an order over so many lanes each are quicker than LAPACK's calls
