@@ -40,7 +40,7 @@ from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, w
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.arrays import Term, read_terms
+from jaxreml.model.arrays import Term, floating_type, read, read_terms
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 
@@ -335,13 +335,22 @@ def design(
     formula: str,
     data: Any,
     *,
+    response: Any = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
+    residual: str | None = None,
     kernels: Mapping[str, Any] | None = None,
 ) -> Design:
     """The `Design` of a formula and a table; arguments and errors as `fit`'s.
+
+    Args:
+        formula: as `fit`'s; with a `response` it starts with ~.
+        data: a dataframe, or a dict of columns.
+        response: a value for each row of the data, in the place of the formula's left side. It may
+            be traced by JAX, so that estimates can be differentiated in it, for every model.
+        weights, offset, structure, context, residual, kernels: as `fit`'s.
 
     Examples:
         >>> design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
@@ -349,11 +358,31 @@ def design(
         ('log_variance[Subject, (Intercept)]', 'log_variance[Subject, Days]', ...
         >>> design.n, design.p
         (180, 2)
+
+        How the residual SD changes with the first response:
+
+        >>> import jax
+        >>> def sigma(y):
+        ...     model = jaxreml.design("~ Days + (1 | Subject)", data, response=y)
+        ...     return jaxreml.estimate(model).sigma
+        >>> with jax.enable_x64(True):
+        ...     slope = jax.grad(sigma)(jax.numpy.array(data["Reaction"]))
+        >>> round(float(slope[0]), 4)
+        0.0
     """
-    frame = model_frame(
-        formula, data, weights=weights, offset=offset, context=context, kernels=kernels
-    )
-    return frame.design(structure)
+    given: Any = {"context": context, "residual": residual, "kernels": kernels}
+    given |= {"weights": weights, "offset": offset}
+    if response is None:
+        return model_frame(formula, data, **given).design(structure)
+    frame = covariate_frame(formula, data, **given)
+    y = read(response, floating_type([response], None), "response")
+    if y.shape != frame.rows.shape:
+        raise DataError(
+            f"response must have shape {frame.rows.shape}, a value for each row of the data, not "
+            f"{y.shape}"
+        )
+    basis = frame.basis(structure)
+    return Design.of(basis, basis.response(y[frame.rows]))
 
 
 def _used_columns(

@@ -19,7 +19,9 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.lazy import is_of_jax, jax
 from jaxreml.backend.runtime import neutral
+from jaxreml.errors import DataError
 from jaxreml.model.covariance.natural import triangle
 
 Array = Any  # NumPy's or JAX's
@@ -183,6 +185,13 @@ def _key(tree: Any) -> Any:
         return "dict", tuple((name, _key(part)) for name, part in sorted(tree.items()))
     if isinstance(tree, (tuple, list)):
         return type(tree).__name__, tuple(_key(part) for part in tree)
+    if is_of_jax(tree) and isinstance(tree, jax.core.Tracer):
+        raise DataError(
+            "what a covariance of your own is given besides parameters must be concrete, as it is "
+            "compiled into the program, and this is traced by JAX. A matrix K(h) of effects that is "
+            "to be differentiated in h can be given by the effects instead: Z L(h) with K = L L' and "
+            'the covariance "homdiag"'
+        )
     array = np.asarray(tree)
     return array.shape, array.dtype.str, array.tobytes()
 
