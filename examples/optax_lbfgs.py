@@ -1,9 +1,12 @@
 """jaxreml in research code: an optimiser of your own, derivatives through a fit, vmap over fits.
 
-Run: python examples/optax_lbfgs.py
+Run: python examples/optax_lbfgs.py [FIGURE.png]
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +17,10 @@ import jaxreml
 
 FORMULA = "Reaction ~ Days + (Days | Subject)"
 ROW = 9  # the response to differentiate by: the first subject's last day
+BLUE, VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito's
 
 
-def main() -> dict:
+def main(path: str | Path | None = None) -> dict:
     with jax.enable_x64(True):  # likelihoods need float64, and JAX starts in float32
         data = jaxreml.datasets.load("sleepstudy")
         design = jaxreml.design(FORMULA, data)
@@ -24,7 +28,9 @@ def main() -> dict:
         own = minimise(design, data["Reaction"].to_numpy(), estimate)
         through = differentiate(data)
         batch = many(data, estimate)
-    return {**own, **through, **batch}
+    figures = {**own, **through, **batch}
+    figures["plot"] = None if path is None else draw(figures, estimate, Path(path))
+    return figures
 
 
 def minimise(design: jaxreml.Design, y: np.ndarray, estimate: jaxreml.Estimate) -> dict:
@@ -51,11 +57,12 @@ def minimise(design: jaxreml.Design, y: np.ndarray, estimate: jaxreml.Estimate) 
     names = design.parameter_names
     start = [np.log(y.var()) if name.startswith("log_variance") else 0.0 for name in names]
     params = jnp.array(start)
-    state, norm, steps = solver.init(params), np.inf, 0
+    state, norm, steps, way = solver.init(params), np.inf, 0, [float(objective(params))]
     while not norm <= 1e-6:  # NaN goes on to the limit below
         if steps == 200:
             raise RuntimeError(f"L-BFGS has not converged: gradient norm {norm:.1e}")
         params, state, criterion, norm = step(params, state)
+        way.append(float(criterion))
         steps += 1
 
     params = np.asarray(params)
@@ -69,6 +76,7 @@ def minimise(design: jaxreml.Design, y: np.ndarray, estimate: jaxreml.Estimate) 
         "params_optax": params,
         "params_estimate": np.asarray(estimate.parameters),
         "criterion_optax": float(criterion),
+        "way": np.array(way),
         "criterion_estimate": float(estimate.criterion),
         "status": int(estimate.status),
     }
@@ -141,5 +149,33 @@ def many(data, estimate: jaxreml.Estimate) -> dict:
     }
 
 
+def draw(figures: dict, estimate: jaxreml.Estimate, path: Path) -> Path | None:
+    """The optimiser's way down, and the refits of `vmap`; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("\nNo plot: it needs matplotlib, pip install 'jaxreml[plots]'")
+        return None
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    above = np.maximum(figures["way"] - figures["criterion_estimate"], 1e-13)
+    left.semilogy(above, ".-", color=BLUE, ms=8)
+    left.set(xlabel="steps of optax.lbfgs", ylabel="above the optimum of estimate")
+    left.set_title("-2 log restricted likelihood", fontsize=10)
+    sds = np.exp(figures["log_variances_vmap"] / 2)
+    right.plot(*sds[:, :2].T, "o", color=BLUE, label="simulated and refitted by vmap")
+    at = np.exp(np.asarray(estimate.log_variances) / 2)
+    right.plot(*at[:2], "*", color=VERMILLION, ms=14, label="estimate, which they are drawn from")
+    right.set(
+        xlabel="intercepts (ms)", ylabel="slopes (ms per day)", ylim=(0, 1.4 * sds[:, 1].max())
+    )
+    right.set_title("standard deviations between subjects", fontsize=10)
+    right.legend(frameon=False, loc="upper left")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+    return path
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -4,12 +4,14 @@ The model: student i of school j scores y_ij = mu + b_j + e_ij, with b_j ~ N(0, 
 schools and e_ij ~ N(0, sigma2) within. How large are tau2 and sigma2? Five routes to one answer:
 by hand, by a NumPy function, by an optimiser on jaxreml's objective, and by `jaxreml.fit`.
 
-Run: python examples/schools.py
+Run: python examples/schools.py [FIGURE.png]
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,10 @@ CLOSED_FORM = 1e-8  # relative: `fit` against the closed forms
 BY_HAND = 1e-6  # absolute, log-variances: NumPy with finite differences against `fit`
 BY_OPTAX = 1e-6  # absolute, log-variances: L-BFGS against `fit`
 SE = 1e-6  # relative: standard errors, exact against finite-difference Hessian
+BLUE, VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito's
 
 
-def main() -> dict:
+def main(path: str | Path | None = None) -> dict:
     scores = simulate(np.random.default_rng(SEED), 1)[0]
     anova = step_a(scores)
     reml, ml, average = step_b(anova)
@@ -54,6 +57,7 @@ def main() -> dict:
         "reml": reml,
         "ml": ml,
         "average": average,
+        "plot": None if path is None else draw(average, reml[0], Path(path)),
         "log_variances_numpy": by_hand,
         "log_variances_optax": by_optax,
         "log_variances_fit": log_variances,
@@ -111,10 +115,12 @@ def step_b(anova: dict) -> tuple[np.ndarray, np.ndarray, dict]:
     msbs = N * many.mean(axis=2).var(axis=1, ddof=1)
     msws = many.var(axis=2, ddof=1).mean(axis=1)
     expected_msb = N * TAU2 + SIGMA2
+    draws = {name: closed_form(msbs, msws, reml=name == "reml") for name in ("reml", "ml")}
     average = {
-        "reml": closed_form(msbs, msws, reml=True).mean(),
-        "ml": closed_form(msbs, msws, reml=False).mean(),
-        "negative": (closed_form(msbs, msws, reml=True) < 0).mean(),
+        "draws": draws,
+        "reml": draws["reml"].mean(),
+        "ml": draws["ml"].mean(),
+        "negative": (draws["reml"] < 0).mean(),
         "reml_expected": closed_form(expected_msb, SIGMA2, reml=True),
         "ml_expected": closed_form(expected_msb, SIGMA2, reml=False),
     }
@@ -258,5 +264,29 @@ def step_e(
     return fit, fit_ml
 
 
+def draw(average: dict, here: float, path: Path) -> Path | None:
+    """How estimates by both formulas scatter; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("\nNo plot: it needs matplotlib, pip install 'jaxreml[plots]'")
+        return None
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    ax = figure.subplots()
+    bins = np.linspace(-12, 150, 82)
+    for name, colour in (("reml", BLUE), ("ml", VERMILLION)):
+        ax.hist(average["draws"][name], bins, histtype="step", color=colour, lw=1.8, density=True)
+        label = f"{name.upper()}: {average[name]:.1f} on average"
+        ax.axvline(average[name], color=colour, lw=1.8, ls="--", label=label)
+    ax.axvline(TAU2, color="0.2", lw=1.2, label=f"true: {TAU2:g}")
+    ax.plot(here, 0, "v", color=BLUE, ms=9, clip_on=False, label=f"REML here: {here:.1f}", ls="")
+    ax.set(xlim=(-12, 150), yticks=[], xlabel="estimated variance between schools")
+    ax.set_title(f"100,000 simulated sets of {K} schools with {N} students each", fontsize=10)
+    ax.legend(frameon=False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+    return path
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

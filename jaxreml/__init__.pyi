@@ -4,6 +4,7 @@ from jaxreml import covariance as covariance
 from jaxreml import datasets as datasets
 from jaxreml import inference as inference
 from jaxreml import kernels as kernels
+from jaxreml import penalties as penalties
 from jaxreml.api.fit import fit as fit
 from jaxreml.api.fit_many import fit_many as fit_many
 from jaxreml.api.score_tests import score_tests as score_tests
@@ -25,8 +26,12 @@ from jaxreml.inference.resampling.simulation import population as population
 from jaxreml.model.arrays import Term as Term
 from jaxreml.model.design import Design as Design
 from jaxreml.model.design import stack as stack
+from jaxreml.model.information import Information as Information
+from jaxreml.model.information import expected_information as expected_information
 from jaxreml.model.objective import ml_objective as ml_objective
 from jaxreml.model.objective import reml_objective as reml_objective
+from jaxreml.optimum.effects import Effects as Effects
+from jaxreml.optimum.effects import effects as effects
 from jaxreml.optimum.estimate import estimate as estimate
 from jaxreml.optimum.optimise import Optimum as Optimum
 from jaxreml.optimum.optimise import optimise as optimise

@@ -18,12 +18,12 @@ class Batch(NamedTuple):
         codes: (r,), their groups, 0 to size - 1.
         weights: (r,), 1 for rows and 0 for padding, as prior weights leave it out.
         scale: what a sum over the batch's groups is to be multiplied by, for an unbiased estimate
-            of that over all groups.
+            of that over all groups: the number of batches in a pass.
 
     Examples:
         >>> batch = next(jaxreml.batches.groups([0, 0, 1, 2, 2, 2], size=2, seed=0))
         >>> batch.rows.size, int(batch.weights.sum()), batch.scale
-        (5, 5, 1.5)
+        (4, 3, 2.0)
     """
 
     rows: np.ndarray
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 def groups(codes: Any, size: int, seed: Any = None) -> Iterator[Batch]:
-    """One pass over all groups in random order, so many at a time.
+    """One pass over all groups in batches at random, so many at a time.
 
     Groups stay whole, as rows of a group are correlated. At given fixed effects (a network's mean,
     say) minus twice the log-likelihood is a sum over groups, and `scale` times that of a batch is
@@ -41,13 +41,14 @@ def groups(codes: Any, size: int, seed: Any = None) -> Iterator[Batch]:
     less its mean. The restricted likelihood's log|X'V^-1 X| is no sum over groups; leave it out, as
     maximum likelihood does, or take it from all rows now and then.
 
-    Shapes are the same for all batches and all passes, so that a function of a batch compiles once:
-    `rows` has as many entries as the largest groups have rows together, and the last batch may have
-    fewer groups.
+    Shapes are the same for all batches and all passes, so that a function of a batch compiles once.
+    Groups are dealt out to the batches, those of many rows first and equal ones in random order, so
+    that batches have nearly equal numbers of rows: what they are padded by is no more than the rows
+    of the largest group. Every group is equally likely to be in any batch.
 
     Args:
         codes: (n,) group of each row: any labels.
-        size: groups in a batch.
+        size: groups in a batch, at most; some have one less.
         seed: of the order: a number or a NumPy generator.
 
     Raises:
@@ -92,10 +93,16 @@ def groups(codes: Any, size: int, seed: Any = None) -> Iterator[Batch]:
 def _passes(places: np.ndarray, count: int, size: int, rng: np.random.Generator) -> Iterator[Batch]:
     counts = np.bincount(places, minlength=count)
     by_group = np.split(np.argsort(places, kind="stable"), np.cumsum(counts)[:-1])
-    length = int(np.sort(counts)[-size:].sum())
+    batches = -(-count // size)
     order = rng.permutation(count)
-    for start in range(0, count, size):
-        chosen = order[start : start + size]
+    order = order[np.argsort(-counts[order], kind="stable")]
+    dealt: list[list[int]] = [[] for _ in range(batches)]
+    for start in range(0, count, batches):  # as many groups as batches, of like numbers of rows
+        hand = order[start : start + batches]
+        for batch, group in zip(rng.permutation(batches), hand, strict=False):
+            dealt[batch].append(group)
+    length = int(counts[order[::batches]].sum())  # the largest of every hand
+    for chosen in dealt:
         rows = np.concatenate([by_group[group] for group in chosen])
         codes = np.repeat(np.arange(len(chosen)), counts[chosen])
         spare = length - len(rows)
@@ -103,5 +110,5 @@ def _passes(places: np.ndarray, count: int, size: int, rng: np.random.Generator)
             np.concatenate([rows, np.full(spare, rows[0])]),
             np.concatenate([codes, np.zeros(spare, codes.dtype)]),
             np.concatenate([np.ones(len(rows)), np.zeros(spare)]),
-            count / len(chosen),
+            float(batches),
         )

@@ -32,6 +32,7 @@ class Status(IntEnum):
     BAD_WEIGHTS = 12
     ILL_CONDITIONED = 13
     BAD_LEVELS = 14
+    BAD_KERNEL = 15
 
     @property
     def sentence(self) -> str:
@@ -73,6 +74,8 @@ _SENTENCES = {
     "of each subject's own)",
     Status.BAD_LEVELS: "a code of a grouping factor is negative or not below n_levels: correct the "
     "codes, or raise n_levels",
+    Status.BAD_KERNEL: "a known covariance of levels that is traced by JAX is not symmetric or not "
+    "positive semidefinite: correct the function that makes it",
     Status.ILL_CONDITIONED: "cross-products have too few digits left of what the fixed and random "
     "effects do not explain: centre and scale the columns before they are summed, or make the "
     "design from rows",

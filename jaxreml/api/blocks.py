@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from jaxreml.backend.arrays import mapped
+from jaxreml.backend.progress import progress_bar
 from jaxreml.data.companions import Companions
 from jaxreml.data.frame import ModelFrame
 from jaxreml.data.pairs import Pairs
@@ -116,36 +116,13 @@ def block_size(frame: ModelFrame, template: Fits, responses: Companions | Pairs,
 
 
 @contextmanager
-def progress_bar(total: int | None, wanted: bool | None) -> Iterator[Advance]:
+def progress_of_fits(total: int | None, wanted: bool | None) -> Iterator[Advance]:
     """A bar on stderr with responses/s and failures; gives what is to be called with status codes.
 
     Args:
         total: number of responses, if it is known.
         wanted: whether to show it; None for only on a terminal.
     """
-    if wanted is None:
-        wanted = sys.stderr is not None and sys.stderr.isatty()
-    if not wanted:
-        yield lambda status: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = [
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} responses/s, {task.fields[failed]} failed"),
-    ]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, rate=0, failed=0)
-
-        def advance(status: np.ndarray) -> None:
-            now = bar.tasks[0]
-            bar.update(
-                task,
-                advance=len(status),
-                failed=now.fields["failed"] + int(np.sum(status != Status.CONVERGED)),
-            )
-            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-9))
-
-        yield advance
+    text = "{task.fields[rate]:.0f} responses/s, {task.fields[failed]} failed"
+    with progress_bar(total, wanted, text, failed=0) as advance:
+        yield lambda status: advance(len(status), failed=int(np.sum(status != Status.CONVERGED)))

@@ -26,6 +26,7 @@ def fit(
     engine: str | None = None,
     residual: str | Sequence[str] | None = None,
     kernels: Mapping[str, Any] | None = None,
+    penalty: Any = None,
     **others: Any,
 ) -> LMMResults:
     """Fit a linear mixed model to a table by a formula, as lme4's ``lmer``.
@@ -67,6 +68,12 @@ def fit(
             sorted levels, or what `jaxreml.kernels` makes. Several of one factor by name:
             ``{"animal": {"additive": A, "dominance": D, "permanent": None}}``, None for
             independent levels.
+        penalty: a density of the variance parameters, for maximum a posteriori estimates that stay
+            off the boundary: "wishart" or "gamma" (blme's defaults), a density of
+            `jaxreml.penalties`, a dict of these by grouping factor (``{"Subject": "wishart"}``), or
+            a JAX function of all `parameters` to the logarithm of their density (up to a constant,
+            no Jacobians). Standard errors are from the Hessian of the penalised criterion; what
+            compares likelihoods or refits is refused.
         others: none; those of lme4 and statsmodels are refused with what to write instead.
 
     Returns:
@@ -75,9 +82,10 @@ def fit(
 
     Raises:
         FormulaError: a formula outside the grammar.
-        DataError: data that the model cannot be fitted to, named.
+        DataError: data that the model cannot be fitted to, named; a penalty that does not fit the
+            model, or is not finite where the search starts.
         RuntimeError: in a process that was forked after JAX had run.
-        ValueError: another method or engine, or one that has no such structure.
+        ValueError: another method, engine or penalty, or an engine that has no such structure.
         TypeError: an argument that `fit` does not have.
 
     Computes in float64 whatever JAX's settings, and changes none of them. In processes of
@@ -112,7 +120,7 @@ def fit(
         context=context,
         kernels=kernels,
     )
-    options = method, structure, context, max_iterations, LMMResults, engine
+    options = method, structure, context, max_iterations, LMMResults, engine, penalty
     if not isinstance(residual, (list, tuple)):
         alone: Any = residual  # another type is refused by name
         return fit_frame(made(residual=alone), *options)

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from jaxreml.api.blocks import Job, block_size, fit_in_memory, fit_to_file, progress_bar
+from jaxreml.api.blocks import Job, block_size, fit_in_memory, fit_to_file, progress_of_fits
 from jaxreml.arguments import is_reml, refuse_arguments
 from jaxreml.data.companions import Companions, Measured, of_each
 from jaxreml.data.frame import ModelFrame, covariate_frame, with_response
@@ -291,7 +291,7 @@ def fit_many(
     job = Job(fitter, source, model, template, crew)
     size = batch_size or block_size(frame, template, source, crew)
     total = None if source.names is None else len(source.names)
-    with progress_bar(total, progress if crew.index == 0 else False) as advance:
+    with progress_of_fits(total, progress if crew.index == 0 else False) as advance:
         if path is not None:
             run = describe_run(
                 frame,

@@ -69,8 +69,12 @@ def quick_compilation(platform: str) -> dict[str, bool] | None:
     return options
 
 
-def quick_jit(function: Callable[..., Any]) -> Any:
+def quick_jit(function: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit` of a function of arrays, by `quick_compilation` for the default device.
+
+    Args:
+        function: of arrays.
+        options: of `jax.jit`.
 
     Raises:
         RuntimeError: as `require_own_threads`.
@@ -80,7 +84,8 @@ def quick_jit(function: Callable[..., Any]) -> Any:
     from jaxreml.backend.runtime import require_own_threads
 
     require_own_threads()
-    return jax.jit(function, compiler_options=quick_compilation(jax.default_backend()))
+    compiler_options = quick_compilation(jax.default_backend())
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
 def remembered(maker: _Maker) -> _Maker:

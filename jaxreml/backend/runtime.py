@@ -52,7 +52,7 @@ def neutral() -> Iterator[None]:
     require_own_threads()
     with (
         jax.enable_x64(True),
-        usual_promotion(),
+        usual_arithmetic(),
         jax.debug_nans(False),
         jax.debug_infs(False),
         jax.disable_jit(False),
@@ -64,7 +64,12 @@ def neutral() -> Iterator[None]:
 
 
 @contextmanager
-def usual_promotion() -> Iterator[None]:
-    """Ranks and types promote as NumPy's, whatever JAX is set to, in what is traced inside."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+def usual_arithmetic() -> Iterator[None]:
+    """NumPy's, whatever JAX is set to, in what is traced inside: ranks and types promote as there,
+    and products of float32 keep its digits, of which accelerators leave out half or more."""
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.default_matmul_precision("float32"),
+    ):
         yield

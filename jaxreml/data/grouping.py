@@ -18,7 +18,7 @@ from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
 from jaxreml.data.places import MOST, encode_own, encode_places
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.arrays import instead_of_residual, replaces_residual
+from jaxreml.model.arrays import instead_of_residual, kernel_root, replaces_residual
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.covariance.words import (
@@ -69,6 +69,13 @@ class GroupingTerm:
         """Which levels have rows; all, but for those that only a kernel has."""
         return np.unique(self.codes)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n, q), the effects times the standard deviations of their levels in the kernel."""
+        if self.kernel is None:
+            return self.effects
+        return self.effects * np.sqrt(np.diagonal(self.kernel))[self.codes, None]
+
     def drawn(self, rng: np.random.Generator, count: int, factor: np.ndarray) -> np.ndarray:
         """Random effects of all rows, (count, levels, q), with covariance L L' of a level's effects
         for the `factor` L (q, q); zero for levels of a kernel without rows."""
@@ -83,12 +90,7 @@ class GroupingTerm:
     def _root(self) -> np.ndarray:
         """A square root of the kernel of the levels with rows."""
         assert self.kernel is not None
-        own = self.kernel[np.ix_(self.seen, self.seen)]
-        try:
-            return np.linalg.cholesky(own)
-        except np.linalg.LinAlgError:  # singular
-            values, vectors = np.linalg.eigh(own)
-            return vectors * np.sqrt(np.maximum(values, 0.0))
+        return kernel_root(self.kernel[np.ix_(self.seen, self.seen)])
 
     def block(self, size: int) -> Block:
         """The map from parameters to the covariance of so many effects."""

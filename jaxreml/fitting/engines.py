@@ -16,8 +16,9 @@ from jaxreml.backend.runtime import neutral
 from jaxreml.backend.threads import suited_blas
 from jaxreml.data.frame import ModelFrame
 from jaxreml.model.design import Design
+from jaxreml.model.penalties import Penalty
 from jaxreml.optimum.effects import Inspection, inspect, inspect_on_host
-from jaxreml.optimum.estimate import estimate, estimate_on_host
+from jaxreml.optimum.estimate import estimate_on_host, estimate_with
 from jaxreml.optimum.report import Estimate
 from jaxreml.optimum.rivals import is_proved
 
@@ -56,18 +57,27 @@ def engine_for(design: Design, asked: str | None) -> str:
 
 
 def optimum(
-    design: Design, method: str, max_iterations: int, engine: str
+    design: Design,
+    method: str,
+    max_iterations: int,
+    engine: str,
+    penalty: Penalty | None = None,
 ) -> tuple[Estimate, Inspection, bool]:
     """Estimate and inspection of a design without names, as NumPy arrays, and if it `is_proved`."""
     if engine == "numpy":
         with suited_blas(design.numbers):
-            estimated, proved = estimate_on_host(design, method, max_iterations=max_iterations)
-            return estimated, inspect_on_host(estimated, design, method), proved
+            estimated, proved = estimate_on_host(
+                design, method, penalty=penalty, max_iterations=max_iterations
+            )
+            return estimated, inspect_on_host(estimated, design, method, penalty), proved
     spare_memory_maps()
     with neutral():
-        estimated = _compiled(estimate, method, max_iterations=max_iterations)(design)
-        inspection = _compiled(inspect, method)(estimated, design)
+        options = {"max_iterations": max_iterations, "density": penalty}
+        estimated = _compiled(estimate_with, method, **options)(design)
+        inspection = _compiled(inspect, method, penalty=penalty)(estimated, design)
         estimated, inspection = jax.device_get((estimated, inspection))
+    if penalty is not None:
+        return estimated, inspection, False
     return estimated, inspection, is_proved(design, inspection.omega, reml=is_reml(method))
 
 

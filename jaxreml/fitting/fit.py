@@ -16,6 +16,7 @@ from jaxreml.fitting.engines import engine_for, numbers_of, optimum, suited_stru
 from jaxreml.fitting.fitted import Fit, FittedModel, Grouping
 from jaxreml.fitting.residuals import ResidualCovariance
 from jaxreml.model.design import with_spare_levels
+from jaxreml.model.penalties import penalty_of
 from jaxreml.optimum.certificate import is_certified
 from jaxreml.optimum.effects import conditional_variances
 from jaxreml.optimum.identification import require_determined
@@ -31,6 +32,7 @@ def fit_frame(
     max_iterations: int = 100,
     kind: type[Fit] = FittedModel,
     engine: str | None = None,
+    penalty: Any = None,
 ) -> Fit:
     """`fit` of a model frame with a response; as a fit of class `kind`."""
     check_engine(engine)
@@ -42,7 +44,9 @@ def fit_frame(
         words = frame.residual.words
         require_determined(design.collapsed, words.text, reml=is_reml(method))
     engine = engine_for(design, engine)
-    estimated, inspection, proved = optimum(design.without_names(), method, max_iterations, engine)
+    density = penalty_of(penalty, design.covariance, design.names)
+    bare = design.without_names()
+    estimated, inspection, proved = optimum(bare, method, max_iterations, engine, density)
     status = Status(int(estimated.status))
     if status in NO_FIT:
         raise DataError(status.sentence)
@@ -54,21 +58,23 @@ def fit_frame(
         warnings.warn(status.sentence, ConvergenceWarning, stacklevel=3)
     with suited_blas(design.numbers):
         variances = conditional_variances(estimated, inspection, design)
-    known = optimality(design, proved)
-    return kind(
-        **_fields(
-            frame,
-            design,
-            method,
-            estimated,
-            (inspection.modes, variances),
-            status,
-            gradient_norm,
-            context,
-            known,
-        ),
-        engine=engine,
+    known = optimality(design, proved) if density is None else "the lowest of 2 searches"
+    fields = _fields(
+        frame,
+        design,
+        method,
+        estimated,
+        (inspection.modes, variances),
+        status,
+        gradient_norm,
+        context,
+        known,
     )
+    if density is not None:
+        finite = design.covariance.finite(np.asarray(estimated.parameters))
+        fields["penalty"] = density.text(design.covariance, design.names)
+        fields["penalty_value"] = float(density.value(finite, design.covariance))
+    return kind(**fields, engine=engine)
 
 
 def _fields(

@@ -98,6 +98,10 @@ class FittedModel:
             `sandwich_note` which that is; neither is saved.
         kernels: known covariances of the levels of grouping factors, by their names; None without.
         residual_tried: covariances of residuals that were tried before, and why each was left.
+        penalty: the density of the variance parameters in `penalty=`, in words; "" without. They
+            are maximum a posteriori estimates then, and their covariance is that of the penalised
+            criterion; `criterion` and what is made of it are without the penalty.
+        penalty_value: -2 log of that density at the estimates, up to a constant.
         library: that the data came in, "pandas", "polars" or "pyarrow": frames that methods return
             are of it.
     """
@@ -137,6 +141,8 @@ class FittedModel:
     kernels: Kernels | None = None
     residual_tried: tuple[tuple[str, str], ...] = ()
     made_from: tuple[ModelFrame, Design] | None = field(default=None, metadata={"saved": False})
+    penalty: str = ""
+    penalty_value: float = 0.0
     library: str = "pandas"
     sandwich: Any = field(default=None, metadata={"saved": False})
     sandwich_note: str = field(default="", metadata={"saved": False})
@@ -596,6 +602,18 @@ class FittedModel:
         """
         if not self.converged:
             raise DataError(f"cannot {purpose}: the fit has no optimum ({self.message})")
+
+    def require_likelihood(self, purpose: str) -> None:
+        """Raise DataError if the estimates are not those of the likelihood alone.
+
+        Args:
+            purpose: what needs it, after "cannot".
+        """
+        if self.penalty:
+            raise DataError(
+                f"cannot {purpose}: the fit has a penalty ({self.penalty}), and this is of the "
+                "likelihood alone; fit without penalty="
+            )
 
     @cached_property
     def residual_sds(self) -> np.ndarray:

@@ -12,8 +12,8 @@ import pandas as pd
 
 from jaxreml.errors import DataError
 
-NOT_SYMMETRIC = 1e-8  # difference of two entries, relative to the largest variance, that is none
-NEGATIVE = 1e-8  # an eigenvalue below minus this, likewise, is negative
+ROUNDING = 1e-8  # what is none of a difference of two entries, or of a negative eigenvalue, both
+# relative to the largest variance
 MOST_LEVELS = 10_000  # of a dense covariance: 800 MB
 BLOCK = 2**24  # numbers of columns that are solved for at a time
 
@@ -134,7 +134,7 @@ class Inverse:
         matrix = sparse.csc_matrix(self.matrix, dtype=float)
         off = abs(matrix - matrix.T)
         size = abs(matrix).max()
-        if off.nnz and off.max() > NOT_SYMMETRIC * size:
+        if off.nnz and off.max() > ROUNDING * size:
             raise DataError("the inverse of a covariance must be symmetric, and this is not")
         options = {"SymmetricMode": True}
         try:
@@ -203,8 +203,14 @@ def checked(name: str, frame: pd.DataFrame) -> tuple[tuple[Any, ...], np.ndarray
     return tuple(rows.tolist()), np.ascontiguousarray(matrix)
 
 
+def tolerance(dtype: Any) -> float:
+    """`ROUNDING`, or what is rounding in single precision."""
+    return max(ROUNDING, 100 * float(np.finfo(dtype).eps))
+
+
 def require_covariance(name: str, matrix: np.ndarray, labels: Any) -> None:
     """Raise DataError unless a matrix is finite, symmetric and positive semidefinite."""
+    share = tolerance(matrix.dtype)
     if not np.all(np.isfinite(matrix)):
         row, column = np.argwhere(~np.isfinite(matrix))[0]
         raise DataError(
@@ -212,7 +218,7 @@ def require_covariance(name: str, matrix: np.ndarray, labels: Any) -> None:
         )
     size = max(float(np.diagonal(matrix).max(initial=0.0)), 0.0)
     off = np.abs(matrix - matrix.T)
-    if off.max(initial=0.0) > NOT_SYMMETRIC * max(size, float(np.abs(matrix).max(initial=0.0))):
+    if off.max(initial=0.0) > share * max(size, float(np.abs(matrix).max(initial=0.0))):
         row, column = np.unravel_index(np.argmax(off), off.shape)
         first, second = labels[int(row)], labels[int(column)]
         raise DataError(
@@ -221,13 +227,13 @@ def require_covariance(name: str, matrix: np.ndarray, labels: Any) -> None:
         )
     if size == 0:
         raise DataError(f"{name} has no variance above zero on its diagonal")
-    if _is_definite(matrix, NEGATIVE * size):
+    if _is_definite(matrix, share * size):
         return
     smallest = float(np.linalg.eigvalsh(matrix)[0])
-    if smallest < -NEGATIVE * size:
+    if smallest < -share * size:
         raise DataError(
             f"{name} is not positive semidefinite: its smallest eigenvalue is {smallest:.3g}, and "
-            f"no less than {-NEGATIVE * size:.3g} (1e-8 of the largest variance) counts as "
+            f"no less than {-share * size:.3g} ({share:.0e} of the largest variance) counts as "
             "rounding. A covariance matrix is needed; jaxreml.kernels.matern makes one of "
             "distances"
         )

@@ -31,8 +31,9 @@ def matern(
     """Matern correlations of places at their distances.
 
     Neighbouring places are alike, the more the larger the range. The field is rough for nu = 1/2
-    (the exponential correlation), differentiable once for 3/2 and twice for 5/2. Compare ranges by
-    the criteria of their fits; they are not estimated.
+    (the exponential correlation), differentiable once for 3/2 and twice for 5/2. The range is not
+    estimated: compare the criteria of fits, or minimise the criterion in it, by
+    `jaxreml.optimise`, with a kernel of your own in JAX.
 
     Args:
         coordinates: (places, dimensions), a frame with the places as its index or an array. Of

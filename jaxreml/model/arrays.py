@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreml.backend.arrays import namespace, still
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.natural import places
 from jaxreml.model.covariance.unstructured import Unstructured
@@ -35,7 +37,8 @@ class Term:
         covariance: of the effects: a word for it, such as "ar1", or a `Block` made from their
             number.
         kernel: (L, L), the known covariance of L levels, up to the factor that is estimated;
-            `group` has places in it then, 0 to L - 1. Levels are independent if left out.
+            `group` has places in it then, 0 to L - 1. Levels are independent if left out. May be
+            traced by JAX: a function of parameters of its own, say.
         n_levels: how many levels there are, with rows or without, so that the shape of a design
             does not depend on which levels its rows have: those of a mini-batch, say.
 
@@ -62,7 +65,7 @@ def is_traced(value: Any) -> bool:
 
 
 def floating_type(values: list[Any], asked: Any) -> np.dtype:
-    """The type to work in; refuses single precision that was not asked for."""
+    """The type of a design; refuses single precision that was not asked for."""
     if asked is not None:
         kind = np.dtype(asked)
         if kind.name not in ("float32", "float64"):
@@ -76,6 +79,15 @@ def floating_type(values: list[Any], asked: Any) -> np.dtype:
             'before making arrays, or ask for single precision with dtype="float32".'
         )
     return np.dtype("float64")
+
+
+def widest_type(values: Sequence[Any]) -> np.dtype:
+    """The type to reduce rows in, whatever that of the design: sums over rows lose the most digits.
+
+    Float64, but for traced values where JAX has it switched off.
+    """
+    double = jax.config.jax_enable_x64 if any(map(is_traced, values)) else True  # type: ignore[attr-defined]
+    return np.dtype("float64" if double else "float32")
 
 
 def read(value: Any, kind: np.dtype, name: str) -> Any:
@@ -169,7 +181,7 @@ class Effects(NamedTuple):
         name: the grouping factor's.
         effect_names: q names.
         covariance: of the effects.
-        kernel: (n_levels, n_levels), as in `Term`, or None.
+        kernel: (n_levels, n_levels), as in `Term`, NumPy or traced, or None.
     """
 
     codes: Any
@@ -182,23 +194,41 @@ class Effects(NamedTuple):
 
     @property
     def lengths(self) -> Any:
-        """The columns times the standard deviations of their levels in the kernel."""
-        if self.kernel is None:
+        """The columns times the standard deviations of their levels in a kernel that is not traced;
+        of one that is, `scale` is all that is taken."""
+        if self.kernel is None or is_traced(self.kernel):
             return self.columns
-        return self.columns * np.sqrt(np.diagonal(self.kernel))[self.codes, None]
+        deviations = np.sqrt(np.diagonal(self.kernel))
+        return self.columns * namespace(self.codes).asarray(deviations)[self.codes, None]
+
+    @property
+    def scale(self) -> Any:
+        """(), the root mean square of the levels' standard deviations in a traced kernel; else
+        None."""
+        if not is_traced(self.kernel):
+            return None
+        mean = jnp.mean(still(linalg.diagonal(self.kernel)))
+        return jnp.sqrt(jnp.where(mean > 0, mean, 1.0))
 
 
-def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
-    """A random term, the k-th, in any form that `Design.from_arrays` takes."""
-    if not isinstance(term, Term):
-        pair = isinstance(term, tuple) and len(term) == 2
-        term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
+def read_term(term: Term, n: int, kind: np.dtype) -> Effects:
+    """A random term as numbers."""
     if term.kernel is None:
         kernel = None
     else:
         kernel = _kernel(term, kind)
+        if term.n_levels not in (None, len(kernel)):
+            raise DataError(
+                f"the kernel of {term.name} is of {len(kernel)} levels and n_levels is "
+                f"{term.n_levels}: leave n_levels out"
+            )
         term = replace(term, n_levels=len(kernel))
     codes, n_levels = _codes(term, n)
+    if kernel is not None and is_traced(codes):
+        raise DataError(
+            f"the levels of {term.name} are traced by JAX; with a kernel they must be concrete, as "
+            "it is decomposed once"
+        )
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = read(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -219,14 +249,21 @@ def read_term(term: Any, k: int, n: int, kind: np.dtype) -> Effects:
     return Effects(codes, columns, n_levels, term.name, tuple(names), covariance, kernel)
 
 
-def _kernel(term: Term, kind: np.dtype) -> np.ndarray:
+def _kernel(term: Term, kind: np.dtype) -> Any:
     """A kernel (L, L)."""
     kernel = read(term.kernel, kind, f"the kernel of {term.name}")
-    if is_traced(kernel):
-        raise DataError(f"the kernel of {term.name} must be concrete: it is decomposed once")
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         raise DataError(f"the kernel of {term.name} must be square, not {kernel.shape}")
     return kernel
+
+
+def kernel_root(kernel: np.ndarray) -> np.ndarray:
+    """A square root of a kernel, which may be singular."""
+    try:
+        return np.linalg.cholesky(kernel)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(kernel)
+        return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
 def _codes(term: Term, n: int) -> tuple[Any, int]:
@@ -247,7 +284,15 @@ def _codes(term: Term, n: int) -> tuple[Any, int]:
             f"with n_levels the grouping factor {term.name} must be integers 0, 1, ... below it, "
             f"not of type {group.dtype}"
         )
-    count = operator.index(term.n_levels)
+    try:
+        count = operator.index(term.n_levels)
+    except TypeError:
+        raise DataError(
+            f"n_levels of {term.name} must be an integer that is known before the program runs, "
+            f"not {term.n_levels!r}: it sets shapes"
+        ) from None
+    if count < 1:
+        raise DataError(f"n_levels of {term.name} must be at least 1, not {count}")
     if not is_traced(group):
         wrong = (group < 0) | (group >= count)
         if wrong.any():
@@ -259,15 +304,8 @@ def _codes(term: Term, n: int) -> tuple[Any, int]:
     return group, count
 
 
-def read_terms(terms: Any, n: int, kind: np.dtype) -> list[Effects]:
-    """All random terms."""
-    found = [read_term(term, k, n, kind) for k, term in enumerate(_listed(terms))]
-    if not found:
-        raise DataError("at least one random term is needed; without one use least squares")
-    return found
-
-
-def _listed(terms: Any) -> list[Any]:
+def listed_terms(terms: Any) -> list[Term]:
+    """Random terms, at least one, in any form that `Design.from_arrays` takes."""
     if isinstance(terms, Term):
         return [terms]
     if not isinstance(terms, (list, tuple)):
@@ -275,7 +313,20 @@ def _listed(terms: Any) -> list[Any]:
             f"terms must be a list of random terms, not {type(terms).__name__}: [labels] for one "
             "random intercept"
         )
-    return list(terms)
+    found = []
+    for k, term in enumerate(terms):
+        if not isinstance(term, Term):
+            pair = isinstance(term, tuple) and len(term) == 2
+            term = Term(*term, name=f"g{k + 1}") if pair else Term(term, name=f"g{k + 1}")
+        found.append(term)
+    if not found:
+        raise DataError("at least one random term is needed; without one use least squares")
+    return found
+
+
+def read_terms(terms: Sequence[Term], n: int, kind: np.dtype) -> list[Effects]:
+    """Random terms as numbers."""
+    return [read_term(term, n, kind) for term in terms]
 
 
 def _labels(group: Any) -> np.ndarray:

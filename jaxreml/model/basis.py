@@ -11,7 +11,7 @@ import numpy as np
 from jaxreml.backend.arrays import mapped, namespace
 from jaxreml.backend.lazy import jnp, record
 from jaxreml.errors import DataError
-from jaxreml.model import linalg
+from jaxreml.model import linalg, traced_kernels
 from jaxreml.model.arrays import (
     Effects,
     finite,
@@ -107,6 +107,7 @@ class Basis:
         """
         n, kind = len(X), X.dtype
         terms, strange = _inside(terms)
+        terms, *of_kernels = traced_kernels.symmetric(terms)
         (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
         roots, log_weights = root_weights(weights, used, kind)
         if roots is not None:  # which residuals' covariances are of the residuals divided by
@@ -132,7 +133,12 @@ class Basis:
         ]
         residual = next((k for k, own in enumerate(terms) if own.covariance.residual), None)
         if any(own.kernel is not None for own in terms):
-            projector = _of_kernels(effects, terms, structure, n_used, residual is not None)
+            scales = [
+                own.scale if own.covariance.any_basis or own.covariance.any_scale else None
+                for own in terms
+            ]
+            projector = _of_kernels(effects, terms, scales, structure, n_used, residual is not None)
+            units = units.times(scales)
         elif isinstance(law := terms[-1].covariance, Timed):
             projector = _series(effects, law, structure)
         else:
@@ -165,7 +171,8 @@ class Basis:
                 {
                     Status.BAD_WEIGHTS: namespace(log_weights).isnan(log_weights),
                     Status.BAD_LEVELS: strange,
-                    Status.NOT_FINITE: infinite,
+                    Status.NOT_FINITE: infinite | of_kernels[0],
+                    Status.BAD_KERNEL: of_kernels[1],
                     Status.TOO_FEW_ROWS: n_used <= len(triangle) - absent.sum(),
                     Status.RANK_DEFICIENT: absent.any(),
                 }
@@ -335,9 +342,15 @@ def _same(codes: Any, others: Any) -> bool:
 
 
 def _of_kernels(
-    effects: Terms, terms: Sequence[Effects], structure: str | None, n: int, residual: bool
+    effects: Terms,
+    terms: Sequence[Effects],
+    scales: Sequence[Any],
+    structure: str | None,
+    n: int,
+    residual: bool,
 ) -> Projector:
-    """That of terms some of which have known covariances of their levels; `n` rows are used."""
+    """That of terms some of which have known covariances of their levels; `scales` is what effects
+    are to be divided by besides, and `n` rows are used."""
     if structure not in (None, *OF_KERNELS):
         raise DataError(
             f'with kernels structure must be "kernel" (one term with one effect) or "linear" (any),'
@@ -348,21 +361,19 @@ def _of_kernels(
             "kernels and a covariance of residuals within subjects do not go together, so far: "
             "leave residual= out"
         )
-    if namespace(*(part for own in effects for part in own[:2])) is not np:
-        raise DataError(
-            "kernels need concrete levels, effects and weights: they are decomposed once"
-        )
+    kernels = [own.kernel for own in terms]
+    known = (own for own in kernels if own is not None)
+    concrete = namespace(*(part for own in effects for part in own[:2]), *known) is np
     alone = len(terms) == 1 and effects[0][1].shape[1] == 1
-    if structure == "kernel" and not alone:
+    if structure == "kernel" and not (alone and concrete):
         raise DataError(
-            'the structure "kernel" is of one term with one effect and no others: leave structure '
-            "out"
+            'the structure "kernel" is of one term with one effect and no others, and of concrete '
+            "levels, effects, weights and kernel, which it decomposes: leave structure out"
         )
-    if alone and structure != "linear":
+    if alone and concrete and structure != "linear":
         codes, columns, _ = effects[0]
         return KernelBasis.of(codes, columns[:, 0], terms[0].kernel, terms[0].name)
-    kernels = [own.kernel for own in terms]
-    return LinearBasis.of(effects, kernels, [own.name for own in terms], n)
+    return LinearBasis.of(effects, kernels, scales, [own.name for own in terms], n)
 
 
 def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import among, leaves, namespace, on_host
+from jaxreml.backend.arrays import among, leaves, mapped, namespace, on_host
 from jaxreml.backend.lazy import jax, jnp, record
-from jaxreml.backend.runtime import require_own_threads
+from jaxreml.backend.runtime import require_own_threads, usual_arithmetic
 from jaxreml.errors import DataError, PrecisionError
+from jaxreml.kernels.known import require_covariance
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
     ENABLE_X64,
     Term,
     floating_type,
+    is_traced,
+    listed_terms,
     read_rows,
     read_terms,
     row_vector,
+    widest_type,
 )
 from jaxreml.model.basis import Basis, first_of
 from jaxreml.model.covariance import natural
@@ -39,11 +44,13 @@ TROUBLES = (
     Status.BAD_WEIGHTS,
     Status.BAD_LEVELS,
     Status.NOT_FINITE,
+    Status.BAD_KERNEL,
     Status.TOO_FEW_ROWS,
     Status.RANK_DEFICIENT,
     Status.CONSTANT,
     Status.ILL_CONDITIONED,
 )
+UNUSABLE = (Status.BAD_LEVELS, Status.NOT_FINITE, Status.BAD_KERNEL)  # with no likelihood at all
 
 
 @record
@@ -173,14 +180,19 @@ class Design:
     ) -> Design:
         """Reduce arrays to a design.
 
-        Any of y, X, the effects of a term, weights and offset may be traced by JAX (an output of
-        a network under `jit` or `grad`, say), and so may grouping factors with `Term.n_levels`: a
-        mini-batch of other rows and groups then compiles nothing anew. Traced weights may be zero,
-        which leaves rows out. Traced values cannot be refused: `Estimate.status` says what is the
-        matter with them, and objectives are NaN where values are not finite, weights negative or
-        codes outside their range. Columns of a traced X that depend on those before them are left
-        out (`reml_objective` says what the derivatives are), and REML as a loss for X has no
-        minimum: see there.
+        Any of y, X, the effects of a term, weights, offset and kernels may be traced by JAX (an
+        output of a network under `jit` or `grad`, say), and so may grouping factors with
+        `Term.n_levels`: a mini-batch of other rows and groups then compiles nothing anew. Traced
+        weights may be zero, which leaves rows out. Traced values cannot be refused:
+        `Estimate.status` says what is the matter with them, and objectives are NaN where values are
+        not finite, weights negative, codes outside their range or a kernel no covariance. Columns
+        of a traced X that depend on those before them are left out (`reml_objective` says what the
+        derivatives are), and REML as a loss for X has no minimum: see there.
+
+        With a traced kernel, or with traced levels, effects or weights beside any, nothing is
+        decomposed: an evaluation takes time as the cube of the number of random effects, or of the
+        rows if there are fewer or if what is traced is not the kernel. Derivatives in a kernel are
+        those along symmetric changes of it.
 
         Args:
             y: (n,) response.
@@ -210,16 +222,26 @@ class Design:
             >>> design.n, design.p, len(design.parameter_names)
             (180, 2, 4)
         """
+        terms = listed_terms(terms)
         kind = floating_type([y, X, weights, offset], dtype)
-        y, X = read_rows(y, X, kind)
-        basis = Basis.of(
-            X,
-            read_terms(terms, len(X), kind),
-            weights=row_vector(weights, kind, len(X), "weights"),
-            offset=row_vector(offset, kind, len(X), "offset"),
-            structure=structure,
-        )
-        return Design.of(basis, basis.response(y))
+        of_terms = [part for term in terms for part in (term.group, term.effects, term.kernel)]
+        given = [y, X, weights, offset, *of_terms]
+        work = widest_type(given)
+        with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
+            y, X = read_rows(y, X, work)
+            effects = read_terms(terms, len(X), work)
+            for own in effects:
+                if own.kernel is not None and on_host(own.kernel):
+                    known = range(own.n_levels)
+                    require_covariance(f"the kernel of {own.name!r}", own.kernel, known)
+            basis = Basis.of(
+                X,
+                effects,
+                weights=row_vector(weights, work, len(X), "weights"),
+                offset=row_vector(offset, work, len(X), "offset"),
+                structure=structure,
+            )
+            return Design.of(basis, basis.response(y)).of_type(kind)
 
     @staticmethod
     def from_moments(
@@ -274,7 +296,11 @@ class Design:
             (180, 2)
         """
         arrays = {"zz": zz, "zx": zx, "zy": zy, "xx": xx, "xy": xy, "yy": yy}
-        return Design.of(*of_moments(arrays, n, log_weights, names, dtype))
+        kind = floating_type(list(arrays.values()), dtype)
+        given = [*arrays.values(), n, log_weights]
+        with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
+            found = of_moments(arrays, n, log_weights, names, widest_type(given))
+            return Design.of(*found).of_type(kind)
 
     @staticmethod
     def of(basis: Basis, response: Response) -> Design:
@@ -282,7 +308,7 @@ class Design:
         trouble = worse(basis.trouble, response.trouble)
         log_weights = basis.log_weights
         if namespace(trouble) is not np:
-            unusable = (trouble == Status.NOT_FINITE) | (trouble == Status.BAD_LEVELS)
+            unusable = jnp.isin(trouble, np.array(UNUSABLE))
             log_weights = jnp.where(unusable, jnp.nan, log_weights)
         return Design(
             structure=basis.structure.respond(basis.p, response),
@@ -300,6 +326,17 @@ class Design:
             covariance=basis.covariance,
             dtype=basis.dtype,
         )
+
+    def of_type(self, kind: np.dtype) -> Design:
+        """The same in another floating type."""
+        if self.dtype == kind.name:
+            return self
+
+        def cast(leaf: Any) -> Any:
+            floating = hasattr(leaf, "dtype") and np.issubdtype(leaf.dtype, np.floating)
+            return leaf.astype(kind) if floating else leaf
+
+        return replace(mapped(cast, self), dtype=kind.name)
 
     def with_response(self, response: Response) -> Design:
         """The same basis with another response, with lanes if this design has them."""

@@ -15,7 +15,6 @@ adjustment; in others there is none.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
-from jaxreml.model.objective import degrees_of_freedom, expand
+from jaxreml.model.information import of_relative
 
 Array = Any  # NumPy's or JAX's
 SINGULAR = 1e-12  # pivots of the information, relative to the size of V_i, that are zero
@@ -100,9 +99,8 @@ def adjust(
     # V is not linear in the omega of some structures: to first order they have one where it is.
     design = (design.collapsed if on_host(theta) else design).first_order
     omega = design.omega_of_theta(theta)
-    degrees = degrees_of_freedom(design, reml=True)
-    # Without the part of y, which counts as often as there are degrees of freedom
-    found = expand(omega, replace(design, n=design.n - degrees), reml=True)
+    found, information = of_relative(omega, design, reml=True)
+    information = information / 2
 
     triangle = found.gram_factor[:p, :p]
     identity = linalg.eye_like(triangle)
@@ -113,11 +111,9 @@ def adjust(
     # In directions V_i, and V_0 last: P_i, information, and tr(Q_ij)
     own_first = found.gram_slopes[:, :p, :p]
     first = xp.concatenate([own_first, -xp.broadcast_to(identity, own_first[:1].shape)])
-    last = xp.broadcast_to(xp.asarray(degrees, omega.dtype), lanes)
-    information = linalg.border(-found.hessian, found.gradient, last) / 2
     mixed = -xp.einsum("iuu...->i...", own_first)
     traces = xp.einsum("iuju...->ij...", within)
-    inside = linalg.border(traces, mixed, xp.full_like(last, p))
+    inside = linalg.border(traces, mixed, xp.full(lanes, p, omega.dtype))
 
     if dialect.observed:
         free, counts = _observed(parameters, design)

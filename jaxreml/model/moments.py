@@ -18,7 +18,6 @@ from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.arrays import (
     finite,
-    floating_type,
     instead_of_residual,
     is_traced,
     read,
@@ -38,15 +37,15 @@ Names = Sequence[tuple[str, Sequence[str]]]
 
 
 def of_moments(
-    arrays: dict[str, Any], n: Any, log_weights: Any, names: Names | None, dtype: Any
+    arrays: dict[str, Any], n: Any, log_weights: Any, names: Names | None, kind: np.dtype
 ) -> tuple[Basis, Response]:
     """The basis, which has no rows, and the response of `Design.from_moments`.
 
     Args:
         arrays: zz, zx, zy, xx, xy, yy.
-        n, log_weights, names, dtype: as there.
+        n, log_weights, names: as there.
+        kind: to work in.
     """
-    kind = floating_type(list(arrays.values()), dtype)
     arrays = {name: read(value, kind, name) for name, value in arrays.items()}
     q, p = _check_shapes(arrays)
     terms = _named(names, q)

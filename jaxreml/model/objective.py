@@ -23,15 +23,18 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
 from jaxreml.model.design import Design, require_precision, with_spare_levels
+from jaxreml.model.penalties import Penalty, penalty_of
 from jaxreml.model.structures import Marginal
 
 Array = Any  # NumPy's or JAX's
 
 
-def reml_objective(parameters: Array, design: Design, *, harville: bool = False) -> Array:
+def reml_objective(
+    parameters: Array, design: Design, *, harville: bool = False, penalty: Any = None
+) -> Array:
     r"""-2 log restricted likelihood of a design at given variance parameters.
 
     A pure function of arrays: compile it, differentiate it, map it by `jax.vmap`, or minimise it by
@@ -56,6 +59,7 @@ def reml_objective(parameters: Array, design: Design, *, harville: bool = False)
         harville: take off log|X'X| (X without prior weights), as Harville (1974, Biometrika 61:383)
             does: -2 log density of orthonormal contrasts of y, the same for X and X A. It differs
             by what no variance parameter changes.
+        penalty: a density of the parameters as in `estimate`; -2 times its logarithm is added.
 
     Returns:
         A scalar; NaN, with derivatives of NaN, where V is not positive definite in floating point
@@ -65,6 +69,7 @@ def reml_objective(parameters: Array, design: Design, *, harville: bool = False)
 
     Raises:
         ValueError: `parameters` of the wrong length.
+        DataError: a penalty that does not fit the design.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
 
@@ -86,11 +91,11 @@ def reml_objective(parameters: Array, design: Design, *, harville: bool = False)
         >>> round(float(value), 2), bool(np.abs(slope).max() < 1e-3), round(float(away), 2)
         (1743.63, True, 1744.61)
     """
-    value = _objective(parameters, design, reml=True)
+    value = _objective(parameters, design, penalty, reml=True)
     return value - design.log_gram_x if harville else value
 
 
-def ml_objective(parameters: Array, design: Design) -> Array:
+def ml_objective(parameters: Array, design: Design, *, penalty: Any = None) -> Array:
     """-2 log likelihood of a design at given variance parameters, fixed effects profiled out.
 
     It depends on the span of X's columns alone: X may be an output of a network. Otherwise as
@@ -104,10 +109,22 @@ def ml_objective(parameters: Array, design: Design) -> Array:
         >>> round(float(value), 3)
         1751.997
     """
-    return _objective(parameters, design, reml=False)
+    return _objective(parameters, design, penalty, reml=False)
 
 
-def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
+def _objective(parameters: Array, design: Design, penalty: Any, *, reml: bool) -> Array:
+    density = penalty_of(penalty, design.covariance, design.names)
+    parameters = parameters_for(design, parameters)
+    return _compiled_objective(parameters, with_spare_levels(design).without_names(), reml, density)
+
+
+def parameters_for(design: Design, parameters: Any) -> Array:
+    """Parameters (m + 1,) that a user gave, of the design's type.
+
+    Raises:
+        ValueError: of another length.
+        PrecisionError: a float64 design with JAX set to float32.
+    """
     require_precision(design)
     length = len(design.parameter_names)
     parameters = jnp.asarray(parameters)
@@ -116,15 +133,18 @@ def _objective(parameters: Array, design: Design, *, reml: bool) -> Array:
             f"parameters must have shape ({length},), one entry each for "
             f"{', '.join(design.parameter_names)}; got shape {parameters.shape}"
         )
-    design = with_spare_levels(design).without_names()
-    return _compiled_objective(parameters.astype(design.dtype), design, reml)
+    return parameters.astype(design.dtype)
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=2))
-def _compiled_objective(parameters: Array, design: Design, reml: bool) -> Array:
-    with usual_promotion():
+@deferred(lambda: partial(jax.jit, static_argnums=(2, 3)))
+def _compiled_objective(
+    parameters: Array, design: Design, reml: bool, penalty: Penalty | None
+) -> Array:
+    with usual_arithmetic():
         omega, log_sigma2 = design.units.omega(parameters, design.covariance)
         value = neg2_loglik(omega, log_sigma2, design, reml=reml)
+        if penalty is not None:
+            value = value + penalty.value(parameters, design.covariance)
         # derivatives of NaN where it is NaN
         return value * jnp.where(jnp.isnan(value), jnp.nan, 1.0)
 

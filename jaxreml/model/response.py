@@ -19,8 +19,8 @@ class Response(NamedTuple):
         total_ss: (), that of the response less its offset.
         trouble: (), the `Status` that no fit of the response can be better than; CONVERGED if
             there is none.
-        products: Z'r, U'r and r'r of the residual r, where traced effects have their derivatives
-            by them; else None.
+        products: Z'r, U'r and r'r of the residual r, by which traced effects have their
+            derivatives; None where they are not needed.
     """
 
     scores: Any
@@ -43,4 +43,4 @@ class Response(NamedTuple):
             dtype: of the numbers.
         """
         one, none = np.ones(last, dtype), np.zeros((p, *last), dtype)
-        return Response(scores, none, one, none, one, one)
+        return Response(scores, none, one, none, one, one, products=(scores, none, one))

@@ -11,7 +11,8 @@ and covariance matrices L L' never are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,12 @@ class Units:
             for block, own in zip(covariance.blocks, columns, strict=True)
         ]
         return Units(tuple(matrix for matrix, _ in found), tuple(turned for _, turned in found))
+
+    def times(self, scales: Sequence[Any]) -> Units:
+        """Those of columns longer by a factor () per term, or None."""
+        pairs = zip(self.matrices, scales, strict=True)
+        longer = (own if scale is None else own * scale for own, scale in pairs)
+        return replace(self, matrices=tuple(longer))
 
     def general(self, covariance: Covariance) -> Units:
         """The same with every T counted as more than its diagonal that can be."""

@@ -12,11 +12,15 @@ from jaxreml.arguments import is_reml
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import evaluated
 from jaxreml.backend.lazy import deferred, jax, jnp
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
+from jaxreml.model.basis import solve
 from jaxreml.model.design import Design
-from jaxreml.model.objective import profiled, profiled_of
+from jaxreml.model.objective import parameters_for, profiled, profiled_of
+from jaxreml.model.penalties import Penalty
 from jaxreml.model.structures.base import Projection, Rows
 from jaxreml.model.structures.collapse import conditional, marginal_by_classes
+from jaxreml.optimum import penalised
 from jaxreml.optimum.certificate import STEP, slopes_by_differences
 from jaxreml.optimum.report import Estimate
 
@@ -30,9 +34,10 @@ class Inspection(NamedTuple):
     """What a fit reports beyond its `Estimate`.
 
     Attributes:
-        criterion: (), by the objective alone.
+        criterion: (), by the objective alone, without a penalty.
         gradient: (r,), of the objective in the chart of the covariance (scaled effects), by
-            reverse-mode autodiff; where it has places to spare, in those that suffice.
+            reverse-mode autodiff; where it has places to spare, in those that suffice. With a
+            penalty, that of the penalised objective in `Estimate.parameters`.
         modes: per term (levels, effects), conditional modes of the random effects given y,
             Omega Z' V0^-1 (y - X beta) (best linear unbiased predictors).
         posterior: what `conditional_variances` makes their variances from.
@@ -46,25 +51,31 @@ class Inspection(NamedTuple):
     omega: Array
 
 
-def inspect(estimate: Estimate, design: Design, method: str) -> Inspection:
+def inspect(
+    estimate: Estimate, design: Design, method: str, penalty: Penalty | None = None
+) -> Inspection:
     """Conditional modes at an estimate, and its criterion and gradient by another route.
 
     A program of its own, compiled apart from `estimate`: it computes derivatives by reverse-mode
     autodiff through `Structure.marginal` where `estimate` uses closed forms through
     `Structure.project`. An estimate whose gradient is not zero here was miscompiled.
     """
-    return _inspect(estimate, design.without_names(), is_reml(method))
+    return _inspect(estimate, design.without_names(), is_reml(method), penalty)
 
 
-def inspect_on_host(estimate: Estimate, design: Design, method: str) -> Inspection:
+def inspect_on_host(
+    estimate: Estimate, design: Design, method: str, penalty: Penalty | None = None
+) -> Inspection:
     """`inspect` of NumPy's arrays by NumPy: the gradient is by differences."""
+    slopes = differences if penalty is None else partial(penalised.differences, penalty=penalty)
     with np.errstate(all="ignore"):
-        return _inspection(estimate, design, is_reml(method), differences)
+        return _inspection(estimate, design, is_reml(method), slopes)
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=2))
-def _inspect(estimate: Estimate, design: Design, reml: bool) -> Inspection:
-    return _inspection(estimate, design, reml, criterion)
+@deferred(lambda: partial(jax.jit, static_argnums=(2, 3)))
+def _inspect(estimate: Estimate, design: Design, reml: bool, penalty: Penalty | None) -> Inspection:
+    slopes = criterion if penalty is None else partial(penalised.slopes, penalty=penalty)
+    return _inspection(estimate, design, reml, slopes)
 
 
 def _inspection(estimate: Estimate, design: Design, reml: bool, slopes: Any) -> Inspection:
@@ -164,11 +175,100 @@ def conditional_modes(omega: Array, design: Design) -> tuple[Array, ...]:
     return _modes(design.structure.project(omega), omega, design)
 
 
-def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
+def effects_at(omega: Array, design: Design) -> tuple[Array, tuple[Array, ...]]:
+    """Generalised least squares (p,) and `conditional_modes` at relative covariances: what solves
+    Henderson's mixed model equations."""
+    projection = design.structure.project(omega)
     residual = unexplained(projection.gram, design.p)
+    beta = design.beta_ols - solve(design.basis, residual[: design.p])[:, 0]
+    return beta, _combined_modes(projection, residual, omega, design)
+
+
+def _modes(projection: Projection, omega: Array, design: Design) -> tuple[Array, ...]:
+    return _combined_modes(projection, unexplained(projection.gram, design.p), omega, design)
+
+
+def _combined_modes(
+    projection: Projection, residual: Array, omega: Array, design: Design
+) -> tuple[Array, ...]:
     cross = design.structure.combine(projection.cross, residual)
     modes = design.structure.modes(omega, cross)
     return tuple(design.units.modes(k, mode) for k, mode in enumerate(modes))
+
+
+class Effects(NamedTuple):
+    """Fixed and random effects at given variance parameters: what `effects` gives.
+
+    Attributes:
+        fixed: (p,), generalised least squares, (X'V^-1 X)^-1 X'V^-1 y; NaN for a column of a traced
+            X that depends on those before it.
+        random: per term (levels, effects), conditional means given y, G Z'V^-1 (y - X beta).
+
+    Examples:
+        >>> import jax
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     found = jaxreml.effects(fit.parameters, design)
+        >>> [part.shape for part in found.random]
+        [(18, 2)]
+    """
+
+    fixed: Array
+    random: tuple[Array, ...]
+
+
+def effects(parameters: Array, design: Design) -> Effects:
+    """Fixed and random effects of a design at given variance parameters.
+
+    The solution of Henderson's mixed model equations: best linear unbiased predictions, if the
+    parameters are the true ones, of what is to come in known levels. For a row of a level that is
+    x'beta + z'b with the level's row b; for a new level b is zero. At the optimum,
+    ``effects(estimate.parameters, design)``, it is what `fit` reports as `params` and
+    `random_effects`.
+
+    A pure function as the objectives are: compile it, map it, differentiate it in the parameters
+    and in whatever the design is made of.
+
+    Args:
+        parameters: (m + 1,), as those of `reml_objective`, on the boundary too: a variance of zero
+            has effects of zero.
+        design: the data.
+
+    Returns:
+        The effects, in the units of the data; NaN where an objective is.
+
+    Raises:
+        ValueError: `parameters` of the wrong length.
+        PrecisionError: a float64 design with JAX set to float32.
+        RuntimeError: in a process that was forked after JAX had run, as `fit`.
+
+    Examples:
+        A subject's own line is the mean line and its effects:
+
+        >>> import jax
+        >>> with jax.enable_x64(True):
+        ...     design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
+        ...     estimate = jaxreml.estimate(design)
+        ...     beta, (by_subject,) = jaxreml.effects(estimate.parameters, design)
+        >>> np.round(beta + by_subject[0], 1)
+        Array([253.7,  19.7], dtype=float64)
+        >>> fit.predict({"Days": [0, 1], "Subject": ["308"] * 2}).round(1).tolist()
+        [253.7, 273.3]
+    """
+    return _effects(parameters_for(design, parameters), design.without_names())
+
+
+@deferred(lambda: jax.jit)
+def _effects(parameters: Array, design: Design) -> Effects:
+    with usual_arithmetic():
+        omega, _ = design.units.omega(parameters, design.covariance)
+        projection = design.structure.project(omega)
+        of_basis = unexplained(projection.gram, design.p)[: design.p, 0]
+        beta = design.beta_ols - solve(design.basis, of_basis[:, None])[:, 0]
+        known = jnp.where(jnp.isnan(design.log_weights), jnp.nan, 1.0)
+        fixed = jnp.where(design.absent, jnp.nan, beta) * known
+        terms = zip(design.covariance.blocks, _modes(projection, omega, design), strict=True)
+        return Effects(fixed, tuple(own * known for block, own in terms if not block.residual))
 
 
 def unexplained(gram: Array, p: int) -> Array:

@@ -9,8 +9,10 @@ import numpy as np
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.design import Design, require_precision, with_spare_levels
+from jaxreml.model.penalties import Penalty, penalty_of
+from jaxreml.optimum import penalised
 from jaxreml.optimum.hessian import solve_flat
 from jaxreml.optimum.newton import Trace
 from jaxreml.optimum.report import Estimate as Estimate
@@ -22,7 +24,12 @@ Array = Any  # NumPy's or JAX's
 
 
 def estimate(
-    design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
+    design: Design,
+    method: str = "REML",
+    *,
+    penalty: Any = None,
+    max_iterations: int = 100,
+    tolerance: float = 1e-12,
 ) -> Estimate:
     """Fit a design by REML or ML: from arrays to the optimum of the likelihood.
 
@@ -41,6 +48,12 @@ def estimate(
     Args:
         design: the data.
         method: "REML" or "ML".
+        penalty: a density of the variance parameters, for their maximum a posteriori estimates:
+            "wishart" or "gamma" (blme's defaults), a density of `jaxreml.penalties`, a dict of
+            these by grouping factor, or a JAX function of all `parameters` to the logarithm of
+            their density, up to a constant and without Jacobians. What the function refers to may
+            be traced, and the estimate has derivatives in it. Standard errors are from the Hessian
+            of the penalised criterion, ``criterion`` is without the penalty.
         max_iterations: evaluations of the criterion with its derivatives.
         tolerance: of the Newton decrement, how far the criterion may be above its minimum.
 
@@ -48,7 +61,9 @@ def estimate(
         The estimate. Look at `status` before using it: nothing is raised on numerical trouble.
 
     Raises:
-        ValueError: another method.
+        ValueError: another method; something else than a penalty.
+        DataError: a penalty of a factor that the design does not have, or that does not fit its
+            effects, or whose function does not give one number.
         PrecisionError: a float64 design with JAX set to float32.
         RuntimeError: in a process that was forked after JAX had run, as `fit`.
 
@@ -78,20 +93,41 @@ def estimate(
         >>> np.round(change[:4], 4)
         Array([-0.003 , -0.0024, -0.0017, -0.001 ], dtype=float64)
     """
+    density = penalty_of(penalty, design.covariance, design.names)
+    return estimate_with(design, method, density, max_iterations, tolerance)
+
+
+def estimate_with(
+    design: Design,
+    method: str,
+    density: Penalty | None,
+    max_iterations: int = 100,
+    tolerance: float = 1e-12,
+) -> Estimate:
+    """`estimate` with what `penalty_of` makes of a penalty."""
     reml = is_reml(method)
     require_precision(design)
     if design.dtype == "float32":
         tolerance = max(tolerance, 1e-5)
-    return _estimate(with_spare_levels(design).without_names(), reml, max_iterations, tolerance)
+    design = with_spare_levels(design).without_names()
+    return _estimate(design, reml, max_iterations, tolerance, density)
 
 
 def estimate_on_host(
-    design: Design, method: str = "REML", *, max_iterations: int = 100, tolerance: float = 1e-12
+    design: Design,
+    method: str = "REML",
+    *,
+    penalty: Penalty | None = None,
+    max_iterations: int = 100,
+    tolerance: float = 1e-12,
 ) -> tuple[Estimate, bool]:
     """`estimate` of a design of NumPy arrays by NumPy, without derivatives: nothing is compiled.
 
     Beside it, whether the optimum `is_proved` to be the lowest.
     """
+    if penalty is not None:
+        reml = is_reml(method)
+        return penalised.estimate_on_host(design, penalty, reml, max_iterations, tolerance), False
     with np.errstate(all="ignore"):
         trace, proved = found(design.collapsed, is_reml(method), max_iterations, tolerance)
         status = outcome(trace.at, trace.point, trace, design)
@@ -109,9 +145,13 @@ def estimate_at(theta: np.ndarray, design: Design, *, reml: bool) -> Estimate:
         return report(chart, point, trace, design, none)
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=(1, 2, 3)))
-def _estimate(design: Design, reml: bool, max_iterations: int, tolerance: float) -> Estimate:
-    with usual_promotion():
+@deferred(lambda: partial(jax.jit, static_argnums=(1, 2, 3, 4)))
+def _estimate(
+    design: Design, reml: bool, max_iterations: int, tolerance: float, penalty: Penalty | None
+) -> Estimate:
+    with usual_arithmetic():
+        if penalty is not None:
+            return penalised.estimate_traced(design, penalty, reml, max_iterations, tolerance)
         fixed = jax.lax.stop_gradient(design)
         trace = jax.lax.stop_gradient(found(fixed, reml, max_iterations, tolerance)[0])
         status = outcome(trace.at, trace.point, trace, fixed)
@@ -146,7 +186,7 @@ def _optimum(reml: bool, design: Design, chart: Array, point: Point) -> tuple[Ar
     return chart, point
 
 
-@deferred(usual_promotion)
+@deferred(usual_arithmetic)
 def _optimum_jvp(reml, primals, tangents):
     chart, point = _differentiable()(reml, *primals)
     design, design_dot = primals[0], tangents[0]

@@ -8,15 +8,12 @@ random intercept.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from jaxreml.errors import DataError
-from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
-from jaxreml.model.objective import degrees_of_freedom, expand
+from jaxreml.model.information import of_relative
 
 LIKE = 0.4  # correlation of the residuals, and relative variance of random effects, near the point
 AWAY = 0.25  # standard deviation of what makes the point one without symmetries
@@ -93,12 +90,8 @@ def expected_information(design: Design, *, reml: bool) -> np.ndarray:
     chart = chart + AWAY * np.random.default_rng(0).standard_normal(len(chart))
     chart = covariance.canonical(chart)
     omega = covariance.omega(chart)
-    # Without a response the second derivatives of log|V| + log|M| are all that is there.
-    blank = design.blank()
-    degrees = degrees_of_freedom(blank, reml=reml)
     with np.errstate(all="ignore"):
-        around = expand(omega, replace(blank, n=blank.n - degrees), reml=reml)
-    inside = linalg.border(-around.hessian, around.gradient, np.asarray(float(degrees)))
+        _, inside = of_relative(omega, design.blank(), reml=reml)
     parameters = covariance.report(chart, np.zeros(())).finite
     none = np.zeros((len(omega) + 1, len(omega) + 1))
     jacobian, _ = covariance.in_parameters(parameters, none[0], none)

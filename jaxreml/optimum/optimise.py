@@ -11,10 +11,12 @@ import numpy as np
 
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
+from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.objective import degrees_of_freedom, log_pivots, ml_objective, reml_objective
-from jaxreml.optimum import search
+from jaxreml.model.penalties import Penalty, penalty_of
+from jaxreml.optimum import penalised, search
 from jaxreml.optimum.newton import Trace
 from jaxreml.optimum.report import Estimate, report
 from jaxreml.status import Status
@@ -80,7 +82,7 @@ def start(design: Design, method: str = "REML") -> Array:
 
 @deferred(lambda: partial(jax.jit, static_argnums=1))
 def _start(design: Design, reml: bool) -> Array:
-    with usual_promotion():
+    with usual_arithmetic():
         covariance = design.covariance
         chart = search.start(design, reml)
         marginal = design.structure.marginal(covariance.omega(chart))
@@ -96,6 +98,7 @@ def optimise(
     *,
     optimizer: Any = None,
     method: str = "REML",
+    penalty: Any = None,
     max_steps: int = 1000,
     tolerance: float = 1e-6,
 ) -> Estimate | Optimum:
@@ -115,6 +118,7 @@ def optimise(
         optimizer: of optax; ``optax.lbfgs()`` if left out. Line searches get the value, the
             gradient and the function.
         method: "REML" or "ML", with a design.
+        penalty: a density of the parameters of a design, as in `estimate`.
         max_steps: of the optimiser.
         tolerance: largest entry of the gradient at which it ends. Objectives are minus twice a log
             likelihood, so that 1e-6 is far less than one standard error whatever the data.
@@ -124,8 +128,9 @@ def optimise(
         numerical trouble.
 
     Raises:
-        ValueError: no `parameters` to a function, or a function whose value is not a scalar;
-            another method.
+        ValueError: no `parameters` to a function, or a function whose value is not a scalar; a
+            `penalty` beside one, which it can add itself; another method.
+        DataError: a penalty that does not fit the design.
         PrecisionError: a float64 design with JAX set to float32.
 
     Examples:
@@ -142,9 +147,12 @@ def optimise(
     if isinstance(objective, Design):
         reml = is_reml(method)
         require_precision(objective)
+        density = penalty_of(penalty, objective.covariance, objective.names)
         design = with_spare_levels(objective).without_names()
         given = start(design, method) if parameters is None else jnp.asarray(parameters)
-        return _of_design(given, design, optimizer, reml, max_steps, tolerance)
+        return _of_design(given, design, optimizer, reml, max_steps, tolerance, density)
+    if penalty is not None:
+        raise ValueError("penalty is for a design: add it to the function itself")
     if parameters is None:
         raise ValueError("a function needs parameters= to start from: a pytree of arrays")
     given = jax.tree.map(jnp.asarray, parameters)
@@ -168,7 +176,7 @@ def _of_function(
     return _minimised(function, parameters, optimizer, max_steps, tolerance)
 
 
-@deferred(lambda: partial(jax.jit, static_argnums=(2, 3, 4, 5)))
+@deferred(lambda: partial(jax.jit, static_argnums=(2, 3, 4, 5, 6)))
 def _of_design(
     parameters: Array,
     design: Design,
@@ -176,23 +184,32 @@ def _of_design(
     reml: bool,
     max_steps: int,
     tolerance: float,
+    penalty: Penalty | None,
 ) -> Estimate:
-    objective = reml_objective if reml else ml_objective
     fixed = jax.lax.stop_gradient(design)
+    objective = reml_objective if reml else ml_objective
 
     def function(parameters: Array) -> Array:
+        if penalty is not None:
+            return penalised.criterion_at(parameters, fixed, penalty, reml=reml)
         return objective(parameters, fixed)
 
     parameters = jax.lax.stop_gradient(parameters.astype(design.dtype))
     found = _minimised(function, parameters, optimizer, max_steps, tolerance)
-    with usual_promotion():
-        covariance = design.covariance
-        omega, _ = design.units.omega(found.parameters, covariance)
-        chart = _at_zero(covariance.chart_of_omega(omega), fixed, reml)
-        point = search.expand_chart(chart, fixed, reml=reml)
+    with usual_arithmetic():
         ended = found.status == Status.CONVERGED
         stuck = found.status == Status.STALLED
-        trace = Trace(chart, point, found.n_iter, ended, stuck, jnp.zeros_like(point.value))
+        trace = Trace(
+            found.parameters, None, found.n_iter, ended, stuck, jnp.zeros_like(found.value)
+        )
+        if penalty is not None:
+            return penalised.reported_at(trace, fixed, penalty, reml=reml)
+        covariance = design.covariance
+        factors = covariance.factors_at(found.parameters)
+        inner = design.scaled_factors(natural.join_triangles(factors))
+        chart = _at_zero(covariance.chart_at(inner, found.parameters), fixed, reml)
+        point = search.expand_chart(chart, fixed, reml=reml)
+        trace = trace._replace(at=chart, point=point)
         return report(chart, point, trace, fixed, search.outcome(chart, point, trace, fixed))
 
 

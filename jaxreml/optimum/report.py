@@ -11,6 +11,7 @@ from jaxreml.backend.arrays import namespace, still
 from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
+from jaxreml.model.covariance.base import Report
 from jaxreml.model.design import Design
 from jaxreml.model.objective import Expansion
 from jaxreml.optimum import newton
@@ -123,11 +124,76 @@ def report(
     of_x = _fixed_effects(expansion, design)
     inner = _variance_parameters(chart, expansion, of_x, design)
     users_chart, found = _in_users_units(chart, inner, expansion.log_sigma2, design)
+    return _estimate(
+        covariance.factors(users_chart),
+        found,
+        expansion,
+        of_x,
+        design,
+        criterion=point.value,
+        n_iter=trace.iterations,
+        gradient_norm=xp.sqrt(xp.sum(still(point.gradient) ** 2, axis=0)),
+        inertia=inertia(inner_hessian(chart, point, covariance)),
+        status=status,
+    )
+
+
+def report_at(
+    parameters: Array,
+    bounds: Report,
+    derivatives: tuple[Array, Array, Array],
+    expansion: Expansion,
+    design: Design,
+    n_iter: Array,
+    status: Array,
+) -> Estimate:
+    """The same at `parameters` (k + 1,) in the user's units, for a criterion with a penalty.
+
+    Args:
+        parameters: finite ones.
+        bounds: which of them are free, and what is shown of the others.
+        derivatives: Jacobian of (omega, log sigma2) in them, omega inside the design, and gradient
+            and Hessian of the penalised criterion.
+        expansion: of the criterion without the penalty.
+        design: the data.
+        n_iter, status: of the search.
+    """
+    xp, covariance = namespace(parameters), design.covariance
+    jacobian, gradient, hessian = derivatives
+    free = bounds.free
+    of_x = _fixed_effects(expansion, design)
+    shown = xp.where(free, parameters, bounds.shown)
+    found = _curvature(free, shown, jacobian, hessian, expansion, of_x)
+    both = free[:, None] & free
+    return _estimate(
+        covariance.factors_at(shown),
+        found,
+        expansion,
+        of_x,
+        design,
+        criterion=expansion.value,
+        n_iter=n_iter,
+        gradient_norm=xp.sqrt(xp.sum(xp.where(free, still(gradient), 0.0) ** 2)),
+        inertia=inertia(xp.where(both, hessian, linalg.eye_like(hessian))),
+        status=status,
+    )
+
+
+def _estimate(
+    factors: tuple[Array, ...],
+    found: _Curvature,
+    expansion: Expansion,
+    of_x: _FixedEffects,
+    design: Design,
+    **given: Array,
+) -> Estimate:
+    """Of Cholesky factors and parameters in the user's units."""
+    covariance, xp = design.covariance, namespace(found.shown)
     both = found.free[:, None] & found.free
     parameters_vcov = xp.where(both & found.regular, found.vcov, xp.nan)
     unknown = design.absent[:, None] | design.absent
     return Estimate(
-        theta=natural.join_triangles(covariance.factors(users_chart)),
+        theta=natural.join_triangles(factors),
         parameters=found.shown,
         parameters_vcov=parameters_vcov,
         log_variances=found.shown[covariance.positions],
@@ -136,13 +202,9 @@ def report(
         vcov=xp.where(unknown, xp.nan, of_x.vcov),
         vcov_slopes=xp.where(unknown, xp.nan, found.vcov_slopes),
         sigma=xp.sqrt(xp.exp(expansion.log_sigma2)),
-        criterion=point.value,
         hessian=xp.where(both, found.hessian, xp.nan),
-        n_iter=trace.iterations,
-        gradient_norm=xp.sqrt(xp.sum(still(point.gradient) ** 2, axis=0)),
-        inertia=inertia(inner_hessian(chart, point, covariance)),
         is_singular=~xp.all(found.free, axis=0),
-        status=status,
+        **given,
     )
 
 
@@ -192,11 +254,24 @@ def _variance_parameters(
 ) -> _Curvature:
     """Parameters of scaled effects."""
     xp = namespace(chart)
-    p, sigma2 = design.p, xp.exp(expansion.log_sigma2)
     finite, free, shown = design.covariance.report(chart, expansion.log_sigma2)
     slopes = xp.concatenate([expansion.gradient, xp.zeros_like(expansion.gradient[:1])])
     jacobian, hessian = design.covariance.in_parameters(finite, slopes, expansion.joint_hessian)
+    return _curvature(free, shown, jacobian, hessian, expansion, of_x)
+
+
+def _curvature(
+    free: Array,
+    shown: Array,
+    jacobian: Array,
+    hessian: Array,
+    expansion: Expansion,
+    of_x: _FixedEffects,
+) -> _Curvature:
+    """Of the Jacobian of (omega, log sigma2) in parameters, and the Hessian in these."""
+    xp, p = namespace(shown), len(of_x.vcov)
     across = linalg.transpose(of_x.root)
+    sigma2 = xp.exp(expansion.log_sigma2)
     of_omega = [
         -sigma2 * linalg.matmul(of_x.root, linalg.matmul(slope, across))
         for slope in expansion.gram_slopes[:, :p, :p]

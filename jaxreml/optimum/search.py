@@ -183,8 +183,13 @@ def inner_hessian(canonical: Array, point: Point, covariance: Covariance) -> Arr
 
 def outcome(chart: Array, point: Point, trace: newton.Trace, design: Design) -> Array:
     """The `Status` of what a search found; also for a batch on the last axis."""
-    xp = namespace(chart)
     hessian = inner_hessian(design.covariance.canonical(chart), point, design.covariance)
+    return status_of(hessian, point, trace, design)
+
+
+def status_of(hessian: Array, point: Any, trace: newton.Trace, design: Design) -> Array:
+    """The `Status` of a search by the Hessian where it ended and a `point` there."""
+    xp = namespace(hessian)
     status = xp.where(trace.converged, Status.CONVERGED, Status.MAX_ITERATIONS)
     status = xp.where(trace.stalled, Status.STALLED, status)
     status = xp.where(trace.converged & ~is_convex(hessian), Status.SADDLE, status)

@@ -421,6 +421,8 @@ def _counts(fit: FittedModel) -> str:
             if own.n_seen is not None
         ]
         text += f"\nKernels:  {'; '.join(known)}"
+    if fit.penalty:
+        text += f"\nPenalty:  {fit.penalty}; -2 log density {fit.penalty_value:.2f}"
     if fit.n_dropped:
         text += f"\n  ({fit.n_dropped} rows with missing values dropped)"
     return text

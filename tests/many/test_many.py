@@ -341,8 +341,8 @@ def test_progress_is_for_terminals(data, table, capfd):
 def test_progress_on_a_terminal():
     code = textwrap.dedent("""
         import numpy as np
-        from jaxreml.api.blocks import progress_bar
-        with progress_bar(8, None) as advance:
+        from jaxreml.api.blocks import progress_of_fits
+        with progress_of_fits(8, None) as advance:
             advance(np.array([0, 0, 5]))
     """)
     outer, inner = os.openpty()

@@ -122,8 +122,8 @@ class TestBatches:
     def test_each_group_comes_once_and_whole(self):
         codes = np.array(["b", "a", "b", "c", "c", "c", "d", "e"])
         passes = list(jaxreml.batches.groups(codes, 2, seed=1))
-        assert {len(batch.rows) for batch in passes} == {5}
-        assert [batch.scale for batch in passes] == [2.5, 2.5, 5.0]
+        assert {len(batch.rows) for batch in passes} == {4}
+        assert [batch.scale for batch in passes] == [3, 3, 3]
         rows = np.concatenate([batch.rows[batch.weights > 0] for batch in passes])
         np.testing.assert_array_equal(np.sort(rows), np.arange(8))
         for batch in passes:
@@ -132,6 +132,16 @@ class TestBatches:
             assert len(pairs) == len({code for code, _ in pairs}) == len({k for _, k in pairs})
         again = list(jaxreml.batches.groups(codes, 2, seed=1))
         np.testing.assert_array_equal(passes[0].rows, again[0].rows)
+
+    def test_every_group_is_equally_likely_in_a_batch_and_few_rows_are_padding(self):
+        counts = np.array([40, 9, 9, 9, 5, 3, 3, 2, 1, 1, 1])  # four batches: hands of 4, 4 and 3
+        codes, often = np.repeat(np.arange(11), counts), np.zeros((4, 11))
+        for seed in range(2000):
+            for k, batch in enumerate(jaxreml.batches.groups(codes, 3, seed=seed)):
+                own = np.unique(codes[batch.rows[batch.weights > 0]])
+                assert len(own) in (2, 3) and len(batch.rows) - batch.weights.sum() <= 40
+                often[k, own] += 1
+        np.testing.assert_allclose(often / 2000, 0.25, atol=0.04)  # four standard errors
 
     def test_a_pass_compiles_once_and_sums_to_the_criterion(self):
         at, y = jnp.array([0.3, -0.2, 0.4, 0.1]), MODES[GROUP] + NOISE

@@ -32,16 +32,18 @@ CLASSES = [jaxreml.LMMResults, jaxreml.BatchResults, jaxreml.ModeratedResults,
            Elimination, Table, jaxreml.Design, jaxreml.Estimate, jaxreml.Images, jaxreml.Voom,
            jaxreml.Status]  # fmt: skip
 MODULES = [jaxreml.batches, jaxreml.plots, jaxreml.batch_plots, jaxreml.counts,
-           jaxreml.covariance, jaxreml.datasets, jaxreml.kernels]  # fmt: skip
+           jaxreml.covariance, jaxreml.datasets, jaxreml.kernels, jaxreml.penalties]  # fmt: skip
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Public in name only: what the rooms of the package use of each other's classes.
 INTERNAL = {
     "FittedModel": {"frame", "frame_of", "design", "approximations", "prototype", "henderson",
                     "covariance", "layout", "residual_sds", "residual_between",
-                    "require_independent",
+                    "require_independent", "require_likelihood",
                     "require_independent_levels",
                     "groups", "labels", "cov_re_arrays", "require_optimum"},
+    "Wishart": {"check", "expand", "text", "value"},
+    "Gamma": {"check", "expand", "text", "value"},
     "FittedBatch": {"messages", "message_codes"},
     "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",
                "with_response", "blank", "combined", "without_names", "omega_of_theta",
@@ -56,8 +58,9 @@ NEEDS = {  # packages that are imported, or that `test` does not bring
     "jaxreml.sklearn": "sklearn",
     "jaxreml.marginaleffects": "marginaleffects",
     "jaxreml.maketables": "maketables",
+    "jaxreml.numpyro": "numpyro",
 }
-OTHERS = ("sklearn", "marginaleffects")  # modules for other packages
+OTHERS = ("sklearn", "marginaleffects", "numpyro")  # modules for other packages
 
 
 def documented(thing: object) -> object:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from scipy import stats
 
 from jaxreml import Status
 
@@ -222,7 +223,45 @@ def check_shrinkage(figures: dict, text: str) -> None:
     assert imread(of_docs).shape == imread(figures["plot"]).shape
 
 
+def check_bayesian(figures: dict, text: str) -> None:
+    few, many = figures["studies"]
+    for own in (few, many):
+        assert own["r_hat"] < 1.02 and own["divergent"] < 5 and len(own["draws"]) == 4000
+        assert f"{own['worth']:.0f}" in text
+    for kind in ("Wald", "profile likelihood"):  # where there are many, all say nearly the same
+        np.testing.assert_allclose(
+            many["intervals"].loc["posterior, wide prior"], many["intervals"].loc[kind], rtol=0.2
+        )
+    assert few["intervals"].loc["profile likelihood", "lower"] == 0 < few["fit"].sigma
+
+    # The posterior of three schools on a grid of log-variances, by the textbook's formula
+    fit, y = few["fit"], few["fit"].y
+    objective = load("schools").neg2_restricted_loglik(y, fit.table["school"].to_numpy())
+    between, within = np.linspace(-6, 10, 81), np.linspace(0.5, 6.5, 41)
+    logs = np.array([[-objective(np.array([a, b])) / 2 for b in within] for a in between])
+    for axis in (between[:, None], within):
+        logs = logs + stats.t(3, scale=2.5 * y.std()).logpdf(np.exp(axis / 2)) + axis / 2
+    weights = np.exp(logs - logs.max()).sum(axis=1)
+    sds, wide = np.exp(between / 2), stats.t(3, scale=2.5 * y.std())
+    draws, again = few["draws"], few["weights"]
+    for of_grid, of_draws in (
+        (weights, np.full(len(draws), 1 / len(draws))),
+        (weights * stats.expon(scale=5).pdf(sds) / wide.pdf(sds), again),
+    ):
+        of_grid = of_grid / of_grid.sum()
+        for limit in (2.0, 5.0, 10.0, 20.0):
+            share = np.interp(limit, sds, np.cumsum(of_grid) - of_grid / 2)
+            assert of_draws[draws < limit].sum() == pytest.approx(share, abs=0.06)
+        assert of_draws @ np.log(draws) == pytest.approx(of_grid @ np.log(sds), abs=0.08)
+
+    image = imread(figures["plot"])[..., :3]
+    assert image.shape == (598, 1170, 3)
+    for colour in ("#0072B2", "#D55E00", "#009E73"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 500
+
+
 CHECKS = {
+    "bayesian": check_bayesian,
     "dream": check_dream,
     "eqtl": check_eqtl,
     "genes": check_genes,
@@ -248,7 +287,7 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    drawn = ("dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
+    drawn = ("bayesian", "dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
     arguments = [tmp_path / f"{name}.png"] if name in drawn else []
     module = load(name)
     text = io.StringIO()

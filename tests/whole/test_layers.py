@@ -19,7 +19,7 @@ import jaxreml
 PACKAGE = Path(jaxreml.__file__).parent
 # The rooms from the top down: a file may import those of its own room and of the rooms below.
 ROOMS = [
-    {"cli", "maketables", "marginaleffects", "sklearn"},
+    {"cli", "maketables", "marginaleffects", "numpyro", "sklearn"},
     {"api"},
     {"results"},
     {"inference"},

@@ -184,6 +184,7 @@ def approximation(fit: FittedModel, df: str) -> Approximation:
 
 def _approximation(fit: FittedModel, df: str) -> Approximation:
     if df in ADJUSTMENTS:
+        fit.require_likelihood("give Kenward-Roger's adjustment")
         return kenward_roger(fit, df)
     if df == "satterthwaite":
         known = satterthwaite.spread(np.asarray(fit.hessian))

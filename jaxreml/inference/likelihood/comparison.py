@@ -160,6 +160,8 @@ def _commensurable(
 ) -> list[FittedModel]:
     """The fits by one criterion: all by ML, or all by REML with the same fixed effects."""
     by_reml = [fit.method == "REML" for fit in fits]
+    for label, fit in zip(labels, fits, strict=True):
+        fit.require_likelihood(f"compare {label}")
     if refit:
         fits = [
             fit_frame(fit.frame, "ML", fit.structure, fit.context, kind=type(fit)) if reml else fit

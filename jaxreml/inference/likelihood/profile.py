@@ -59,6 +59,7 @@ class Profile(Tabulated):
         reml = is_reml(method)
         check_conf_level(conf_level)
         fit.require_optimum("profile the likelihood")
+        fit.require_likelihood("profile the likelihood")
         self._fit = fit
         self._known = known_parameters(fit)
         self._chosen = _choose(self._known, parameters)

@@ -385,6 +385,7 @@ def bootstrap(
     names, own = evaluate(statistic, fits_of(fit), fit.layout)
     if function is not None:
         components.require_entries(function, fit)
+    fit.require_likelihood("bootstrap")
     engine = refitter(people.frame, fit.method, nsim, (fit.theta, fit.parameters))
     draws, errors, statuses, singular = [], [], [], 0
     for block in people.blocks(nsim, seed):

@@ -78,6 +78,7 @@ def null_distribution(
     check_count(nsim, seed)
     for fit in (smaller, larger):
         fit.require_optimum("compare")
+        fit.require_likelihood("compare")
     _require_comparable(smaller, larger)
     people = of_fit(smaller)
     engines = [

@@ -9,27 +9,33 @@ they have given these.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from jaxreml.backend.lazy import jax, jnp
+from jaxreml.backend.compilation import quick_jit, spare_memory_maps
+from jaxreml.backend.lazy import deferred, jax, jnp
+from jaxreml.backend.progress import progress_bar
 from jaxreml.backend.runtime import neutral
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
-from jaxreml.inference.resampling.priors import log_prior
+from jaxreml.inference.resampling.conditional import all_effects, fixed_effects
+from jaxreml.inference.resampling.priors import log_prior, log_variance_scales
 from jaxreml.inference.resampling.statistics import default
+from jaxreml.model.arrays import read_terms
 from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design
 from jaxreml.model.objective import reml_objective
-from jaxreml.optimum.effects import conditional_modes, unexplained
+from jaxreml.model.structures.base import OfRows
 
 Array = Any  # NumPy's or JAX's
 
 JITTER = 0.5  # standard deviation of starts around the estimate, in coordinates
 LEAST = 0.1  # relative SD that a chain starts from where a variance is estimated as zero
+FAR = 2.0  # a coordinate that it starts from where that is estimated at its limit
+BLOCKS = 10  # that the draws of a chain are made in, for the progress bar
 SHOWN = ("beta", "sigma", "sd", "correlation")  # kinds of variables in a summary
 
 
@@ -170,6 +176,7 @@ def posterior(
     chains: int = 4,
     seed: int = 0,
     random_effects: bool = False,
+    progress: bool | None = None,
 ) -> Posterior:
     """Draw from the Bayesian posterior of the model.
 
@@ -185,20 +192,26 @@ def posterior(
             one random effect, ``"Subject"`` for all of a grouping factor, ``"Residual"`` for the
             residual one: JAX functions of the SD to the logarithm of its density, for example
             ``lambda sd: jax.scipy.stats.expon.logpdf(sd, scale=20)``. ``"correlation"`` is a
-            number, the eta of an LKJ prior of the correlation matrices. What is left out is
-            half-t with 3 degrees of freedom and a scale of 2.5 SDs of the response, divided by the
-            root mean square of the effect's column; for correlations eta is 1, every correlation
-            matrix alike. Or one function of all `parameters` (log-variances and coordinates of
-            correlations, as `parameter_names` has them) to the logarithm of their density.
+            number, the eta of an LKJ prior of the correlation matrices. A distribution of numpyro's
+            takes the place of a function. What is left out is half-t with 3 degrees of freedom and
+            a scale of 2.5 SDs of the response, divided by the root mean square of the effect's
+            column; for correlations eta is 1, every correlation matrix alike, and the one or few
+            that describe other families are uniform. Parameters of another kind, ranges and those
+            of a covariance of one's own, have no default: they go by their name in
+            `parameter_names`, with a function of them. Or one function of all `parameters`
+            (log-variances and coordinates of correlations, as `parameter_names` has them) to the
+            logarithm of their density.
         draws: kept of each chain.
         warmup: before them, in which steps and scales are tuned.
         chains: independent ones, for R-hat.
         seed: of all random numbers.
         random_effects: whether to draw the random effects too.
+        progress: show a progress bar on stderr; if stderr is a terminal, if left out.
 
     Raises:
-        DataError: names that the model does not have; a fit with ``residual=`` or ``kernels=``, so
-            far; blackjax is not installed; a prior that is not finite at the start.
+        DataError: names that the model does not have, or parameters without a default; a fit
+            without an optimum; residuals at so many times that JAX has no derivatives for them;
+            blackjax is not installed; a prior that is not finite at the start.
         ValueError: priors of another kind, numbers of draws below 1.
 
     Examples:
@@ -211,40 +224,62 @@ def posterior(
         >>> drawn.to_inference_data().posterior["sigma"].shape
         (2, 200)
     """
-    fit.require_independent("draw from the posterior")
-    fit.require_independent_levels("draw from the posterior")
+    fit.require_optimum("draw from the posterior")
+    fit.require_likelihood("draw from the posterior")
     for what, count in (("draws", draws), ("warmup", warmup), ("chains", chains)):
         if not (isinstance(count, (int, np.integer)) and count >= 1):
             raise ValueError(f"{what} must be a number of at least 1, not {count!r}")
+    if isinstance(fit.design.structure, OfRows):
+        raise DataError(
+            f"cannot draw from the posterior of a fit with residual={fit.residual.text!r} at so "  # pyright: ignore
+            "many different times: JAX has no derivatives for it"
+        )
+    _require_blackjax()
     prior = log_prior(fit, priors)
+    spare_memory_maps()
     rng = np.random.default_rng(seed)
     start = _start(fit)
-    with neutral():
+    with (
+        neutral(),
+        progress_bar(
+            chains * (warmup + draws), progress, "{task.fields[rate]:.0f} draws/s", divergent=0
+        ) as advance,
+    ):
+        design = jax.tree.map(jnp.asarray, fit.design.without_names())
         _require_finite(prior, start)
-        chain = _sampler(prior, fit, draws, warmup)
         runs = []
         for _ in range(chains):  # one by one: side by side they wait for the longest of each draw
-            own = jax.random.PRNGKey(int(rng.integers(2**31)))
+            key = jax.random.PRNGKey(int(rng.integers(2**31)))
             away = start + JITTER * rng.standard_normal(start.size) * _spreads(fit)
-            runs.append(jax.device_get(chain(own, jnp.asarray(away))))
-    parameters, divergent, gradients = (np.stack(parts) for parts in zip(*runs, strict=True))
-    beta, effects, theta, sigma = _effects(fit, parameters, rng, random_effects)
-    statistics = default(fit)
-    last_first = (np.moveaxis(own, -1, 0) for own in (beta, theta, parameters))
-    of_beta, of_theta, of_parameters = last_first
-    values = statistics.values(of_beta, of_theta, sigma, of_parameters)
-    named = dict(zip(statistics.names, values, strict=True))
-    return Posterior(fit, parameters, named, effects, divergent, gradients, seed)
+            own = _chain(key, jnp.asarray(away), design, prior, draws, warmup, advance)
+            runs.append(jax.device_get(own))
+        parts = (np.stack(part) for part in zip(*runs, strict=True))
+        parameters, divergent, gradients, beta = parts
+        effects = None
+        if random_effects:
+            key = jax.random.PRNGKey(int(rng.integers(2**31)))
+            beta, effects = jax.device_get(_with_effects(key, fit, parameters))
+    return Posterior(
+        fit, parameters, _variables(fit, beta, parameters), effects, divergent, gradients, seed
+    )
+
+
+def _require_blackjax() -> None:
+    try:
+        import blackjax  # noqa: F401
+    except ImportError:
+        raise DataError("posterior needs blackjax: pip install 'jaxreml[bayes]'") from None
 
 
 def _start(fit: FittedModel) -> np.ndarray:
     """The estimates, away from the boundary."""
     parameters = np.array(fit.parameters)
     logs, others = fit.covariance.positions, fit.covariance.others
-    scales = np.concatenate([np.mean(term.effects**2, axis=0) for term in fit.frame.terms])
-    least = parameters[-1] + 2 * np.log(LEAST) - np.log(scales)
-    parameters[logs[:-1]] = np.maximum(parameters[logs[:-1]], least)
-    parameters[others] = np.clip(np.nan_to_num(parameters[others], nan=0.0), -2.0, 2.0)
+    scales = log_variance_scales(fit)
+    least = parameters[-1] + 2 * np.log(LEAST * scales / scales[-1])
+    parameters[logs] = np.maximum(parameters[logs], least)
+    z = np.clip(np.nan_to_num(parameters[others]), -FAR, FAR)
+    parameters[others] = np.where(np.isfinite(parameters[others]), parameters[others], z)
     return parameters
 
 
@@ -263,77 +298,92 @@ def _require_finite(prior: Any, start: np.ndarray) -> None:
         )
 
 
-def _sampler(prior: Any, fit: FittedModel, draws: int, warmup: int) -> Any:
-    """From a key and a start (k,) to the draws (draws, k) of a chain, which of them diverged, and
-    how many gradients each took; compiled."""
-    try:
-        import blackjax as package
-    except ImportError:
-        raise DataError("posterior needs blackjax: pip install 'jaxreml[bayes]'") from None
+def _chain(
+    key: Array, start: Array, design: Design, prior: Any, draws: int, warmup: int, advance: Any
+) -> tuple[Array, ...]:
+    """A chain from a start (k,): its draws (draws, k), which of them diverged, how many gradients
+    each took, and fixed effects given them (draws, p)."""
+    of_warmup, of_draws = jax.random.split(key)
+    state, tuned = _warmed_up(of_warmup, start, design, prior, warmup)
+    advance(warmup)
+    size = -(-draws // BLOCKS)
+    blocks = []
+    for key in jax.random.split(of_draws, -(-draws // size)):
+        state, found = _drawn(key, state, tuned, design, prior, size)
+        blocks.append(found)
+        jax.block_until_ready(state)
+        advance(min(size, draws - size * (len(blocks) - 1)))
+    return tuple(jnp.concatenate(part)[:draws] for part in zip(*blocks, strict=True))
+
+
+def _density(design: Design, prior: Any) -> Any:
+    return lambda parameters: prior(parameters) - reml_objective(parameters, design) / 2
+
+
+@deferred(lambda: partial(quick_jit, static_argnums=(3, 4)))
+def _warmed_up(key: Array, start: Array, design: Design, prior: Any, count: int) -> Any:
+    """The state of the sampler and its tuning."""
+    import blackjax as package
+
     blackjax: Any = package
-    design = jax.tree.map(jnp.asarray, fit.design.without_names())
-
-    @jax.jit
-    def chain(key: Array, start: Array) -> Any:
-        def density(parameters: Array) -> Array:
-            return prior(parameters) - reml_objective(parameters, design) / 2
-
-        of_warmup, of_draws = jax.random.split(key)
-        tuning = blackjax.window_adaptation(blackjax.nuts, density)
-        (state, tuned), _ = tuning.run(of_warmup, start, num_steps=warmup)
-        step = blackjax.nuts(density, **tuned).step
-
-        def advance(state: Any, key: Array) -> Any:
-            about: Any
-            state, about = step(key, state)
-            return state, (state.position, about.is_divergent, about.num_integration_steps)
-
-        return jax.lax.scan(advance, state, jax.random.split(of_draws, draws))[1]
-
-    return chain
+    tuning = blackjax.window_adaptation(blackjax.nuts, _density(design, prior))
+    (state, tuned), _ = tuning.run(key, start, num_steps=count)
+    return state, tuned
 
 
-def _effects(
-    fit: FittedModel, parameters: np.ndarray, rng: np.random.Generator, wanted: bool
-) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None, np.ndarray, np.ndarray]:
-    """Fixed and random effects drawn given the parameters (..., k), with theta and sigma.
+@deferred(lambda: partial(quick_jit, static_argnums=(4, 5)))
+def _drawn(key: Array, state: Any, tuned: Any, design: Design, prior: Any, count: int) -> Any:
+    """The state after so many draws, and what `_chain` gives of them."""
+    import blackjax as package
 
-    With b0 and errors drawn from the model, y0 = Z b0 + errors: the estimates of (beta, b) from
-    y - y0, plus (0, b0), have their joint distribution given y (conditioning by kriging, Matheron).
-    """
+    blackjax: Any = package
+    step = blackjax.nuts(_density(design, prior), **tuned).step
+
+    def advance(state: Any, key: Array) -> Any:
+        about: Any
+        of_step, of_effects = jax.random.split(key)
+        state, about = step(of_step, state)
+        omega, log_sigma2 = design.units.omega(state.position, design.covariance)
+        beta = fixed_effects(of_effects, omega, jnp.exp(log_sigma2 / 2), design)
+        return state, (state.position, about.is_divergent, about.num_integration_steps, beta)
+
+    return jax.lax.scan(advance, state, jax.random.split(key, count))
+
+
+def _with_effects(
+    key: Array, fit: FittedModel, parameters: np.ndarray
+) -> tuple[Array, tuple[Array, ...]]:
+    """Fixed and random effects drawn given the parameters (..., k)."""
     frame, covariance = fit.frame, fit.covariance
+    basis = frame.basis(fit.structure)
+    terms = read_terms(frame.random_terms, fit.nobs, np.dtype(float))
+
+    def one(arguments: Any) -> Any:
+        key, parameters, factors = arguments
+        sigma = jnp.exp(parameters[-1] / 2)
+        omega, _ = basis.units.omega(parameters, covariance)
+        roots = [sigma * factor for factor in factors]
+        return all_effects(key, omega, roots, sigma, fit.y, basis, terms)
+
     flat = parameters.reshape(-1, parameters.shape[-1])
-    count, n = len(flat), len(frame.X)
-    omegas, logs = covariance.natural(flat.T)
-    thetas = np.empty((count, len(omegas)))
-    beta = np.empty((count, frame.X.shape[1]))
-    effects = [np.empty((count, len(t.levels), t.effects.shape[1])) for t in frame.terms]
-    basis, root = frame.basis(fit.structure), 1 / np.sqrt(fit.prior_weights)
-    for place in range(count):
-        factors = covariance.factors(covariance.chart_of_omega(omegas[:, place]))
-        thetas[place] = natural.join_triangles(factors)
-        sigma = np.exp(logs[place] / 2)
-        own = [
-            sigma * term.drawn(rng, 1, factor)[0]
-            for term, factor in zip(frame.terms, factors, strict=True)
-        ]
-        y = fit.y - sigma * rng.standard_normal(n) * root
-        for term, b in zip(frame.terms, own, strict=True):
-            y -= np.sum(term.effects * b[term.codes], axis=1)
-        design = Design.of(basis, basis.response(y))
-        inner, _ = design.units.omega(flat[place], covariance)
-        beta[place] = _fixed_effects(inner, design)
-        if wanted:
-            modes = conditional_modes(inner, design)
-            for kept, mode, b in zip(effects, modes, own, strict=True):
-                kept[place] = mode + b
+    factors = [np.moveaxis(own, -1, 0) for own in _factors(fit, flat)]
+    keys = jax.random.split(key, len(flat))
+    found = jax.jit(lambda arguments: jax.lax.map(one, arguments))((keys, flat, factors))
+    return jax.tree.map(lambda own: own.reshape(*parameters.shape[:-1], *own.shape[1:]), found)
+
+
+def _factors(fit: FittedModel, parameters: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Relative Cholesky factors (q, q, n) at parameters (n, k)."""
+    covariance = fit.covariance
+    omega, _ = covariance.natural(parameters.T)
+    return covariance.factors(covariance.canonical(covariance.chart_of_omega(omega)))
+
+
+def _variables(fit: FittedModel, beta: np.ndarray, parameters: np.ndarray) -> dict[str, np.ndarray]:
+    """What `Posterior.variables` has."""
+    flat = parameters.reshape(-1, parameters.shape[-1])
+    theta = natural.join_triangles(_factors(fit, flat))
+    sigma, statistics = np.exp(flat[:, -1] / 2), default(fit)
+    values = statistics.values(beta.reshape(len(flat), -1).T, theta, sigma, flat.T)
     shape = parameters.shape[:-1]
-    given = tuple(own.reshape(*shape, *own.shape[1:]) for own in effects) if wanted else None
-    sigmas = np.exp(logs / 2).reshape(shape)
-    return beta.reshape(*shape, -1), given, thetas.reshape(*shape, -1), sigmas
-
-
-def _fixed_effects(omega: np.ndarray, design: Design) -> np.ndarray:
-    """Generalised least squares at relative covariances, (p,)."""
-    rest = unexplained(design.structure.marginal(omega).gram, design.p)
-    return design.beta_ols - np.linalg.solve(design.basis, rest[: design.p, 0])
+    return {name: own.reshape(shape) for name, own in zip(statistics.names, values, strict=True)}

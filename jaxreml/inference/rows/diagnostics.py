@@ -250,6 +250,7 @@ def influence(fit: FittedModel, by: Any = None, method: str = "exact") -> Influe
         {'308': -0.66, '309': 0.48, '310': 0.26}
     """
     fit.require_optimum("measure influence")
+    fit.require_likelihood("measure influence")
     codes, labels = _groups(fit, by)
     if method == "first-order":
         fit.require_independent_levels('take the first-order way (method="exact" refits)')

@@ -142,6 +142,7 @@ def ranova(fit: FittedModel, *, reduce_terms: bool = True) -> pd.DataFrame:
         Days in (Days | Subject)     4  42.84  2.0
     """
     fit.require_optimum("test random effects")
+    fit.require_likelihood("test random effects")
     if not fit.groupings:
         raise DataError(
             "the fit has no random effects to test; jaxreml.compare tests covariances of residuals"
@@ -270,6 +271,7 @@ def step(
         if not 0 <= level <= 1:
             raise ValueError(f"{name} must be between 0 and 1, not {level}")
     fit.require_optimum("eliminate terms")
+    fit.require_likelihood("eliminate terms")
     model = model_of(fit)
     kept = [keep] if isinstance(keep, str) else list(keep)
     for name in kept:

@@ -187,10 +187,9 @@ def _key(tree: Any) -> Any:
         return type(tree).__name__, tuple(_key(part) for part in tree)
     if is_of_jax(tree) and isinstance(tree, jax.core.Tracer):
         raise DataError(
-            "what a covariance of your own is given besides parameters must be concrete, as it is "
-            "compiled into the program, and this is traced by JAX. A matrix K(h) of effects that is "
-            "to be differentiated in h can be given by the effects instead: Z L(h) with K = L L' and "
-            'the covariance "homdiag"'
+            "the data of a covariance of your own must be concrete, as they are compiled into the "
+            "program, and these are traced by JAX. To differentiate in h of a known matrix K(h) of "
+            "the effects, give it by these: Z L(h) with K = L L' and the covariance \"homdiag\""
         )
     array = np.asarray(tree)
     return array.shape, array.dtype.str, array.tobytes()

@@ -160,6 +160,15 @@ class Covariance:
         """Lower Cholesky factors (q_k, q_k, ...) at a `canonical` point."""
         return tuple(block.factor(own) for block, own in self.charts(chart))
 
+    def factors_at(self, parameters: Array) -> tuple[Array, ...]:
+        """Lower Cholesky factors (q_k, q_k) at all parameters (k + 1,), of one data set."""
+        omega, last = self.natural(parameters)
+        pairs = zip(self.parts(omega), self.own_parameters(parameters), strict=True)
+        return tuple(
+            block.factor_at(own, last) if block.any_basis else block.factor_of_omega(part)
+            for (block, part), (_, own) in pairs
+        )
+
     def omega_of_factors(self, factors: tuple[Array, ...]) -> Array:
         """Relative covariances (m, ...) of what `factors` gives."""
         pairs = zip(self.blocks, factors, strict=True)

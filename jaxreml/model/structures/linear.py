@@ -11,14 +11,14 @@ the optimum average information takes their place (Gilmour, Thompson and Cullis 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
-from jaxreml.backend.lazy import record
+from jaxreml.backend.arrays import leaves, namespace, on_host, still
+from jaxreml.backend.lazy import jnp, record
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
@@ -85,29 +85,29 @@ class Loadings:
             return np.ones(self.n_levels)
         return linalg.diagonal(self.kernel)
 
-    def fill(self, matrices: np.ndarray, start: int) -> int:
-        """Write D_i into (m, r, r), from place `start` on; where the next one goes. On the host."""
+    def matrices(self) -> Iterator[Array]:
+        """D_i, (r, r) each."""
         q = (self.factors if self.factors is not None else self.columns).shape[1]
-        for place, (a, b) in enumerate(zip(*natural.triangle(q), strict=True), start):
+        for a, b in zip(*natural.triangle(q), strict=True):
             half = self._product(a, b)
-            matrices[place] = half if a == b else half + half.T
-        return start + q * (q + 1) // 2
+            yield half if a == b else half + half.T
 
-    def _product(self, a: int, b: int) -> np.ndarray:
+    def _product(self, a: int, b: int) -> Array:
         """F_a K F_b'."""
         if self.factors is not None:
             left, right = self.factors[:, a], self.factors[:, b]
             if self.kernel is None:
                 return left @ right.T
             return left @ (self.kernel[np.ix_(self.seen, self.seen)] @ right.T)
-        codes = self.rows.codes
+        codes, columns = self.rows.codes, self.columns
+        xp = namespace(codes, columns, *([] if self.kernel is None else [self.kernel]))
         if self.kernel is None:
-            same = (codes[:, None] == codes).astype(float)
+            same = xp.asarray(codes[:, None] == codes).astype(columns.dtype)
         else:
-            places = self.seen[codes]
-            same = self.kernel[np.ix_(places, places)]
-        same *= self.columns[:, a, None]
-        same *= self.columns[:, b]
+            places = xp.asarray(self.seen)[codes]
+            same = xp.asarray(self.kernel)[places[:, None], places]
+        same *= columns[:, a, None]  # in place on the host
+        same *= columns[:, b]
         return same
 
 
@@ -196,7 +196,9 @@ class Linear(OfColumns):
         y, m = self.scores[:, -1], len(self.matrices)
         forms = self._images(y[:, None])[:, :, 0] @ y
         total = y @ y + self.remainder[-1, -1]
-        found = xp.linalg.solve(self.traces, xp.concatenate([forms, total[None]]))
+        # Traced matrices may be those of the residuals, which cannot be refused.
+        inverse, _ = linalg.flat_inverse(self.traces, linalg.diagonal(self.traces), SAME)
+        found = inverse @ xp.concatenate([forms, total[None]])
         sigma2 = xp.where(found[-1] > 0, found[-1], 1.0)
         variances = natural.effects_of_omega(self.sizes)
         equal = xp.asarray(np.equal(*variances) / m)
@@ -272,20 +274,28 @@ class LinearBasis:
 
     @staticmethod
     def of(
-        effects: Terms, kernels: Sequence[np.ndarray | None], names: Sequence[str], n: int
+        effects: Terms,
+        kernels: Sequence[Any],
+        scales: Sequence[Any],
+        names: Sequence[str],
+        n: Any,
     ) -> LinearBasis:
         """Make the matrices.
 
         Args:
-            effects: the columns of all terms, scaled.
-            kernels: per term (L, L), or None.
+            effects: the columns of all terms, scaled, NumPy or traced.
+            kernels: per term (L, L), NumPy or traced, or None.
+            scales: per term (), what its effects are to be divided by, or None: a traced number
+                that would make them traced.
             names: of the grouping factors.
             n: how many of the rows are not left out.
 
         Raises:
-            DataError: matrices that are too large, or that cannot be told apart.
+            DataError: matrices that are too large, or that cannot be told apart if they are not
+                traced.
         """
         span, parts, order = spanned(effects, MOST_ROWS)
+        parts = [part.over(scale) for part, scale in zip(parts, scales, strict=True)]
         terms = tuple(
             Loadings(
                 kernel,
@@ -298,12 +308,10 @@ class LinearBasis:
             for part, kernel, (_, _, n_levels) in zip(parts, kernels, effects, strict=True)
         )
         sizes = [columns.shape[1] * (columns.shape[1] + 1) // 2 for _, columns, _ in effects]
-        matrices = np.empty((sum(sizes), order, order))
-        start = 0
-        for own in terms:
-            start = own.fill(matrices, start)
-        traces = _traces(matrices, n)
-        _require_distinct(traces, [*map(str, np.repeat(names, sizes)), "the residual"])
+        matrices = _stacked(terms, sum(sizes), order)
+        traces = _traces(still(matrices), n)
+        if on_host(traces):
+            _require_distinct(traces, [*map(str, np.repeat(names, sizes)), "the residual"])
         return LinearBasis(span, matrices, traces, terms)
 
     def project(self, columns: Any) -> tuple[Any, Any]:
@@ -315,7 +323,7 @@ class LinearBasis:
         return self.span.scores(columns)
 
     def products(self, columns: Any) -> None:
-        """Effects are concrete."""
+        """All derivatives are those of `matrices`."""
 
     def structure(
         self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]
@@ -324,11 +332,23 @@ class LinearBasis:
         return Linear(self.matrices, self.traces, scores, remainder, self.terms, sizes)
 
 
-def _traces(matrices: np.ndarray, n: int) -> np.ndarray:
+def _stacked(terms: Sequence[Loadings], count: int, order: int) -> Array:
+    """D_i of all terms, (count, order, order)."""
+    found = (matrix for own in terms for matrix in own.matrices())
+    if not on_host(*leaves(tuple(terms))):
+        return jnp.stack(list(found))
+    matrices = np.empty((count, order, order))
+    for place, matrix in enumerate(found):  # one at a time, as they are large
+        matrices[place] = matrix
+    return matrices
+
+
+def _traces(matrices: Array, n: Any) -> Array:
     """tr(D_i D_j), with the identity of n rows last."""
     flat = matrices.reshape(len(matrices), -1)
-    traces = np.einsum("irr->i", matrices)
-    return linalg.border(flat @ flat.T, traces, np.float64(n))
+    xp = namespace(matrices, n)
+    traces = xp.einsum("irr->i", matrices)
+    return linalg.border(flat @ flat.T, traces, xp.asarray(n, matrices.dtype))
 
 
 def _require_distinct(traces: np.ndarray, names: list[str]) -> None:

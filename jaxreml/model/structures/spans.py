@@ -21,16 +21,24 @@ class Part(NamedTuple):
     """F of one term.
 
     Attributes:
-        seen: (J,), which of its levels have rows.
+        seen: (J,), which of its levels have rows, or might have.
         codes, columns: (r,) places in `seen` and (r, q): a row of F has effects of one level only.
             None where it has those of several; then
         factors: (r, q, J), else None.
     """
 
     seen: np.ndarray
-    codes: np.ndarray | None
-    columns: np.ndarray | None
-    factors: np.ndarray | None
+    codes: Any
+    columns: Any
+    factors: Any
+
+    def over(self, scale: Any) -> Part:
+        """With F divided by a number; None for 1."""
+        if scale is None:
+            return self
+        if self.factors is not None:
+            return self._replace(factors=self.factors / scale)
+        return self._replace(columns=self.columns / scale)
 
 
 @record
@@ -53,7 +61,7 @@ class Span:
         xp = namespace(columns)
         if self.levels is not None:
             scores, rest = self.levels.project(columns)
-            return xp.moveaxis(scores, 1, 2).reshape(-1, columns.shape[1])[self.kept], rest
+            return _flat(xp.moveaxis(scores, 1, 2))[self.kept], rest
         if self.directions is None:
             return xp.asarray(columns), xp.zeros_like(columns)
         scores = self.directions.T @ columns
@@ -62,8 +70,14 @@ class Span:
     def scores(self, columns: Any) -> Any:
         """Q'columns, (r, k)."""
         if self.levels is not None:
-            return self.levels.scores(columns).reshape(-1, columns.shape[1])[self.kept]
+            return _flat(self.levels.scores(columns))[self.kept]
         return columns if self.directions is None else self.directions.T @ columns
+
+
+def _flat(scores: Any) -> Any:
+    """(q, J, k) as (q J, k), where k may be zero."""
+    q, levels, count = scores.shape
+    return scores.reshape(q * levels, count)
 
 
 def spanned(effects: Terms, most: int) -> tuple[Span, list[Part], int]:
@@ -71,7 +85,7 @@ def spanned(effects: Terms, most: int) -> tuple[Span, list[Part], int]:
 
     Rows of levels of one factor are worked on level by level, however many they are. Several
     factors take an orthogonal factorisation of a dense matrix, or the rows as they are if there
-    are no more of them than random effects.
+    are no more of them than random effects, or if levels or effects are traced.
 
     Args:
         effects: the columns of all terms.
@@ -80,6 +94,10 @@ def spanned(effects: Terms, most: int) -> tuple[Span, list[Part], int]:
     Raises:
         DataError: a larger one.
     """
+    if namespace(*(part for own in effects for part in own[:2])) is not np:
+        _allow(len(effects[0][0]), most)
+        parts = [Part(np.arange(levels), codes, own, None) for codes, own, levels in effects]
+        return Span(), parts, len(effects[0][0])
     found = [np.unique(codes, return_inverse=True) for codes, *_ in effects]
     sizes = [columns.shape[1] for _, columns, _ in effects]
     rows = len(effects[0][0])

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.covariance import natural
 from jaxreml.model.structures.crossed import schur
 
@@ -23,7 +23,7 @@ def solve(layout, omega, A, C):
 
 
 @solve.defjvp
-@usual_promotion()
+@usual_arithmetic()
 def _solve_jvp(layout, primals, tangents):
     omega, A, C = primals
     omega_dot, A_dot, C_dot = tangents
