@@ -40,7 +40,7 @@ from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, w
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.arrays import Term, floating_type, read, read_terms
+from jaxreml.model.arrays import Term, floating_type, is_traced, read_terms, row_vector
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 
@@ -350,7 +350,8 @@ def design(
         data: a dataframe, or a dict of columns.
         response: a value for each row of the data, in the place of the formula's left side. It may
             be traced by JAX, so that estimates can be differentiated in it, for every model.
-        weights, offset, structure, context, residual, kernels: as `fit`'s.
+        weights, offset: as `fit`'s, or traced values.
+        structure, context, residual, kernels: as `fit`'s.
 
     Examples:
         >>> design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
@@ -370,19 +371,25 @@ def design(
         >>> round(float(slope[0]), 4)
         0.0
     """
-    given: Any = {"context": context, "residual": residual, "kernels": kernels}
-    given |= {"weights": weights, "offset": offset}
+    of_rows = {"weights": weights, "offset": offset}
+    traced = {role: value for role, value in of_rows.items() if is_traced(value)}
+    of_rows |= dict.fromkeys(traced)
+    given: Any = {"context": context, "residual": residual, "kernels": kernels, **of_rows}
+    kind = floating_type([response, weights, offset], None)
+    build = model_frame if response is None else covariate_frame
+    frame = build(formula, data, **given)
+
+    def used(value: Any, name: str) -> Any:
+        return row_vector(value, kind, len(frame.rows), name)[frame.rows]
+
+    traced = {role: used(value, role) for role, value in traced.items()}
+    if "offset" in traced and frame.offset is not None:
+        traced["offset"] = traced["offset"] + frame.offset
+    frame = replace(frame, **traced)
     if response is None:
-        return model_frame(formula, data, **given).design(structure)
-    frame = covariate_frame(formula, data, **given)
-    y = read(response, floating_type([response], None), "response")
-    if y.shape != frame.rows.shape:
-        raise DataError(
-            f"response must have shape {frame.rows.shape}, a value for each row of the data, not "
-            f"{y.shape}"
-        )
+        return frame.design(structure)
     basis = frame.basis(structure)
-    return Design.of(basis, basis.response(y[frame.rows]))
+    return Design.of(basis, basis.response(used(response, "response")))
 
 
 def _used_columns(

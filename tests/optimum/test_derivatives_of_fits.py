@@ -470,7 +470,7 @@ def test_a_response_in_the_place_of_a_left_side():
     """The design is that of the formula; rows with a missing covariate are left out of both."""
     import pandas as pd
 
-    x = THEIRS["X"][:, 1].copy()
+    x, x0 = THEIRS["X"][:, 1].copy(), THEIRS["offset"]
     x[3] = np.nan
     table = pd.DataFrame({"y": RESIDUALS, "x": x, "s": SUBJECT, "t": TIME})
     model = {"residual": "ar1(t | s)", "weights": THEIRS["weights"]}
@@ -478,11 +478,17 @@ def test_a_response_in_the_place_of_a_left_side():
     apart = jaxreml.design("~ x + (1 | s)", table, response=table["y"], **model)
     for own, other in zip(jax.tree.leaves(whole), jax.tree.leaves(apart), strict=True):
         np.testing.assert_array_equal(own, other)
-    traced = jax.eval_shape(
-        lambda y: jaxreml.design("~ x + (1 | s)", table, response=y, **model), jnp.zeros(M)
-    )
-    assert traced.structure.scores.shape == whole.structure.scores.shape
-    with pytest.raises(DataError, match=r"response must have shape \(\d+,\), a value for each row"):
+
+    @jax.jit
+    def traced(y, weights, offset):
+        own = model | {"weights": weights, "offset": offset}
+        found = jaxreml.design("~ x + (1 | s)", table, response=y, **own)
+        return found.residual_ss, found.log_weights
+
+    moved = jaxreml.design("y ~ x + (1 | s)", table, offset=2 * x0, **model)
+    found = traced(RESIDUALS, THEIRS["weights"], 2 * x0)
+    np.testing.assert_allclose(found, [moved.residual_ss, moved.log_weights], rtol=1e-10)
+    with pytest.raises(DataError, match=r"response must have shape \(\d+,\)"):
         jaxreml.design("~ x + (1 | s)", table, response=np.zeros(5), **model)
 
 

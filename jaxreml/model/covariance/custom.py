@@ -189,7 +189,7 @@ def _key(tree: Any) -> Any:
         raise DataError(
             "the data of a covariance of your own must be concrete, as they are compiled into the "
             "program, and these are traced by JAX. To differentiate in h of a known matrix K(h) of "
-            "the effects, give it by these: Z L(h) with K = L L' and the covariance \"homdiag\""
+            'the effects, give it by these: Z L(h) with K = L L\' and the covariance "homdiag"'
         )
     array = np.asarray(tree)
     return array.shape, array.dtype.str, array.tobytes()
