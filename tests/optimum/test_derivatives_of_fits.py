@@ -21,7 +21,7 @@ from jaxreml.optimum.estimate import estimate_on_host
 
 FIGURES = ("theta", "parameters", "parameters_vcov", "log_variances", "log_variance_se", "beta")
 FIGURES += ("vcov", "vcov_slopes", "sigma", "criterion", "hessian")
-STEP = 2e-3
+STEP = 5e-4
 ALL = ("y", "X", "offset", "weights", "effects")
 CONCRETE = ("y", "X", "offset")  # what structures take that need concrete effects and weights
 RNG = np.random.default_rng(0)
