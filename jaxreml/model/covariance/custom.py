@@ -185,7 +185,7 @@ def _key(tree: Any) -> Any:
         return "dict", tuple((name, _key(part)) for name, part in sorted(tree.items()))
     if isinstance(tree, (tuple, list)):
         return type(tree).__name__, tuple(_key(part) for part in tree)
-    if is_of_jax(tree) and isinstance(tree, jax.core.Tracer):
+    if is_of_jax(tree) and isinstance(tree, jax.core.Tracer):  # pyright: ignore
         raise DataError(
             "the data of a covariance of your own must be concrete, as they are compiled into the "
             "program, and these are traced by JAX. To differentiate in h of a known matrix K(h) of "
