@@ -20,6 +20,7 @@ from jaxreml.model.arrays import (
     replaces_residual,
     root_weights,
 )
+from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.response import Response
@@ -112,9 +113,12 @@ class Basis:
         roots, log_weights = root_weights(weights, used, kind)
         if roots is not None:  # which residuals' covariances are of the residuals divided by
             columns = [
-                columns * ((roots > 0) if own.covariance.residual else roots)[:, None]
+                _weighted(columns, roots, own.covariance)
                 for own, columns in zip(terms, columns, strict=True)
             ]
+            if is_traced(roots) and not all(own.covariance.of_matrix for own in terms):
+                # Neighbours in time do not follow traced weights: no row can be left out.
+                log_weights = jnp.where((roots > 0).all(), log_weights, jnp.nan)
         n_used = n if used is None else int(used.sum())
         if is_traced(weights) and roots is not None:  # rows of weight zero are left out
             n_used = (roots > 0).sum(dtype=kind)
@@ -269,6 +273,14 @@ def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:
     return [own._replace(codes=found.get(id(own.codes), own.codes)) for own in terms], strange
 
 
+def _weighted(columns: Any, roots: Any, block: Block) -> Any:
+    """Columns (n, q) of a term in the rows that are multiplied by `roots` of weights: visits, of
+    residuals, are where they are if the row is not left out, and times are numbers."""
+    if not block.of_matrix:
+        return columns
+    return columns * ((roots > 0) if block.residual else roots)[:, None]
+
+
 def _check_terms(
     terms: Sequence[Effects], columns: list[Any], used: np.ndarray | None, n: int
 ) -> None:
@@ -381,7 +393,8 @@ def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:
             "of the same subjects, and not with those of other factors"
         )
     columns = [own for _, own, _ in effects[:-1]] or [np.zeros((len(codes), 0))]
-    return SeriesBasis.of(codes, np.concatenate(columns, axis=1), times[:, 0], law)
+    joined = namespace(*columns).concatenate(columns, axis=1)
+    return SeriesBasis.of(codes, joined, times[:, 0], law)
 
 
 def _orthonormal(rows: Any, n: Any) -> tuple[Any, Any]:

@@ -52,6 +52,7 @@ __all__ = [
     "solve_lower",
     "solve_upper",
     "transpose",
+    "whitening",
 ]
 Array = Any  # NumPy's or JAX's
 
@@ -86,6 +87,11 @@ def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
     Symmetric positive `definite`, by Cholesky factors, or not, by elimination with pivots.
     """
     return _of(matrix).inverse(matrix, definite)
+
+
+def whitening(matrices: Array) -> tuple[Array, Array]:
+    """L^-1 of matrices V = L L', the batch on the first axis, (B, k, k), and the sum of log|V|."""
+    return _of(matrices).whitening(matrices)
 
 
 def inverse_of_factor(factor: Array) -> Array:

@@ -103,6 +103,14 @@ def inverse_of_factor(factor: Array) -> Array:
     return solve_lower(factor, half, transposed=True)
 
 
+def whitening(matrices: Array) -> tuple[Array, Array]:
+    """As `linalg.whitening`."""
+    factors = cholesky(jnp.moveaxis(matrices, 0, -1))
+    identity = jnp.broadcast_to(eye_like(factors), factors.shape)
+    inverse = solve_lower(factors, identity)
+    return jnp.moveaxis(inverse, -1, 0), 2 * jnp.sum(jnp.log(diagonal(factors)))
+
+
 def mirrored(triangle: Array) -> Array:
     """As `linalg.mirrored`."""
     return triangle + triangle.T

@@ -87,6 +87,16 @@ def inverse_of_factor(factor: Array) -> Array:
     return mirrored(inverted)
 
 
+def whitening(matrices: Array) -> tuple[Array, Array]:
+    """As `linalg.whitening`."""
+    try:
+        factors = np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError:
+        return np.full_like(matrices, np.nan), np.asarray(np.nan)
+    logs = np.log(np.einsum("bii->bi", factors))
+    return np.linalg.inv(factors), np.asarray(2 * logs.sum())
+
+
 def mirrored(triangle: Array) -> Array:
     """As `linalg.mirrored`, in place."""
     for start in range(0, len(triangle), BLOCK):
