@@ -36,7 +36,6 @@ from jaxreml.status import Status
 MAX_DENSE_BYTES = 2 * 2**30
 DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
 PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
-ROUNDING = 100  # both are at least as many units of rounding: in single precision
 KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
 OF_KERNELS = {"kernel": KernelBasis, "linear": LinearBasis}
 OF_TIMES = ("series", "chain")  # structures of residuals at times of each subject's own
@@ -247,12 +246,12 @@ def first_of(conditions: dict[Status, Any]) -> Any:
 
 def dependent_share(dtype: Any) -> float:
     """Share of a column of X outside the span of the others that is rounding error."""
-    return max(DEPENDENT, ROUNDING * float(np.finfo(dtype).eps))
+    return linalg.negligible(DEPENDENT, dtype)
 
 
 def perfect_share(dtype: Any) -> float:
     """Share of a sum of squares that is rounding error."""
-    return max(PERFECT, ROUNDING * float(np.finfo(dtype).eps)) ** 2
+    return linalg.negligible(PERFECT, dtype) ** 2
 
 
 def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxreml.arguments import is_reml
 from jaxreml.backend.arrays import namespace
 from jaxreml.backend.lazy import deferred, jax, jnp
-from jaxreml.backend.runtime import usual_promotion
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
 from jaxreml.model.design import Design, with_spare_levels
 from jaxreml.model.objective import Expansion, degrees_of_freedom, expand, parameters_for
@@ -85,7 +85,7 @@ def expected_information(parameters: Array, design: Design, method: str = "REML"
 
 @deferred(lambda: partial(jax.jit, static_argnums=2))
 def _information(parameters: Array, design: Design, reml: bool) -> Information:
-    with usual_promotion():
+    with usual_arithmetic():
 
         def inside(parameters: Array) -> Array:
             omega, log_sigma2 = design.units.omega(parameters, design.covariance)

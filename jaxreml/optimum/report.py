@@ -284,7 +284,9 @@ def _curvature(
     unit_hessian = xp.where(both, hessian / (unit[:, None] * unit), identity)
     unit_factor = linalg.cholesky(unit_hessian)
     # The pivot is NaN, and the comparison false, where the factorisation failed.
-    regular = xp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.FLAT
+    regular = xp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.negligible(
+        linalg.FLAT, hessian.dtype
+    )
     inverse = linalg.solve_lower(unit_factor, identity) / unit
     vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
     return _Curvature(shown, free, vcov, hessian, vcov_slopes, regular)

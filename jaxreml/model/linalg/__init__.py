@@ -21,6 +21,7 @@ from jaxreml.model.linalg.plain import (
     flat_inverse,
     lower,
     matmul,
+    negligible,
     row_products,
     transpose,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "lower",
     "matmul",
     "mirrored",
+    "negligible",
     "plus_identity",
     "qr",
     "row_products",

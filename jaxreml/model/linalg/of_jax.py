@@ -23,6 +23,7 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import solve_triangular
 
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.linalg.plain import (
     PIVOTED_ORDER,
     UNROLLED_ORDER,
@@ -65,6 +66,7 @@ def cholesky(matrix: Array) -> Array:
 
 
 @cholesky.defjvp
+@usual_arithmetic()
 def _cholesky_jvp(primals, tangents):
     """dL = L P, with P the lower triangle of L^-1 dA L^-T, its diagonal halved."""
     factor = cholesky(*primals)
@@ -141,6 +143,7 @@ def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
 
 
 @inverse.defjvp
+@usual_arithmetic()
 def _inverse_jvp(definite, primals, tangents):
     inverted, logs = inverse(primals[0], definite)
     moved = matmul(inverted, tangents[0])
@@ -157,6 +160,7 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
 
 
 @eigh.defjvp
+@usual_arithmetic()
 def _eigh_jvp(primals, tangents):
     values, vectors = eigh(*primals)
     inside = matmul(transpose(vectors), matmul(tangents[0], vectors))
@@ -172,6 +176,7 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 
 
 @qr.defjvp
+@usual_arithmetic()
 def _qr_jvp(primals, tangents):
     """With M = dA R^-1 and the skew S that has the part of Q'M below its diagonal,
     dQ = M + Q (S - Q'M) and dR = (Q'M - S) R (Walter, Lehmann and Lamour 2012, Optim. Methods
@@ -288,6 +293,7 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
 
 
 @independent_columns.defjvp
+@usual_arithmetic()
 def _independent_columns_jvp(tolerance, primals, tangents):
     basis, triangle = independent_columns(primals[0], tolerance)
     dependent = diagonal(triangle) == 0
