@@ -149,7 +149,7 @@ def draw(found: pd.DataFrame, bins: pd.DataFrame, path: Path) -> Path | None:
     left.plot(inside["truth"], inside["estimate"], ".", color=blue, ms=4, label="with an SE")
     left.plot(
         found.loc[ends, "truth"], found.loc[ends, "estimate"], "|", color=vermillion, ms=9, mew=1.6,
-        label="zero: no SE", clip_on=False,
+        label="0 or 1: no SE", clip_on=False,
     )  # fmt: skip
     left.plot([0, MOST], [0, MOST], color="0.2", linewidth=1)
     left.set(xlabel="true heritability", ylabel="estimate, and 1.96 standard errors")
@@ -160,7 +160,7 @@ def draw(found: pd.DataFrame, bins: pd.DataFrame, path: Path) -> Path | None:
     right.bar(places + 0.2, bins["std_error"], 0.38, color=blue, label="mean standard error")
     right.set_xticks(places, list(bins.index))
     right.set(xlabel="true heritability", ylim=(0, 1.35 * bins["error"].max()))
-    right.set_title("How wrong estimates are, and say that they are", loc="left", fontsize=11)
+    right.set_title("How wrong estimates are, and what their SEs say", loc="left", fontsize=11)
     right.legend(frameon=False, loc="upper left")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
