@@ -28,7 +28,15 @@ from jaxreml.inference.resampling.priors import (
     require_names,
 )
 from jaxreml.model import linalg
-from jaxreml.model.arrays import Effects, Term, floating_type, is_traced, read, read_terms
+from jaxreml.model.arrays import (
+    Effects,
+    Term,
+    floating_type,
+    is_traced,
+    listed_terms,
+    read,
+    read_terms,
+)
 from jaxreml.model.arrays import row_vector as read_vector
 from jaxreml.model.basis import Basis
 from jaxreml.model.covariance import natural
@@ -124,7 +132,7 @@ class MixedNormal(distributions.Distribution):
     ):
         kind = floating_type([loc, X, weights], None)
         n = _rows(terms)
-        read_ = tuple(read_terms(terms, n, kind))
+        read_ = tuple(read_terms(listed_terms(terms), n, kind))
         _require_plain(read_)
         columns = np.zeros((n, 0), kind) if X is None else read(X, kind, "X")
         if columns.ndim != 2 or len(columns) != n:
@@ -178,7 +186,7 @@ class MixedNormal(distributions.Distribution):
             >>> drawn.random[0].shape
             (18, 1)
         """
-        shape = jnp.broadcast_shapes(np.shape(value)[:-1], self.batch_shape)
+        shape: Any = jnp.broadcast_shapes(np.shape(value)[:-1], self.batch_shape)
         keys = _keys(key, shape)
         return self._mapped(self._effects, [keys, value], [keys.ndim - len(shape), 1])
 
@@ -262,7 +270,7 @@ def variances(
         >>> list(sites)
         ['sd[Subject, (Intercept)]', 'sigma', 'y']
     """
-    read_ = read_terms(terms, _rows(terms), np.dtype(float))
+    read_ = read_terms(listed_terms(terms), _rows(terms), np.dtype(float))
     _require_plain(read_)
     given = dict(priors or {})
     known = {name for own in read_ for name in (own.name, *_labels(own))} | {RESIDUAL}

@@ -28,7 +28,8 @@ def progress_bar(total: int | None, wanted: bool | None, text: str, **counts: in
 
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn(text)]
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, rate=0, **counts)
+        fields: dict[str, Any] = {"rate": 0, **counts}
+        task = bar.add_task("", total=total, **fields)
 
         def advance(more: int, **counts: int) -> None:
             now = bar.tasks[0]

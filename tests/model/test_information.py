@@ -1,4 +1,4 @@
-"""Expected information: the definition by n x n matrices, for every structure, and its derivatives."""
+"""Expected information: by definition with n x n matrices, for every structure; derivatives."""
 
 from __future__ import annotations
 

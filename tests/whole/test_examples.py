@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import independent
 import jax
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from scipy import stats
 
+import jaxreml
 from jaxreml import Status
 
 DAYS = np.array([0.0, 9.0])  # the ends of sleepstudy
@@ -223,6 +225,72 @@ def check_shrinkage(figures: dict, text: str) -> None:
     assert imread(of_docs).shape == imread(figures["plot"]).shape
 
 
+def check_learned_kernel(figures: dict, text: str) -> None:
+    learned, errors, surface = (figures[name] for name in ("learned", "errors", "surface"))
+    assert learned["status"] == Status.CONVERGED and "converged" in text
+    assert figures["gap"] < 1e-8
+    assert (surface.to_numpy() > learned["criterion"]).all()
+    assert errors["learned lengths"] < 0.75 * errors["independent orchards"]
+    assert errors["true lengths"] < errors["independent orchards"]
+
+    # The criterion of fits by eigenvectors, the variances estimated anew: its gradient is zero, and
+    # twice the inverse of its Hessian is the same as the part of the joint one.
+    module, records = load("learned_kernel"), figures["records"]
+    places = figures["places"][: records["orchard"].nunique()]
+
+    def criterion(logs: np.ndarray) -> float:
+        kernel = module.matern(places, np.exp(logs))
+        return jaxreml.fit(module.FORMULA, records, kernels={"orchard": kernel}).criterion
+
+    at, h = np.log(learned["lengths"]), 0.05
+    steps = {(i, j): criterion(at + h * np.array([i, j])) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    slope = [steps[1, 0] - steps[-1, 0], steps[0, 1] - steps[0, -1]]
+    np.testing.assert_allclose(np.array(slope) / (2 * h), 0, atol=2e-2)
+    across = (steps[1, 1] - steps[1, -1] - steps[-1, 1] + steps[-1, -1]) / 4
+    own = [steps[1, 0] + steps[-1, 0], steps[0, 1] + steps[0, -1]] - 2 * np.full(2, steps[0, 0])
+    hessian = (np.diag(own) + across * (1 - np.eye(2))) / h**2
+    np.testing.assert_allclose(2 * np.linalg.inv(hessian), learned["vcov"], rtol=2e-2)
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#D55E00"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 50
+
+
+def check_heritability(figures: dict, text: str) -> None:
+    found, results = figures["found"], figures["results"]
+    assert results.converged.all() and len(found) == 300 and figures["gap"] < 1e-8
+    # 95% and 0, with three standard deviations of their sampling.
+    inside = found[(found["estimate"] > 0) & (found["truth"] > 0)]
+    covered = (inside["lower"] <= inside["truth"]) & (inside["truth"] <= inside["upper"])
+    assert figures["coverage"] == pytest.approx(covered.mean()) and 0.91 < covered.mean() < 0.99
+    assert abs(figures["bias"]) < 0.03 and found["estimate"].corr(found["truth"]) > 0.7
+    zero = found["estimate"] == 0
+    assert figures["n_zero"] == zero.sum() > 10
+    assert found.loc[zero, ["std_error", "lower", "upper"]].isna().all(axis=None)
+    assert found.loc[~zero, ["std_error", "lower", "upper"]].notna().all(axis=None)
+    # By dense algebra: the criterion, its gradient, and the standard error of the ratio.
+    name = found.index[(found["truth"] > 0.3) & ~zero][0]
+    y, table = figures["values"][name].to_numpy(), figures["table"]
+    X = np.column_stack([np.ones(len(table)), table["sex"] == "m"]).astype(float)
+    K = figures["kinship"].loc[table["calf"], table["calf"]].to_numpy()
+    genes, noise = results.variances.loc[name]
+
+    def criterion(logs: np.ndarray) -> float:
+        V = np.exp(logs[0]) * K + np.exp(logs[1]) * np.eye(len(K))
+        return independent.criterion_at(V, X, y, reml=True)
+
+    at = np.log([genes, noise])
+    assert results.criterion[name] == pytest.approx(criterion(at), abs=1e-7)
+    np.testing.assert_allclose(independent.gradient(criterion, at), 0, atol=1e-4)
+    share = genes / (genes + noise)
+    assert found.loc[name, "estimate"] == pytest.approx(share)
+    slope = share * (1 - share) * np.array([1, -1])  # of the share in the logarithms
+    vcov = 2 * np.linalg.inv(independent.hessian(criterion, at, step=3e-2))
+    assert found.loc[name, "std_error"] == pytest.approx(np.sqrt(slope @ vcov @ slope), rel=1e-3)
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#D55E00"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 50
+
+
 def check_bayesian(figures: dict, text: str) -> None:
     few, many = figures["studies"]
     for own in (few, many):
@@ -265,11 +333,20 @@ CHECKS = {
     "dream": check_dream,
     "eqtl": check_eqtl,
     "genes": check_genes,
+    "heritability": check_heritability,
     "insteval": check_insteval,
+    "learned_kernel": check_learned_kernel,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
     "shrinkage": check_shrinkage,
     "voxels": check_voxels,
+}
+
+
+NOT_DRAWN = ("optax_lbfgs", "schools")
+BOUNDED = {
+    "heritability": {"calves": 200, "traits": 300},
+    "learned_kernel": {"orchards": 60, "grid": 3},
 }
 
 
@@ -287,12 +364,11 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    drawn = ("bayesian", "dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
-    arguments = [tmp_path / f"{name}.png"] if name in drawn else []
+    arguments = [] if name in NOT_DRAWN else [tmp_path / f"{name}.png"]
     module = load(name)
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
-        figures = module.main(*arguments)
+        figures = module.main(*arguments, **BOUNDED.get(name, {}))
     CHECKS[name](figures, text.getvalue())
 
 
