@@ -130,7 +130,8 @@ class MixedNormal(distributions.Distribution):
         structure: str | None = None,
         validate_args: bool | None = None,
     ):
-        kind = floating_type([loc, X, weights], None)
+        numbers = [loc, X, weights]
+        kind = floating_type(numbers, None, any(map(is_traced, numbers)))
         n = _rows(terms)
         read_ = tuple(read_terms(listed_terms(terms), n, kind))
         _require_plain(read_)
