@@ -11,6 +11,7 @@ afterwards, exactly. `variances` samples SDs and correlations under the priors t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -69,10 +70,24 @@ class Drawn(NamedTuple):
 
 
 class _Held:
-    """Anything as static: equal to itself only."""
+    """Rows, static in the pytree of a distribution: equal to themselves only.
 
-    def __init__(self, value: Any):
-        self.value = value
+    Attributes:
+        terms: as numbers.
+        known: whether none of them is traced.
+    """
+
+    def __init__(self, X: Any, terms: tuple[Effects, ...], weights: Any, structure: str | None):
+        self.terms = terms
+        own = [part for term in terms for part in (term.codes, term.columns, term.kernel)]
+        self.known = not any(map(is_traced, (X, weights, *own)))
+        self._make = partial(Basis.of, X, terms, weights=weights, structure=structure)
+        self._basis = self._make() if self.known else None
+
+    @property
+    def basis(self) -> Basis:
+        """Of known rows made once; of others where it is used, in the program that uses it."""
+        return self._make() if self._basis is None else self._basis
 
 
 class MixedNormal(distributions.Distribution):
@@ -130,16 +145,21 @@ class MixedNormal(distributions.Distribution):
         structure: str | None = None,
         validate_args: bool | None = None,
     ):
+<<<<<<< HEAD
         numbers = [loc, X, weights]
         kind = floating_type(numbers, None, any(map(is_traced, numbers)))
         n = _rows(terms)
         read_ = tuple(read_terms(listed_terms(terms), n, kind))
         _require_plain(read_)
+=======
+        kind = floating_type([loc, X, weights], None)
+        read_, n = _read_terms(terms, kind)
+>>>>>>> main
         columns = np.zeros((n, 0), kind) if X is None else read(X, kind, "X")
         if columns.ndim != 2 or len(columns) != n:
             raise DataError(f"X must have shape ({n}, p) as the terms, not {columns.shape}")
         weights = read_vector(weights, kind, n, "weights")
-        self._held = _Held((Basis.of(columns, read_, weights=weights, structure=structure), read_))
+        self._held = _Held(columns, read_, weights, structure)
         self._flat = X is not None
         self.factors = _factors(factors, read_)
         self.sigma = sigma
@@ -197,44 +217,44 @@ class MixedNormal(distributions.Distribution):
         ranks = [*ranks, 1, *[2] * len(self.factors), 0]
         pairs = list(zip(arguments, ranks, strict=True))
         shape = jnp.broadcast_shapes(*(np.shape(own)[: np.ndim(own) - r] for own, r in pairs))
-        if not shape:
-            return function(*arguments)
+        if not shape:  # one program, also where a sampler looks at its first point op by op
+            return jax.jit(lambda: function(*arguments))()
         whole = []
         for own, rank in pairs:
             own = jnp.asarray(own)
             tail = own.shape[own.ndim - rank :]
             whole.append(jnp.broadcast_to(own, (*shape, *tail)).reshape(-1, *tail))
-        found = jax.vmap(function)(*whole)
+        found = jax.jit(jax.vmap(function))(*whole)
         return jax.tree.map(lambda own: own.reshape(*shape, *own.shape[1:]), found)
 
     def _log_prob(self, value: Array, loc: Array, *scales: Array) -> Array:
-        basis, _ = self._held.value
-        omega, _, sigma = self._read(*scales)
+        basis = self._held.basis
+        omega, _, sigma = _read(basis, *scales)
         design = Design.of(basis, basis.response(_difference(value, loc)))
         found = neg2_loglik(omega, 2 * jnp.log(sigma), design, reml=True)
         return found * jnp.where(jnp.isnan(found), jnp.nan, -0.5)  # derivatives of NaN, too
 
     def _sample(self, key: Array, loc: Array, *scales: Array) -> Array:
-        basis, terms = self._held.value
-        _, factors, sigma = self._read(*scales)
-        return loc + simulated(key, terms, factors, sigma, basis.roots)[1]
+        basis = self._held.basis
+        _, factors, sigma = _read(basis, *scales)
+        return loc + simulated(key, self._held.terms, factors, sigma, basis.roots)[1]
 
     def _effects(self, key: Array, value: Array, loc: Array, *scales: Array) -> Drawn:
-        basis, terms = self._held.value
-        omega, factors, sigma = self._read(*scales)
+        basis = self._held.basis
+        omega, factors, sigma = _read(basis, *scales)
         rest = _difference(value, loc)
-        return Drawn(*all_effects(key, omega, factors, sigma, rest, basis, terms))
+        return Drawn(*all_effects(key, omega, factors, sigma, rest, basis, self._held.terms))
 
-    def _read(self, *scales: Array) -> tuple[Array, list[Array], Array]:
-        """Relative covariances inside the design, factors and sigma."""
-        basis, _ = self._held.value
-        require_precision(basis)
-        *factors, sigma = (jnp.asarray(own, basis.dtype) for own in scales)
-        roots = [
-            linalg.matmul(matrix, factor / sigma)
-            for matrix, factor in zip(basis.units.matrices, factors, strict=True)
-        ]
-        return natural.omega_from_factors(tuple(roots)), factors, sigma
+
+def _read(basis: Basis, *scales: Array) -> tuple[Array, list[Array], Array]:
+    """Relative covariances inside a design, factors and sigma."""
+    require_precision(basis)
+    *factors, sigma = (jnp.asarray(own, basis.dtype) for own in scales)
+    roots = [
+        linalg.matmul(matrix, factor / sigma)
+        for matrix, factor in zip(basis.units.matrices, factors, strict=True)
+    ]
+    return natural.omega_from_factors(tuple(roots)), factors, sigma
 
 
 def variances(
@@ -271,8 +291,7 @@ def variances(
         >>> list(sites)
         ['sd[Subject, (Intercept)]', 'sigma', 'y']
     """
-    read_ = read_terms(listed_terms(terms), _rows(terms), np.dtype(float))
-    _require_plain(read_)
+    read_, _ = _read_terms(terms, np.dtype(float))
     given = dict(priors or {})
     known = {name for own in read_ for name in (own.name, *_labels(own))} | {RESIDUAL}
     require_names(given, known, set())
@@ -359,24 +378,19 @@ def _labels(term: Effects) -> list[str]:
     return [f"{term.name}, {effect}" for effect in term.effect_names]
 
 
-def _rows(terms: Any) -> int:
-    """How many rows terms have, by the first of them."""
-    first = terms if isinstance(terms, Term) else next(iter(terms), None)
-    if isinstance(first, tuple):
-        first = first[0]
-    group = first.group if isinstance(first, Term) else first
-    if group is None or not np.shape(group):
-        raise DataError("terms must be a random term or a list of them, with a level for every row")
-    return len(group)
-
-
-def _require_plain(terms: Sequence[Effects]) -> None:
-    for own in terms:
+def _read_terms(terms: Any, kind: np.dtype) -> tuple[tuple[Effects, ...], int]:
+    """Random terms as numbers, and how many rows they have."""
+    listed = listed_terms(terms)
+    shape = np.shape(listed[0].group)
+    n = shape[0] if shape else 0
+    found = tuple(read_terms(listed, n, kind))
+    for own in found:
         if not isinstance(own.covariance, Unstructured):
             raise DataError(
                 f"the term {own.name} has a covariance of its own; here `factors` say all: leave "
                 "covariance= out and give the Cholesky factor of the matrix"
             )
+    return found, n
 
 
 def _factors(given: Any, terms: Sequence[Effects]) -> tuple[Array, ...]:

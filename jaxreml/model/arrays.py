@@ -268,8 +268,10 @@ def _kernel(term: Term, kind: np.dtype) -> Any:
     return kernel
 
 
-def kernel_root(kernel: np.ndarray) -> np.ndarray:
-    """A square root of a kernel, which may be singular."""
+def kernel_root(kernel: Any) -> Any:
+    """A square root of a kernel, which may be singular unless it is traced."""
+    if is_traced(kernel):
+        return linalg.cholesky(kernel)
     try:
         return np.linalg.cholesky(kernel)
     except np.linalg.LinAlgError:

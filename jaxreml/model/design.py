@@ -401,7 +401,7 @@ def worse(first: Any, second: Any) -> Any:
     return first_of({status: (first == status) | (second == status) for status in TROUBLES})
 
 
-def require_precision(design: Design) -> None:
+def require_precision(design: Design | Basis) -> None:
     """Refuse, at trace time, to run a float64 design in float32, or where JAX cannot run."""
     require_own_threads()
     if design.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]

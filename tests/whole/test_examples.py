@@ -291,6 +291,29 @@ def check_heritability(figures: dict, text: str) -> None:
         assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 50
 
 
+def check_neural_mixed_model(figures: dict, text: str) -> None:
+    table, variances, counts = (figures[name] for name in ("table", "variances", "counts"))
+    whole = table[table["where"] == "known"].set_index(["share", "method"])["error"]
+    sizes = table[table["where"] == "by size"].groupby(["share", "method", "rows"])["error"].mean()
+    for share in ("0.5", "0.5, confounded"):
+        # Effects of variance 1 altogether are predicted, better from more rows; without groups
+        # they are errors in full.
+        assert whole[share, "random effects"] < 0.8 * whole[share, "no groups"]
+        assert whole[share, "no groups"] > 0.9
+        by_rows = sizes[share, "random effects"]
+        assert by_rows["32-60"] < by_rows["2-3"]
+    assert len(counts) == 200 and counts.min() == 2 and counts.max() == 60
+    assert (abs(variances["REML"] - variances["true"])[:2] < 4 * variances["SE"][:2]).all()
+    # The square is 2 / J for J groups whose effects are known, more as they are not
+    assert variances["SE"].iloc[:2].between(np.sqrt(2 / 200), 2 * np.sqrt(2 / 200)).all()
+    assert "known groups by their rows" in text
+    of_docs = EXAMPLES[0].parents[1] / "docs" / "_static" / "neural_mixed_model.png"
+    assert imread(of_docs).shape == imread(figures["plot"]).shape
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#999999"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 500
+
+
 def check_bayesian(figures: dict, text: str) -> None:
     few, many = figures["studies"]
     for own in (few, many):
@@ -336,6 +359,7 @@ CHECKS = {
     "heritability": check_heritability,
     "insteval": check_insteval,
     "learned_kernel": check_learned_kernel,
+    "neural_mixed_model": check_neural_mixed_model,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
     "shrinkage": check_shrinkage,

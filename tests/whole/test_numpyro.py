@@ -81,18 +81,20 @@ def test_density_is_that_of_the_dense_normal(case):
 
 
 def test_gradients_are_those_of_differences():
-    """In the mean, the columns of random effects, factors and sigma, all sampled."""
+    """In the mean, the columns of random effects, factors, sigma and a kernel, all sampled."""
+    lags = np.abs(np.subtract.outer(np.arange(6), np.arange(6)))
 
     def density(p):
         columns = jnp.column_stack([jnp.ones(60), DAYS ** p["power"]])
-        term = jaxreml.Term(SUBJECTS, columns, "Subject")
+        term = jaxreml.Term(SUBJECTS, columns, "Subject", kernel=p["share"] ** lags)
         return MixedNormal(250 + p["slope"] * DAYS, term, p["L"], p["sigma"]).log_prob(Y)
 
-    p = {"power": 0.9, "slope": 10.0, "L": jnp.array(L), "sigma": 22.0}
+    p = {"share": 0.4, "power": 0.9, "slope": 10.0, "L": jnp.array(L), "sigma": 22.0}
     p = jax.tree.map(jnp.asarray, p)
     both = jax.jit(jax.value_and_grad(density))
     slopes = both(p)[1]
-    for name, where in (("power", ()), ("slope", ()), ("L", (1, 0)), ("L", (0, 0)), ("sigma", ())):
+    alone = [(name, ()) for name in ("share", "power", "slope", "sigma")]
+    for name, where in (*alone, ("L", (1, 0)), ("L", (0, 0))):
         h = 1e-4
         up, down = (both(p | {name: p[name].at[where].add(step)})[0] for step in (h, -h))
         assert float(slopes[name][where]) == pytest.approx(float(up - down) / (2 * h), rel=1e-6)
@@ -228,7 +230,7 @@ def test_what_does_not_fit_is_refused():
         ((Y[:3], TERM, L, 2.0), {}, ValueError, r"shape \(..., 60\), not \(3,\)"),
         ((0.0, TERM, L, 2.0), {"X": X[:5]}, DataError, r"X must have shape \(60, p\)"),
         ((0.0, TERM, L, 2.0), {"weights": -Y}, DataError, "weights must be positive"),
-        ((0.0, [], [], 2.0), {}, DataError, "terms must be"),
+        ((0.0, [], [], 2.0), {}, DataError, "at least one random term"),
         (
             (0.0, jaxreml.Term(SUBJECTS, X, "g", covariance="homcs"), L, 2.0),
             {},

@@ -251,8 +251,7 @@ def posterior(
         for _ in range(chains):  # one by one: side by side they wait for the longest of each draw
             key = jax.random.PRNGKey(int(rng.integers(2**31)))
             away = start + JITTER * rng.standard_normal(start.size) * _spreads(fit)
-            own = _chain(key, jnp.asarray(away), design, prior, draws, warmup, advance)
-            runs.append(jax.device_get(own))
+            runs.append(_chain(key, away, design, prior, draws, warmup, advance))
         parts = (np.stack(part) for part in zip(*runs, strict=True))
         parameters, divergent, gradients, beta = parts
         effects = None
@@ -290,7 +289,7 @@ def _spreads(fit: FittedModel) -> np.ndarray:
 
 
 def _require_finite(prior: Any, start: np.ndarray) -> None:
-    value = prior(jnp.asarray(start))
+    value = jax.jit(prior)(start)
     if np.shape(value) != () or not np.isfinite(value):
         raise DataError(
             f"the logarithm of the prior density is {value} where chains start, at parameters "
@@ -299,8 +298,8 @@ def _require_finite(prior: Any, start: np.ndarray) -> None:
 
 
 def _chain(
-    key: Array, start: Array, design: Design, prior: Any, draws: int, warmup: int, advance: Any
-) -> tuple[Array, ...]:
+    key: Array, start: np.ndarray, design: Design, prior: Any, draws: int, warmup: int, advance: Any
+) -> tuple[np.ndarray, ...]:
     """A chain from a start (k,): its draws (draws, k), which of them diverged, how many gradients
     each took, and fixed effects given them (draws, p)."""
     of_warmup, of_draws = jax.random.split(key)
@@ -310,10 +309,9 @@ def _chain(
     blocks = []
     for key in jax.random.split(of_draws, -(-draws // size)):
         state, found = _drawn(key, state, tuned, design, prior, size)
-        blocks.append(found)
-        jax.block_until_ready(state)
+        blocks.append(jax.device_get(found))
         advance(min(size, draws - size * (len(blocks) - 1)))
-    return tuple(jnp.concatenate(part)[:draws] for part in zip(*blocks, strict=True))
+    return tuple(np.concatenate(part)[:draws] for part in zip(*blocks, strict=True))
 
 
 def _density(design: Design, prior: Any) -> Any:
