@@ -100,8 +100,8 @@ def studies(quick: bool) -> list[Study]:
 
 
 class Reference(NamedTuple):
-    """What float64 says: the estimate, standard errors of parameters and of fixed effects, a point a
-    standard error away, and value and gradient of the criterion at both."""
+    """What float64 says: the estimate, standard errors of parameters and of fixed effects, a point
+    a standard error away, and value and gradient of the criterion at both."""
 
     parameters: np.ndarray
     beta: np.ndarray

@@ -205,8 +205,9 @@ class Design:
             structure: "grouped" (all terms on one factor), "crossed" (any factors) or "dense" (any,
                 one large matrix); chosen if left out. Traced levels, effects or weights of several
                 factors need "dense", which is then chosen.
-            dtype: "float32" to ask for single precision, which costs likelihoods most of their
-                digits; float64 otherwise.
+            dtype: "float32" to ask for single precision, in which differences of criteria have few
+                digits; float64 otherwise. Rows are reduced in float64 all the same, but for traced
+                ones where JAX has it switched off.
 
         Raises:
             DataError: shapes that differ, no random term, values that are not finite, weights

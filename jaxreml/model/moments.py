@@ -7,7 +7,7 @@ that share is below the root of rounding, half of the digits are gone: ILL_CONDI
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -46,14 +46,15 @@ def of_moments(
         n, log_weights, names: as there.
         kind: to work in.
     """
+    least = _coarsest(arrays.values(), kind)
     arrays = {name: read(value, kind, name) for name, value in arrays.items()}
     q, p = _check_shapes(arrays)
     terms = _named(names, q)
-    _check(arrays, terms, n)
+    _check(arrays, terms, n, linalg.negligible(SYMMETRIC, least))
     (zz, zx, zy, xx, xy, yy), infinite = finite(list(arrays.values()))
     zz, zx, zy = (namespace(own).moveaxis(own, 0, -1) for own in (zz, zx, zy))
     xp = namespace(zz, zx, zy, xx, xy, yy)
-    close = float(np.sqrt(np.finfo(kind).eps))
+    close = float(np.sqrt(np.finfo(least).eps))
 
     # X = U R, y = U c + r
     triangle, share = semidefinite_root((xx + xx.T) / 2)
@@ -224,7 +225,15 @@ def _check_shapes(arrays: dict[str, Any]) -> tuple[int, int]:
     return q, p
 
 
-def _check(arrays: dict[str, Any], terms: tuple[Any, ...], n: Any) -> None:
+def _coarsest(values: Iterable[Any], kind: np.dtype) -> np.dtype:
+    """The floating type of fewest digits among those of the values and the one to work in: sums
+    have no more than they came with."""
+    types = [np.dtype(value.dtype) for value in values if hasattr(value, "dtype")]
+    floating = [own for own in types if own in (np.float32, np.float16)]
+    return min([kind, *floating], key=lambda own: own.itemsize)
+
+
+def _check(arrays: dict[str, Any], terms: tuple[Any, ...], n: Any, asymmetry: float) -> None:
     """Refuse concrete values that are no cross-products of a model."""
     zz, xx, yy = arrays["zz"], arrays["xx"], arrays["yy"]
     counted = not is_traced(n)
@@ -237,7 +246,7 @@ def _check(arrays: dict[str, Any], terms: tuple[Any, ...], n: Any) -> None:
         if np.any(squares < 0):
             raise DataError(f"{name} has a negative sum of squares")
         lengths = np.sqrt(squares)
-        most = SYMMETRIC * lengths[..., :, None] * lengths[..., None, :]
+        most = asymmetry * lengths[..., :, None] * lengths[..., None, :]
         if np.any(np.abs(matrix - matrix.swapaxes(-1, -2)) > most):
             raise DataError(f"{name} is not symmetric")
     start = 0
