@@ -240,7 +240,7 @@ CASES: dict[str, tuple[Callable[..., Design], Data, tuple[str, ...]]] = {
         CONCRETE,
     ),
 }
-SHORT = ("times beside", "residual crossed")
+SHORT = ("grouped us", "times chain")
 
 
 def figures_of(found: Any) -> dict[str, Any]:

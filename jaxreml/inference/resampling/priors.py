@@ -14,6 +14,7 @@ from jaxreml.backend.lazy import jax, jnp
 from jaxreml.errors import DataError
 from jaxreml.fitting.fitted import FittedModel
 from jaxreml.fitting.random_terms import RESIDUAL
+from jaxreml.model import linalg
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.correlations import Unrestricted
 from jaxreml.model.covariance.distances import Distance
@@ -107,7 +108,8 @@ class Named:
         if _is_unrestricted(block):
             log_cosh = jnp.abs(z) + jnp.log1p(jnp.exp(-2 * jnp.abs(z)))
             return -2 * jnp.sum(_lkj_exponents(block.size, self.eta) * log_cosh)
-        return jnp.linalg.slogdet(jax.jacfwd(block.stated)(z))[1]
+        slopes = jax.jacfwd(block.stated)(z)
+        return linalg.inverse(slopes @ slopes.T, definite=True)[1] / 2
 
 
 @dataclass(frozen=True)
