@@ -145,16 +145,9 @@ class MixedNormal(distributions.Distribution):
         structure: str | None = None,
         validate_args: bool | None = None,
     ):
-<<<<<<< HEAD
         numbers = [loc, X, weights]
         kind = floating_type(numbers, None, any(map(is_traced, numbers)))
-        n = _rows(terms)
-        read_ = tuple(read_terms(listed_terms(terms), n, kind))
-        _require_plain(read_)
-=======
-        kind = floating_type([loc, X, weights], None)
         read_, n = _read_terms(terms, kind)
->>>>>>> main
         columns = np.zeros((n, 0), kind) if X is None else read(X, kind, "X")
         if columns.ndim != 2 or len(columns) != n:
             raise DataError(f"X must have shape ({n}, p) as the terms, not {columns.shape}")
