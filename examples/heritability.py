@@ -4,8 +4,9 @@ Six hundred calves of 30 bulls were genotyped, and a thousand traits of each wer
 milk, proteins in blood. Calves that share more of their genes are more alike in a heritable trait.
 `kernels.from_genotypes` makes the matrix of their relationships, and `fit_many(kernels=...)` fits
 the model y = mean + sex + genes + noise to every trait. `heritability` gives the share of the
-variance that is due to genes, with a standard error and an interval for each. An estimate of zero
-has neither: the likelihood falls from the boundary on, and has no curvature there to make one from.
+variance that is due to genes, with a standard error and an interval for each. An estimate of zero,
+or of one, has neither: the likelihood is highest on the boundary, where its curvature says nothing
+of how far away the truth may be.
 
 The traits are simulated by small effects of all markers, so that the truth is known.
 
@@ -99,8 +100,8 @@ def simulate_traits(
 
 def summarise(found: pd.DataFrame) -> dict[str, Any]:
     """Whether standard errors and intervals keep what they promise, and where there are none."""
-    zero = found["estimate"] == 0
-    inside = found[~zero]
+    ends = found["std_error"].isna()
+    inside = found[~ends]
     covered = (inside["lower"] <= inside["truth"]) & (inside["truth"] <= inside["upper"])
     positive = inside["truth"] > 0  # an interval on the logit scale never reaches zero
     error = found["estimate"] - found["truth"]
@@ -112,21 +113,21 @@ def summarise(found: pd.DataFrame) -> dict[str, Any]:
             "truth": found["truth"].groupby(bins, observed=False).mean(),
             "std_error": found["std_error"].groupby(bins, observed=False).mean(),
             "error": np.sqrt((error**2).groupby(bins, observed=False).mean()),
-            "zero": zero.groupby(bins, observed=False).mean(),
+            "no_error": ends.groupby(bins, observed=False).mean(),
         }
     )
     coverage = float(covered[positive].mean())
-    there = found["truth"][zero]
+    there = found["truth"][found["estimate"] == 0]
     print(f"\nCorrelation with the truth {found['estimate'].corr(found['truth']):.2f}, ", end="")
     print(f"mean error {error.mean():+.3f}")
     print(f"Intervals of {positive.sum()} heritable traits: {coverage:.1%} hold the truth, of 95%")
     print(
-        f"{zero.sum()} estimates are zero, without standard error or interval; of these traits\n"
-        f"{(there == 0).sum()} are not heritable, and the most that one is in truth is "
-        f"{there.max():.2f}\n\nBy the true heritability:\n"
+        f"{ends.sum()} estimates are 0 or 1, without standard error or interval; of the "
+        f"{len(there)} traits\nat 0 {(there == 0).sum()} are not heritable, and the most that one "
+        f"is in truth is {there.max():.2f}\n\nBy the true heritability:\n"
         f"{by_bin.to_string(float_format='{:.3f}'.format)}"
     )
-    return {"coverage": coverage, "n_zero": int(zero.sum()), "bins": by_bin, "bias": error.mean()}
+    return {"coverage": coverage, "n_ends": int(ends.sum()), "bins": by_bin, "bias": error.mean()}
 
 
 def draw(found: pd.DataFrame, bins: pd.DataFrame, path: Path) -> Path | None:
@@ -139,16 +140,16 @@ def draw(found: pd.DataFrame, bins: pd.DataFrame, path: Path) -> Path | None:
     blue, vermillion = "#0072B2", "#D55E00"  # Okabe and Ito's
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    zero = found["estimate"] == 0
-    inside = found[~zero].sort_values("truth")
+    ends = found["std_error"].isna()
+    inside = found[~ends].sort_values("truth")
     left.errorbar(
         inside["truth"], inside["estimate"], 1.96 * inside["std_error"],
         fmt="none", ecolor=blue, alpha=0.08, linewidth=1,
     )  # fmt: skip
     left.plot(inside["truth"], inside["estimate"], ".", color=blue, ms=4, label="with an SE")
     left.plot(
-        found.loc[zero, "truth"], np.zeros(zero.sum()), "|", color=vermillion, ms=9,
-        label="zero: no SE", clip_on=False,
+        found.loc[ends, "truth"], found.loc[ends, "estimate"], "|", color=vermillion, ms=9, mew=1.6,
+        label="0 or 1: no SE", clip_on=False,
     )  # fmt: skip
     left.plot([0, MOST], [0, MOST], color="0.2", linewidth=1)
     left.set(xlabel="true heritability", ylabel="estimate, and 1.96 standard errors")
@@ -159,7 +160,7 @@ def draw(found: pd.DataFrame, bins: pd.DataFrame, path: Path) -> Path | None:
     right.bar(places + 0.2, bins["std_error"], 0.38, color=blue, label="mean standard error")
     right.set_xticks(places, list(bins.index))
     right.set(xlabel="true heritability", ylim=(0, 1.35 * bins["error"].max()))
-    right.set_title("How wrong estimates are, and say that they are", loc="left", fontsize=11)
+    right.set_title("How wrong estimates are, and what their SEs say", loc="left", fontsize=11)
     right.legend(frameon=False, loc="upper left")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)

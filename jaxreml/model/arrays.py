@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -235,11 +236,6 @@ def read_term(term: Term, n: int, kind: np.dtype) -> Effects:
             )
         term = replace(term, n_levels=len(kernel))
     codes, n_levels = _codes(term, n)
-    if kernel is not None and is_traced(codes):
-        raise DataError(
-            f"the levels of {term.name} are traced by JAX; with a kernel they must be concrete, as "
-            "it is decomposed once"
-        )
     columns = np.ones((n, 1), kind) if term.effects is None else term.effects
     columns = read(columns, kind, f"the effects of {term.name}")
     columns = columns[:, None] if columns.ndim == 1 else columns
@@ -269,14 +265,13 @@ def _kernel(term: Term, kind: np.dtype) -> Any:
 
 
 def kernel_root(kernel: Any) -> Any:
-    """A square root of a kernel, which may be singular unless it is traced."""
-    if is_traced(kernel):
-        return linalg.cholesky(kernel)
-    try:
-        return np.linalg.cholesky(kernel)
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(kernel)
-        return vectors * np.sqrt(np.maximum(values, 0.0))
+    """A square root of a kernel, NumPy or traced, which may be singular."""
+    if not is_traced(kernel):
+        with suppress(np.linalg.LinAlgError):
+            return np.linalg.cholesky(kernel)
+    values, vectors = linalg.eigh(kernel)
+    xp = namespace(values)
+    return vectors * xp.sqrt(xp.maximum(values, 0.0))
 
 
 def _codes(term: Term, n: int) -> tuple[Any, int]:

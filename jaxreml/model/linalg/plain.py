@@ -122,6 +122,14 @@ def flat_inverse(matrix: Any, sizes: Any, tolerance: float) -> tuple[Any, Any]:
     return xp.where(broken, xp.nan, inverse), xp.where(broken, xp.nan, directions)
 
 
+def residual(basis: Array, values: Array) -> tuple[Array, Array]:
+    """As `linalg.residual`."""
+    shares = transpose(transpose(values) @ basis)  # a transposed basis would be copied by JAX
+    rest = values - basis @ shares
+    again = transpose(transpose(rest) @ basis)
+    return rest - basis @ again, shares + again
+
+
 def border(matrix: Array, column: Array, corner: Array) -> Array:
     """The symmetric [matrix column; column' corner] of (k, k, ...), (k, ...) and (...)."""
     xp = namespace(matrix, column, corner)
