@@ -125,7 +125,7 @@ class MixedNormal(distributions.Distribution):
         ...     log_density = scores.log_prob(data["Reaction"].to_numpy())
         ...     new = scores.sample(jax.random.key(0), (2,))
         >>> round(float(log_density), 2), new.shape
-        (-953.15, (2, 180))
+        (-955.33, (2, 180))
     """
 
     arg_constraints: ClassVar = {"loc": constraints.real_vector, "sigma": constraints.positive}
@@ -194,9 +194,12 @@ class MixedNormal(distributions.Distribution):
             value: the response.
 
         Examples:
+            >>> import jax
+            >>> from jaxreml.numpyro import MixedNormal
+            >>> subjects = jaxreml.Term(data["Subject"], name="Subject")
             >>> with jax.enable_x64(True):
-            ...     y = data["Reaction"].to_numpy()
-            ...     drawn = scores.effects(jax.random.key(0), y)
+            ...     mixed = MixedNormal(300.0, subjects, 35.0, sigma=45.0)
+            ...     drawn = mixed.effects(jax.random.key(0), data["Reaction"].to_numpy())
             >>> drawn.random[0].shape
             (18, 1)
         """
@@ -274,8 +277,10 @@ def variances(
         ValueError: priors that are no distributions of one number.
 
     Examples:
+        >>> import jax
         >>> import numpyro
-        >>> from jaxreml.numpyro import variances
+        >>> from jaxreml.numpyro import MixedNormal, variances
+        >>> subjects = jaxreml.Term(data["Subject"], name="Subject")
         >>> def model(y):
         ...     factors, sigma = variances(subjects, y.std())
         ...     numpyro.sample("y", MixedNormal(300.0, subjects, factors, sigma), obs=y)
@@ -334,8 +339,15 @@ def draw_effects(
         DataError: no observed site is `MixedNormal`.
 
     Examples:
+        >>> import jax
+        >>> import numpyro
+        >>> from jaxreml.numpyro import MixedNormal, draw_effects
+        >>> subjects = jaxreml.Term(data["Subject"], name="Subject")
+        >>> def model(y):
+        ...     sd = numpyro.sample("sd", numpyro.distributions.HalfNormal(50.0))
+        ...     numpyro.sample("y", MixedNormal(300.0, subjects, sd, 45.0), obs=y)
         >>> with jax.enable_x64(True):
-        ...     some = {"sd[Subject, (Intercept)]": np.array([30, 40.0]), "sigma": np.full(2, 45.0)}
+        ...     some = {"sd": np.array([30.0, 40.0])}  # of mcmc.get_samples()
         ...     found = draw_effects(model, some, jax.random.key(0), data["Reaction"].to_numpy())
         >>> found["y"].random[0].shape
         (2, 18, 1)

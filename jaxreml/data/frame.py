@@ -375,7 +375,8 @@ def design(
     traced = {role: value for role, value in of_rows.items() if is_traced(value)}
     of_rows |= dict.fromkeys(traced)
     given: Any = {"context": context, "residual": residual, "kernels": kernels, **of_rows}
-    kind = floating_type([response, weights, offset], None)
+    numbers = [response, weights, offset]
+    kind = floating_type(numbers, None, any(map(is_traced, numbers)))
     build = model_frame if response is None else covariate_frame
     frame = build(formula, data, **given)
 

@@ -375,7 +375,6 @@ CHECKS = {
 }
 
 
-
 BOUNDED = {
     "heritability": {"calves": 200, "traits": 300},
     "influence": {"rows": [5, 7, 9, 21, 30, 39, 56, 57, 59, 90, 92, 130, 166]},
