@@ -65,13 +65,13 @@ def is_traced(value: Any) -> bool:
     return "jax" in sys.modules and isinstance(value, jax.core.Tracer)  # pyright: ignore
 
 
-def floating_type(values: Sequence[Any], asked: Any, traced: bool) -> np.dtype:
+def floating_type(values: Sequence[Any], asked: Any, traced: bool = False) -> np.dtype:
     """The type of a design; refuses single precision that was not asked for.
 
     Args:
         values: its numbers.
         asked: the type asked for, or None.
-        traced: whether JAX knows anything of it by shape only.
+        traced: whether JAX knows anything else of it by shape only.
     """
     try:
         kind = np.dtype("float64" if asked is None else asked)
@@ -79,6 +79,7 @@ def floating_type(values: Sequence[Any], asked: Any, traced: bool) -> np.dtype:
         raise PrecisionError(f"dtype must be float32 or float64, not {asked!r}") from None
     if kind.name not in ("float32", "float64"):
         raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
+    traced = traced or any(map(is_traced, values))
     single = any(getattr(value, "dtype", None) in (np.float32, np.float16) for value in values)
     if kind == np.float64 and (traced or (single and asked is None)) and not _has_double():
         raise PrecisionError(
