@@ -161,6 +161,7 @@ def draw(figures: dict, estimate: jaxreml.Estimate, path: Path) -> Path | None:
     above = np.maximum(figures["way"] - figures["criterion_estimate"], 1e-13)
     left.semilogy(above, ".-", color=BLUE, ms=8)
     left.set(xlabel="steps of optax.lbfgs", ylabel="above the optimum of estimate")
+    left.set_xticks(range(0, len(above), 5))
     left.set_title("-2 log restricted likelihood", fontsize=10)
     sds = np.exp(figures["log_variances_vmap"] / 2)
     right.plot(*sds[:, :2].T, "o", color=BLUE, label="simulated and refitted by vmap")

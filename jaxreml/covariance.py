@@ -38,7 +38,8 @@ def custom(
             (between 0 and 1), ``(lower, upper)`` (between these, one of which may be infinite), or
             ``"identity"``. Standard errors and intervals are made on that scale.
         data: what is known of the effects, in their order: an array, or a dict, list or tuple of
-            arrays. If it is left out, `at` is the numbers 0, 1, ..., q - 1.
+            arrays, none of them traced by JAX. If it is left out, `at` is the numbers 0, 1, ...,
+            q - 1.
 
     Returns:
         What `jaxreml.Term` takes as its `covariance`.

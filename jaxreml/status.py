@@ -70,7 +70,8 @@ _SENTENCES = {
     Status.RANK_DEFICIENT: "a column of X is zero or a linear combination of the others: the data "
     "say nothing about its coefficient, which is NaN; leave the column out",
     Status.BAD_WEIGHTS: "a prior weight is negative, infinite or NaN; weights must be positive, or "
-    "zero for rows to leave out where they are traced by JAX",
+    "zero for rows to leave out where they are traced by JAX (but not where residuals are at times "
+    "of each subject's own)",
     Status.BAD_LEVELS: "a code of a grouping factor is negative or not below n_levels: correct the "
     "codes, or raise n_levels",
     Status.BAD_KERNEL: "a known covariance of levels that is traced by JAX is not symmetric or not "

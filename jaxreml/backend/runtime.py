@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from jaxreml.backend.lazy import jax
 
 _is_dead_copy = False  # of a process whose threads ran JAX
@@ -66,8 +68,10 @@ def neutral() -> Iterator[None]:
 @contextmanager
 def usual_arithmetic() -> Iterator[None]:
     """NumPy's, whatever JAX is set to, in what is traced inside: ranks and types promote as there,
-    and products of float32 keep its digits, of which accelerators leave out half or more."""
+    and products of float32 keep its digits, of which accelerators leave out half or more. Without
+    warnings of what is not finite, where `jax.disable_jit` has NumPy do it."""
     with (
+        np.errstate(all="ignore"),
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
         jax.default_matmul_precision("float32"),

@@ -40,7 +40,7 @@ from jaxreml.data.residual import ResidualTerm, refuse_perfect, residual_term, w
 from jaxreml.data.tables import as_typed, beside, nearest, texts_of_names, to_pandas
 from jaxreml.data.transforms import R_NAMES
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.arrays import Term, read_terms
+from jaxreml.model.arrays import Term, floating_type, is_traced, read_terms, row_vector
 from jaxreml.model.basis import Basis
 from jaxreml.model.design import Design
 
@@ -335,13 +335,23 @@ def design(
     formula: str,
     data: Any,
     *,
+    response: Any = None,
     weights: Any = None,
     offset: Any = None,
     structure: str | None = None,
     context: Mapping[str, Any] | None = None,
+    residual: str | None = None,
     kernels: Mapping[str, Any] | None = None,
 ) -> Design:
     """The `Design` of a formula and a table; arguments and errors as `fit`'s.
+
+    Args:
+        formula: as `fit`'s; with a `response` it starts with ~.
+        data: a dataframe, or a dict of columns.
+        response: a value for each row of the data, in the place of the formula's left side. It may
+            be traced by JAX, so that estimates can be differentiated in it, for every model.
+        weights, offset: as `fit`'s, or traced values.
+        structure, context, residual, kernels: as `fit`'s.
 
     Examples:
         >>> design = jaxreml.design("Reaction ~ Days + (Days | Subject)", data)
@@ -349,11 +359,38 @@ def design(
         ('log_variance[Subject, (Intercept)]', 'log_variance[Subject, Days]', ...
         >>> design.n, design.p
         (180, 2)
+
+        How the residual SD changes with the first response:
+
+        >>> import jax
+        >>> def sigma(y):
+        ...     model = jaxreml.design("~ Days + (1 | Subject)", data, response=y)
+        ...     return jaxreml.estimate(model).sigma
+        >>> with jax.enable_x64(True):
+        ...     slope = jax.grad(sigma)(jax.numpy.array(data["Reaction"]))
+        >>> round(float(slope[0]), 4)
+        0.0
     """
-    frame = model_frame(
-        formula, data, weights=weights, offset=offset, context=context, kernels=kernels
-    )
-    return frame.design(structure)
+    of_rows = {"weights": weights, "offset": offset}
+    traced = {role: value for role, value in of_rows.items() if is_traced(value)}
+    of_rows |= dict.fromkeys(traced)
+    given: Any = {"context": context, "residual": residual, "kernels": kernels, **of_rows}
+    numbers = [response, weights, offset]
+    kind = floating_type(numbers, None, any(map(is_traced, numbers)))
+    build = model_frame if response is None else covariate_frame
+    frame = build(formula, data, **given)
+
+    def used(value: Any, name: str) -> Any:
+        return row_vector(value, kind, len(frame.rows), name)[frame.rows]
+
+    traced = {role: used(value, role) for role, value in traced.items()}
+    if "offset" in traced and frame.offset is not None:
+        traced["offset"] = traced["offset"] + frame.offset
+    frame = replace(frame, **traced)
+    if response is None:
+        return frame.design(structure)
+    basis = frame.basis(structure)
+    return Design.of(basis, basis.response(used(response, "response")))
 
 
 def _used_columns(

@@ -64,30 +64,41 @@ def is_traced(value: Any) -> bool:
     return "jax" in sys.modules and isinstance(value, jax.core.Tracer)  # pyright: ignore
 
 
-def floating_type(values: list[Any], asked: Any) -> np.dtype:
-    """The type of a design; refuses single precision that was not asked for."""
-    if asked is not None:
-        kind = np.dtype(asked)
-        if kind.name not in ("float32", "float64"):
-            raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
-        return kind
+def floating_type(values: Sequence[Any], asked: Any, traced: bool) -> np.dtype:
+    """The type of a design; refuses single precision that was not asked for.
+
+    Args:
+        values: its numbers.
+        asked: the type asked for, or None.
+        traced: whether JAX knows anything of it by shape only.
+    """
+    try:
+        kind = np.dtype("float64" if asked is None else asked)
+    except TypeError:
+        raise PrecisionError(f"dtype must be float32 or float64, not {asked!r}") from None
+    if kind.name not in ("float32", "float64"):
+        raise PrecisionError(f"dtype must be float32 or float64, not {kind.name}")
     single = any(getattr(value, "dtype", None) in (np.float32, np.float16) for value in values)
-    if single and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if kind == np.float64 and (traced or (single and asked is None)) and not _has_double():
         raise PrecisionError(
             "the arrays are float32 and JAX has float64 switched off, which likelihoods need. Run\n"
             f"    {ENABLE_X64}\n"
             'before making arrays, or ask for single precision with dtype="float32".'
         )
-    return np.dtype("float64")
+    return kind
 
 
-def widest_type(values: Sequence[Any]) -> np.dtype:
+def widest_type(traced: bool) -> np.dtype:
     """The type to reduce rows in, whatever that of the design: sums over rows lose the most digits.
 
     Float64, but for traced values where JAX has it switched off.
     """
-    double = jax.config.jax_enable_x64 if any(map(is_traced, values)) else True  # type: ignore[attr-defined]
-    return np.dtype("float64" if double else "float32")
+    return np.dtype("float32" if traced and not _has_double() else "float64")
+
+
+def _has_double() -> bool:
+    """Whether JAX, which is imported if so, computes in float64."""
+    return jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
 
 def read(value: Any, kind: np.dtype, name: str) -> Any:

@@ -20,6 +20,7 @@ from jaxreml.model.arrays import (
     replaces_residual,
     root_weights,
 )
+from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.response import Response
@@ -36,7 +37,6 @@ from jaxreml.status import Status
 MAX_DENSE_BYTES = 2 * 2**30
 DEPENDENT = 1e-10  # a column of X of which no more than this share is outside the others' span
 PERFECT = 1e-13  # residuals of no more than this share of the response are rounding error
-ROUNDING = 100  # both are at least as many units of rounding: in single precision
 KINDS = {"grouped": GroupedBasis, "crossed": CrossedBasis, "dense": DenseBasis}
 OF_KERNELS = {"kernel": KernelBasis, "linear": LinearBasis}
 OF_TIMES = ("series", "chain")  # structures of residuals at times of each subject's own
@@ -107,13 +107,18 @@ class Basis:
         n, kind = len(X), X.dtype
         terms, strange = _inside(terms)
         terms, *of_kernels = traced_kernels.symmetric(terms)
-        (X, offset, *columns), infinite = finite([X, offset, *(own.columns for own in terms)])
+        (offset, *columns), infinite = finite([offset, *(own.columns for own in terms)])
+        if is_traced(X):
+            infinite = infinite | ~jnp.isfinite(X).all()
         roots, log_weights = root_weights(weights, used, kind)
         if roots is not None:  # which residuals' covariances are of the residuals divided by
             columns = [
-                columns * ((roots > 0) if own.covariance.residual else roots)[:, None]
+                _weighted(columns, roots, own.covariance)
                 for own, columns in zip(terms, columns, strict=True)
             ]
+            if is_traced(roots) and not all(own.covariance.of_matrix for own in terms):
+                # Neighbours in time do not follow traced weights: no row can be left out.
+                log_weights = jnp.where((roots > 0).all(), log_weights, jnp.nan)
         n_used = n if used is None else int(used.sum())
         if is_traced(weights) and roots is not None:  # rows of weight zero are left out
             n_used = (roots > 0).sum(dtype=kind)
@@ -141,11 +146,14 @@ class Basis:
             planned = None if like is None else like.projector
             projector = _projector(effects, structure, n, planned, residual)
 
-        rows, triangle = _orthonormal(X if roots is None else X * roots[:, None], n_used)
+        if roots is not None:  # else zeros take their place column by column, without a copy
+            X = finite([X])[0][0] * roots[:, None]
+        rows, triangle = _orthonormal(X, n_used)
         scores, rest = projector.project(rows)
         products = projector.products(rows)
         remainder = rest.T @ rest
         absent = triangle.diagonal() == 0
+        gram = (~absent * np.eye(len(triangle))).astype(kind)  # rows.T @ rows, whatever X is
         if namespace(triangle) is not np:  # ones in the place of absent columns, as in `combined`
             remainder = remainder + jnp.diag(absent.astype(kind))
         sizes = covariance.sizes
@@ -157,7 +165,7 @@ class Basis:
             rest=rest,
             projector=projector,
             structure=projector.structure(
-                scores, remainder, None if products is None else (products, rows.T @ rows), sizes
+                scores, remainder, None if products is None else (products, gram), sizes
             ),
             units=units,
             log_weights=log_weights,
@@ -205,22 +213,20 @@ class Basis:
         y = y if self.offset is None else y - self.offset[:, None]
         constant = (y == y[0]).all(axis=0)
         values = y if self.roots is None else y * self.roots[:, None]
-        projection = self.rows.T @ values
-        residual = values - self.rows @ projection
-        again = self.rows.T @ residual  # a second pass takes out what rounding left of a large mean
-        residual = residual - self.rows @ again
+        residual, projection = linalg.residual(self.rows, values)
         scores, rest = self.projector.project(residual)
         products = self.projector.products(residual)
         xp = namespace(residual, rest)
         residual_ss = xp.sum(residual * residual, axis=0)
         total_ss = xp.sum(values * values, axis=0)
         if products is not None:
-            products = _lanes_last(products), self.rows.T @ residual, residual_ss
+            nothing = np.zeros((self.p, y.shape[1]), y.dtype)  # rows.T @ residual, whatever y is
+            products = _lanes_last(products), nothing, residual_ss
         return Response(
             scores=mapped(_lanes_last, scores),
             remainder_xy=self.rest.T @ rest,
             remainder_yy=xp.sum(rest * rest, axis=0),
-            beta_ols=solve(self.triangle, projection + again),
+            beta_ols=solve(self.triangle, projection),
             residual_ss=residual_ss,
             total_ss=total_ss,
             trouble=first_of(
@@ -247,12 +253,12 @@ def first_of(conditions: dict[Status, Any]) -> Any:
 
 def dependent_share(dtype: Any) -> float:
     """Share of a column of X outside the span of the others that is rounding error."""
-    return max(DEPENDENT, ROUNDING * float(np.finfo(dtype).eps))
+    return linalg.negligible(DEPENDENT, dtype)
 
 
 def perfect_share(dtype: Any) -> float:
     """Share of a sum of squares that is rounding error."""
-    return max(PERFECT, ROUNDING * float(np.finfo(dtype).eps)) ** 2
+    return linalg.negligible(PERFECT, dtype) ** 2
 
 
 def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:
@@ -265,6 +271,14 @@ def _inside(terms: Sequence[Effects]) -> tuple[list[Effects], Any]:
             found[id(own.codes)] = jnp.clip(own.codes, 0, own.n_levels - 1)
             strange = strange | (found[id(own.codes)] != own.codes).any()
     return [own._replace(codes=found.get(id(own.codes), own.codes)) for own in terms], strange
+
+
+def _weighted(columns: Any, roots: Any, block: Block) -> Any:
+    """Columns (n, q) of a term in the rows that are multiplied by `roots` of weights: visits, of
+    residuals, are where they are if the row is not left out, and times are numbers."""
+    if not block.of_matrix:
+        return columns
+    return columns * ((roots > 0) if block.residual else roots)[:, None]
 
 
 def _check_terms(
@@ -379,7 +393,8 @@ def _series(effects: Terms, law: Timed, structure: str | None) -> SeriesBasis:
             "of the same subjects, and not with those of other factors"
         )
     columns = [own for _, own, _ in effects[:-1]] or [np.zeros((len(codes), 0))]
-    return SeriesBasis.of(codes, np.concatenate(columns, axis=1), times[:, 0], law)
+    joined = namespace(*columns).concatenate(columns, axis=1)
+    return SeriesBasis.of(codes, joined, times[:, 0], law)
 
 
 def _orthonormal(rows: Any, n: Any) -> tuple[Any, Any]:

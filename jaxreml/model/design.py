@@ -223,11 +223,11 @@ class Design:
             (180, 2, 4)
         """
         terms = listed_terms(terms)
-        kind = floating_type([y, X, weights, offset], dtype)
-        of_terms = [part for term in terms for part in (term.group, term.effects, term.kernel)]
-        given = [y, X, weights, offset, *of_terms]
-        work = widest_type(given)
-        with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
+        numbers = [y, X, weights, offset]
+        numbers += [part for term in terms for part in (term.effects, term.kernel)]
+        traced = any(map(is_traced, [*numbers, *(term.group for term in terms)]))
+        kind, work = floating_type(numbers, dtype, traced), widest_type(traced)
+        with usual_arithmetic() if traced else nullcontext():
             y, X = read_rows(y, X, work)
             effects = read_terms(terms, len(X), work)
             for own in effects:
@@ -296,10 +296,11 @@ class Design:
             (180, 2)
         """
         arrays = {"zz": zz, "zx": zx, "zy": zy, "xx": xx, "xy": xy, "yy": yy}
-        kind = floating_type(list(arrays.values()), dtype)
-        given = [*arrays.values(), n, log_weights]
-        with usual_arithmetic() if any(map(is_traced, given)) else nullcontext():
-            found = of_moments(arrays, n, log_weights, names, widest_type(given))
+        numbers = [*arrays.values(), n, log_weights]
+        traced = any(map(is_traced, numbers))
+        kind, work = floating_type(numbers, dtype, traced), widest_type(traced)
+        with usual_arithmetic() if traced else nullcontext():
+            found = of_moments(arrays, n, log_weights, names, work)
             return Design.of(*found).of_type(kind)
 
     @staticmethod

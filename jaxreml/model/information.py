@@ -76,7 +76,7 @@ def expected_information(parameters: Array, design: Design, method: str = "REML"
         >>> with jax.enable_x64(True):
         ...     once, twice = planned(np.ones(180)), planned(np.full(180, 2.0))
         >>> np.round(once, 3), np.round(twice, 3)
-        (Array([6.825, 1.546], dtype=float64), Array([6.327, 1.478], dtype=float64))
+        (Array([6.825, 1.546], dtype=float64), Array([6.347, 1.473], dtype=float64))
     """
     reml = is_reml(method)
     parameters = parameters_for(design, parameters)

@@ -23,7 +23,7 @@ from jaxreml.model.arrays import (
     read,
     spans_identity,
 )
-from jaxreml.model.basis import ROUNDING, Basis, first_of, solve
+from jaxreml.model.basis import Basis, first_of, solve
 from jaxreml.model.covariance.unstructured import unstructured
 from jaxreml.model.response import Response
 from jaxreml.model.structures.grouped import Grouped, Products
@@ -105,6 +105,7 @@ def of_moments(
         trouble=first_of(
             {
                 Status.NOT_FINITE: infinite,
+                Status.TOO_FEW_ROWS: n <= p - absent.sum(),
                 Status.RANK_DEFICIENT: absent.any(),
                 Status.ILL_CONDITIONED: ill,
             }
@@ -145,7 +146,7 @@ def by_level(zz: Any, columns: Any, rest: Any) -> tuple[Any, Any, Any, Any]:
     scores = _scores(factors, columns)
     left = rest - sum(linalg.row_products(own, own) for own in scores)
     sizes = linalg.diagonal(rest)
-    some = linalg.diagonal(left) > ROUNDING * np.finfo(rest.dtype).eps * sizes
+    some = linalg.diagonal(left) > linalg.negligible(0.0, rest.dtype) * sizes
     left = xp.where(some[:, None] & some, left, 0.0)
     return factors, scores, left, xp.min(shares, axis=(0, 1))
 
@@ -159,7 +160,7 @@ def semidefinite_root(matrix: Any) -> tuple[Any, Any]:
     """
     xp = namespace(matrix)
     k = len(matrix)
-    tolerance = ROUNDING * float(np.finfo(matrix.dtype).eps)
+    tolerance = linalg.negligible(0.0, matrix.dtype)
     ahead = np.triu(np.ones((k, k), matrix.dtype)).reshape(k, k, *[1] * (matrix.ndim - 2))
     rest, rows, shares = matrix, [], []
     for i in range(k):

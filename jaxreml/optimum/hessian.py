@@ -42,12 +42,12 @@ def eigen_step(gradient: Array, hessian: Array) -> Step:
     size = xp.max(abs(values), axis=0)
     size = xp.where(size > 0, size, 1.0)
     along = xp.sum(gradient[:, None] * vectors, axis=0)
-    scaled = along / xp.maximum(abs(values), FLAT * size)
+    scaled = along / xp.maximum(abs(values), linalg.negligible(FLAT, hessian.dtype, 1) * size)
     return Step(
         -xp.sum(vectors * scaled, axis=1),
         xp.sum(along * scaled, axis=0) / 2,
         ESCAPE * vectors[:, 0],
-        values[0] < -NEGATIVE * size,
+        values[0] < -linalg.negligible(NEGATIVE, hessian.dtype) * size,
     )
 
 
@@ -70,12 +70,13 @@ def shifted_step(gradient: Array, hessian: Array) -> Step:
     xp = namespace(hessian)
     identity = linalg.eye_like(hessian)
     size = _size(hessian)
+    least = linalg.negligible(SHIFT, hessian.dtype) * size
     rows = xp.sum(abs(hessian), axis=1)
-    factor = linalg.cholesky(hessian + SHIFT * size * identity)
+    factor = linalg.cholesky(hessian + least * identity)
     negative = xp.isnan(factor[-1, -1])
     centres = linalg.diagonal(hessian)
     lowest = xp.min(centres - (rows - abs(centres)), axis=0)
-    shift = xp.where(negative, xp.maximum(-lowest, 0.0) * 1.1 + SHIFT * size, SHIFT * size)
+    shift = xp.where(negative, xp.maximum(-lowest, 0.0) * 1.1 + least, least)
     factor = linalg.cholesky(hessian + shift * identity)
     half = linalg.solve_lower(factor, gradient[:, None])
     step = -linalg.solve_lower(_flip(factor), half[::-1])[::-1, 0]
@@ -100,7 +101,8 @@ def is_convex(hessian: Array) -> Array:
     xp = namespace(hessian)
     if hessian.ndim == 2:
         return inertia(hessian)[0] == 0
-    shifted = hessian + SHIFT * _size(hessian) * linalg.eye_like(hessian)
+    least = linalg.negligible(SHIFT, hessian.dtype) * _size(hessian)
+    shifted = hessian + least * linalg.eye_like(hessian)
     return ~xp.isnan(linalg.cholesky(shifted)[-1, -1])
 
 
@@ -109,8 +111,8 @@ def inertia(hessian: Array) -> Array:
     xp = namespace(hessian)
     values, _ = linalg.eigh(hessian)
     size = xp.max(abs(values), axis=0)
-    negative = values < -NEGATIVE * size
-    positive = values > NEGATIVE * size
+    least = linalg.negligible(NEGATIVE, hessian.dtype) * size
+    negative, positive = values < -least, values > least
     return xp.stack([kind.sum(axis=0) for kind in (negative, ~negative & ~positive, positive)])
 
 
@@ -122,7 +124,8 @@ def solve_flat(hessian: Array, right: Array) -> Array:
     xp = namespace(hessian)
     values, vectors = linalg.eigh(still(hessian))
     size = xp.max(abs(values), axis=0)
-    flat = xp.where(abs(values) <= FLAT * size, 1.0, 0.0)
+    least = linalg.negligible(FLAT, hessian.dtype, 10) * size
+    flat = xp.where(abs(values) <= least, 1.0, 0.0)
     onto_flat = linalg.matmul(vectors * flat, linalg.transpose(vectors))
     filled, _ = linalg.inverse(hessian + size * onto_flat, False)
     if hessian.ndim == 2:

@@ -20,7 +20,8 @@ from jaxreml.backend.arrays import chosen, mapped, namespace, on_host
 from jaxreml.model import linalg
 from jaxreml.optimum.hessian import Step, eigen_step, shifted_step, steepened
 
-ROUNDING = 1e-13  # Relative change of the function that rounding alone can make.
+ROUNDING = 1e-13  # Relative change of the function that rounding alone can make,
+UNITS = 8  # and so many units of rounding at least: in single precision.
 RESOLUTION = 1e-16  # A decrement below this fraction of the function is none.
 UNRESOLVED = 1e-11  # Likewise where no downhill step is left: the function's own rounding error.
 COLLAPSED = 1e-10  # Radius below which no downhill step is left, in units of the coordinates.
@@ -97,6 +98,7 @@ def minimise(
     settled: Callable[[Array], Array] | None = None,
     among: Callable[[np.ndarray], Callable[..., Any]] | None = None,
     ends: Callable[[Array, Any], bool] | None = None,
+    size: Array | float = 0.0,
 ) -> Trace:
     """Minimise a smooth function, or as many as there are lanes: one more axis at the end.
 
@@ -127,9 +129,12 @@ def minimise(
             leave.
         ends: on the host and without lanes, whether to leave the search at an accepted point, as
             it is known where it leads.
+        size: of the terms that the function is a sum of, (): rounding is relative to them too.
     """
     in_lanes = start.ndim > 1
-    search = _Search(expand, snap, tolerance, max_iterations, flat, in_lanes, careful, settled)
+    search = _Search(
+        expand, snap, tolerance, max_iterations, flat, in_lanes, careful, settled, size
+    )
     final = linalg.alike(search.begin(start, radius), start)
     if on_host(start):
         final = search.leaving(final, among) if among else search.to_the_end(final, ends)
@@ -154,6 +159,12 @@ class _Search:
     in_lanes: bool
     careful: bool
     settled: Callable[[Array], Array] | None
+    size: Array | float
+
+    def noise(self, value: Array) -> Array:
+        """By how much values of the function can differ by rounding, or the tolerance, alone."""
+        share = linalg.negligible(ROUNDING, value.dtype, UNITS)
+        return share * (abs(value) + self.size) + self.tolerance
 
     def expansion(self, at: Array, exact: Array | bool) -> Any:
         return self.expand(at) if self.settled is None else self.expand(at, exact)
@@ -236,7 +247,7 @@ class _Search:
             zeros = mapped(np.zeros_like, new)._replace(value=old.point.value)
             old = old._replace(point=zeros)
             state = state._replace(trace=old)
-        noise = ROUNDING * abs(new.value) + self.tolerance
+        noise = self.noise(new.value)
         gain = old.point.value - new.value
         # A rejected polish leaves the converged point as it is.
         accept = _is_finite(new) & (gain >= -noise)
@@ -285,7 +296,7 @@ class _Search:
         good = trace.converged
         if self.careful:
             value = trace.point.value
-            highest = value + ROUNDING * abs(value) + self.tolerance
+            highest = value + self.noise(value)
             good = good & (self.expansion(last, True).value <= highest)
         return trace._replace(at=xp.where(good, last, trace.at))
 

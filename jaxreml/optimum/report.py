@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import namespace
+from jaxreml.backend.arrays import namespace, still
 from jaxreml.backend.lazy import record
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
@@ -45,7 +45,8 @@ class Estimate:
         criterion: (), -2 log (restricted) likelihood at the optimum.
         hessian: (m + 1, m + 1), of the criterion in `parameters`; NaN as in `parameters_vcov`.
         n_iter: (), expansions of the criterion computed.
-        gradient_norm: (), Euclidean norm of the gradient in the chart (scaled effects).
+        gradient_norm: (), Euclidean norm of the gradient in the chart (scaled effects); without
+            derivatives.
         inertia: (3,), negative, zero and positive eigenvalues of the Hessian in the chart
             (unstructured covariances: in theta).
         is_singular: (), whether a variance is zero or a correlation matrix has lost rank.
@@ -131,7 +132,7 @@ def report(
         design,
         criterion=point.value,
         n_iter=trace.iterations,
-        gradient_norm=xp.sqrt(xp.sum(point.gradient**2, axis=0)),
+        gradient_norm=xp.sqrt(xp.sum(still(point.gradient) ** 2, axis=0)),
         inertia=inertia(inner_hessian(chart, point, covariance)),
         status=status,
     )
@@ -172,7 +173,7 @@ def report_at(
         design,
         criterion=expansion.value,
         n_iter=n_iter,
-        gradient_norm=xp.sqrt(xp.sum(xp.where(free, gradient, 0.0) ** 2)),
+        gradient_norm=xp.sqrt(xp.sum(xp.where(free, still(gradient), 0.0) ** 2)),
         inertia=inertia(xp.where(both, hessian, linalg.eye_like(hessian))),
         status=status,
     )
@@ -284,7 +285,9 @@ def _curvature(
     unit_hessian = xp.where(both, hessian / (unit[:, None] * unit), identity)
     unit_factor = linalg.cholesky(unit_hessian)
     # The pivot is NaN, and the comparison false, where the factorisation failed.
-    regular = xp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.FLAT
+    regular = xp.min(linalg.diagonal(unit_factor), axis=0) ** 2 > linalg.negligible(
+        linalg.FLAT, hessian.dtype
+    )
     inverse = linalg.solve_lower(unit_factor, identity) / unit
     vcov = 2 * linalg.matmul(linalg.transpose(inverse), inverse)
     return _Curvature(shown, free, vcov, hessian, vcov_slopes, regular)

@@ -35,6 +35,7 @@ SMALL, LARGE, HUGE = 0.3, 10.0, 30.0  # relative SDs of scaled effects to start 
 CHEAP = 2**17  # numbers in a structure up to which every rival start is searched from
 NEAR = 0.5  # of the criterion: above an optimum by less, a search may be in its basin
 AGREES = 0.2  # share of that by which the quadratic model may be off there
+LOWER = 1.5e-8  # of a criterion: another is below it by more
 SAME = 1e-9  # relative differences that are none
 ROUNDS = 40  # of halving in `is_global`
 MOST_RATIOS = 5000  # that it looks at
@@ -63,7 +64,7 @@ def starts(covariance: Covariance) -> np.ndarray:
 def is_lower(value: Any, other: Any) -> Any:
     """Whether a criterion is below another by more than rounding."""
     xp = namespace(value, other)
-    margin = math.sqrt(np.finfo(np.asarray(value).dtype if xp is np else value.dtype).eps)
+    margin = linalg.negligible(LOWER, np.asarray(value).dtype if xp is np else value.dtype, 16)
     return value + margin * (1 + xp.abs(value)) < other
 
 

@@ -166,6 +166,7 @@ def search(
         settled=partial(is_settled, covariance) if design.structure.costly else None,
         among=(lambda places: on(design.among(places))) if lanes else None,
         ends=ends,
+        size=design.n,
     )
 
 

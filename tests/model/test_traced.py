@@ -223,6 +223,32 @@ def test_independent_columns_and_their_derivatives():
         assert float(slope) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_residuals_and_their_derivatives():
+    """Against the normal equations, and a value that is not finite as a zero."""
+    rng = np.random.default_rng(0)
+    X, direction = rng.normal(size=(2, 30, 4))
+    y = rng.normal(size=(30, 2)) + 5
+    X[3, 2] = direction[3, 2] = 0.0
+    broken = X.copy()
+    broken[3, 2] = np.nan
+
+    def of_normal_equations(t):
+        moved = X + t * direction
+        values = jnp.cos(t) * y
+        return values - moved @ jnp.linalg.solve(moved.T @ moved, moved.T @ values)
+
+    def ours(t):
+        basis, _ = linalg.independent_columns(jnp.asarray(broken) + t * direction, 1e-10)
+        values = jnp.cos(t) * y
+        rest, shares = linalg.residual(basis, values)
+        return rest + basis @ (basis.T @ values - shares)
+
+    f, g = (lambda t, of=of: jnp.sum(jnp.sin(of(t)) ** 2) for of in (ours, of_normal_equations))
+    for _ in range(3):
+        assert float(f(0.1)) == pytest.approx(float(g(0.1)), rel=1e-10)
+        f, g = jax.grad(f), jax.grad(g)
+
+
 class TestTracedEffects:
     """Effects and weights of one factor stay grouped; derivatives exist where effects tie."""
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxreml
-from jaxreml import Design, Status, Term, estimate, ml_objective, optimise
+from jaxreml import Design, Status, Term, estimate, ml_objective, optimise, reml_objective
 
 RNG = np.random.default_rng(3)
 N = 150
@@ -70,6 +70,35 @@ def test_vmap_equals_a_loop(designs):
         assert int(many.n_iter[k]) == int(alone.n_iter)
         np.testing.assert_allclose(many.parameters[k], alone.parameters, atol=1e-9)
     assert len(set(many.n_iter.tolist())) > 1
+
+
+def test_lbfgs_under_jit_and_vmap_finds_what_estimate_finds(designs, estimates):
+    many = jax.jit(jax.vmap(optimise))(jaxreml.stack(designs))
+    for k, known in enumerate(estimates):
+        assert int(many.status[k]) == Status.CONVERGED
+        np.testing.assert_allclose(many.parameters[k], known.parameters, atol=1e-5)
+        np.testing.assert_allclose(many.log_variance_se[k], known.log_variance_se, rtol=1e-5)
+
+
+def test_optimistix_and_a_loop_by_hand_find_it_too(designs, estimates):
+    """The recipes of docs/guides/derivatives.md."""
+    optimistix = pytest.importorskip("optimistix")
+    solver = optimistix.BFGS(rtol=1e-10, atol=1e-10)
+
+    @jax.jit
+    def newton(at, design):
+        gradient = jax.grad(reml_objective)
+        slope, curvature = gradient(at, design), jax.jacfwd(gradient)(at, design)
+        return at - jnp.linalg.solve(curvature, slope), jnp.abs(slope).max()
+
+    design, known = designs[2], estimates[2]
+    found = optimistix.minimise(reml_objective, solver, jaxreml.start(design), args=design)
+    np.testing.assert_allclose(found.value, known.parameters, atol=1e-6)
+    at, first = newton(jaxreml.start(design), design)
+    for _ in range(6):
+        at, largest = newton(at, design)
+    assert largest < 1e-9 < 1e-3 < first
+    np.testing.assert_allclose(at, known.parameters, atol=1e-8)
 
 
 def test_start_is_in_the_datas_units(designs, estimates):

@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxreml.model.covariance.custom import Function
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -57,3 +59,13 @@ def test_a_covariance_of_ones_own_takes_about_the_work_of_the_built_in(
     assert ours.n_iter <= builtin.n_iter + 1
     assert 0 < len(calls) <= 8 * ours.n_iter
     sys.modules.pop("own_covariance"), sys.modules.pop("common", None)
+
+
+@pytest.mark.long
+def test_a_pass_of_batches_has_the_loss_of_all_rows(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("neural")
+    assert script.main(["--quick", "--json", str(tmp_path / "found.json")]) == 0
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert found["apart"] < 1e-12 and 0 < found["padded"] < 0.1
+    sys.modules.pop("neural"), sys.modules.pop("common", None)

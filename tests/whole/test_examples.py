@@ -8,13 +8,20 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import independent
 import jax
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from research_examples import (
+    check_experiment_design,
+    check_hyper_gradient,
+    check_influence,
+)
 from scipy import stats
 
+import jaxreml
 from jaxreml import Status
 
 DAYS = np.array([0.0, 9.0])  # the ends of sleepstudy
@@ -223,6 +230,95 @@ def check_shrinkage(figures: dict, text: str) -> None:
     assert imread(of_docs).shape == imread(figures["plot"]).shape
 
 
+def check_learned_kernel(figures: dict, text: str) -> None:
+    learned, errors, surface = (figures[name] for name in ("learned", "errors", "surface"))
+    assert learned["status"] == Status.CONVERGED and "converged" in text
+    assert figures["gap"] < 1e-8
+    assert (surface.to_numpy() > learned["criterion"]).all()
+    assert errors["learned lengths"] < 0.75 * errors["independent orchards"]
+    assert errors["true lengths"] < errors["independent orchards"]
+
+    # The criterion of fits by eigenvectors, the variances estimated anew: its gradient is zero, and
+    # twice the inverse of its Hessian is the same as the part of the joint one.
+    module, records = load("learned_kernel"), figures["records"]
+    places = figures["places"][: records["orchard"].nunique()]
+
+    def criterion(logs: np.ndarray) -> float:
+        kernel = module.matern(places, np.exp(logs))
+        return jaxreml.fit(module.FORMULA, records, kernels={"orchard": kernel}).criterion
+
+    at, h = np.log(learned["lengths"]), 0.05
+    steps = {(i, j): criterion(at + h * np.array([i, j])) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    slope = [steps[1, 0] - steps[-1, 0], steps[0, 1] - steps[0, -1]]
+    np.testing.assert_allclose(np.array(slope) / (2 * h), 0, atol=2e-2)
+    across = (steps[1, 1] - steps[1, -1] - steps[-1, 1] + steps[-1, -1]) / 4
+    own = [steps[1, 0] + steps[-1, 0], steps[0, 1] + steps[0, -1]] - 2 * np.full(2, steps[0, 0])
+    hessian = (np.diag(own) + across * (1 - np.eye(2))) / h**2
+    np.testing.assert_allclose(2 * np.linalg.inv(hessian), learned["vcov"], rtol=2e-2)
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#D55E00"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 50
+
+
+def check_heritability(figures: dict, text: str) -> None:
+    found, results = figures["found"], figures["results"]
+    assert results.converged.all() and len(found) == 300 and figures["gap"] < 1e-8
+    # 95% and 0, with three standard deviations of their sampling.
+    inside = found[(found["estimate"] > 0) & (found["truth"] > 0)]
+    covered = (inside["lower"] <= inside["truth"]) & (inside["truth"] <= inside["upper"])
+    assert figures["coverage"] == pytest.approx(covered.mean()) and 0.91 < covered.mean() < 0.99
+    assert abs(figures["bias"]) < 0.03 and found["estimate"].corr(found["truth"]) > 0.7
+    zero = found["estimate"] == 0
+    assert figures["n_zero"] == zero.sum() > 10
+    assert found.loc[zero, ["std_error", "lower", "upper"]].isna().all(axis=None)
+    assert found.loc[~zero, ["std_error", "lower", "upper"]].notna().all(axis=None)
+    # By dense algebra: the criterion, its gradient, and the standard error of the ratio.
+    name = found.index[(found["truth"] > 0.3) & ~zero][0]
+    y, table = figures["values"][name].to_numpy(), figures["table"]
+    X = np.column_stack([np.ones(len(table)), table["sex"] == "m"]).astype(float)
+    K = figures["kinship"].loc[table["calf"], table["calf"]].to_numpy()
+    genes, noise = results.variances.loc[name]
+
+    def criterion(logs: np.ndarray) -> float:
+        V = np.exp(logs[0]) * K + np.exp(logs[1]) * np.eye(len(K))
+        return independent.criterion_at(V, X, y, reml=True)
+
+    at = np.log([genes, noise])
+    assert results.criterion[name] == pytest.approx(criterion(at), abs=1e-7)
+    np.testing.assert_allclose(independent.gradient(criterion, at), 0, atol=1e-4)
+    share = genes / (genes + noise)
+    assert found.loc[name, "estimate"] == pytest.approx(share)
+    slope = share * (1 - share) * np.array([1, -1])  # of the share in the logarithms
+    vcov = 2 * np.linalg.inv(independent.hessian(criterion, at, step=3e-2))
+    assert found.loc[name, "std_error"] == pytest.approx(np.sqrt(slope @ vcov @ slope), rel=1e-3)
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#D55E00"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 50
+
+
+def check_neural_mixed_model(figures: dict, text: str) -> None:
+    table, variances, counts = (figures[name] for name in ("table", "variances", "counts"))
+    whole = table[table["where"] == "known"].set_index(["share", "method"])["error"]
+    sizes = table[table["where"] == "by size"].groupby(["share", "method", "rows"])["error"].mean()
+    for share in ("0.5", "0.5, confounded"):
+        # Effects of variance 1 altogether are predicted, better from more rows; without groups
+        # they are errors in full.
+        assert whole[share, "random effects"] < 0.8 * whole[share, "no groups"]
+        assert whole[share, "no groups"] > 0.9
+        by_rows = sizes[share, "random effects"]
+        assert by_rows["32-60"] < by_rows["2-3"]
+    assert len(counts) == 200 and counts.min() == 2 and counts.max() == 60
+    assert (abs(variances["REML"] - variances["true"])[:2] < 4 * variances["SE"][:2]).all()
+    # The square is 2 / J for J groups whose effects are known, more as they are not
+    assert variances["SE"].iloc[:2].between(np.sqrt(2 / 200), 2 * np.sqrt(2 / 200)).all()
+    assert "known groups by their rows" in text
+    of_docs = EXAMPLES[0].parents[1] / "docs" / "_static" / "neural_mixed_model.png"
+    assert imread(of_docs).shape == imread(figures["plot"]).shape
+    image = imread(figures["plot"])[..., :3]
+    for colour in ("#0072B2", "#999999"):
+        assert (np.abs(image - to_rgb(colour)).max(axis=-1) < 0.05).sum() > 500
+
+
 def check_bayesian(figures: dict, text: str) -> None:
     few, many = figures["studies"]
     for own in (few, many):
@@ -264,8 +360,14 @@ CHECKS = {
     "bayesian": check_bayesian,
     "dream": check_dream,
     "eqtl": check_eqtl,
+    "experiment_design": check_experiment_design,
     "genes": check_genes,
+    "heritability": check_heritability,
+    "hyper_gradient": check_hyper_gradient,
+    "influence": check_influence,
     "insteval": check_insteval,
+    "learned_kernel": check_learned_kernel,
+    "neural_mixed_model": check_neural_mixed_model,
     "optax_lbfgs": check_optax_lbfgs,
     "schools": check_schools,
     "shrinkage": check_shrinkage,
@@ -273,8 +375,30 @@ CHECKS = {
 }
 
 
+BOUNDED = {
+    "heritability": {"calves": 200, "traits": 300},
+    "influence": {"rows": [5, 7, 9, 21, 30, 39, 56, 57, 59, 90, 92, 130, 166]},
+    "learned_kernel": {"orchards": 60, "grid": 3},
+    "neural_mixed_model": {
+        "seeds": 1,
+        "shares": (0.5,),
+        "epochs": 12,
+        "methods": ("no groups", "random effects"),
+    },
+}
+
+
 def test_examples_and_checks_correspond():
     assert {path.stem for path in EXAMPLES} == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_gallery_shows_it(name):
+    docs = EXAMPLES[0].parents[1] / "docs"
+    text = (docs / "guides" / "gallery.md").read_text()
+    assert f"\n    python examples/{name}.py {name}.png\n" in text
+    assert f"\n```{{image}} ../_static/{name}.png\n" in text
+    assert 5_000 < (docs / "_static" / f"{name}.png").stat().st_size < 80_000
 
 
 def load(name: str):
@@ -287,13 +411,12 @@ def load(name: str):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_example(name, tmp_path):
-    drawn = ("bayesian", "dream", "eqtl", "genes", "insteval", "shrinkage", "voxels")
-    arguments = [tmp_path / f"{name}.png"] if name in drawn else []
-    module = load(name)
+    module, path = load(name), tmp_path / f"{name}.png"
     text = io.StringIO()
     with jax.enable_x64(False), redirect_stdout(text):  # as for a user who has set nothing
-        figures = module.main(*arguments)
+        figures = module.main(path, **BOUNDED.get(name, {}))
     CHECKS[name](figures, text.getvalue())
+    assert Path(figures["plot"]) == path and imread(path).std() > 0.05
 
 
 def test_genes_without_matplotlib(monkeypatch, capsys):

@@ -24,7 +24,7 @@ ROOMS = [
     {"results"},
     {"inference"},
     {"many"},
-    {"covariance", "fitting", "frame"},
+    {"covariance", "fitting", "frame", "penalties"},
     {"data", "optimum"},
     {"model"},
     {"typeset"},

@@ -273,7 +273,7 @@ class Stationary(_OneCoordinate):
         """Correlations at distances, an array or a Jet as z is."""
 
     @abstractmethod
-    def with_correlation(self, common: float, distance: float) -> float:
+    def with_correlation(self, common: float, distance: Array) -> Array:
         """The coordinate with which there is this positive correlation at a distance."""
 
 
@@ -311,8 +311,9 @@ class Autoregressive(Stationary):
     def of_distance(self, z: Any, distances: Any) -> Any:
         return jets.tanh(z) ** distances
 
-    def with_correlation(self, common: float, distance: float) -> float:
-        return float(np.arctanh(min(common ** (1 / distance), MOST)))
+    def with_correlation(self, common: float, distance: Array) -> Array:
+        xp = namespace(distance)
+        return xp.arctanh(xp.minimum(common ** (1 / distance), MOST))
 
     def formula(self, u: Sequence[Any]) -> Any:
         powers = [u[0] * 0.0 + 1.0]

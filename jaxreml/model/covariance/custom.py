@@ -19,7 +19,9 @@ import numpy as np
 
 from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.compilation import quick_jit, remembered
+from jaxreml.backend.lazy import is_of_jax, jax
 from jaxreml.backend.runtime import neutral
+from jaxreml.errors import DataError
 from jaxreml.model.covariance.natural import triangle
 
 Array = Any  # NumPy's or JAX's
@@ -183,6 +185,12 @@ def _key(tree: Any) -> Any:
         return "dict", tuple((name, _key(part)) for name, part in sorted(tree.items()))
     if isinstance(tree, (tuple, list)):
         return type(tree).__name__, tuple(_key(part) for part in tree)
+    if is_of_jax(tree) and isinstance(tree, jax.core.Tracer):  # pyright: ignore
+        raise DataError(
+            "the data of a covariance of your own must be concrete, as they are compiled into the "
+            "program, and these are traced by JAX. To differentiate in h of a known matrix K(h) of "
+            'the effects, give it by these: Z L(h) with K = L L\' and the covariance "homdiag"'
+        )
     array = np.asarray(tree)
     return array.shape, array.dtype.str, array.tobytes()
 

@@ -75,8 +75,8 @@ class Distance(Stationary):
         power = self._own.power
         return self._own.value(jets.exp(z * -float(power)) * distances**power)
 
-    def with_correlation(self, common: float, distance: float) -> float:
-        return float(self._z_of(np.float64(common), np.float64(distance))[0])
+    def with_correlation(self, common: float, distance: Array) -> Array:
+        return self._z_of(np.float64(common), distance)[0]
 
     @property
     def _distances(self) -> np.ndarray:
@@ -173,7 +173,7 @@ class Distance(Stationary):
                 b = (low + high) / 2
                 above = self._own.value(b) > rho
                 low, high = xp.where(above, b, low), xp.where(above, high, b)
-        return (xp.log(distance) - xp.log(b) / self._own.power)[None]
+        return (namespace(distance).log(distance) - xp.log(b) / self._own.power)[None]
 
     def stated(self, z: Array) -> Array:
         """The range."""

@@ -1,5 +1,4 @@
-"""Values with first and second derivatives, for NumPy: what a formula is, differentiated, without
-JAX.
+"""Values with first and second derivatives: what a formula is, differentiated, without JAX.
 
 A formula made of sums, products, quotients, `exp`, `tanh` and constant powers gives its value on
 arrays, JAX's too, and its derivatives on `variables`, which the forward rules carry along
@@ -56,7 +55,7 @@ class Jet:
         return Jet(
             self.value * other.value,
             self.first * other.value + self.value * other.first,
-            second + mixed + np.swapaxes(mixed, 0, 1),
+            second + mixed + mixed.swapaxes(0, 1),
         )
 
     def __truediv__(self, other: Any) -> Jet:
@@ -67,11 +66,12 @@ class Jet:
 
     def __pow__(self, power: Any) -> Jet:
         """By constants, numbers or an array that goes with the value."""
-        power = np.asarray(power, float)
-        below = np.where(power == 0, 0.0, power * self.value ** np.where(power == 0, 1, power - 1))
+        xp = namespace(self.value, power)
+        power = xp.asarray(power, float)
+        below = xp.where(power == 0, 0.0, power * self.value ** xp.where(power == 0, 1, power - 1))
         lowest = power * (power - 1)
-        bend = np.where(
-            lowest == 0, 0.0, lowest * self.value ** np.where(lowest == 0, 1, power - 2)
+        bend = xp.where(
+            lowest == 0, 0.0, lowest * self.value ** xp.where(lowest == 0, 1, power - 2)
         )
         return self._through(self.value**power, below, bend)
 
@@ -92,7 +92,7 @@ def exp(argument: Any) -> Any:
     """Of a Jet or an array."""
     if not isinstance(argument, Jet):
         return namespace(argument).exp(argument)
-    value = np.exp(argument.value)
+    value = namespace(argument.value).exp(argument.value)
     return argument._through(value, value, value)
 
 
@@ -100,7 +100,7 @@ def tanh(argument: Any) -> Any:
     """Of a Jet or an array."""
     if not isinstance(argument, Jet):
         return namespace(argument).tanh(argument)
-    value = np.tanh(argument.value)
+    value = namespace(argument.value).tanh(argument.value)
     slope = 1 - value**2
     return argument._through(value, slope, -2 * value * slope)
 
@@ -109,8 +109,9 @@ def sin(argument: Any) -> Any:
     """Of a Jet or an array."""
     if not isinstance(argument, Jet):
         return namespace(argument).sin(argument)
-    value = np.sin(argument.value)
-    return argument._through(value, np.cos(argument.value), -value)
+    xp = namespace(argument.value)
+    value = xp.sin(argument.value)
+    return argument._through(value, xp.cos(argument.value), -value)
 
 
 def through(argument: Any, function: Any) -> Any:
@@ -127,8 +128,9 @@ def stack(parts: list[Any]) -> Any:
     if jet is None:
         return namespace(*parts).stack(parts)
     own = [part if isinstance(part, Jet) else jet * 0.0 + part for part in parts]
+    xp = namespace(jet.value)
     return Jet(
-        np.stack([part.value for part in own]),
-        np.stack([part.first for part in own], axis=1),
-        np.stack([part.second for part in own], axis=2),
+        xp.stack([part.value for part in own]),
+        xp.stack([part.first for part in own], axis=1),
+        xp.stack([part.second for part in own], axis=2),
     )

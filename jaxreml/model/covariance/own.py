@@ -319,7 +319,7 @@ class OwnCorrelation(Correlation):
     def start(self, common: Array) -> Array:
         """The user's, whatever the correlation."""
         start, shape = self.function.start[self.function.variances :], np.shape(common)
-        start = start.reshape(-1, *[1] * len(shape)).astype(np.asarray(common).dtype)
+        start = start.reshape(-1, *[1] * len(shape)).astype(common.dtype)
         return namespace(common).broadcast_to(start, (self.count, *shape))
 
 

@@ -21,6 +21,7 @@ from jaxreml.model.linalg.plain import (
     flat_inverse,
     lower,
     matmul,
+    negligible,
     row_products,
     transpose,
 )
@@ -43,12 +44,15 @@ __all__ = [
     "lower",
     "matmul",
     "mirrored",
+    "negligible",
     "plus_identity",
     "qr",
+    "residual",
     "row_products",
     "solve_lower",
     "solve_upper",
     "transpose",
+    "whitening",
 ]
 Array = Any  # NumPy's or JAX's
 
@@ -85,6 +89,11 @@ def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
     return _of(matrix).inverse(matrix, definite)
 
 
+def whitening(matrices: Array) -> tuple[Array, Array]:
+    """L^-1 of matrices V = L L', the batch on the first axis, (B, k, k), and the sum of log|V|."""
+    return _of(matrices).whitening(matrices)
+
+
 def inverse_of_factor(factor: Array) -> Array:
     """(L L')^-1 for lower-triangular L, (k, k)."""
     return _of(factor).inverse_of_factor(factor)
@@ -118,6 +127,12 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
     from jaxreml.model.linalg import of_jax
 
     return of_jax.independent_columns(matrix, tolerance)
+
+
+def residual(basis: Array, values: Array) -> tuple[Array, Array]:
+    """What orthonormal U (n, p) leaves of (n, k), and the coefficients (p, k) of what it takes. Two
+    passes, as the first leaves rounding of a large mean."""
+    return _of(basis, values).residual(basis, values)
 
 
 def alike(tree: Any, like: Array) -> Any:

@@ -23,6 +23,7 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import solve_triangular
 
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.linalg.plain import (
     PIVOTED_ORDER,
     UNROLLED_ORDER,
@@ -35,6 +36,7 @@ from jaxreml.model.linalg.plain import (
     unrolled_cholesky,
     unrolled_solve,
 )
+from jaxreml.model.linalg.plain import residual as plain_residual
 
 
 def alike(tree: Any, like: Array) -> Any:
@@ -65,6 +67,7 @@ def cholesky(matrix: Array) -> Array:
 
 
 @cholesky.defjvp
+@usual_arithmetic()
 def _cholesky_jvp(primals, tangents):
     """dL = L P, with P the lower triangle of L^-1 dA L^-T, its diagonal halved."""
     factor = cholesky(*primals)
@@ -98,6 +101,14 @@ def inverse_of_factor(factor: Array) -> Array:
     """As `linalg.inverse_of_factor`."""
     half = solve_lower(factor, jnp.eye(len(factor), dtype=factor.dtype))
     return solve_lower(factor, half, transposed=True)
+
+
+def whitening(matrices: Array) -> tuple[Array, Array]:
+    """As `linalg.whitening`."""
+    factors = cholesky(jnp.moveaxis(matrices, 0, -1))
+    identity = jnp.broadcast_to(eye_like(factors), factors.shape)
+    inverse = solve_lower(factors, identity)
+    return jnp.moveaxis(inverse, -1, 0), 2 * jnp.sum(jnp.log(diagonal(factors)))
 
 
 def mirrored(triangle: Array) -> Array:
@@ -141,6 +152,7 @@ def inverse(matrix: Array, definite: bool) -> tuple[Array, Array]:
 
 
 @inverse.defjvp
+@usual_arithmetic()
 def _inverse_jvp(definite, primals, tangents):
     inverted, logs = inverse(primals[0], definite)
     moved = matmul(inverted, tangents[0])
@@ -157,6 +169,7 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
 
 
 @eigh.defjvp
+@usual_arithmetic()
 def _eigh_jvp(primals, tangents):
     values, vectors = eigh(*primals)
     inside = matmul(transpose(vectors), matmul(tangents[0], vectors))
@@ -172,6 +185,7 @@ def qr(matrix: Array) -> tuple[Array, Array]:
 
 
 @qr.defjvp
+@usual_arithmetic()
 def _qr_jvp(primals, tangents):
     """With M = dA R^-1 and the skew S that has the part of Q'M below its diagonal,
     dQ = M + Q (S - Q'M) and dR = (Q'M - S) R (Walter, Lehmann and Lamour 2012, Optim. Methods
@@ -259,28 +273,30 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
 
     A column counts as dependent if no more than `tolerance` of its length is outside the span of
     those before it. It is left out, of the derivatives too: those of U and R are what they are
-    without it, and zero in it, where they do not exist.
+    without it, and zero in it, where they do not exist. Values that are not finite count as zeros.
 
     By Gram-Schmidt, as LAPACK's QR factorisation puts an arbitrary direction in the place of a
     dependent column; twice is enough (Kahan, in Parlett 1980).
     """
     matrix = jnp.asarray(matrix)  # eager derivatives come with NumPy arrays
-    size = jnp.max(jnp.abs(matrix), axis=0, initial=0.0)
-    size = jnp.where(size > 0, size, 1.0)
 
     def add_column(k: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         basis, triangle = found
-        rest = matrix[:, k] / size[k]
+        rest = matrix[:, k]
+        rest = jnp.where(jnp.isfinite(rest), rest, 0.0)
+        size = jnp.max(jnp.abs(rest))
+        size = jnp.where(size > 0, size, 1.0)
+        rest = rest / size
         length = jnp.linalg.norm(rest)
-        shares = basis.T @ rest
+        shares = rest @ basis  # basis.T would be a copy
         rest = rest - basis @ shares
-        again = basis.T @ rest
+        again = rest @ basis
         rest = rest - basis @ again
         pivot = jnp.linalg.norm(rest)
         kept = pivot > tolerance * length
         unit = jnp.where(kept, rest / jnp.where(kept, pivot, 1.0), 0.0)
         column = jnp.where(kept, (shares + again).at[k].set(pivot), 0.0)
-        return basis.at[:, k].set(unit), triangle.at[:, k].set(column * size[k])
+        return basis.at[:, k].set(unit), triangle.at[:, k].set(column * size)
 
     p = matrix.shape[1]
     nothing = jnp.zeros_like(matrix), jnp.zeros((p, p), matrix.dtype)
@@ -288,14 +304,32 @@ def independent_columns(matrix: Array, tolerance: float) -> tuple[Array, Array]:
 
 
 @independent_columns.defjvp
+@usual_arithmetic()
 def _independent_columns_jvp(tolerance, primals, tangents):
     basis, triangle = independent_columns(primals[0], tolerance)
     dependent = diagonal(triangle) == 0
     whole = triangle + jnp.diag(jnp.where(dependent, 1.0, 0.0))
-    moved = jnp.where(dependent, 0.0, tangents[0])
+    moved = jnp.where(dependent | ~jnp.isfinite(primals[0]), 0.0, tangents[0])
     moved = transpose(solve_lower(transpose(whole), transpose(moved)))  # dX R^-1
     within = basis.T @ moved
     turned = jnp.tril(within, -1)
     turned = turned - turned.T
     outside = moved - basis @ within
     return (basis, triangle), (basis @ turned + outside, (within - turned) @ triangle)
+
+
+@jax.custom_jvp
+def residual(basis: Array, values: Array) -> tuple[Array, Array]:
+    """As `linalg.residual`. The derivatives, which hold for an orthonormal U only, are written out:
+    they need no rows but U and what is left."""
+    return plain_residual(basis, values)
+
+
+@residual.defjvp
+@usual_arithmetic()
+def _residual_jvp(primals, tangents):
+    basis, moved = primals[0], tangents[0]
+    rest, shares = residual(*primals)
+    own = tangents[1] - moved @ shares
+    of_shares = basis.T @ own + moved.T @ rest
+    return (rest, shares), (own - basis @ of_shares, of_shares)

@@ -13,11 +13,13 @@ from jaxreml.model.linalg.plain import (
     diagonal,
     eye_like,
     matmul,
+    residual,
     transpose,
     unrolled_cholesky,
     unrolled_solve,
 )
 
+__all__ = ["residual"]
 Array = np.ndarray
 lapack: Any = scipy.linalg.lapack
 PER_LANE = 4  # recurrences of an order over so many lanes each are quicker than LAPACK's calls
@@ -83,6 +85,16 @@ def inverse_of_factor(factor: Array) -> Array:
     inverted = inverted.T
     np.einsum("ii->i", inverted)[:] /= 2
     return mirrored(inverted)
+
+
+def whitening(matrices: Array) -> tuple[Array, Array]:
+    """As `linalg.whitening`."""
+    try:
+        factors = np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError:
+        return np.full_like(matrices, np.nan), np.asarray(np.nan)
+    logs = np.log(np.einsum("bii->bi", factors))
+    return np.linalg.inv(factors), np.asarray(2 * logs.sum())
 
 
 def mirrored(triangle: Array) -> Array:

@@ -12,9 +12,16 @@ from jaxreml.backend.arrays import namespace, on_host
 
 Array = Any  # NumPy's or JAX's
 FLAT = 1e-7  # A direction of a Hessian of unit diagonal is not identified below this pivot.
+ROUNDING = 100  # units of rounding that a share which counts as none has at least
 UNROLLED_ORDER = 8  # up to which recurrences are written out over the trailing axes
 BATCHED_ORDER = 12  # from which on a product of each pair of matrices takes less on the host
 PIVOTED_ORDER = 4  # likewise, with a search for pivots
+
+
+def negligible(share: float, dtype: Any, units: float = ROUNDING) -> float:
+    """A share that counts as none, of so many units of rounding at least: more in single
+    precision."""
+    return max(share, units * float(np.finfo(dtype).eps))
 
 
 def transpose(matrix: Array) -> Array:
@@ -113,6 +120,14 @@ def flat_inverse(matrix: Any, sizes: Any, tolerance: float) -> tuple[Any, Any]:
     largest = xp.max(xp.abs(directions), axis=0)
     directions = directions / xp.where(largest > 0, largest, 1.0)
     return xp.where(broken, xp.nan, inverse), xp.where(broken, xp.nan, directions)
+
+
+def residual(basis: Array, values: Array) -> tuple[Array, Array]:
+    """As `linalg.residual`."""
+    shares = transpose(transpose(values) @ basis)  # a transposed basis would be copied by JAX
+    rest = values - basis @ shares
+    again = transpose(transpose(rest) @ basis)
+    return rest - basis @ again, shares + again
 
 
 def border(matrix: Array, column: Array, corner: Array) -> Array:

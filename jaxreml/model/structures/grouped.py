@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxreml.backend.arrays import among, namespace, on_host, still
-from jaxreml.backend.lazy import jax, jnp, record
+from jaxreml.backend.lazy import deferred, jax, jnp, record
+from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model import linalg
 from jaxreml.model.covariance import natural
 from jaxreml.model.response import Response
@@ -124,6 +125,7 @@ def _projection(
     return Grouped(factors, scores, remainder, (len(omega),))._of_matrix(omega)
 
 
+@deferred(usual_arithmetic)
 def _projection_jvp(primals, tangents):
     """With B and D the projection's, A and C the products and M = (I + A Omega)^-1 = I - B Omega:
     B = M A, D = M C, log|V| = log|I + A Omega| and gram = [X y]'[X y] - C'Omega D."""
@@ -413,6 +415,7 @@ class GroupedBasis:
         if places is not None:
             return Visits.at(by_level, effects, places)
         xp = namespace(effects, codes)
+        collinear = linalg.negligible(COLLINEAR, effects.dtype)
         directions: list[Any] = []
         entries: dict[tuple[int, int], Any] = {}
         for k, column in enumerate(still(effects).T):
@@ -423,7 +426,7 @@ class GroupedBasis:
                     column = column - direction * share[codes]
                     entries[i, k] = entries.get((i, k), 0.0) + share
             rest = xp.sqrt(by_level.sums(column * column))
-            rest = xp.where(rest <= COLLINEAR * length, 0.0, rest)
+            rest = xp.where(rest <= collinear * length, 0.0, rest)
             entries[k, k] = rest
             inverse = xp.where(rest > 0, 1 / xp.where(rest > 0, rest, 1.0), 0.0)
             directions.append(column * inverse[codes])

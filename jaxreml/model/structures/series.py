@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxreml.backend.arrays import namespace, on_host
 from jaxreml.backend.lazy import record
 from jaxreml.errors import DataError
+from jaxreml.model import linalg
 from jaxreml.model.covariance import jets, natural
 from jaxreml.model.covariance.timed import Timed
 from jaxreml.model.structures.base import Marginal, OfRows, Projection
 from jaxreml.model.structures.chain import Chain, best_coordinate
 
-Array = np.ndarray
+Array = Any  # NumPy's or JAX's
 MOST_ROWS = 2000  # of a subject whose matrix is written out
 TOGETHER = 2**20  # numbers of the matrices that are worked on at a time
 
@@ -73,7 +75,7 @@ class Piece(NamedTuple):
 @record
 @dataclass(frozen=True)
 class Series(OfRows):
-    """See above; J subjects, on the host.
+    """See above; J subjects.
 
     Attributes:
         scores: (n, p + 1), [X y], subjects of equally many rows one after the other.
@@ -116,24 +118,19 @@ class Series(OfRows):
             rows = slice(row, row := row + count * length)
             yield Piece(rows, slice(subject, subject := subject + count), (count, length))
 
-    def _factorised(self, piece: Piece, omega: Array) -> tuple[Any, Array, float]:
+    def _factorised(self, piece: Piece, omega: Array) -> tuple[Any, Array, Array]:
         """R as a Jet (..., B, n, n) of the coordinate, L^-1, and log|V| of all of them."""
-        count, length = piece.shape
-        times = self.times[piece.rows].reshape(count, length)
-        distances = np.abs(times[:, :, None] - times[:, None])
-        one = np.ones(distances.shape)
-        z = jets.Jet(omega[-1] * one, one[None], np.zeros((1, 1, *one.shape)))
+        xp = namespace(omega, self.times, self.effects)
+        times = self.times[piece.rows].reshape(piece.shape)
+        distances = abs(times[:, :, None] - times[:, None])
+        one = xp.ones(distances.shape, times.dtype)
+        z = jets.Jet(omega[-1] * one, one[None], xp.zeros((1, 1, *one.shape), times.dtype))
         found = self.law.correlation.of_distance(z, distances)
         V = found.value
         if self._random:
-            Z = self.effects[piece.rows].reshape(count, length, -1)
-            V = V + Z @ np.tensordot(omega[:-1], self._basis, axes=1) @ Z.swapaxes(1, 2)
-        try:
-            factor = np.linalg.cholesky(V)
-        except np.linalg.LinAlgError:
-            return found, np.full_like(V, np.nan), np.nan
-        logdet = 2 * float(np.sum(np.log(np.einsum("bii->bi", factor))))
-        return found, np.linalg.inv(factor), logdet
+            Z = self.effects[piece.rows].reshape(*piece.shape, -1)
+            V = V + Z @ xp.tensordot(omega[:-1], self._basis, axes=1) @ Z.swapaxes(1, 2)
+        return found, *linalg.whitening(V)
 
     def marginal(self, omega: Array) -> Marginal:
         logdet, gram = 0.0, self.remainder
@@ -142,59 +139,66 @@ class Series(OfRows):
             white = inverse @ self.scores[piece.rows].reshape(*piece.shape, -1)
             white = white.reshape(-1, white.shape[2])
             logdet, gram = logdet + log, gram + white.T @ white
-        return Marginal(np.float64(logdet), gram)
+        return Marginal(logdet, gram)
 
     def project(self, omega: Array) -> Projection:
-        n, k = self.scores.shape
-        q, m = sum(self._random), natural.count_theta(self.sizes)
-        weighted, moved, white_moved, bent = (np.empty((n, k)) for _ in range(4))
-        white_effects, products = np.empty((n, q)), np.empty((len(self.levels), q, q))
-        of_effects = np.empty((len(self.levels), q, k))
-        logdet, gram, slope, second = 0.0, self.remainder, np.zeros(m), np.zeros((m, m))
-        for piece in self._pieces():
-            law, inverse, log = self._factorised(piece, omega)
-            rows, own, shape = piece
+        pieces = [self._of_piece(piece, omega) for piece in self._pieces()]
+        total = [sum(own[1:], own[0]) for own in zip(*(sums for sums, _ in pieces), strict=True)]
+        xp = namespace(*total)
+        columns = zip(*(own for _, own in pieces), strict=True)
+        D, moved, of_effects, *others = (xp.concatenate(own) for own in columns)
+        logdet, gram, slope, second = total
+        inner = Inner(slope, second, *others)
+        return Projection(logdet, self.remainder + gram, inner, Cross(D, moved, of_effects))
 
-            def of(columns: Array, rows: slice = rows, shape: tuple[int, int] = shape) -> Array:
-                return columns[rows].reshape(*shape, -1)
+    def _of_piece(self, piece: Piece, omega: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """What a piece adds to log|V0|, to the gram matrix and to the derivatives of log|V0|; and
+        its part of what `Cross` and `Inner` have, in their order."""
+        law, inverse, logdet = self._factorised(piece, omega)
+        xp, kind = namespace(inverse), inverse.dtype
 
-            def put(into: Array, values: Array, rows: slice = rows) -> None:
-                into[rows] = values.reshape(-1, values.shape[2])
+        def of(columns: Array) -> Array:
+            return columns[piece.rows].reshape(*piece.shape, columns.shape[1])
 
-            first, twice = law.first[0], law.second[0, 0]
-            across = inverse.swapaxes(1, 2)
-            white = inverse @ of(self.scores)
-            D = across @ white
-            logdet, flat = logdet + log, white.reshape(-1, k)
-            gram = gram + flat.T @ flat
-            put(weighted, D)
-            put(moved, moving := first @ D)
-            put(white_moved, inverse @ moving)
-            put(bent, twice @ D)
-            precision = across @ inverse
-            both = precision @ first  # V^-1 V_z
-            slope[-1] += np.einsum("bii->", both)
-            second[-1, -1] -= np.einsum("bij,bji->", both, both)
-            if not self.linear:
-                second[-1, -1] += np.einsum("bij,bij->", precision, twice)
-            if q:
-                Z = of(self.effects)
-                whitened = inverse @ Z
-                put(white_effects, whitened)
-                products[own] = whitened.swapaxes(1, 2) @ whitened
-                of_effects[own] = Z.swapaxes(1, 2) @ D
-                meeting = both @ (across @ whitened)  # V^-1 V_z V^-1 Z
-                mixed = np.einsum("bna,bnc->ac", Z, meeting)
-                crossing = np.einsum("iac,ac->i", self._basis, mixed)
-                second[:-1, -1] -= crossing
-                second[-1, :-1] -= crossing
+        def flat(columns: Array) -> Array:
+            return columns.reshape(columns.shape[0] * columns.shape[1], columns.shape[2])
+
+        first, twice = law.first[0], law.second[0, 0]
+        across = inverse.swapaxes(1, 2)
+        white = inverse @ of(self.scores)
+        D, rows = across @ white, flat(white)
+        moving = first @ D
+        precision = across @ inverse
+        both = precision @ first  # V^-1 V_z
+        own = -xp.einsum("bij,bji->", both, both)
+        if not self.linear:
+            own = own + xp.einsum("bij,bij->", precision, twice)
+        slope, second = xp.einsum("bii->", both)[None], own[None, None]
+        q = sum(self._random)
+        Z = of(self.effects) if q else xp.zeros((*piece.shape, 0), kind)
+        whitened = inverse @ Z
+        products = whitened.swapaxes(1, 2) @ whitened
+        of_effects = Z.swapaxes(1, 2) @ D
         if q:
             basis = self._basis
-            slope[:-1] = np.einsum("iab,jab->i", basis, products)
-            turned = np.einsum("iab,jbc->ijac", basis, products)  # E_i B
-            second[:-1, :-1] = -np.einsum("xjac,yjca->xy", turned, turned)
-        inner = Inner(slope, second, white_effects, white_moved, bent, products)
-        return Projection(np.float64(logdet), gram, inner, Cross(weighted, moved, of_effects))
+            meeting = both @ (across @ whitened)  # V^-1 V_z V^-1 Z
+            mixed = xp.einsum("bna,bnc->ac", Z, meeting)
+            crossing = -xp.einsum("iac,ac->i", basis, mixed)
+            turned = xp.einsum("iab,jbc->ijac", basis, products)  # E_i B
+            corner = -xp.einsum("xjac,yjca->xy", turned, turned)
+            slope = xp.append(xp.einsum("iab,jab->i", basis, products), slope)
+            second = linalg.border(corner, crossing, own)
+        columns = (D, moving, whitened, inverse @ moving, twice @ D)
+        D, moved, whitened, white_moved, bent = (flat(own) for own in columns)
+        return (logdet, rows.T @ rows, slope, second), (
+            D,
+            moved,
+            of_effects,
+            whitened,
+            white_moved,
+            bent,
+            products,
+        )
 
     def slope(self, projection: Projection) -> Array:
         return projection.inner.slope
@@ -207,7 +211,8 @@ class Series(OfRows):
         ):
             product = cross.effects[:, a].T @ cross.effects[:, b]
             found.append(product if a == b else product + product.T)
-        return np.stack([*found, cross.weighted.T @ cross.moved])
+        last = cross.weighted.T @ cross.moved
+        return namespace(last).stack([*found, last])
 
     def combine(self, cross: Cross, matrix: Array) -> Cross:
         return Cross(*(own @ matrix for own in cross))
@@ -215,14 +220,15 @@ class Series(OfRows):
     def spread(self, projection: Projection, matrix: Array) -> Array:
         """By the products of L^-1 V_i D."""
         inner, k = projection.inner, matrix.shape[1]
+        xp = namespace(inner.moved, matrix)
         parts = [(inner.moved @ matrix)[:, None]]
         if self._random:
             # Z E_i C, each row with its subject's
-            columns = np.einsum("iab,jbk->jaik", self._basis, projection.cross.effects @ matrix)
+            columns = xp.einsum("iab,jbk->jaik", self._basis, projection.cross.effects @ matrix)
             subjects = np.repeat(np.arange(len(self.levels)), self._lengths)
-            of_rows = np.einsum("na,naik->nik", inner.effects, columns[subjects])
+            of_rows = xp.einsum("na,naik->nik", inner.effects, columns[subjects])
             parts.insert(0, of_rows)
-        flat = np.concatenate(parts, axis=1)
+        flat = xp.concatenate(parts, axis=1)
         m = flat.shape[1]
         flat = flat.reshape(len(flat), -1)
         return (flat.T @ flat).reshape(m, k, m, k)
@@ -233,24 +239,27 @@ class Series(OfRows):
         return np.concatenate([np.full(count, length) for count, length in self.shapes])
 
     def curvature(self, projection: Projection, matrix: Array, weights: Array) -> Array:
-        spread = self.spread(projection, matrix)
-        found = projection.inner.second + 2 * np.einsum("ikjk,k->ij", spread, weights)
-        if not self.linear:
-            D = projection.cross.weighted @ matrix
-            found[-1, -1] -= np.einsum("nk,nk,k->", D, projection.inner.bent @ matrix, weights)
-        return found
+        xp, spread = namespace(matrix, weights), self.spread(projection, matrix)
+        found = projection.inner.second + 2 * xp.einsum("ikjk,k->ij", spread, weights)
+        if self.linear:
+            return found
+        D = projection.cross.weighted @ matrix
+        bent = xp.einsum("nk,nk,k->", D, projection.inner.bent @ matrix, weights)
+        last = np.arange(len(found)) == len(found) - 1
+        return found - bent * (last[:, None] & last)
 
     def start(self) -> Array:
         """The coordinate with the lowest criterion by maximum likelihood of some, the random
         effects' relative variances being small."""
         variances = [0.1 * np.equal(*natural.triangle(q)) for q in self._random]
-        return best_coordinate(self, np.concatenate([np.zeros(0), *variances]), self._gaps())
+        others = np.concatenate([np.zeros(0), *variances]).astype(self.scores.dtype)
+        return best_coordinate(self, namespace(self.scores).asarray(others), self._gaps())
 
     def _gaps(self) -> Array:
-        found = [np.zeros(0)]
+        xp, found = namespace(self.times), [np.zeros(0)]
         for rows, _, shape in self._pieces():
-            found.append(np.diff(self.times[rows].reshape(shape), axis=1).ravel())
-        return np.concatenate(found)
+            found.append(xp.diff(self.times[rows].reshape(shape), axis=1).ravel())
+        return xp.concatenate(found)
 
     def modes(self, omega: Array, cross: Cross) -> tuple[Array, ...]:
         """Those of random effects; last, V0^-1 of what is explained, of each row, (n, 1)."""
@@ -304,8 +313,14 @@ class SeriesBasis:
         """Of levels (n,), columns of random effects (n, q) and times (n,).
 
         Raises:
-            DataError: a subject with more rows than a matrix may have.
+            DataError: a subject with more rows than a matrix may have; traced levels or times.
         """
+        if not on_host(codes, times):
+            raise DataError(
+                "residuals at times of each subject's own need concrete subjects and times, which "
+                "say what the neighbours are; the response, X, weights, offset and the effects of "
+                "random terms may be traced"
+            )
         counts = np.bincount(codes)
         order = np.lexsort((times, codes, counts[codes]))
         levels = np.flatnonzero(counts)
@@ -327,13 +342,13 @@ class SeriesBasis:
 
     def project(self, columns: Any) -> tuple[Any, Any]:
         """All of (n, k) columns, in order, and nothing of what is left."""
-        return columns[self.order], np.zeros(columns.shape, columns.dtype)
+        return columns[self.order], namespace(columns).zeros(columns.shape, columns.dtype)
 
     def scores(self, columns: Any) -> Any:
         return columns[self.order]
 
     def products(self, columns: Any) -> None:
-        """Nothing is traced."""
+        """All derivatives are those of the scores and effects."""
 
     def structure(
         self, scores: Any, remainder: Any, products: Any, sizes: tuple[int, ...]
