@@ -222,7 +222,8 @@ class _Search:
                 _put(whole, state, places)
                 places = places[going]
                 state = mapped(lambda own, going=going: own[..., going], state)
-                search = replace(self, expand=among(places))
+                size = self.size if np.size(self.size) == 1 else self.size[places]  # pyright: ignore
+                search = replace(self, expand=among(places), size=size)
             if places.size:
                 state = search.advance(state)
         return whole
