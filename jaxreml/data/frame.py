@@ -369,7 +369,7 @@ def design(
         >>> with jax.enable_x64(True):
         ...     slope = jax.grad(sigma)(jax.numpy.array(data["Reaction"]))
         >>> round(float(slope[0]), 4)
-        0.0
+        -0.0091
     """
     of_rows = {"weights": weights, "offset": offset}
     traced = {role: value for role, value in of_rows.items() if is_traced(value)}

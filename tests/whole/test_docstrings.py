@@ -47,7 +47,7 @@ INTERNAL = {
     "FittedBatch": {"messages", "message_codes"},
     "Design": {"sizes", "written_out", "numbers", "absent", "scaled_factors", "of", "among",
                "with_response", "blank", "combined", "without_names", "omega_of_theta",
-               "collapsed", "first_order"},
+               "collapsed", "first_order", "of_type"},
     "Population": {"blocks"},
     "Array": {"columns", "ids", "not_numeric", "read"},
     "Images": {"columns", "ids", "not_numeric", "read"},
