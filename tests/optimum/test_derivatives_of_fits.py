@@ -297,9 +297,12 @@ def test_derivatives_equal_differences_of_refits(case):
     value, backward, forward = slopes(zero)
     at = refitted(case, {})
     assert_close(value, at, 1e-9)
+    # The search stops some 1e-7 standard errors from the optimum where second derivatives are costly.
+    rtol = 3e-5 if case == "linear" else 1e-5
     for name in inputs:
         ours = {figure: own[name] for figure, own in forward.items()}
-        assert_close(ours, differences(lambda step, name=name: refitted(case, {name: step})))
+        expected = differences(lambda step, name=name: refitted(case, {name: step}))
+        assert_close(ours, expected, rtol)
         total = sum(np.sum(ours[figure] * weights[figure]) for figure in FIGURES)
         assert float(backward[name]) == pytest.approx(float(total), rel=1e-8, abs=1e-10)
 
@@ -442,6 +445,9 @@ def test_vmap_of_derivatives_equals_a_loop(kind):
     near = np.exp(-np.abs(when[:, None] - when) / 2) * (codes[:, None] == codes)
     root = np.linalg.cholesky(near)
     responses = (root @ RNG.normal(size=(n, 3)) + RNG.normal(size=(20, 3))[codes]).T
+
+    if kind == "own":  # whose correlation is between 0 and 1
+        responses = responses + RNG.normal(size=(3, 20, 3))[:, codes, np.arange(n) % 3]
 
     def block(size):
         return of_residuals(Words("", "sp_exp", "v", "s"), tuple(np.unique(when)), ())
