@@ -63,6 +63,17 @@ class Drawn(NamedTuple):
     Attributes:
         beta: (..., p), coefficients of X; of length 0 without X.
         random: per random term (..., levels, q).
+
+    Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jaxreml.numpyro import MixedNormal
+        >>> with jax.enable_x64(True):
+        ...     term = jaxreml.Term(data["Subject"])
+        ...     scores = MixedNormal(jnp.full(180, 300.0), [term], [[[35.0]]], 45.0)
+        ...     drawn = scores.effects(jax.random.key(0), data["Reaction"].to_numpy())
+        >>> drawn.beta.shape, drawn.random[0].shape
+        ((0,), (18, 1))
     """
 
     beta: Array
@@ -169,7 +180,7 @@ class MixedNormal(distributions.Distribution):
         return self._mapped(self._log_prob, [value], [1])
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Responses drawn with new random effects, (*sample_shape, ..., n).
+        """Responses drawn with new random effects, ``(*sample_shape, ..., n)``.
 
         Raises:
             ValueError: with X, whose coefficients have a flat prior.

@@ -18,7 +18,7 @@ from jaxreml.data.frame import ModelFrame
 from jaxreml.model.design import Design
 from jaxreml.model.penalties import Penalty
 from jaxreml.optimum.effects import Inspection, inspect, inspect_on_host
-from jaxreml.optimum.estimate import estimate_on_host, estimate_with
+from jaxreml.optimum.estimate import estimate, estimate_on_host
 from jaxreml.optimum.report import Estimate
 from jaxreml.optimum.rivals import is_proved
 
@@ -72,9 +72,10 @@ def optimum(
             return estimated, inspect_on_host(estimated, design, method, penalty), proved
     spare_memory_maps()
     with neutral():
-        options = {"max_iterations": max_iterations, "density": penalty}
-        estimated = _compiled(estimate_with, method, **options)(design)
-        inspection = _compiled(inspect, method, penalty=penalty)(estimated, design)
+        with_it = {} if penalty is None else {"penalty": penalty}
+        program = _compiled(estimate, method, max_iterations=max_iterations, **with_it)
+        estimated = program(design)
+        inspection = _compiled(inspect, method, **with_it)(estimated, design)
         estimated, inspection = jax.device_get((estimated, inspection))
     if penalty is not None:
         return estimated, inspection, False

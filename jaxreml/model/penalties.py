@@ -317,8 +317,8 @@ def penalty_of(given: Any, covariance: Covariance, terms: Terms) -> Penalty | No
             function that does not give a scalar.
         ValueError: something else.
     """
-    if given is None:
-        return None
+    if given is None or isinstance(given, Penalty):
+        return given
     if callable(given):
         _check_scalar(given, covariance)
         return OfParameters(given)

@@ -93,19 +93,8 @@ def estimate(
         >>> np.round(change[:4], 4)
         Array([-0.003 , -0.0024, -0.0017, -0.001 ], dtype=float64)
     """
-    density = penalty_of(penalty, design.covariance, design.names)
-    return estimate_with(design, method, density, max_iterations, tolerance)
-
-
-def estimate_with(
-    design: Design,
-    method: str,
-    density: Penalty | None,
-    max_iterations: int = 100,
-    tolerance: float = 1e-12,
-) -> Estimate:
-    """`estimate` with what `penalty_of` makes of a penalty."""
     reml = is_reml(method)
+    density = penalty_of(penalty, design.covariance, design.names)
     require_precision(design)
     if design.dtype == "float32":
         tolerance = max(tolerance, 1e-5)

@@ -632,11 +632,6 @@ def test_compared():
     assert mixed["df"].iloc[1] == 1 and mixed["p_value"].iloc[1] < 0.5
 
 
-def test_what_is_not_there_says_so():
-    with pytest.raises(jaxreml.DataError, match="so far"):
-        followed().posterior()
-
-
 def few() -> pd.DataFrame:
     """Five subjects at four visits: too few for any covariance matrix."""
     return small(2, subjects=5)

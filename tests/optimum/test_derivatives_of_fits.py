@@ -297,7 +297,7 @@ def test_derivatives_equal_differences_of_refits(case):
     value, backward, forward = slopes(zero)
     at = refitted(case, {})
     assert_close(value, at, 1e-9)
-    # The search stops some 1e-7 standard errors from the optimum where second derivatives are costly.
+    # Where second derivatives are costly the search stops 1e-7 standard errors from the optimum.
     rtol = 3e-5 if case == "linear" else 1e-5
     for name in inputs:
         ours = {figure: own[name] for figure, own in forward.items()}

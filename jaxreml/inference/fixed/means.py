@@ -179,10 +179,10 @@ class MarginalMeans(Tabulated):
 
         Examples:
             >>> means = scores.emmeans("Machine", contrast="pairwise")
-            >>> means.to_frame(contrasts=True)[["contrast", "estimate"]].round(1)
+            >>> means.to_frame(contrasts=True)[["contrast", "estimate"]].round(0)
               contrast  estimate
             0    A - B      -8.0
-            1    A - C     -13.9
+            1    A - C     -14.0
             2    B - C      -6.0
             >>> type(means.to_frame(output="polars")).__module__.split(".")[0]
             'polars'
