@@ -82,7 +82,7 @@ class Correlation(ABC):
     def folded(self, t: Array) -> Array:
         """Angles (c, ...) with the same matrix, no larger than a right angle."""
         xp = namespace(t)
-        return xp.arcsin(xp.clip(xp.sin(t), -1.0, 1.0))
+        return xp.arctan2(xp.sin(t), abs(xp.cos(t)))  # has a derivative at the limits, too
 
     def snapped(self, t: Array, zero: Array) -> Array:
         """`folded` angles, at a limit where what is left to it is at most `zero`."""

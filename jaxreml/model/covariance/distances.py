@@ -131,7 +131,7 @@ class Distance(Stationary):
 
     def folded(self, t: Array) -> Array:
         xp = namespace(t)
-        return xp.arcsin(xp.clip(xp.abs(xp.sin(t)), 0.0, 1.0))
+        return xp.arctan2(abs(xp.sin(t)), abs(xp.cos(t)))
 
     def snapped(self, t: Array, zero: Array) -> Array:
         xp = namespace(t)
