@@ -156,8 +156,7 @@ class MixedNormal(distributions.Distribution):
         structure: str | None = None,
         validate_args: bool | None = None,
     ):
-        numbers = [loc, X, weights]
-        kind = floating_type(numbers, None, any(map(is_traced, numbers)))
+        kind = floating_type([loc, X, weights], None)
         read_, n = _read_terms(terms, kind)
         columns = np.zeros((n, 0), kind) if X is None else read(X, kind, "X")
         if columns.ndim != 2 or len(columns) != n:

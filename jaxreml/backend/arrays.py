@@ -98,6 +98,18 @@ def still(array: Any) -> Any:
     return jax.lax.stop_gradient(array)
 
 
+def still_unless(condition: Any, tree: Any) -> Any:
+    """The same numbers, with derivatives of zero unless the condition (a scalar) holds.
+
+    Nothing on the way between two of these matters where it does not hold, NaN neither: a zero
+    times NaN is left out by both, forwards by the second and backwards by the first.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree)
+
+
 def sums_by(values: Any, index: Any, count: int) -> Any:
     """Sums of (..., k) over equal entries of `index`, (k,) integers: (..., count)."""
     *front, k = values.shape

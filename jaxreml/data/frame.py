@@ -375,8 +375,7 @@ def design(
     traced = {role: value for role, value in of_rows.items() if is_traced(value)}
     of_rows |= dict.fromkeys(traced)
     given: Any = {"context": context, "residual": residual, "kernels": kernels, **of_rows}
-    numbers = [response, weights, offset]
-    kind = floating_type(numbers, None, any(map(is_traced, numbers)))
+    kind = floating_type([response, weights, offset], None)
     build = model_frame if response is None else covariate_frame
     frame = build(formula, data, **given)
 

@@ -18,7 +18,7 @@ from jaxreml.data.evaluation import summands
 from jaxreml.data.formula import RandomTerm
 from jaxreml.data.places import MOST, encode_own, encode_places
 from jaxreml.errors import DataError, FormulaError
-from jaxreml.model.arrays import instead_of_residual, kernel_root, replaces_residual
+from jaxreml.model.arrays import in_kernel, instead_of_residual, kernel_root, replaces_residual
 from jaxreml.model.covariance.base import Block
 from jaxreml.model.covariance.unstructured import Unstructured
 from jaxreml.model.covariance.words import (
@@ -74,7 +74,7 @@ class GroupingTerm:
         """(n, q), the effects times the standard deviations of their levels in the kernel."""
         if self.kernel is None:
             return self.effects
-        return self.effects * np.sqrt(np.diagonal(self.kernel))[self.codes, None]
+        return in_kernel(self.effects, self.codes, self.kernel)
 
     def drawn(self, rng: np.random.Generator, count: int, factor: np.ndarray) -> np.ndarray:
         """Random effects of all rows, (count, levels, q), with covariance L L' of a level's effects

@@ -211,8 +211,7 @@ class Effects(NamedTuple):
         of one that is, `scale` is all that is taken."""
         if self.kernel is None or is_traced(self.kernel):
             return self.columns
-        deviations = np.sqrt(np.diagonal(self.kernel))
-        return self.columns * namespace(self.codes).asarray(deviations)[self.codes, None]
+        return in_kernel(self.columns, self.codes, self.kernel)
 
     @property
     def scale(self) -> Any:
@@ -263,6 +262,12 @@ def _kernel(term: Term, kind: np.dtype) -> Any:
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         raise DataError(f"the kernel of {term.name} must be square, not {kernel.shape}")
     return kernel
+
+
+def in_kernel(columns: Any, codes: Any, kernel: np.ndarray) -> Any:
+    """Columns (n, q) times the standard deviations of their levels in a kernel."""
+    deviations = namespace(codes).asarray(np.sqrt(np.diagonal(kernel)))
+    return columns * deviations[codes, None]
 
 
 def kernel_root(kernel: Any) -> Any:

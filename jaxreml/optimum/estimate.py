@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxreml.arguments import is_reml
-from jaxreml.backend.lazy import deferred, jax, jnp
+from jaxreml.backend.arrays import still_unless
+from jaxreml.backend.lazy import deferred, jax
 from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.model.design import Design, require_precision, with_spare_levels
 from jaxreml.model.penalties import Penalty, penalty_of
@@ -145,18 +146,9 @@ def _estimate(
         trace = jax.lax.stop_gradient(found(fixed, reml, max_iterations, tolerance)[0])
         status = outcome(trace.at, trace.point, trace, fixed)
         is_optimum = status == Status.CONVERGED
-        design = _still_unless(is_optimum, design)
+        design = still_unless(is_optimum, design)
         chart, point = _differentiable()(reml, design, trace.at, trace.point)
-        return _still_unless(is_optimum, report(chart, point, trace, design, status))
-
-
-def _still_unless(condition: Array, tree: Any) -> Any:
-    """The same numbers, with derivatives of zero unless the condition (a scalar) holds.
-
-    Nothing on the way between two of these matters where it does not hold, NaN neither: a zero
-    times NaN is left out by both, forwards by the second and backwards by the first.
-    """
-    return jax.tree.map(lambda leaf: jnp.where(condition, leaf, jax.lax.stop_gradient(leaf)), tree)
+        return still_unless(is_optimum, report(chart, point, trace, design, status))
 
 
 @lru_cache

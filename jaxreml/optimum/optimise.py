@@ -12,9 +12,8 @@ import numpy as np
 from jaxreml.arguments import is_reml
 from jaxreml.backend.lazy import deferred, jax, jnp
 from jaxreml.backend.runtime import usual_arithmetic
-from jaxreml.model.covariance import natural
 from jaxreml.model.design import Design, require_precision, with_spare_levels
-from jaxreml.model.objective import degrees_of_freedom, log_pivots, ml_objective, reml_objective
+from jaxreml.model.objective import ml_objective, reml_objective
 from jaxreml.model.penalties import Penalty, penalty_of
 from jaxreml.optimum import penalised, search
 from jaxreml.optimum.newton import Trace
@@ -22,7 +21,6 @@ from jaxreml.optimum.report import Estimate, report
 from jaxreml.status import Status
 
 Array = Any  # NumPy's or JAX's
-SMALL = 0.01  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 
 
 class Optimum(NamedTuple):
@@ -83,13 +81,7 @@ def start(design: Design, method: str = "REML") -> Array:
 @deferred(lambda: partial(jax.jit, static_argnums=1))
 def _start(design: Design, reml: bool) -> Array:
     with usual_arithmetic():
-        covariance = design.covariance
-        chart = search.start(design, reml)
-        marginal = design.structure.marginal(covariance.omega(chart))
-        degrees = degrees_of_freedom(design, reml=reml)
-        log_sigma2 = 2 * log_pivots(marginal)[-1] - jnp.log(degrees)
-        chart = design.units.chart(covariance.canonical(chart), covariance)
-        return covariance.report(chart, log_sigma2).finite
+        return search.parameters_of(search.start(design, reml), design, reml)
 
 
 def optimise(
@@ -190,9 +182,7 @@ def _of_design(
     objective = reml_objective if reml else ml_objective
 
     def function(parameters: Array) -> Array:
-        if penalty is not None:
-            return penalised.criterion_at(parameters, fixed, penalty, reml=reml)
-        return objective(parameters, fixed)
+        return objective(parameters, fixed, penalty=penalty)
 
     parameters = jax.lax.stop_gradient(parameters.astype(design.dtype))
     found = _minimised(function, parameters, optimizer, max_steps, tolerance)
@@ -204,10 +194,7 @@ def _of_design(
         )
         if penalty is not None:
             return penalised.reported_at(trace, fixed, penalty, reml=reml)
-        covariance = design.covariance
-        factors = covariance.factors_at(found.parameters)
-        inner = design.scaled_factors(natural.join_triangles(factors))
-        chart = _at_zero(covariance.chart_at(inner, found.parameters), fixed, reml)
+        chart = _at_zero(search.chart_of(found.parameters, design), fixed, reml)
         point = search.expand_chart(chart, fixed, reml=reml)
         trace = trace._replace(at=chart, point=point)
         return report(chart, point, trace, fixed, search.outcome(chart, point, trace, fixed))
@@ -216,7 +203,7 @@ def _of_design(
 def _at_zero(chart: Array, design: Design, reml: bool) -> Array:
     """The point with small variances at zero where the criterion is no higher there: an optimiser
     of log-variances ends on the way to minus infinity."""
-    snapped = design.covariance.snap(chart, SMALL)
+    snapped = design.covariance.snap(chart, search.SMALL)
     before = search.expand_chart(chart, design, reml=reml).value
     after = search.expand_chart(snapped, design, reml=reml).value
     return jnp.where(after <= before, snapped, chart)

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxreml.backend.arrays import mapped, namespace, on_host
+from jaxreml.backend.arrays import mapped, namespace, on_host, still_unless
 from jaxreml.backend.lazy import jax, jnp
 from jaxreml.backend.runtime import usual_arithmetic
 from jaxreml.errors import DataError
 from jaxreml.model import linalg
-from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.base import Report
 from jaxreml.model.design import Design
-from jaxreml.model.objective import Expansion, degrees_of_freedom, expand, log_pivots, neg2_loglik
+from jaxreml.model.objective import Expansion, expand, neg2_loglik
 from jaxreml.model.penalties import OfParameters, Penalty
 from jaxreml.optimum import newton, search
 from jaxreml.optimum.certificate import STEP, slopes_by_differences
@@ -30,7 +29,6 @@ from jaxreml.status import Status
 
 Array = Any  # NumPy's or JAX's
 APART = 1.0  # relative SDs of the second place to start from
-SMALL = 0.01  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 SLACK = 1e-9  # by how much more the criterion must be, relatively, for another place to be higher
 
 
@@ -97,7 +95,9 @@ def found(
     chart = search.start(design, reml)
     xp = namespace(chart)
     apart = covariance.uncorrelated(np.full(sum(covariance.sizes), APART))
-    starts = [_start(own, design, reml) for own in (chart, xp.asarray(apart, chart.dtype))]
+    starts = [
+        search.parameters_of(own, design, reml) for own in (chart, xp.asarray(apart, chart.dtype))
+    ]
     everywhere = xp.ones_like(starts[0], dtype=bool)
 
     def seek(bounds: Report) -> Found:
@@ -156,22 +156,11 @@ def _require_finite(penalty: Penalty, starts: list[Array], covariance: Any) -> N
     )
 
 
-def _start(chart: Array, design: Design, reml: bool) -> Array:
-    """Finite parameters in the user's units of a point of the chart, with the residual variance
-    that is best there."""
-    covariance = design.covariance
-    xp, chart = namespace(chart), covariance.canonical(chart)
-    pivot = log_pivots(design.structure.marginal(covariance.omega(chart)))[-1]
-    log_sigma2 = 2 * pivot - xp.log(degrees_of_freedom(design, reml=reml))
-    return covariance.report(design.units.chart(chart, covariance), log_sigma2).finite
-
-
 def _at_zero(parameters: Array, design: Design) -> Report:
     """The parameters with small variances at zero."""
     covariance = design.covariance
-    theta = natural.join_triangles(covariance.factors_at(parameters))
-    chart = covariance.chart_at(design.scaled_factors(theta), parameters)
-    snapped = design.units.chart(covariance.snap(chart, SMALL), covariance)
+    snapped = covariance.snap(search.chart_of(parameters, design), search.SMALL)
+    snapped = design.units.chart(snapped, covariance)
     bounds = covariance.report(snapped, parameters[-1])
     xp = namespace(parameters)
     finite = xp.where(bounds.free, parameters, bounds.finite)
@@ -200,13 +189,11 @@ def estimate_traced(
     status = _status(trace, fixed)
     is_optimum = status == Status.CONVERGED
 
-    def still(tree: Any) -> Any:  # as `estimate` does: no derivatives where there is no optimum
-        return jax.tree.map(lambda x: jnp.where(is_optimum, x, jax.lax.stop_gradient(x)), tree)
-
-    design, known = still((design, known))
+    design, known = still_unless(is_optimum, (design, known))
     parameters = _differentiable()(reml, penalty, design, known, trace.at, bounds.free)
     own = _with(penalty, known)
-    return still(_reported(parameters, trace, bounds, design, own, reml, fixed))
+    found_at = _reported(parameters, trace, bounds, design, own, reml, fixed)
+    return still_unless(is_optimum, found_at)
 
 
 def reported_at(trace: newton.Trace, design: Design, penalty: Penalty, *, reml: bool) -> Estimate:

@@ -15,7 +15,7 @@ from jaxreml.model.basis import perfect_share
 from jaxreml.model.covariance import natural
 from jaxreml.model.covariance.joint import Covariance
 from jaxreml.model.design import Design
-from jaxreml.model.objective import degrees_of_freedom, expand, profiled
+from jaxreml.model.objective import degrees_of_freedom, expand, log_pivots, profiled
 from jaxreml.optimum import newton
 from jaxreml.optimum.hessian import is_convex, solve_flat
 from jaxreml.optimum.rivals import best_of, is_cheap, is_proved
@@ -23,6 +23,7 @@ from jaxreml.status import Status as Status
 
 Array = Any  # NumPy's or JAX's
 START = 0.1  # least relative SD to start from: zero is a stationary point
+SMALL = 0.01  # likewise, where another search than `search` ended
 ZERO = 1e-4  # a relative SD below this, in units of scaled effects, is tried as exactly zero
 NEARLY_PERFECT = 1e-10  # share of the residual sum of squares, where the search did not converge
 
@@ -90,6 +91,23 @@ def start(design: Design, reml: bool) -> Array:
     if relative is None:
         relative = minimum_norm(design, reml)
     return design.covariance.start(relative, START)
+
+
+def parameters_of(chart: Array, design: Design, reml: bool) -> Array:
+    """Finite parameters (k + 1,) in the user's units of a point of the chart, with the residual
+    variance that is best there."""
+    covariance = design.covariance
+    xp, chart = namespace(chart), covariance.canonical(chart)
+    pivot = log_pivots(design.structure.marginal(covariance.omega(chart)))[-1]
+    log_sigma2 = 2 * pivot - xp.log(degrees_of_freedom(design, reml=reml))
+    return covariance.report(design.units.chart(chart, covariance), log_sigma2).finite
+
+
+def chart_of(parameters: Array, design: Design) -> Array:
+    """The point of the chart (r,) of finite parameters in the user's units."""
+    covariance = design.covariance
+    theta = natural.join_triangles(covariance.factors_at(parameters))
+    return covariance.chart_at(design.scaled_factors(theta), parameters)
 
 
 def minimum_norm(design: Design, reml: bool) -> Array:
